@@ -1,0 +1,1 @@
+"""Vision Transformers on NumPy and CuPy."""
