@@ -1,0 +1,117 @@
+"""What tinyvit needs to know of an array whatever library it belongs to: its namespace, dtype and place."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import array_api_compat.numpy as numpy_namespace
+import numpy as np
+
+Array = Any
+
+
+def is_array(x: object) -> bool:
+    return type(x) is np.ndarray or (not isinstance(x, np.generic) and array_api_compat.is_array_api_obj(x))
+
+
+def namespace(x: Array) -> Any:
+    """The array-API namespace that `x` belongs to."""
+    if type(x) is np.ndarray:
+        return numpy_namespace
+    return array_api_compat.array_namespace(x)
+
+
+def is_floating(x: Array) -> bool:
+    if type(x) is np.ndarray:
+        return x.dtype.kind == "f"
+    return namespace(x).isdtype(x.dtype, "real floating")
+
+
+def common_namespace(name: str, values: list[Any]) -> Any:
+    """The one namespace of all arrays among `values`, whose dtypes must agree; numbers and None go with any.
+
+    Raises:
+        TypeError: no array, arrays of two libraries or two dtypes, or a fraction where the arrays hold integers.
+    """
+    first = None
+    fractional = False
+    for i, v in enumerate(values):
+        if type(v) is not np.ndarray:
+            if v is None:
+                continue
+            if isinstance(v, (bool, int, float, np.generic)):
+                if isinstance(v, np.generic):
+                    values[i] = v = v.item()  # a np.float64 scalar would turn float32 arrays into float64
+                elif type(v) not in (bool, int, float):
+                    values[i] = v = float(v)
+                fractional = fractional or isinstance(v, float)
+                continue
+            if not is_array(v):
+                raise TypeError(f"{name} expects arrays or numbers, got {type(v).__name__}")
+        if first is None:
+            first = v
+        elif v.dtype != first.dtype:
+            raise TypeError(f"{name} expects arrays of one dtype, got {first.dtype} and {v.dtype}; use astype")
+        elif type(v) is not type(first):
+            raise TypeError(
+                f"{name} expects arrays of one library, got {type(first).__module__} and {type(v).__module__}"
+            )
+    if first is None:
+        raise TypeError(f"{name} expects at least one array")
+    if fractional and not is_floating(first):
+        raise TypeError(f"{name} expects whole numbers beside {first.dtype} arrays; use astype")
+    return namespace(first)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """`x` as a NumPy array on the host."""
+    if type(x) is np.ndarray:
+        return x
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    return np.asarray(array_api_compat.to_device(x, "cpu")) if hasattr(x, "__array__") else np.from_dlpack(x)
+
+
+def convert(x: Array, like: Array) -> Array:
+    """`x` in the library and on the device of `like`, with its own dtype."""
+    if type(x) is type(like):
+        if type(x) is np.ndarray:
+            return x
+        device = array_api_compat.device(like)
+        return x if array_api_compat.device(x) == device else array_api_compat.to_device(x, device)
+    return namespace(like).asarray(to_numpy(x), device=array_api_compat.device(like))
+
+
+def astype(x: Array, dtype: Any) -> Array:
+    """`x` with another dtype, which may be given as a name, a NumPy dtype or the library's own; `x` itself if it has it."""
+    xp = namespace(x)
+    return xp.astype(x, resolve_dtype(xp, dtype), copy=False)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The standard's name of a dtype, e.g. "float32", whichever library spells it."""
+    if isinstance(dtype, str):
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return str(dtype).rpartition(".")[2]
+
+
+def resolve_dtype(xp: Any, dtype: Any) -> Any:
+    name = dtype_name(dtype)
+    try:
+        return getattr(xp, name)
+    except AttributeError:
+        raise TypeError(f"unknown dtype {dtype!r}") from None
+
+
+def owns_memory(x: Array) -> bool:
+    """Whether writing into `x` certainly changes no other array."""
+    return getattr(x, "base", x) is None
+
+
+def is_namespace(x: object) -> bool:
+    return isinstance(x, ModuleType)

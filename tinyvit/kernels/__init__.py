@@ -1,0 +1,23 @@
+"""Faster versions of operations, one module for an array library.
+
+A kernel has the name and the signature of the reference operation that it stands in for
+(`tinyvit.kernels.reference`), so finding one is a look-up by name; where there is none the reference runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+_MODULES = {"array_api_compat.numpy": "tinyvit.kernels.numpy_"}
+
+
+@functools.cache
+def best(op: Callable, xp: ModuleType) -> Callable:
+    """The fastest version of the reference operation `op` for arrays of the namespace `xp`."""
+    module = _MODULES.get(xp.__name__)
+    if module is None:
+        return op
+    return importlib.import_module(module).KERNELS.get(op.__name__, op)
