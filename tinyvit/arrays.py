@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -113,5 +114,52 @@ def owns_memory(x: Array) -> bool:
     return getattr(x, "base", x) is None
 
 
-def is_namespace(x: object) -> bool:
-    return isinstance(x, ModuleType)
+def on_host(x: Array) -> bool:
+    """Whether looking at values of `x` costs nothing: a NumPy array, not a device's."""
+    return type(x) is np.ndarray
+
+
+def mover(target: Any) -> Callable[[Array], Array]:
+    """The function that takes an array to `target`.
+
+    Args:
+        target: "cpu" (NumPy), "cuda" or "cuda:1" (CuPy), an array-API namespace module, or a floating dtype.
+
+    Raises:
+        RuntimeError: CuPy, its driver or a GPU is missing.
+        ValueError: none of those.
+    """
+    if target == "cpu":
+        return to_numpy
+    if isinstance(target, str) and target.split(":")[0] == "cuda":
+        return _to_cuda(target)
+    if isinstance(target, ModuleType):
+        return lambda x: target.asarray(to_numpy(x))
+    if dtype_name(target) not in ("float16", "float32", "float64", "bfloat16"):
+        raise ValueError(f'expected "cpu", "cuda", "cuda:N", an array-API namespace or a floating dtype, got {target!r}')
+    return lambda x: astype(x, target)
+
+
+def _to_cuda(target: str) -> Callable[[Array], Array]:
+    try:
+        import cupy
+    except ImportError:
+        raise RuntimeError(
+            f'device {target} needs CuPy: pip install "tinyvit[cuda12]" or "tinyvit[cuda13]" (the CUDA version of the driver)'
+        ) from None
+    try:
+        number = int(target.partition(":")[2] or 0)
+    except ValueError:
+        raise ValueError(f'expected "cuda" or "cuda:N", got {target!r}') from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(f"device {target} cannot be used: CuPy finds no working GPU ({error})") from None
+    if not 0 <= number < count:
+        raise RuntimeError(f"device {target} does not exist: there are {count} GPUs")
+
+    def move(x: Array) -> Array:
+        with cupy.cuda.Device(number):
+            return cupy.asarray(x if array_api_compat.is_cupy_array(x) else to_numpy(x))
+
+    return move

@@ -1,0 +1,218 @@
+"""The ViT's operations on Tensors.
+
+Each checks what it was given and runs the fastest kernel there is for the array library; what is computed is
+defined in `tinyvit.kernels.reference`. Arrays are accepted wherever Tensors are; no operation writes into its inputs.
+"""
+
+from __future__ import annotations
+
+from tinyvit import arrays, random
+from tinyvit.kernels import reference
+from tinyvit.ops import multiply
+from tinyvit.tensor import Array, Tensor, apply
+
+__all__ = [
+    "attention",
+    "cross_entropy",
+    "drop_path",
+    "dropout",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "log_softmax",
+    "patch_embed",
+    "patchify",
+    "qkv_attention",
+    "softmax",
+]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b on the last axis.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+
+    Returns:
+        (..., out_features).
+    """
+    if len(weight.shape) != 2 or len(x.shape) < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear expects x (..., in) and weight (out, in), got {_s(x)} and {_s(weight)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"linear expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
+    return apply(reference.linear, x, weight, bias)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450).
+
+    (x - mean) / sqrt(var + eps) * weight + bias with x (..., D), weight and bias (D,); returns (..., D).
+    """
+    if len(x.shape) < 1 or tuple(weight.shape) != (x.shape[-1],) or tuple(bias.shape) != (x.shape[-1],):
+        raise ValueError(f"layer_norm expects x (..., D), weight and bias (D,), got {_s(x)}, {_s(weight)} and {_s(bias)}")
+    return apply(reference.layer_norm, x, weight, bias, eps=eps)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """The Gaussian error linear unit x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415), elementwise.
+
+    Args:
+        x: any shape.
+        approximate: "none" for the exact function (erf), "tanh" for 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu expects approximate "none" or "tanh", got {approximate!r}')
+    return apply(reference.gelu, x, approximate=approximate)
+
+
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """exp(x) / sum(exp(x)) along `axis`, computed without overflow."""
+    return apply(reference.softmax, x, axis=axis)
+
+
+def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """log(softmax(x)) along `axis`, computed without overflow."""
+    return apply(reference.log_softmax, x, axis=axis)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Array | None = None, dropout: float = 0.0, training: bool = True
+) -> Tensor:
+    """Scaled dot-product attention softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Args:
+        q: queries (B, H, N, D).
+        k: keys (B, H, M, D).
+        v: values (B, H, M, E).
+        mask: broadcastable to (B, H, N, M): booleans (True: may look) or numbers that are added to the scores.
+        dropout: probability of zeroing an attention weight while `training`.
+
+    Returns:
+        (B, H, N, E); zeros for a query that may look nowhere.
+    """
+    good = len(q.shape) == len(k.shape) == len(v.shape) == 4
+    if not (good and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]):
+        raise ValueError(
+            f"attention expects q (B, H, N, D), k (B, H, M, D) and v (B, H, M, E), got {_s(q)}, {_s(k)} and {_s(v)}"
+        )
+    keep = _keep(q, dropout, training, (q.shape[1], q.shape[2], k.shape[2]))
+    return apply(reference.attention, q, k, v, mask=_array(mask), keep=keep)
+
+
+def qkv_attention(
+    qkv: Tensor, num_heads: int, mask: Array | None = None, dropout: float = 0.0, training: bool = True
+) -> Tensor:
+    """Multi-head self-attention on queries, keys and values packed by one linear layer.
+
+    Args:
+        qkv: (B, N, 3 * num_heads * D): queries of all heads, then keys, then values.
+        num_heads: H.
+        mask, dropout, training: as in `attention`.
+
+    Returns:
+        (B, N, num_heads * D), heads side by side.
+    """
+    if len(qkv.shape) != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {_s(qkv)} with {num_heads} heads")
+    keep = _keep(qkv, dropout, training, (num_heads, qkv.shape[1], qkv.shape[1]))
+    return apply(reference.qkv_attention, qkv, num_heads=num_heads, mask=_array(mask), keep=keep)
+
+
+def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Cut pictures into patches, row by row: (B, C, H, W) -> (B, (H / h)(W / w), C h w).
+
+    Raises:
+        ValueError: a picture's height or width is not a multiple of the patch's.
+    """
+    h, w = patch_size
+    if len(images.shape) != 4:
+        raise ValueError(f"expected images (B, C, H, W), got shape {_s(images)}")
+    if images.shape[2] % h or images.shape[3] % w:
+        patch = f"{h}" if h == w else f"{h}x{w}"
+        raise ValueError(f"image size {images.shape[2]}x{images.shape[3]} is not divisible by patch size {patch}")
+    return apply(reference.patchify, images, patch_size=(h, w))
+
+
+def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution whose stride is its kernel, as one product of matrices (Dosovitskiy et al. 2020, arXiv:2010.11929).
+
+    Args:
+        images: (B, C, H, W).
+        weight: (embed_dim, C, h, w) with h dividing H and w dividing W.
+        bias: (embed_dim,) or None.
+
+    Returns:
+        (B, (H / h)(W / w), embed_dim), patches row by row.
+    """
+    if len(weight.shape) != 4 or len(images.shape) != 4 or images.shape[1] != weight.shape[1]:
+        raise ValueError(f"patch_embed expects images (B, C, H, W) and weight (D, C, h, w), got {_s(images)} and {_s(weight)}")
+    patches = patchify(images, (weight.shape[2], weight.shape[3]))
+    return linear(patches, _tensor(weight).reshape(weight.shape[0], -1), bias)
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Zero entries with probability p and divide the others by 1 - p (Srivastava et al. 2014). x (B, ...), B samples."""
+    keep = _keep(x, p, training, tuple(x.shape[1:]))
+    return _tensor(x) if keep is None else multiply(x, keep)
+
+
+def drop_path(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Zero whole samples with probability p and divide the others by 1 - p (Huang et al. 2016, arXiv:1603.09382)."""
+    keep = _keep(x, p, training, (1,) * (len(x.shape) - 1))
+    return _tensor(x) if keep is None else multiply(x, keep)
+
+
+def cross_entropy(logits: Tensor, labels: Array | Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over a batch, stable for any finite logits.
+
+    Args:
+        logits: (B, C).
+        labels: class numbers (B,), or probabilities (B, C) of the logits' dtype.
+        label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
+
+    Returns:
+        a tensor without dimensions.
+    """
+    labels = _array(labels)
+    if len(logits.shape) != 2 or logits.shape[0] == 0 or logits.shape[1] == 0:
+        raise ValueError(f"cross_entropy expects logits (B, C) with at least one entry, got {_s(logits)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must lie in 0 ... 1, got {label_smoothing}")
+    labels = arrays.convert(labels, _array(logits))
+    whole = not arrays.is_floating(labels)
+    if tuple(labels.shape) != (tuple(logits.shape[:1]) if whole else tuple(logits.shape)):
+        raise ValueError(
+            f"cross_entropy expects class numbers ({logits.shape[0]},) or probabilities {_s(logits)}, "
+            f"got {labels.dtype} labels of shape {_s(labels)}"
+        )
+    if not whole and labels.dtype != logits.dtype:
+        raise TypeError(f"cross_entropy expects probabilities of dtype {logits.dtype}, got {labels.dtype}")
+    if whole and arrays.on_host(labels) and ((labels < 0).any() or (labels >= logits.shape[1]).any()):
+        raise ValueError(f"labels must lie in 0 ... {logits.shape[1] - 1}, got {int(labels.min())} ... {int(labels.max())}")
+    return apply(reference.cross_entropy, logits, labels=labels, label_smoothing=label_smoothing)
+
+
+def _keep(x: Tensor | Array, p: float, training: bool, shape: tuple[int, ...]) -> Array | None:
+    """A dropout mask for (B, *shape), 0 or 1 / (1 - p) of x's dtype, library and device; None where nothing is dropped."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"a dropout probability must lie in 0 ... 1, got {p}")
+    if not training or p == 0.0:
+        return None
+    x = _array(x)
+    xp = arrays.namespace(x)
+    mask = arrays.convert(random.keep_mask(p, x.shape[0], shape), x)
+    return xp.astype(mask, x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def _array(x: Tensor | Array | None) -> Array | None:
+    return x.data if isinstance(x, Tensor) else x
+
+
+def _tensor(x: Tensor | Array) -> Tensor:
+    return x if isinstance(x, Tensor) else Tensor(x)
+
+
+def _s(x: Tensor | Array) -> tuple[int, ...]:
+    return tuple(x.shape)

@@ -1,0 +1,66 @@
+"""Random numbers without a hidden stream: each is a function of (seed, step, place, sample).
+
+The place is the how-manyeth draw of a forward pass it is, so that two dropout layers differ; the sample is the
+index in the whole batch, so that masks do not depend on how a batch is cut into shards. Inside `scope` all of it
+is fixed; outside, places simply go on counting from the start of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class _State:
+    seed: int = 0
+    step: int = 0
+    first_sample: int = 0
+    places: Iterator[int] = field(default_factory=itertools.count)
+
+
+_state: ContextVar[_State] = ContextVar("tinyvit_random", default=_State())
+
+
+@contextlib.contextmanager
+def scope(seed: int, step: int = 0, first_sample: int = 0) -> Iterator[None]:
+    """Derive every draw in this context from `seed`, `step` and its place; the batch's first sample is `first_sample`.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    for name, value in (("seed", seed), ("step", step), ("first_sample", first_sample)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    token = _state.set(_State(seed, step, first_sample))
+    try:
+        yield
+    finally:
+        _state.reset(token)
+
+
+def generator() -> np.random.Generator:
+    """A generator for the next place, for draws that belong to no sample (initialisation)."""
+    state = _state.get()
+    return np.random.default_rng((state.seed, state.step, next(state.places)))
+
+
+def keep_mask(drop: float, samples: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Booleans (samples, *shape), each True with probability 1 - drop.
+
+    A counter-based generator (Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is moved
+    straight to the first sample of this shard.
+    """
+    state = _state.get()
+    size = int(np.prod(shape, dtype=np.int64))
+    blocks = -(-size // 8)  # one block of Philox gives 256 bits: eight 32-bit draws
+    bits = np.random.Philox(np.random.SeedSequence((state.seed, state.step, next(state.places))))
+    bits.advance(state.first_sample * blocks)
+    draws = bits.random_raw(samples * blocks * 4).view(np.uint32).reshape(samples, blocks * 8)[:, :size]
+    threshold = np.uint32(min(round(drop * 2**32), 2**32 - 1))
+    return (draws >= threshold).reshape(samples, *shape)

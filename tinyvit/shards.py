@@ -1,0 +1,100 @@
+"""Cutting a batch into shards and running them side by side.
+
+A shard is a range of a batch's samples that is computed on its own. Its result depends on nothing but the samples and
+their places in the batch, and results are combined in the order of the shards, so that a run gives the same bits
+whatever thread computed which shard when. NumPy releases Python's lock inside its loops, so that threads with one BLAS
+thread each keep all cores busy, where a BLAS of many threads would parallelise the matrix products only.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+T = TypeVar("T")
+
+
+@cache
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, limited by the cgroup's quota (a container's --cpus)."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(affinity, cgroup_cores(Path("/sys/fs/cgroup")) or affinity))
+
+
+def cgroup_cores(root: Path) -> int | None:
+    """Whole cores that the cgroup mounted at `root` allows (version 2 or 1), None without a limit."""
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota in ("max", "-1"):
+        return None
+    return max(1, int(quota) // int(period))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one batch is cut: ranges of samples, computed by `workers` threads with `blas_threads` BLAS threads each."""
+
+    ranges: tuple[tuple[int, int], ...]
+    workers: int
+    blas_threads: int
+
+
+def plan(samples: int, threads: int | None = None, shards: int | None = None) -> Plan:
+    """Cut `samples` into `shards` ranges (one for each thread, if not said) that differ by at most one sample.
+
+    Threads that a small batch leaves without a shard are given to BLAS.
+
+    Raises:
+        ValueError: fewer than one thread or shard.
+    """
+    threads = available_cores() if threads is None else threads
+    shards = threads if shards is None else shards
+    if threads < 1 or shards < 1:
+        raise ValueError(f"threads and shards must be at least 1, got {threads} and {shards}")
+    shards = max(1, min(shards, samples))
+    bounds = [samples * i // shards for i in range(shards + 1)]
+    workers = min(threads, shards)
+    return Plan(tuple(zip(bounds, bounds[1:], strict=False)), workers, threads // workers)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+def run(plan: Plan, function: Callable[[int, int], T]) -> Iterator[T]:
+    """`function(start, stop)` for every range of the plan, at the same time; results in the order of the ranges.
+
+    Context variables (gradient mode, random state) are the caller's. The first exception is raised as it is.
+    """
+    with _blas().limit(limits=plan.blas_threads):
+        if plan.workers == 1:
+            yield from (function(start, stop) for start, stop in plan.ranges)
+            return
+        pool = _pool(plan.workers)
+        futures = [pool.submit(contextvars.copy_context().run, function, *bounds) for bounds in plan.ranges]
+        try:
+            while futures:
+                yield futures.pop(0).result()  # popped: a result lives only as long as its receiver needs it
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="tinyvit")

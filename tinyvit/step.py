@@ -1,0 +1,172 @@
+"""Whole steps at full speed: one update of a model's parameters, and inference over many pictures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+
+from tinyvit import arrays, optim, random, shards
+from tinyvit import functional as F
+from tinyvit.nn import Module
+from tinyvit.tensor import Array, Tensor, grad, no_grad
+
+
+class Averaged(Protocol):
+    """What follows the weights after each update, such as `optim.EMA`."""
+
+    def update(self) -> None: ...
+
+
+class TrainStep:
+    """One training step: forward, cross-entropy, backward, clipping, update.
+
+    On a CPU the batch is cut into shards that run on threads. The result is the whole batch's, and the same bits come
+    out of every run with the same settings; dropout masks depend on neither threads nor shards.
+
+    Args:
+        model: gives logits (B, num_classes) for images (B, C, H, W); it is put into training mode.
+        optimizer: holds the model's parameters; set `optimizer.lr` between calls to follow a schedule.
+        clip_norm: largest global norm of the gradient, None for no limit.
+        label_smoothing: as in `functional.cross_entropy`.
+        accumulate: computes a batch in this many parts, one after the other, to use less memory.
+        ema: an average of the weights to update after each step.
+        seed: what dropout masks derive from, together with `step_index`.
+        threads, shards: as in `shards.plan`.
+
+    Attributes:
+        step_index: how many steps were done; settable, to go on with an interrupted run.
+        correct: how many pictures of the last batch were classified correctly (by their likeliest label).
+        grad_norm: global norm of the last gradient before clipping.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: optim.Optimizer,
+        clip_norm: float | None = None,
+        label_smoothing: float = 0.0,
+        accumulate: int = 1,
+        ema: Averaged | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+        shards: int | None = None,
+    ) -> None:
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self.clip_norm, self.label_smoothing, self.accumulate = clip_norm, label_smoothing, accumulate
+        self.seed, self.threads, self.shards = seed, threads, shards
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.step_index = 0
+        self.correct = 0
+        self.grad_norm = math.nan
+        self._gradients: list[Array] = []
+
+    def __call__(self, images: Array, labels: Array) -> Tensor:
+        """Do one step.
+
+        Args:
+            images: (B, C, H, W), floating.
+            labels: class numbers (B,) or probabilities (B, num_classes).
+
+        Returns:
+            the mean loss over the batch before the update, without dimensions or history.
+        """
+        if len(images) != len(labels) or len(images) == 0:
+            raise ValueError(f"expected as many labels as images and at least one, got {len(images)} and {len(labels)}")
+        if not self.model.training:
+            self.model.train()
+        loss, self.correct, self._gradients = self._differentiate(images, labels)
+        for p, g in zip(self.parameters, self._gradients, strict=True):
+            p.grad = g
+        self.grad_norm = optim.clip_grad_norm(self.parameters, math.inf if self.clip_norm is None else self.clip_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        self.optimizer.zero_grad()
+        self.step_index += 1
+        return Tensor(loss)
+
+    @property
+    def largest_grad(self) -> float:
+        """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
+        return max((float(np.max(np.abs(arrays.to_numpy(g)))) for g in self._gradients if g.size), default=math.nan)
+
+    def _differentiate(self, images: Array, labels: Array) -> tuple[Array, int, list[Array]]:
+        """Loss, hits and gradients of the batch, summed over its shards in their order."""
+        batch = len(images)
+
+        def shard(start: int, stop: int) -> tuple[Array, Array, list[Array]]:
+            with random.scope(self.seed, self.step_index, start):
+                logits = self.model(images[start:stop])
+            targets = _labels(labels[start:stop], logits)
+            loss = F.cross_entropy(logits, targets, self.label_smoothing) * ((stop - start) / batch)
+            return loss.data, _hits(logits.data, targets), grad(loss, self.parameters)
+
+        loss, correct, gradients = None, 0, []
+        for part_loss, hits, part in self._run(shard, batch):
+            correct += hits
+            if loss is None:
+                loss, gradients = part_loss, part
+            else:
+                loss = loss + part_loss
+                gradients = [a + b for a, b in zip(gradients, part, strict=True)]
+        return loss, int(correct), gradients
+
+    def _run(self, shard: Any, batch: int) -> Any:
+        if not arrays.on_host(self.parameters[0].data):  # a device runs its own threads
+            threads, n = 1, self.accumulate
+        else:
+            threads = self.threads
+            n = self.accumulate * (self.shards or threads or shards.available_cores())
+        return shards.run(shards.plan(batch, threads, n), shard)
+
+
+def predict(
+    model: Module, images: Array, batch_size: int = 256, threads: int | None = None, shards_per_batch: int | None = None
+) -> np.ndarray:
+    """The model's outputs for any number of pictures, in evaluation mode and with nothing recorded.
+
+    Args:
+        model: gives (B, num_classes) for images (B, C, H, W).
+        images: (N, C, H, W), floating.
+        batch_size: how many pictures are computed at a time.
+        threads, shards_per_batch: as in `shards.plan`.
+
+    Returns:
+        (N, num_classes), NumPy.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    training = model.training
+    model.eval()
+    if not arrays.on_host(next(iter(model.parameters())).data):
+        threads = 1
+    try:
+        with no_grad():
+            parts = []
+            for first in range(0, max(len(images), 1), batch_size):
+                batch = images[first : first + batch_size]
+                plan = shards.plan(len(batch), threads, shards_per_batch)
+                parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop]).numpy())
+            return np.concatenate(parts)
+    finally:
+        model.train(training)
+
+
+def _labels(labels: Array, logits: Tensor) -> Array:
+    """Labels beside the logits; probabilities in their dtype."""
+    labels = arrays.convert(labels, logits.data)
+    return arrays.astype(labels, logits.dtype) if arrays.is_floating(labels) else labels
+
+
+def _hits(logits: Array, labels: Array) -> Array:
+    """How many rows of logits are largest where the label is."""
+    xp = arrays.namespace(logits)
+    if labels.ndim == 2:
+        labels = xp.argmax(labels, axis=1)
+    return xp.sum(xp.astype(xp.argmax(logits, axis=1) == labels, xp.int64))

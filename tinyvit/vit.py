@@ -1,0 +1,307 @@
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), with the parameter names of timm's checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyvit import arrays, nn
+from tinyvit import functional as F
+from tinyvit.ops import broadcast_to, concat, tanh
+from tinyvit.tensor import Array, Tensor
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """All that it takes to build a VisionTransformer.
+
+    Attributes:
+        image_size, patch_size: pixels, one number or (height, width); kept as pairs.
+        in_chans: channels of a picture.
+        num_classes: outputs; 0 gives the feature before the head.
+        embed_dim, depth, num_heads: width of a token, number of blocks, heads of each attention.
+        mlp_ratio: width of an MLP's hidden layer over embed_dim.
+        qkv_bias: whether queries, keys and values have biases.
+        class_token: whether a learned token stands before the patches.
+        reg_tokens: how many register tokens stand behind it (Darcet et al. 2023, arXiv:2309.16588).
+        distilled: a distillation token and a second head (Touvron et al. 2020, arXiv:2012.12877).
+        no_embed_class: position embeddings for the patches only.
+        pos_embed: "learn", or "sincos2d" for fixed sines and cosines (Chen et al. 2021, arXiv:2104.02057).
+        global_pool: "token" takes the class token, "avg" the mean of the patches.
+        act: "gelu" (exact) or "gelu_tanh".
+        norm_eps: epsilon of all layer norms.
+        init_values: start value of layer scale, None for none.
+        representation_size: width of a tanh layer before the head (pre_logits), None for none.
+        drop_rate: dropout before the head; pos_drop_rate: after the position embeddings; proj_drop_rate: after each
+            attention's projection and in each MLP; attn_drop_rate: of attention weights.
+        drop_path: probability of dropping a residual branch of the last block, rising linearly from 0 in the first.
+    """
+
+    image_size: Size = 224
+    patch_size: Size = 16
+    in_chans: int = 3
+    num_classes: int = 1000
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    class_token: bool = True
+    reg_tokens: int = 0
+    distilled: bool = False
+    no_embed_class: bool = False
+    pos_embed: str = "learn"
+    global_pool: str = "token"
+    act: str = "gelu"
+    norm_eps: float = 1e-6
+    init_values: float | None = None
+    representation_size: int | None = None
+    drop_rate: float = 0.0
+    pos_drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    proj_drop_rate: float = 0.0
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+        (height, width), (h, w) = self.image_size, self.patch_size
+        for name, low in (("in_chans", 1), ("embed_dim", 1), ("depth", 1), ("num_heads", 1), ("num_classes", 0), ("reg_tokens", 0)):  # fmt: skip
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}")
+        if min(height, width, h, w) < 1:
+            raise ValueError(f"image_size and patch_size must be positive, got {height}x{width} and {h}x{w}")
+        if height % h or width % w:
+            raise ValueError(f"image size {height}x{width} is not divisible by patch size {h if h == w else f'{h}x{w}'}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        for name, choices in (("pos_embed", ("learn", "sincos2d")), ("global_pool", ("token", "avg")), ("act", ("gelu", "gelu_tanh"))):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.global_pool == "token" and not self.class_token:
+            raise ValueError('global_pool "token" needs class_token=True; without one use global_pool="avg"')
+        if self.distilled and not self.class_token:
+            raise ValueError("a distilled model needs class_token=True")
+        if self.pos_embed == "sincos2d" and self.embed_dim % 4:
+            raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
+        for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in 0 ... 1 (1 excluded), got {getattr(self, name)}")
+        if not self.mlp_ratio > 0 or self.mlp_dim < 1:
+            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: class, distillation and register tokens."""
+        return int(self.class_token) + int(self.distilled) + self.reg_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    def replace(self, **changes: object) -> ViTConfig:
+        """A copy with other values.
+
+        Raises:
+            TypeError: an unknown field.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"unknown model setting {name!r}; known are {', '.join(sorted(known))}")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for JSON; `ViTConfig(**d)` takes them back."""
+        return dataclasses.asdict(self)
+
+
+class PatchEmbed(nn.Module):
+    """Pictures (B, C, H, W) -> patch tokens (B, N, D)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        self.proj = PatchProjection(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.patch_embed(images, self.proj.weight, self.proj.bias)
+
+
+class PatchProjection(nn.Module):
+    """The weight (D, C, h, w) and bias (D,) of the patch embedding."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        self.weight = nn.Parameter(nn.lecun_normal((config.embed_dim, config.in_chans, *config.patch_size)))
+        self.bias = nn.Parameter(np.zeros(config.embed_dim, np.float32))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        dim = config.embed_dim
+        self.num_heads = config.num_heads
+        self.attn_drop_rate = config.attn_drop_rate
+        # Queries, keys and values share one matrix but are initialised as three.
+        self.qkv = nn.Linear(dim, 3 * dim, config.qkv_bias, lambda shape: nn.xavier_uniform(shape, fan_out=dim))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(config.proj_drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)  # (B, N, 3 D)
+        y = F.qkv_attention(qkv, self.num_heads, dropout=self.attn_drop_rate, training=self.training)  # (B, N, D)
+        return self.proj_drop(self.proj(y))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        self.approximate = "tanh" if config.act == "gelu_tanh" else "none"
+        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
+        for layer in (self.fc1, self.fc2):
+            layer.bias.data = nn.normal(layer.bias.shape, std=1e-6)
+        self.drop = nn.Dropout(config.proj_drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(x), self.approximate)  # (B, N, mlp_dim)
+        return self.drop(self.fc2(self.drop(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTConfig, drop_path: float) -> None:
+        def layer_scale() -> nn.Module:
+            return nn.Identity() if config.init_values is None else nn.LayerScale(config.embed_dim, config.init_values)
+
+        self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = layer_scale()
+        self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.mlp = Mlp(config)
+        self.ls2 = layer_scale()
+        self.drop_path = nn.DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class VisionTransformer(nn.Module):
+    """Pictures (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes is 0."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        self.config = config
+        dim = config.embed_dim
+        embedded = config.num_patches + (0 if config.no_embed_class else config.num_prefix_tokens)
+        self.cls_token = nn.Parameter(np.zeros((1, 1, dim), np.float32)) if config.class_token else None
+        self.dist_token = nn.Parameter(np.zeros((1, 1, dim), np.float32)) if config.distilled else None
+        self.reg_token = nn.Parameter(nn.normal((1, config.reg_tokens, dim), 1e-6)) if config.reg_tokens else None
+        if config.pos_embed == "learn":
+            self.pos_embed = nn.Parameter(nn.normal((1, embedded, dim), std=0.02))
+        else:
+            self.pos_embed = nn.Parameter(sincos2d(config.grid_size, dim, embedded), requires_grad=False)
+        self.pos_drop = nn.Dropout(config.pos_drop_rate)
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = [Block(config, rate) for rate in np.linspace(0.0, config.drop_path, config.depth).tolist()]
+        # As in timm: tokens are normalised before pooling, unless their mean is taken.
+        norm = nn.LayerNorm(dim, config.norm_eps)
+        pooled = config.global_pool == "avg"
+        self.norm = nn.Identity() if pooled else norm
+        self.fc_norm = norm if pooled else nn.Identity()
+        self.pre_logits = PreLogits(dim, config.representation_size) if config.representation_size else nn.Identity()
+        self.head_drop = nn.Dropout(config.drop_rate)
+        self.head = _head(config.representation_size or dim, config.num_classes)
+        self.head_dist = _head(dim, config.num_classes) if config.distilled else None
+
+    def forward(self, images: Tensor | Array) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor | Array) -> Tensor:
+        """Pictures (B, C, H, W) -> tokens (B, prefix + patches, D), normalised unless they are pooled by their mean."""
+        x = self.embed(self.patch_embed(self._images(images)))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Patch tokens (B, N, D) -> (B, prefix + N, D): prefix tokens in front, position embeddings added."""
+        tokens = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = [broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in tokens]
+        if self.config.no_embed_class:
+            x = concat([*prefix, x + self.pos_embed], axis=1)
+        else:
+            x = concat([*prefix, x], axis=1) + self.pos_embed
+        return self.pos_drop(x)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Tokens (B, prefix + patches, D) -> logits (B, num_classes); a distilled model gives the mean of its two heads."""
+        if self.config.global_pool == "avg":
+            pooled = x[:, self.config.num_prefix_tokens :].mean(axis=1)
+        else:
+            pooled = x[:, 0]
+        logits = self.head(self.head_drop(self.pre_logits(self.fc_norm(pooled))))
+        if self.head_dist is None or self.config.num_classes == 0:
+            return logits
+        return (logits + self.head_dist(self.head_drop(x[:, 1]))) * 0.5
+
+    def _images(self, images: Tensor | Array) -> Tensor:
+        """The pictures as a Tensor in the model's library and dtype."""
+        like = self.patch_embed.proj.weight.data
+        data = images.data if isinstance(images, Tensor) else images
+        if not arrays.is_array(data):
+            raise TypeError(f"expected an array of images (B, C, H, W), got {type(data).__name__}")
+        expected = (self.config.in_chans, *self.config.image_size)
+        if tuple(data.shape[1:]) != expected:
+            raise ValueError(f"expected images (B, {', '.join(map(str, expected))}), got {tuple(data.shape)}")
+        if not arrays.is_floating(data):
+            raise TypeError(f"expected floating images, scaled and normalised, got {data.dtype}")
+        if isinstance(images, Tensor) and images.requires_grad:
+            return images if images.dtype == like.dtype else images.astype(like.dtype)
+        return Tensor(arrays.astype(arrays.convert(data, like), like.dtype))
+
+
+class PreLogits(nn.Module):
+    """The tanh layer before the head of models pre-trained on ImageNet-21k: (B, D) -> (B, representation_size)."""
+
+    def __init__(self, dim: int, representation_size: int) -> None:
+        self.fc = nn.Linear(dim, representation_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tanh(self.fc(x))
+
+
+def _head(dim: int, num_classes: int) -> nn.Module:
+    """A classifier of zeros, as in the paper (appendix B.1.1)."""
+    return nn.Linear(dim, num_classes, weight_init=lambda s: np.zeros(s, np.float32)) if num_classes else nn.Identity()
+
+
+def sincos2d(grid_size: tuple[int, int], dim: int, length: int, temperature: float = 10_000.0) -> np.ndarray:
+    """Sines and cosines of a patch's column and row (Chen et al. 2021, arXiv:2104.02057): (1, length, dim).
+
+    Rows before the patches' (prefix tokens) are zeros.
+    """
+    y, x = np.mgrid[: grid_size[0], : grid_size[1]].reshape(2, -1, 1)
+    omega = temperature ** -(np.arange(dim // 4) / max(dim // 4 - 1, 1))
+    table = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
+    prefix = np.zeros((length - len(table), dim))
+    return np.concatenate([prefix, table])[None].astype(np.float32)
