@@ -1,0 +1,77 @@
+"""Data sets: where they come from (`load_data`), what is done to a batch (`Augment`), and in which order (`Loader`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .base import Data, DataError, Split
+from .cifar import find_cifar10, load_cifar10
+from .download import cache_directory, fetch_cifar10
+from .folder import SMALL, load_folder
+from .loader import Loader
+from .picture import read_picture
+from .shapes import load_shapes
+from .splits import PictureTransform
+from .transforms import Augment
+
+__all__ = ["Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_picture"]
+
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+
+
+def load_data(
+    src: str | os.PathLike[str],
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    skip_corrupt: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    picture_transform: PictureTransform | None = None,
+) -> Data:
+    """The data set that `src` names.
+
+    - "shapes": ten classes of pictures drawn from `seed` (the test pictures are always the same).
+    - "cifar10": found in `cache_dir` ($TINYVIT_CACHE, else the platform's), or downloaded into it.
+    - a directory in CIFAR-10's binary or Python layout, or one that holds it under its usual name.
+    - an image folder: `train/CLASS/*` with `test/CLASS/*` (or val, validation, valid), or just `CLASS/*`, of which
+      `val_fraction` of each class, drawn from `seed`, becomes the test split.
+
+    `image_size` (one number or height and width) defaults to the pictures' own if all of them share one of at most
+    64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
+    `picture_transform(picture, rng)` on Pillow pictures. An unreadable picture is an error, unless `skip_corrupt`: then it
+    is left out and listed in the split's `skipped`. Raises DataError with a one-line message.
+    """
+    if src == "shapes":
+        return load_shapes(image_size, seed)
+    if src == "cifar10":
+        cache = Path(cache_dir) if cache_dir is not None else cache_directory()
+        return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size)
+    path = Path(src).expanduser()
+    if not path.exists():
+        raise DataError(f"no data at {src}: expected shapes, cifar10 or a directory")
+    if not path.is_dir():
+        kind = (
+            "an archive: unpack it and give the directory"
+            if path.suffix.lower() in ARCHIVES
+            else "a file, not a directory"
+        )
+        raise DataError(f"{src} is {kind}")
+    if (batches := find_cifar10(path)) and not (batches != path and (path / "train").is_dir()):
+        return load_cifar10(batches, image_size)
+    return load_folder(
+        path,
+        image_size=image_size,
+        val_fraction=val_fraction,
+        seed=seed,
+        skip_corrupt=skip_corrupt,
+        picture_transform=picture_transform,
+    )
+
+
+def default_augment(data: Data) -> Augment:
+    """The training recipe for `data`: flips, and for small pictures a shift by up to an eighth (pad-and-crop)."""
+    small = max(data.image_size) <= SMALL
+    padding = min(data.image_size) // 8 if small else 0
+    return Augment(data.mean, data.std, flip=True, padding=padding, num_classes=len(data.class_names))

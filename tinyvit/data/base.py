@@ -1,0 +1,79 @@
+"""What a data set is: two splits of uint8 pictures, the class names, and the training pictures' mean and std."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class DataError(Exception):
+    """Data that cannot be used; the message is one line that says what was found and what was expected."""
+
+
+class Split(Protocol):
+    """One part of a data set, read by index."""
+
+    labels: np.ndarray  # (N,) int64
+    skipped: list[str]  # unreadable pictures left out on request
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Pictures (B, C, H, W) uint8 at `indices`; with `rng`, as training wants them (random crops)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set with a training and a test split.
+
+    `mean` and `std` are those of the training pictures, one per channel, in units of 0..1. `image_size` is
+    (height, width). `fingerprint` identifies the data: the same pictures give the same string, wherever they lie.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    in_chans: int
+    fingerprint: str
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image size given as one number or two."""
+    height, width = (size, size) if isinstance(size, int | np.integer) else size
+    if height < 1 or width < 1:
+        raise DataError(f"image size {height}x{width} given, expected at least 1x1")
+    return int(height), int(width)
+
+
+def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation per channel, in units of 0..1, of uint8 batches (B, C, H, W).
+
+    Sums are exact integers, so neither the batch size nor the order matters. A channel that never varies gets
+    the standard deviation 1, so that dividing by it is harmless.
+    """
+    count, total, squares = 0, 0, 0
+    for batch in batches:
+        values = np.moveaxis(batch, 1, 0).reshape(batch.shape[1], -1)  # (C, B*H*W)
+        count += values.shape[1]
+        total = total + values.sum(axis=1, dtype=np.int64)
+        squares = squares + (values.astype(np.uint16) ** 2).sum(axis=1, dtype=np.int64)
+    mean = total / (255 * count)
+    variance = squares / (255**2 * count) - mean**2
+    constant = count * squares == total * total
+    std = np.where(constant, 1.0, np.sqrt(np.maximum(variance, 0)))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def in_batches(images: np.ndarray, limit: int = 1 << 24) -> Iterator[np.ndarray]:
+    """Slices of `images` (N, C, H, W) of about `limit` bytes."""
+    step = max(1, limit // max(1, images[0].nbytes))
+    for start in range(0, len(images), step):
+        yield images[start : start + step]

@@ -1,0 +1,119 @@
+"""Fetching CIFAR-10: resumed where it broke off, checked, unpacked beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .base import DataError
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as given on the page it comes from
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+
+TRIES = 4
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 18
+
+
+def cache_directory() -> Path:
+    """$TINYVIT_CACHE, else `tinyvit` in the platform's cache directory."""
+    if chosen := os.environ.get("TINYVIT_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library/Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "tinyvit"
+
+
+def fetch_cifar10(cache: Path) -> Path:
+    """Download CIFAR-10 into `cache`; returns the directory of its batch files. Raises DataError in one line."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        archive = cache / CIFAR10_URL.rpartition("/")[2]
+        if not archive.exists():
+            download(CIFAR10_URL, archive, CIFAR10_MD5)
+        folder = unpack(archive, CIFAR10_FOLDER)
+        archive.unlink()
+        return folder
+    except (OSError, http.client.HTTPException, tarfile.TarError, DataError) as error:
+        raise DataError(
+            f"cannot fetch CIFAR-10 into {cache}: {describe(error)}; give --data DIR with a copy of it, or try --data shapes"
+        ) from error
+
+
+def describe(error: Exception) -> str:
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def download(url: str, path: Path, md5: str) -> None:
+    """Fetch `url` to `path`, which appears only once whole and checked.
+
+    What has arrived lies in `path` + ".part", and the next try or the next run goes on from there.
+    """
+    part = path.with_name(path.name + ".part")
+    for attempt in range(TRIES):
+        try:
+            receive(url, part)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) or attempt == TRIES - 1 or not part.exists():
+                raise
+            time.sleep(2**attempt / 2)
+    with open(part, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    if found != md5:
+        part.unlink()
+        raise DataError(f"{url} has the MD5 sum {found}, expected {md5}")
+    os.replace(part, path)
+
+
+def receive(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of `url`; raises OSError when the connection ends early."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "tinyvit"} | ({"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing lies beyond what we have
+            raise
+        return
+    with response:
+        if response.status != 206:  # the server sends all of it again
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
+        with bar, open(part, "ab" if have else "wb") as file:
+            while block := response.read(CHUNK):
+                file.write(block)
+                have += len(block)
+                bar.update(len(block))
+    if total is not None and have < total:
+        raise ConnectionError(f"the connection ended after {have:,} of {total:,} bytes; run again to go on from there")
+
+
+def unpack(archive: Path, folder: str) -> Path:
+    """The directory `folder` out of a tar archive, placed beside it whole or not at all."""
+    target = archive.parent / folder
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as beside:
+        with tarfile.open(archive) as tar:
+            tar.extractall(beside, filter="data")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(Path(beside) / folder, target)
+    return target

@@ -1,0 +1,77 @@
+"""Batches in a deterministic order, the next ones prepared in a thread while the caller computes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from .base import Split
+
+AHEAD = 2  # batches prepared beyond the one in the caller's hands
+ORDER, BATCH = 1, 2  # separate the random streams of an epoch's order and of its batches
+
+Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[Any, Any]]
+
+
+class Loader:
+    """Iterates over a split in batches; what a batch holds depends only on (seed, epoch, batch number).
+
+    `transform(images, labels, rng)` turns uint8 (B, C, H, W) pictures into what the model takes (see Augment).
+    `shuffle` is training: a new order every epoch, and pictures read with random crops where the split has them.
+    `drop_last` leaves out a last batch that is not full.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        transform: Transform,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} given, expected at least 1")
+        self.split = split
+        self.batch_size = batch_size
+        self.transform = transform
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        full, rest = divmod(len(self.split), self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Any, Any]]:
+        """The (images, labels) of one epoch from batch `first_batch` on.
+
+        An error in the thread is raised here; a caller that stops early leaves no thread behind.
+        """
+        order = np.arange(len(self.split))
+        if self.shuffle:
+            np.random.default_rng([ORDER, self.seed, epoch]).shuffle(order)
+
+        pending: deque[Future[tuple[Any, Any]]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="tinyvit-loader") as pool:
+            try:
+                for number in range(first_batch, len(self)):
+                    pending.append(pool.submit(self._batch, order, epoch, number))
+                    if len(pending) > AHEAD:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _batch(self, order: np.ndarray, epoch: int, number: int) -> tuple[Any, Any]:
+        rng = np.random.default_rng([BATCH, self.seed, epoch, number])
+        indices = order[number * self.batch_size : (number + 1) * self.batch_size]
+        images = self.split.read(indices, rng if self.shuffle else None)
+        return self.transform(images, self.split.labels[indices], rng)

@@ -1,0 +1,125 @@
+"""One picture file to one uint8 RGB array: colour modes, bit depths, EXIF rotation, resize and crop."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from .base import DataError, pair
+from .picture_transforms import centre_crop, resize, resize_to_cover
+
+# A picture of more than Image.MAX_IMAGE_PIXELS (89 million) pixels is an error here, not a warning followed by
+# gigabytes of memory. The filter is process-wide because threads cannot have their own.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+ORIENTATION = 0x0112  # the EXIF tag; below, what undoes each of its values
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_picture(
+    source: str | os.PathLike[str] | BinaryIO,
+    image_size: int | tuple[int, int],
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> np.ndarray:
+    """Decode a picture for evaluation: uint8 (3, H, W), with timm's words for how it is cut.
+
+    The picture is resized until it covers `image_size / crop_pct` ("center": keeping its aspect ratio; "squash": to
+    exactly that) and the centre is cut out. `crop_pct` defaults to 0.875 (256 -> 224) for sizes over 64, else to 1.
+    Raises DataError, naming the file, when it cannot be decoded.
+    """
+    size = pair(image_size)
+    picture = fit(open_rgb(source), size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
+    return to_array(picture)
+
+
+def open_rgb(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+    """Decode `source` into an upright RGB picture (of an animation, the first frame).
+
+    Transparency is laid on white; 16-bit, 32-bit and float greys are scaled, not clipped.
+    Raises DataError, naming the file, when it cannot be decoded.
+    """
+    try:
+        with Image.open(source) as picture:
+            picture.load()
+            orientation = exif_orientation(picture)
+            rgb = to_rgb(picture)
+    except Exception as error:  # broken files make Pillow's decoders raise nearly anything
+        name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
+        raise DataError(f"cannot read picture {name}: {reason(error)}") from error
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def reason(error: Exception) -> str:
+    """The error's message as one short line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def exif_orientation(picture: Image.Image) -> int:
+    try:
+        return picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # a broken EXIF block does not spoil the picture
+        return 1
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return Image.fromarray(to_8_bits(np.asarray(picture))).convert("RGB")
+    if picture.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Scale grey values to uint8: white is 65535 for integers, 1 or 255 for floats, or the picture's own maximum
+    if that is higher."""
+    whites = (1, 255) if grey.dtype.kind == "f" else (65535,)
+    grey = np.nan_to_num(grey.astype(np.float64), posinf=0, neginf=0)
+    highest = grey.max(initial=0)
+    white = next((white for white in whites if highest <= white), highest)
+    return np.rint(np.maximum(grey, 0) * (255 / white)).astype(np.uint8)
+
+
+def fit(
+    picture: Image.Image,
+    size: tuple[int, int],
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> Image.Image:
+    """Resize and centre-crop an RGB picture to `size` (height, width), as read_picture describes."""
+    if crop_mode not in ("center", "squash"):
+        raise DataError(f"crop mode {crop_mode!r} given, expected 'center' or 'squash'")
+    if crop_pct is None:
+        crop_pct = 0.875 if max(size) > 64 else 1.0
+    if not 0 < crop_pct <= 1:
+        raise DataError(f"crop_pct {crop_pct} given, expected more than 0 and at most 1")
+    larger = (int(size[0] / crop_pct), int(size[1] / crop_pct))
+    resized = (resize if crop_mode == "squash" else resize_to_cover)(picture, larger, interpolation)
+    return centre_crop(resized, size)
+
+
+def to_array(picture: Image.Image) -> np.ndarray:
+    """uint8 (3, H, W) of an RGB picture."""
+    return np.ascontiguousarray(np.asarray(picture).transpose(2, 0, 1))

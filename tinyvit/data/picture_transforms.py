@@ -1,0 +1,98 @@
+"""Transforms of one Pillow picture; sizes are (height, width), random decisions come from an explicit generator."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from .base import DataError
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+LONGEST = 16  # a strip longer than this many times its width is trimmed before it is resized to cover a square
+
+
+def resampling(name: str) -> Image.Resampling:
+    if name not in INTERPOLATIONS:
+        raise DataError(f"interpolation {name!r} given, expected one of {', '.join(INTERPOLATIONS)}")
+    return INTERPOLATIONS[name]
+
+
+def resize(picture: Image.Image, size: tuple[int, int], interpolation: str = "bicubic") -> Image.Image:
+    """Resize to exactly `size`."""
+    height, width = size
+    if picture.size == (width, height):
+        return picture
+    return picture.resize((width, height), resampling(interpolation))
+
+
+def resize_to_cover(picture: Image.Image, size: tuple[int, int], interpolation: str = "bicubic") -> Image.Image:
+    """Resize, keeping the aspect ratio, to the smallest picture that covers `size`."""
+    short = min(picture.size)
+    picture = centre_crop(picture, (min(picture.height, LONGEST * short), min(picture.width, LONGEST * short)))
+    height, width = size
+    if height * picture.width >= width * picture.height:
+        width = max(width, height * picture.width // picture.height)
+    else:
+        height = max(height, width * picture.height // picture.width)
+    return resize(picture, (height, width), interpolation)
+
+
+def centre_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle `size` of a picture that is at least as large."""
+    height, width = size
+    if height > picture.height or width > picture.width:
+        raise DataError(f"cannot crop {height}x{width} from a picture of {picture.height}x{picture.width}")
+    if (width, height) == picture.size:
+        return picture
+    top, left = round((picture.height - height) / 2), round((picture.width - width) / 2)
+    return picture.crop((left, top, left + width, top + height))
+
+
+def random_resized_crop(
+    picture: Image.Image,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    interpolation: str = "bicubic",
+) -> Image.Image:
+    """Resize a random part of the picture to `size` (Szegedy et al. 2014, "Going deeper with convolutions", section 6).
+
+    `scale` bounds the part's share of the area, `ratio` its width / height (drawn evenly on a log scale).
+    """
+    area = picture.width * picture.height
+    for _ in range(10):
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        part = area * rng.uniform(*scale)
+        width, height = round(math.sqrt(part * aspect)), round(math.sqrt(part / aspect))
+        if 0 < width <= picture.width and 0 < height <= picture.height:
+            break
+    else:  # a very long picture: the largest centred part whose ratio is allowed
+        width = min(picture.width, max(1, round(picture.height * ratio[1])))
+        height = min(picture.height, max(1, round(picture.width / ratio[0])))
+    left = int(rng.integers(picture.width - width + 1))
+    top = int(rng.integers(picture.height - height + 1))
+    box = (left, top, left + width, top + height)
+    return picture.resize((size[1], size[0]), resampling(interpolation), box=box)
+
+
+def random_rotation(picture: Image.Image, rng: np.random.Generator, degrees: float) -> Image.Image:
+    """Rotate by a random angle within +-`degrees`; the corners that appear are black."""
+    return picture.rotate(rng.uniform(-degrees, degrees), Image.Resampling.BILINEAR)
+
+
+def random_zoom(picture: Image.Image, rng: np.random.Generator, factors: tuple[float, float]) -> Image.Image:
+    """Magnify about the centre by a random factor (even on a log scale); below 1 a black border appears."""
+    factor = math.exp(rng.uniform(math.log(factors[0]), math.log(factors[1])))
+    width, height = picture.size
+    left, top = (width - width / factor) / 2, (height - height / factor) / 2
+    matrix = (1 / factor, 0, left, 0, 1 / factor, top)
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)

@@ -1,0 +1,117 @@
+"""Where a split's pictures come from: memory, memory and a resize, or files."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from .base import DataError
+from .picture import fit, open_rgb, to_array
+
+T, R = TypeVar("T"), TypeVar("R")
+PictureTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Pictures held in memory: `images` (N, C, H, W) uint8, `labels` (N,) int64."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    skipped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Pictures (B, C, H, W) uint8; the same with and without `rng`."""
+        return self.images[indices]
+
+
+@dataclass(frozen=True)
+class ResizedSplit:
+    """Pictures held in memory, `images` (N, 3, h, w) uint8, and resized to `size` when they are read."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    size: tuple[int, int]
+    skipped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Pictures (B, 3, H, W) uint8; the same with and without `rng`."""
+
+        def resized(index: int) -> np.ndarray:
+            return to_array(fit(Image.fromarray(self.images[index].transpose(1, 2, 0)), self.size, crop_pct=1.0))
+
+        return stack(in_threads(resized, indices), self.size)
+
+
+@dataclass(frozen=True)
+class FileSplit:
+    """Pictures read from `files` whenever they are asked for, at `size` (height, width).
+
+    They are resized and centre-cropped; for training (`rng` given) each goes through `transform` before.
+    """
+
+    files: list[Path]
+    labels: np.ndarray
+    size: tuple[int, int]
+    transform: PictureTransform | None
+    skipped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Pictures (B, 3, H, W) uint8. Raises DataError naming a file that cannot be read."""
+        rngs = [None] * len(indices) if rng is None else rng.spawn(len(indices))
+        return stack(in_threads(self._picture, zip(indices, rngs)), self.size)
+
+    def _picture(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
+        index, rng = task
+        try:
+            picture = open_rgb(self.files[index])
+        except DataError as error:
+            raise DataError(f"{error}{SKIP_HINT}") from error
+        if rng is None or self.transform is None:
+            return to_array(fit(picture, self.size))
+        return to_array(fit(self.transform(picture, rng), self.size, crop_pct=1.0))
+
+
+SKIP_HINT = " (--skip-corrupt leaves such pictures out)"
+
+
+def stack(pictures: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """(B, 3, H, W), also of no pictures at all."""
+    return np.stack([np.empty((3, *size), np.uint8), *pictures])[1:]
+
+
+def cpu_count() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map(work, items)` with the calls spread over the cores: results in order, few of them waiting at a time."""
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) > 2 * cpu_count():
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
