@@ -82,12 +82,8 @@ def test_fifty_steps_agree_with_torch(name, dtype, tolerance, data):
     params = [parameter(layout(x)) for x in start]
     references = [torch.nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in start]
     scale, decay = 0.3, 0.02
-    opt = ours(
-        [{"params": params[:1], "lr_scale": scale, "weight_decay": decay}, {"params": params[1:]}], **options
-    )
-    reference = theirs(
-        [{"params": references[:1], "weight_decay": decay}, {"params": references[1:]}], **options
-    )
+    opt = ours([{"params": params[:1], "lr_scale": scale, "weight_decay": decay}, {"params": params[1:]}], **options)
+    reference = theirs([{"params": references[:1], "weight_decay": decay}, {"params": references[1:]}], **options)
     for step in range(STEPS):
         opt.lr = options["lr"] * (1 - step / STEPS)
         for group, factor in zip(reference.param_groups, (scale, 1.0), strict=True):
@@ -291,9 +287,7 @@ def test_a_model_that_changed_its_dtype_is_noticed():
     p = parameter(np.ones(2))
     opt = optim.AdamW([p])
     p.data, p.grad = np.ones(2, np.float32), np.ones(2, np.float32)
-    with pytest.raises(
-        TypeError, match="the optimizer's m of parameter 0 is float64, the parameter is float32"
-    ):
+    with pytest.raises(TypeError, match="the optimizer's m of parameter 0 is float64, the parameter is float32"):
         opt.step()
 
 
@@ -316,6 +310,10 @@ def test_param_groups_spare_vectors_tokens_and_position_embeddings():
     assert len(spared["params"]) == len(shapes) - 3
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.05, 0.0)
     optim.AdamW([decayed, spared], lr=0.1)
+    for name in names.values():
+        named[name].requires_grad = name == "head.bias"
+    (only,) = optim.param_groups(model, 0.05)
+    assert only == {"params": [named["head.bias"]], "weight_decay": 0.0}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-5)])
@@ -333,7 +331,10 @@ def test_clipping_agrees_with_torch(dtype, tolerance, shapes, layout, scale, lim
     for p, r in zip(params[1:], references[1:], strict=True):  # the first has no gradient
         p.grad = LAYOUTS[layout]((scale * rng.standard_normal(p.shape)).astype(dtype))
         r.grad = torch.tensor(p.grad.copy(), dtype=torch.float64)
-    norm = optim.clip_grad_norm(params, limit)
+    before = [p.grad for p in params[1:]]
+    norm = optim.clip_grad_norm(params, math.inf)
+    assert all(p.grad is g for p, g in zip(params[1:], before, strict=True))
+    assert optim.clip_grad_norm(params, limit) == norm
     assert isinstance(norm, float)
     assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(references, limit)), rel=1e-12)
     for p, r in zip(params[1:], references[1:], strict=True):
@@ -386,9 +387,7 @@ def test_warmup_cosine_agrees_with_torch(lr, final, warmup, rest):
 
 def test_cosine_without_warmup_agrees_with_torch():
     rates = [optim.WarmupCosine(0.3, STEPS)(step) for step in range(STEPS)]
-    expected = torch_rates(
-        lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=STEPS), 0.3, STEPS
-    )
+    expected = torch_rates(lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=STEPS), 0.3, STEPS)
     assert rates == pytest.approx(expected, rel=1e-10)
     assert optim.WarmupCosine(0.3, 4, 4)(4) == 0.0
 

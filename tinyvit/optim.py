@@ -150,7 +150,8 @@ class SGD(Optimizer):
     def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
         new, m = kernels.best(sgd, xp)(
             xp, p, g, slot.state.get("m"),
-            lr=self.lr * slot.lr_scale, momentum=self._momentum, nesterov=self._nesterov, weight_decay=slot.weight_decay,
+            lr=self.lr * slot.lr_scale, momentum=self._momentum, nesterov=self._nesterov,
+            weight_decay=slot.weight_decay,
         )  # fmt: skip
         return new, {} if m is None else {"m": m}
 
@@ -212,27 +213,28 @@ class Adam(AdamW):
 
 
 def param_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """The model's parameters in two groups: those to decay, and those to leave alone.
+    """The model's parameters that are not frozen in two groups: those to decay, and those to leave alone.
 
     Biases, norms and layer scale (all of one dimension), tokens and position embeddings get no weight decay.
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, p in model.named_parameters():
         undecayed = p.data.ndim <= 1 or name.endswith(("_token", "pos_embed"))
-        groups[undecayed]["params"].append(p)
+        if p.requires_grad:
+            groups[undecayed]["params"].append(p)
     return [group for group in groups if group["params"]]
 
 
 def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients together so that their common Euclidean norm is at most `max_norm`, as torch does.
 
-    Works in place on `.grad`, and adds the squares up in float64.
+    Works in place on `.grad`, and adds the squares up in float64. With `max_norm` infinite it only measures.
 
     Returns:
         The norm before. A norm that is not finite is returned as it is, with the gradients left as they are,
         so that the caller can see what is wrong with them.
     """
-    max_norm = _number("max_norm", max_norm)
+    max_norm = max_norm if max_norm == math.inf else _number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
     total = 0.0
     for p in with_grad:
