@@ -19,6 +19,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear",
+    "linear_gelu",
     "log_softmax",
     "patch_embed",
     "patchify",
@@ -38,11 +39,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out_features).
     """
-    if len(weight.shape) != 2 or len(x.shape) < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear expects x (..., in) and weight (out, in), got {_s(x)} and {_s(weight)}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"linear expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
+    _check_linear(x, weight, bias)
     return apply(reference.linear, x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(linear(x, weight, bias), approximate) in one operation: the first half of an MLP."""
+    _check_linear(x, weight, bias)
+    _check_approximate(approximate)
+    return apply(reference.linear_gelu, x, weight, bias, approximate=approximate)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -62,8 +67,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         x: any shape.
         approximate: "none" for the exact function (erf), "tanh" for 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
     """
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f'gelu expects approximate "none" or "tanh", got {approximate!r}')
+    _check_approximate(approximate)
     return apply(reference.gelu, x, approximate=approximate)
 
 
@@ -192,6 +196,18 @@ def cross_entropy(logits: Tensor, labels: Array | Tensor, label_smoothing: float
     if whole and arrays.on_host(labels) and ((labels < 0).any() or (labels >= logits.shape[1]).any()):
         raise ValueError(f"labels must lie in 0 ... {logits.shape[1] - 1}, got {int(labels.min())} ... {int(labels.max())}")
     return apply(reference.cross_entropy, logits, labels=labels, label_smoothing=label_smoothing)
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if len(weight.shape) != 2 or len(x.shape) < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear expects x (..., in) and weight (out, in), got {_s(x)} and {_s(weight)}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"linear expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
+
+
+def _check_approximate(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f'gelu expects approximate "none" or "tanh", got {approximate!r}')
 
 
 def _keep(x: Tensor | Array, p: float, training: bool, shape: tuple[int, ...]) -> Array | None:

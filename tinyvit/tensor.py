@@ -32,6 +32,8 @@ from tinyvit import arrays, kernels
 
 Array = Any  # an array of any library that follows the array API standard
 
+Source = Any  # a leaf Tensor, or (node, which of its outputs)
+
 _recording: ContextVar[bool] = ContextVar("tinyvit_recording", default=True)
 _order = itertools.count()  # numbers nodes by age; next() is atomic, so threads may share it
 
@@ -47,11 +49,15 @@ def no_grad() -> Iterator[None]:
 
 
 class Node:
-    """One recorded operation: where its inputs came from and how to carry a gradient back to them."""
+    """One recorded operation: where its inputs came from and how to carry a gradient back to them.
+
+    It refers to the operations that made its inputs, not to their Tensors, so that an array which no vjp saved is freed
+    as soon as nobody else holds it.
+    """
 
     __slots__ = ("inputs", "n_outputs", "name", "order", "seen", "vjp")
 
-    def __init__(self, name: str, inputs: tuple[Tensor | None, ...], vjp: Callable, n_outputs: int) -> None:
+    def __init__(self, name: str, inputs: tuple[Source | None, ...], vjp: Callable, n_outputs: int) -> None:
         self.order = next(_order)
         self.name = name
         self.inputs = inputs  # None where no gradient is wanted
@@ -89,7 +95,7 @@ class Tensor:
         grad: an array of the same shape and dtype, or None.
     """
 
-    __slots__ = ("__weakref__", "_changes", "_data", "_node", "_slot", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_changes", "_data", "_origin", "grad", "requires_grad")
     __array_ufunc__ = None  # NumPy leaves `array + tensor` to Tensor.__radd__
 
     def __init__(self, data: Array, requires_grad: bool = False) -> None:
@@ -106,8 +112,7 @@ class Tensor:
         self._data = data
         self.grad: Array | None = None
         self.requires_grad = requires_grad
-        self._node: Node | None = None
-        self._slot = 0  # which of the node's outputs this is
+        self._origin: tuple[Node, int] | None = None  # the operation that made it, and which of its outputs it is
         self._changes = [0]
 
     @property
@@ -146,7 +151,7 @@ class Tensor:
     @property
     def is_leaf(self) -> bool:
         """Whether no recorded operation made this tensor."""
-        return self._node is None
+        return self._origin is None
 
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array, wherever the tensor lives (not a copy if they are one already)."""
@@ -208,13 +213,13 @@ def apply(op: Callable, *inputs: Tensor | Array | float | None, **params: Any) -
     results = result if isinstance(result, tuple) else (result,)
     outputs = tuple(Tensor(np.asarray(r) if isinstance(r, np.generic) else r) for r in results)
     if True in needs:
-        parents = tuple(t if need else None for t, need in zip(inputs, needs, strict=True))
+        parents = tuple(_source(t) if need else None for t, need in zip(inputs, needs, strict=True))
         node = Node(op.__name__, parents, vjp, len(outputs))
         for t in (*inputs, *outputs):
             if isinstance(t, Tensor):
                 node.seen.append((t._changes, t._changes[0]))
-        for slot, t in enumerate(outputs):
-            t.requires_grad, t._node, t._slot = True, node, slot
+        for number, t in enumerate(outputs):
+            t.requires_grad, t._origin = True, (node, number)
     return outputs if isinstance(result, tuple) else outputs[0]
 
 
@@ -249,45 +254,41 @@ def _tape(output: Tensor) -> tuple[list[Node], list[Tensor]]:
     if not output.requires_grad:
         raise ValueError("this tensor has no graph to go back through: nothing it depends on requires a gradient")
     nodes: set[Node] = set()
-    leaves: dict[int, Tensor] = {}
-    pending = [output]
+    leaves: list[Tensor] = []
+    pending = [_source(output)]
     while pending:
-        t = pending.pop()
-        node = t._node
-        if node is None:
-            leaves[id(t)] = t
-        elif node not in nodes:
-            nodes.add(node)
-            pending.extend(p for p in node.inputs if p is not None)
-    return sorted(nodes, key=lambda node: node.order, reverse=True), list(leaves.values())
+        source = pending.pop()
+        if isinstance(source, Tensor):
+            leaves.append(source)
+        elif source[0] not in nodes:
+            nodes.add(source[0])
+            pending.extend(s for s in source[0].inputs if s is not None)
+    return sorted(nodes, key=lambda node: node.order, reverse=True), list(dict.fromkeys(leaves))
 
 
-def _key(t: Tensor) -> tuple[int, int]:
-    """What gradients are collected under: the node's output, or the leaf itself."""
-    return (id(t), -1) if t._node is None else (id(t._node), t._slot)
+def _source(t: Tensor) -> Source:
+    """Where a gradient of `t` goes: the output of the operation that made it, or the leaf itself."""
+    return t if t._origin is None else t._origin
 
 
 def _backward(
     output: Tensor, gradient: Array | Tensor | None, nodes: list[Node], targets: list[Tensor], retain_graph: bool
 ) -> list[Array]:
     """Carry `gradient` from `output` back through `nodes`; the gradients that reach `targets`."""
-    collected = {_key(output): _start(output, gradient)}
-    wanted = {_key(t) for t in targets}
+    collected = {_source(output): _start(output, gradient)}
+    wanted = {_source(t) for t in targets}
     for node in nodes:
-        keys = [(id(node), slot) for slot in range(node.n_outputs)]
-        dys = [collected.get(key) if key in wanted else collected.pop(key, None) for key in keys]
+        outputs = [(node, number) for number in range(node.n_outputs)]
+        dys = [collected.get(o) if o in wanted else collected.pop(o, None) for o in outputs]
         if all(dy is None for dy in dys):
             continue
         node.check_unchanged()
-        gradients = node.vjp(*dys)
-        for t, g in zip(node.inputs, gradients, strict=True):
-            if t is None:
-                continue
-            key = _key(t)
-            collected[key] = collected[key] + g if key in collected else g
+        for source, g in zip(node.inputs, node.vjp(*dys), strict=True):
+            if source is not None:
+                collected[source] = collected[source] + g if source in collected else g
         if not retain_graph:
             node.release()
-    return _distinct([collected.get(_key(t)) for t in targets], targets, gradient)
+    return _distinct([collected.get(_source(t)) for t in targets], targets, gradient)
 
 
 def _start(output: Tensor, gradient: Array | Tensor | None) -> Array:

@@ -182,7 +182,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc1(x), self.approximate)  # (B, N, mlp_dim)
+        x = F.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.approximate)  # (B, N, mlp_dim)
         return self.drop(self.fc2(self.drop(x)))
 
 

@@ -1,9 +1,276 @@
-"""Kernels for NumPy arrays."""
+"""Kernels for NumPy arrays: the reference's mathematics, arranged for a processor's caches.
+
+NumPy reads and writes whole arrays for every elementary step. Here a chain of steps runs over a block of rows that
+stays in the second-level cache, in place (`out=`), so that only its first read and last write go to memory; sums over
+rows and columns are products with vectors, which BLAS does faster than reductions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from tinyvit.kernels import numpy_optim
+import numpy as np
 
-KERNELS: dict[str, Callable] = {**numpy_optim.KERNELS}
+from tinyvit.kernels import numpy_optim, reference
+
+Array = np.ndarray
+VJP = Callable[..., tuple[Array | None, ...]]
+
+BLOCK = 1 << 15  # elements of a block: 128 KB in float32, so that half a dozen share a cache of 1 MB
+
+# Phi(-a) = exp(-a^2 / 2) N(a) / D(a) for a >= 0, highest power first: a rational least-maximum fit made for this file,
+# relative error below 4e-7 up to a = 5.5, absolute error below 2e-8 everywhere.
+_TAIL_N = (0.3987546813029143, 3.04632169539521, 9.729138102097622, 14.44213729346865)
+_TAIL_D = (1.0, 7.622105181023726, 25.564947005292456, 42.5045293985732, 28.8842754323339)
+_TAIL_END = 12.0  # Phi(-12) vanishes beside 1 even in float64
+
+
+def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ weight.T
+    if bias is not None:
+        np.add(y, bias, out=y)
+    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs)
+
+
+def _linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
+    saved_rows = rows if needs[1] else None
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dy = dy.reshape(-1, dy.shape[-1])
+        return (
+            (dy @ weight).reshape(shape) if needs[0] else None,
+            dy.T @ saved_rows if needs[1] else None,
+            np.ones(len(dy), dy.dtype) @ dy if needs[2] else None,
+        )
+
+    return vjp
+
+
+def linear_gelu(
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    if x.dtype != np.float32:
+        return reference.linear_gelu(xp, x, weight, bias, approximate=approximate, needs=needs)
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ weight.T
+    slope = np.empty_like(y) if True in needs else None
+    for piece, slope_piece, scratch in _pieces(y, slope):
+        np.add(piece, bias, out=piece)
+        _gelu(piece, piece, slope_piece, scratch, approximate)
+    linear_vjp = _linear_vjp(x.shape, rows, weight, needs)
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        return linear_vjp(np.multiply(dy.reshape(slope.shape), slope))
+
+    return y.reshape(*x.shape[:-1], len(weight)), vjp
+
+
+def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    if x.dtype != np.float32:
+        return reference.gelu(xp, x, approximate=approximate, needs=needs)
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1] if x.ndim else 1)
+    y = np.empty_like(flat)
+    slope = np.empty_like(flat) if needs[0] else None
+    first = 0
+    for piece, slope_piece, scratch in _pieces(flat, slope):
+        _gelu(piece, y[first : first + len(piece)], slope_piece, scratch, approximate)
+        first += len(piece)
+
+    def vjp(dy: Array) -> tuple[Array]:
+        return (dy * slope.reshape(dy.shape),)
+
+    return y.reshape(x.shape), vjp
+
+
+def _pieces(x: Array, slope: Array | None) -> Iterator[tuple[Array, Array | None, Array]]:
+    """Blocks of rows of `x` and of `slope`, each with scratch space for four such blocks."""
+    rows = max(1, BLOCK // max(1, x.shape[1]))
+    scratch = np.empty((4, min(rows, len(x)), x.shape[1]), x.dtype)
+    for start in range(0, len(x), rows):
+        stop = min(start + rows, len(x))
+        yield x[start:stop], None if slope is None else slope[start:stop], scratch[:, : stop - start]
+
+
+def _gelu(x: Array, y: Array, slope: Array | None, scratch: Array, approximate: str) -> None:
+    """gelu(x) into `y`, which may be `x`, and its derivative into `slope` where wanted."""
+    if approximate == "tanh":
+        _gelu_tanh(x, y, slope, scratch)
+    else:
+        _gelu_erf(x, y, slope, scratch)
+
+
+def _gelu_erf(x: Array, y: Array, slope: Array | None, scratch: Array) -> None:
+    """With a = |x| and q = Phi(-a): gelu(x) = max(x, 0) - a q, and its derivative is that of x > 0 mirrored at 1/2."""
+    a, e, q, d = scratch
+    d.fill(_TAIL_END)
+    np.abs(x, out=a)
+    np.minimum(a, d, out=a)  # an array: NumPy's minimum with a number is not vectorised
+    np.multiply(a, a, out=e)
+    np.multiply(e, -0.5, out=e)
+    np.exp(e, out=e)
+    _polynomial(_TAIL_N, a, q)
+    _polynomial(_TAIL_D, a, d)
+    np.divide(q, d, out=q)
+    np.multiply(q, e, out=q)
+    if slope is not None:  # 1/2 + sign(x) (1/2 - (q - a phi(a)))
+        np.multiply(e, 1.0 / math.sqrt(2.0 * math.pi), out=e)
+        np.multiply(e, a, out=e)
+        np.subtract(q, e, out=e)
+        np.subtract(0.5, e, out=e)
+        sign = np.bitwise_and(x.view(np.uint32), np.uint32(0x80000000), out=d.view(np.uint32))
+        np.bitwise_xor(e.view(np.uint32), sign, out=e.view(np.uint32))
+        np.add(e, 0.5, out=slope)
+    np.multiply(q, a, out=q)
+    d.fill(0.0)
+    np.maximum(x, d, out=y)
+    np.subtract(y, q, out=y)
+
+
+def _gelu_tanh(x: Array, y: Array, slope: Array | None, scratch: Array) -> None:
+    square, t, phi, rest = scratch
+    a, b = math.sqrt(2.0 / math.pi), 0.044715 * math.sqrt(2.0 / math.pi)
+    np.multiply(x, x, out=square)
+    np.multiply(square, b, out=t)
+    np.add(t, a, out=t)
+    np.multiply(t, x, out=t)
+    np.tanh(t, out=t)
+    np.multiply(t, 0.5, out=phi)
+    np.add(phi, 0.5, out=phi)
+    if slope is not None:  # phi + x (1 - t^2) (a + 3 b x^2) / 2
+        np.multiply(t, t, out=t)
+        np.subtract(1.0, t, out=t)
+        np.multiply(square, 1.5 * b, out=rest)
+        np.add(rest, 0.5 * a, out=rest)
+        np.multiply(rest, x, out=rest)
+        np.multiply(rest, t, out=rest)
+        np.add(rest, phi, out=slope)
+    np.multiply(x, phi, out=y)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Array, out: Array) -> None:
+    """Horner's scheme, highest power first."""
+    if coefficients[0] == 1.0:
+        np.add(x, coefficients[1], out=out)
+    else:
+        np.multiply(x, coefficients[0], out=out)
+        np.add(out, coefficients[1], out=out)
+    for c in coefficients[2:]:
+        np.multiply(out, x, out=out)
+        np.add(out, c, out=out)
+
+
+def layer_norm(
+    xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    dim = x.shape[-1]
+    rows = np.ascontiguousarray(x).reshape(-1, dim)
+    y = np.empty_like(rows)
+    recording = True in needs
+    normal = np.empty_like(rows) if recording else y
+    rstd = np.empty((len(rows), 1), x.dtype)
+    share = np.full(dim, 1.0 / dim, x.dtype)
+    for part in _row_blocks(rows):
+        n, r = normal[part], rstd[part]
+        np.subtract(rows[part], (rows[part] @ share)[:, None], out=n)
+        np.multiply(n, n, out=y[part]) if recording else None
+        square = y[part] if recording else n * n
+        np.matmul(square, share, out=r[:, 0])
+        np.add(r, eps, out=r)
+        np.sqrt(r, out=r)
+        np.divide(1.0, r, out=r)
+        np.multiply(n, r, out=n)
+        np.multiply(n, weight, out=y[part])
+        np.add(y[part], bias, out=y[part])
+
+    def vjp(dy: Array) -> tuple[Array, Array, Array]:
+        dy = np.ascontiguousarray(dy).reshape(-1, dim)
+        dx = np.empty_like(dy)
+        dweight, dbias = np.zeros((2, dim), dy.dtype)
+        mean_weight = weight * share
+        for part in _row_blocks(dy):
+            g, n = dy[part], normal[part]
+            ones = np.ones(len(g), dy.dtype)
+            product = g * n
+            dweight += ones @ product
+            dbias += ones @ g
+            along = product @ mean_weight  # mean of (dy * weight * normal)
+            out = np.multiply(g, weight, out=dx[part])
+            np.subtract(out, (g @ mean_weight)[:, None], out=out)
+            np.multiply(n, along[:, None], out=product)
+            np.subtract(out, product, out=out)
+            np.multiply(out, rstd[part], out=out)
+        return dx.reshape(x.shape), dweight, dbias
+
+    return y.reshape(x.shape), vjp
+
+
+def _row_blocks(rows: Array) -> Iterator[slice]:
+    """Slices of rows that hold about BLOCK elements."""
+    step = max(1, BLOCK // max(1, rows.shape[1]))
+    for start in range(0, len(rows), step):
+        yield slice(start, start + step)
+
+
+def qkv_attention(
+    xp: Any,
+    qkv: Array,
+    *,
+    num_heads: int,
+    mask: Array | None = None,
+    keep: Array | None = None,
+    needs: tuple[bool, ...],
+) -> tuple[Array, VJP]:
+    if mask is not None or keep is not None:
+        return reference.qkv_attention(xp, qkv, num_heads=num_heads, mask=mask, keep=keep, needs=needs)
+    batch, n, width = qkv.shape
+    dim = width // (3 * num_heads)
+    scale = 1.0 / math.sqrt(dim)
+    q, k, v = _heads(qkv, num_heads)  # views (B, H, N, D)
+    y = np.empty((batch, n, width // 3), qkv.dtype)
+    (out,) = _heads(y, num_heads, 1)
+    step = max(1, 2 * BLOCK // max(1, num_heads * n * n))  # samples whose weights fit the cache
+    samples = [slice(i, i + step) for i in range(0, batch, step)]
+    p = np.empty((batch if needs[0] else min(step, batch), num_heads, n, n), qkv.dtype)
+    ones = np.ones(n, qkv.dtype)
+    for part in samples:
+        w = p[part] if needs[0] else p[: len(q[part])]
+        np.matmul(q[part], k[part].swapaxes(2, 3), out=w)
+        np.subtract(w, np.maximum.reduce(w, axis=3, keepdims=True), out=w)
+        np.multiply(w, scale, out=w)
+        np.exp(w, out=w)
+        np.divide(w, (w @ ones)[..., None], out=w)
+        np.matmul(w, v[part], out=out[part])
+
+    def vjp(dy: Array) -> tuple[Array]:
+        dqkv = np.empty(qkv.shape, qkv.dtype)
+        dq, dk, dv = _heads(dqkv, num_heads)
+        (dout,) = _heads(np.ascontiguousarray(dy), num_heads, 1)
+        scratch = np.empty((2, min(step, batch), num_heads, n, n), qkv.dtype)
+        for part in samples:
+            w = p[part]
+            ds, product = scratch[:, : len(w)]
+            np.matmul(dout[part], v[part].swapaxes(2, 3), out=ds)
+            np.multiply(ds, w, out=product)
+            np.subtract(ds, (product @ ones)[..., None], out=ds)
+            np.multiply(ds, w, out=ds)
+            np.multiply(ds, scale, out=ds)
+            np.matmul(ds, k[part], out=dq[part])
+            np.matmul(ds.swapaxes(2, 3), q[part], out=dk[part])
+            np.matmul(w.swapaxes(2, 3), dout[part], out=dv[part])
+        return (dqkv,)
+
+    return y, vjp
+
+
+def _heads(packed: Array, num_heads: int, parts: int = 3) -> Array:
+    """Views (parts, B, H, N, D) into (B, N, parts * H * D)."""
+    batch, n, width = packed.shape
+    return packed.reshape(batch, n, parts, num_heads, width // (parts * num_heads)).transpose(2, 0, 3, 1, 4)
+
+
+KERNELS: dict[str, Callable] = {
+    f.__name__: f for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention)
+} | numpy_optim.KERNELS

@@ -104,6 +104,15 @@ def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tup
     return x * phi, vjp
 
 
+def linear_gelu(
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    """gelu(x W^T + b): the first half of an MLP. x (..., I), weight (O, I), bias (O,) -> (..., O)."""
+    hidden, linear_vjp = linear(xp, x, weight, bias, needs=needs)
+    y, gelu_vjp = gelu(xp, hidden, approximate=approximate, needs=(True in needs,))
+    return y, lambda dy: linear_vjp(*gelu_vjp(dy))
+
+
 def softmax(xp: Any, x: Array, *, axis: int, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """exp(x) / sum(exp(x)) along one axis, with the largest entry subtracted first."""
     e = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
