@@ -53,12 +53,11 @@ def common_namespace(name: str, values: list[Any]) -> Any:
                 raise TypeError(f"{name} expects arrays or numbers, got {type(v).__name__}")
         if first is None:
             first = v
+        elif type(v) is not type(first) and namespace(v) is not namespace(first):
+            libraries = " and ".join(type(a).__module__.partition(".")[0] for a in (first, v))
+            raise TypeError(f"{name} expects arrays of one library, got {libraries}")
         elif v.dtype != first.dtype:
             raise TypeError(f"{name} expects arrays of one dtype, got {first.dtype} and {v.dtype}; use astype")
-        elif type(v) is not type(first):
-            raise TypeError(
-                f"{name} expects arrays of one library, got {type(first).__module__} and {type(v).__module__}"
-            )
     if first is None:
         raise TypeError(f"{name} expects at least one array")
     if fractional and not is_floating(first):
@@ -72,7 +71,9 @@ def to_numpy(x: Array) -> np.ndarray:
         return x
     if array_api_compat.is_cupy_array(x):
         return x.get()
-    return np.asarray(array_api_compat.to_device(x, "cpu")) if hasattr(x, "__array__") else np.from_dlpack(x)
+    if array_api_compat.is_torch_array(x):
+        x = x.detach().cpu()
+    return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
 
 
 def convert(x: Array, like: Array) -> Array:
@@ -83,6 +84,11 @@ def convert(x: Array, like: Array) -> Array:
         device = array_api_compat.device(like)
         return x if array_api_compat.device(x) == device else array_api_compat.to_device(x, device)
     return namespace(like).asarray(to_numpy(x), device=array_api_compat.device(like))
+
+
+def as_array(x: Array) -> Array:
+    """`x`, or if it is one of the scalars into which NumPy turns arrays without dimensions, such an array again."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
 
 
 def astype(x: Array, dtype: Any) -> Array:

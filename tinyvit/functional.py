@@ -90,7 +90,7 @@ def attention(
         q: queries (B, H, N, D).
         k: keys (B, H, M, D).
         v: values (B, H, M, E).
-        mask: broadcastable to (B, H, N, M): booleans (True: may look) or numbers that are added to the scores.
+        mask: broadcastable to (B, H, N, M): booleans (True: may look) or numbers of q's dtype, added to the scores.
         dropout: probability of zeroing an attention weight while `training`.
 
     Returns:
@@ -101,8 +101,9 @@ def attention(
         raise ValueError(
             f"attention expects q (B, H, N, D), k (B, H, M, D) and v (B, H, M, E), got {_s(q)}, {_s(k)} and {_s(v)}"
         )
-    keep = _keep(q, dropout, training, (q.shape[1], q.shape[2], k.shape[2]))
-    return apply(reference.attention, q, k, v, mask=_array(mask), keep=keep)
+    scores = (q.shape[1], q.shape[2], k.shape[2])
+    keep = _keep(q, dropout, training, scores)
+    return apply(reference.attention, q, k, v, mask=_mask(mask, q, scores), keep=keep)
 
 
 def qkv_attention(
@@ -120,8 +121,9 @@ def qkv_attention(
     """
     if len(qkv.shape) != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {_s(qkv)} with {num_heads} heads")
-    keep = _keep(qkv, dropout, training, (num_heads, qkv.shape[1], qkv.shape[1]))
-    return apply(reference.qkv_attention, qkv, num_heads=num_heads, mask=_array(mask), keep=keep)
+    scores = (num_heads, qkv.shape[1], qkv.shape[1])
+    keep = _keep(qkv, dropout, training, scores)
+    return apply(reference.qkv_attention, qkv, num_heads=num_heads, mask=_mask(mask, qkv, scores), keep=keep)
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -193,6 +195,8 @@ def cross_entropy(logits: Tensor, labels: Array | Tensor, label_smoothing: float
         )
     if not whole and labels.dtype != logits.dtype:
         raise TypeError(f"cross_entropy expects probabilities of dtype {logits.dtype}, got {labels.dtype}")
+    if whole:  # class numbers may not fit the labels' own dtype
+        labels = arrays.astype(labels, "int64")
     if whole and arrays.on_host(labels) and ((labels < 0).any() or (labels >= logits.shape[1]).any()):
         raise ValueError(f"labels must lie in 0 ... {logits.shape[1] - 1}, got {int(labels.min())} ... {int(labels.max())}")
     return apply(reference.cross_entropy, logits, labels=labels, label_smoothing=label_smoothing)
@@ -220,6 +224,20 @@ def _keep(x: Tensor | Array, p: float, training: bool, shape: tuple[int, ...]) -
     xp = arrays.namespace(x)
     mask = arrays.convert(random.keep_mask(p, x.shape[0], shape), x)
     return xp.astype(mask, x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+
+
+def _mask(mask: Tensor | Array | None, x: Tensor | Array, scores: tuple[int, ...]) -> Array | None:
+    """An attention mask in the library of `x`, for scores of shape (B, *scores)."""
+    if mask is None:
+        return None
+    x = _array(x)
+    mask = arrays.convert(_array(mask), x)
+    if mask.dtype != x.dtype and not arrays.namespace(mask).isdtype(mask.dtype, "bool"):
+        raise TypeError(f"attention expects a mask of booleans or of dtype {x.dtype}, got {mask.dtype}")
+    full = (x.shape[0], *scores)
+    if mask.ndim > 4 or any(n not in (1, m) for n, m in zip(reversed(mask.shape), reversed(full), strict=False)):
+        raise ValueError(f"attention expects a mask that broadcasts to {full}, got {_s(mask)}")
+    return mask
 
 
 def _array(x: Tensor | Array | None) -> Array | None:

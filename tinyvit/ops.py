@@ -36,9 +36,11 @@ def operation(op: Callable) -> Callable[..., Tensor]:
         if len(args) > len(names):
             raise TypeError(f"{op.__name__} takes at most {len(names)} arguments, got {len(args)}")
         inputs = list(args[:n_arrays])
-        inputs += [parameters.pop(name) for name in names[len(inputs) : n_arrays]]
-        parameters.update(zip(names[n_arrays:], args[n_arrays:], strict=False))
-        return apply(op, *inputs, **parameters)
+        for name in names[len(inputs) : n_arrays]:
+            if name not in parameters:
+                raise TypeError(f"{op.__name__} expects {', '.join(names[:n_arrays])}; {name} is missing")
+            inputs.append(parameters.pop(name))
+        return apply(op, *inputs, **dict(zip(names[n_arrays:], args[n_arrays:], strict=False)), **parameters)
 
     function.__signature__ = signature.replace(parameters=public, return_annotation=Tensor)  # type: ignore[attr-defined]
     return function
@@ -58,14 +60,14 @@ def _unbroadcast(xp: Any, g: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _binary(xp: Any, a: Array, b: Array, needs: tuple[bool, ...], da: Callable, db: Callable) -> VJP:
-    """The vjp of a broadcasting operation on two arrays from its two partial derivatives times dy."""
-    a_shape, b_shape = _shape(a), _shape(b)
-    partials = ((da, a_shape), (db, b_shape))
+    """The vjp of a broadcasting operation on two arrays from its two partial derivatives times dy.
+
+    A derivative that is not needed is dropped, and with it what it alone would keep alive.
+    """
+    partials = [(d, _shape(x)) if need else None for d, x, need in zip((da, db), (a, b), needs, strict=True)]
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
-        return tuple(
-            _unbroadcast(xp, d(dy), shape) if need else None for need, (d, shape) in zip(needs, partials, strict=True)
-        )
+        return tuple(None if p is None else _unbroadcast(xp, p[0](dy), p[1]) for p in partials)
 
     return vjp
 
@@ -182,12 +184,12 @@ def clip(
     """x limited to low ... high (numbers); the gradient passes where x lies within, the ends included."""
     inside = xp.ones_like(x, dtype=xp.bool)
     y = x
-    if high is not None:
-        inside = inside & (x <= high)
-        y = xp.where(y > high, xp.ones_like(y) * high, y)
     if low is not None:
         inside = inside & (x >= low)
         y = xp.where(y < low, xp.ones_like(y) * low, y)
+    if high is not None:
+        inside = inside & (x <= high)
+        y = xp.where(y > high, xp.ones_like(y) * high, y)
     return y, lambda dy: (xp.where(inside, dy, xp.zeros_like(dy)),)
 
 
@@ -210,6 +212,8 @@ def _where(xp: Any, a: Array, b: Array, *, condition: Array, needs: tuple[bool, 
 @operation
 def matmul(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The matrix product over the last two axes, the others broadcast; a vector is a row on the left, a column on the right."""
+    if not _shape(a) or not _shape(b):
+        raise ValueError(f"matmul expects arrays with at least one axis, got shapes {_shape(a)} and {_shape(b)}")
     a2 = a[None, :] if a.ndim == 1 else a
     b2 = b[:, None] if b.ndim == 1 else b
     y = a2 @ b2
@@ -310,6 +314,8 @@ def permute_dims(xp: Any, x: Array, *, axes: tuple[int, ...], needs: tuple[bool,
 
 def transpose(x: Tensor, axis1: int = -2, axis2: int = -1) -> Tensor:
     """Two axes exchanged, the last two if not said otherwise."""
+    if x.ndim < 2:
+        raise ValueError(f"transpose expects at least two axes, got shape {tuple(x.shape)}")
     axes = list(range(x.ndim))
     axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
     return permute_dims(x, tuple(axes))
@@ -325,6 +331,7 @@ def broadcast_to(xp: Any, x: Array, *, shape: tuple[int, ...], needs: tuple[bool
 @operation
 def getitem(xp: Any, x: Array, *, key: Any, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x[key] for integers, slices, None and ...; and for integer and boolean arrays where the library has them."""
+    key = tuple(map(_index, key)) if isinstance(key, tuple) else _index(key)
 
     def vjp(dy: Array) -> tuple[Array]:
         dx = xp.zeros_like(x)
@@ -335,6 +342,10 @@ def getitem(xp: Any, x: Array, *, key: Any, needs: tuple[bool, ...]) -> tuple[Ar
         return (dx,)
 
     return x[key], vjp
+
+
+def _index(key: Any) -> Any:
+    return key.data if isinstance(key, Tensor) else key
 
 
 def _has_array(key: Any) -> bool:
@@ -360,11 +371,20 @@ def _add_at(target: Array, key: Any, values: Array) -> None:
 
 def concat(tensors: Sequence[Tensor | Array], axis: int = 0) -> Tensor:
     """Tensors joined along an axis that they have."""
+    _check_parts("concat", tensors, 1)
     return apply(_concat, *tensors, axis=axis)
 
 
+def _check_parts(name: str, parts: Sequence[Tensor | Array], ndim: int) -> None:
+    for p in parts:
+        if not hasattr(p, "shape") or len(p.shape) < ndim:
+            got = f"shape {tuple(p.shape)}" if hasattr(p, "shape") else type(p).__name__
+            raise TypeError(f"{name} expects arrays of at least {ndim} dimensions, got {got}")
+
+
 def _concat(xp: Any, *parts: Array, axis: int, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    axis = axis % parts[0].ndim
+    y = xp.concat(parts, axis=axis)
+    axis = axis % y.ndim
     lengths = [p.shape[axis] for p in parts]
     before = (slice(None),) * axis
 
@@ -375,22 +395,24 @@ def _concat(xp: Any, *parts: Array, axis: int, needs: tuple[bool, ...]) -> tuple
             start += n
         return tuple(out)
 
-    return xp.concat(parts, axis=axis), vjp
+    return y, vjp
 
 
 def stack(tensors: Sequence[Tensor | Array], axis: int = 0) -> Tensor:
     """Tensors of one shape joined along a new axis."""
+    _check_parts("stack", tensors, 0)
     return apply(_stack, *tensors, axis=axis)
 
 
 def _stack(xp: Any, *parts: Array, axis: int, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    axis = axis % (parts[0].ndim + 1)
+    y = xp.stack(parts, axis=axis)
+    axis = axis % y.ndim
     before = (slice(None),) * axis
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         return tuple(dy[(*before, i, ...)] if need else None for i, need in enumerate(needs))
 
-    return xp.stack(parts, axis=axis), vjp
+    return y, vjp
 
 
 @operation

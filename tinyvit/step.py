@@ -76,8 +76,9 @@ class TrainStep:
         Returns:
             the mean loss over the batch before the update, without dimensions or history.
         """
-        if len(images) != len(labels) or len(images) == 0:
-            raise ValueError(f"expected as many labels as images and at least one, got {len(images)} and {len(labels)}")
+        batch, count = images.shape[0], labels.shape[0]
+        if batch != count or batch == 0:
+            raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
         if not self.model.training:
             self.model.train()
         loss, self.correct, self._gradients = self._differentiate(images, labels)
@@ -94,16 +95,17 @@ class TrainStep:
     @property
     def largest_grad(self) -> float:
         """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
-        return max((float(np.max(np.abs(arrays.to_numpy(g)))) for g in self._gradients if g.size), default=math.nan)
+        largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
+        return float(np.max(largest)) if largest else math.nan
 
     def _differentiate(self, images: Array, labels: Array) -> tuple[Array, int, list[Array]]:
         """Loss, hits and gradients of the batch, summed over its shards in their order."""
-        batch = len(images)
+        batch = images.shape[0]
 
         def shard(start: int, stop: int) -> tuple[Array, Array, list[Array]]:
             with random.scope(self.seed, self.step_index, start):
-                logits = self.model(images[start:stop])
-            targets = _labels(labels[start:stop], logits)
+                logits = self.model(images[start:stop, ...])
+            targets = _labels(labels[start:stop, ...], logits)
             loss = F.cross_entropy(logits, targets, self.label_smoothing) * ((stop - start) / batch)
             return loss.data, _hits(logits.data, targets), grad(loss, self.parameters)
 
@@ -142,20 +144,21 @@ def predict(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    training = model.training
+    modes = [(module, module.training) for _, module in model.named_modules()]
     model.eval()
     if not arrays.on_host(next(iter(model.parameters())).data):
         threads = 1
     try:
         with no_grad():
             parts = []
-            for first in range(0, max(len(images), 1), batch_size):
-                batch = images[first : first + batch_size]
-                plan = shards.plan(len(batch), threads, shards_per_batch)
-                parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop]).numpy())
+            for first in range(0, max(images.shape[0], 1), batch_size):
+                batch = images[first : first + batch_size, ...]
+                plan = shards.plan(batch.shape[0], threads, shards_per_batch)
+                parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).numpy())
             return np.concatenate(parts)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _labels(labels: Array, logits: Tensor) -> Array:

@@ -87,7 +87,8 @@ class Tensor:
     """An array and, where wanted, its gradient.
 
     Args:
-        data: an array of any array-API library, or a number or nested list (NumPy; floats become float32).
+        data: an array of any array-API library or a NumPy scalar, whose dtype is kept, or a Python number or nested
+            list (NumPy; floats become float32).
         requires_grad: whether `backward` shall fill `.grad`; only for floating dtypes.
 
     Attributes:
@@ -101,6 +102,7 @@ class Tensor:
     def __init__(self, data: Array, requires_grad: bool = False) -> None:
         if isinstance(data, Tensor):
             raise TypeError("Tensor expects an array, got a Tensor; use tensor.detach()")
+        data = arrays.as_array(data)
         if not arrays.is_array(data):
             data = np.asarray(data)
             if data.dtype == np.float64:
@@ -196,7 +198,7 @@ class Tensor:
         """
         nodes, leaves = _tape(self)
         for leaf, g in zip(leaves, _backward(self, gradient, nodes, leaves, retain_graph), strict=True):
-            leaf.grad = g if leaf.grad is None else leaf.grad + g
+            leaf.grad = g if leaf.grad is None else arrays.as_array(leaf.grad + g)
 
 
 def apply(op: Callable, *inputs: Tensor | Array | float | None, **params: Any) -> Any:
@@ -206,15 +208,19 @@ def apply(op: Callable, *inputs: Tensor | Array | float | None, **params: Any) -
     Returns a Tensor, or a tuple of Tensors if the operation returns a tuple of arrays.
     """
     values = [t._data if isinstance(t, Tensor) else t for t in inputs]
-    xp = arrays.common_namespace(op.__name__, values)
+    name = op.__name__.lstrip("_")
+    xp = arrays.common_namespace(name, values)
+    for key, value in params.items():
+        if isinstance(value, np.generic):
+            params[key] = value.item()  # a np.float64 scalar would turn float32 arrays into float64
     recording = _recording.get()
     needs = tuple(recording and isinstance(t, Tensor) and t.requires_grad for t in inputs)
     result, vjp = kernels.best(op, xp)(xp, *values, needs=needs, **params)
     results = result if isinstance(result, tuple) else (result,)
-    outputs = tuple(Tensor(np.asarray(r) if isinstance(r, np.generic) else r) for r in results)
-    if True in needs:
+    outputs = tuple(Tensor(r) for r in results)
+    if True in needs and arrays.is_floating(outputs[0]._data):
         parents = tuple(_source(t) if need else None for t, need in zip(inputs, needs, strict=True))
-        node = Node(op.__name__, parents, vjp, len(outputs))
+        node = Node(name, parents, vjp, len(outputs))
         for t in (*inputs, *outputs):
             if isinstance(t, Tensor):
                 node.seen.append((t._changes, t._changes[0]))
@@ -299,7 +305,9 @@ def _start(output: Tensor, gradient: Array | Tensor | None) -> Array:
                 f"a backward pass from shape {output.shape} needs a gradient to start from; only a single element does not"
             )
         return arrays.namespace(output._data).ones_like(output._data)
-    seed = gradient._data if isinstance(gradient, Tensor) else gradient
+    seed = arrays.as_array(gradient._data if isinstance(gradient, Tensor) else gradient)
+    if not arrays.is_array(seed):
+        raise TypeError(f"the starting gradient must be an array, got {type(seed).__name__}")
     if tuple(seed.shape) != output.shape or seed.dtype != output.dtype:
         raise ValueError(
             f"the starting gradient must have shape {output.shape} and dtype {output.dtype}, "
@@ -318,8 +326,7 @@ def _distinct(gradients: list[Array | None], targets: list[Tensor], start: Any) 
             g = xp.zeros_like(t._data)
         elif id(g) in given or not arrays.owns_memory(g):
             g = xp.asarray(g, copy=True)
-        elif isinstance(g, np.generic):
-            g = np.asarray(g)
+        g = arrays.as_array(g)
         given.add(id(g))
         out.append(g)
     return out

@@ -68,12 +68,13 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value, value) if isinstance(value, int) else tuple(value))
+            object.__setattr__(self, name, _pair(name, getattr(self, name)))
         (height, width), (h, w) = self.image_size, self.patch_size
         for name, low in (("in_chans", 1), ("embed_dim", 1), ("depth", 1), ("num_heads", 1), ("num_classes", 0), ("reg_tokens", 0)):  # fmt: skip
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}")
+        if self.representation_size is not None and self.representation_size < 1:
+            raise ValueError(f"representation_size must be at least 1, or None for none, got {self.representation_size}")
         if min(height, width, h, w) < 1:
             raise ValueError(f"image_size and patch_size must be positive, got {height}x{width} and {h}x{w}")
         if height % h or width % w:
@@ -85,8 +86,8 @@ class ViTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError('global_pool "token" needs class_token=True; without one use global_pool="avg"')
-        if self.distilled and not self.class_token:
-            raise ValueError("a distilled model needs class_token=True")
+        if self.distilled and self.global_pool != "token":
+            raise ValueError('a distilled model needs global_pool="token": its heads read the class and distillation tokens')
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
             raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
         for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"):
@@ -132,6 +133,13 @@ class ViTConfig:
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON; `ViTConfig(**d)` takes them back."""
         return dataclasses.asdict(self)
+
+
+def _pair(name: str, size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+        raise ValueError(f"{name} must be a whole number or a pair (height, width), got {size!r}")
+    return pair
 
 
 class PatchEmbed(nn.Module):
@@ -256,13 +264,13 @@ class VisionTransformer(nn.Module):
     def forward_head(self, x: Tensor) -> Tensor:
         """Tokens (B, prefix + patches, D) -> logits (B, num_classes); a distilled model gives the mean of its two heads."""
         if self.config.global_pool == "avg":
-            pooled = x[:, self.config.num_prefix_tokens :].mean(axis=1)
+            pooled = x[:, self.config.num_prefix_tokens :, :].mean(axis=1)
         else:
-            pooled = x[:, 0]
+            pooled = x[:, 0, :]
         logits = self.head(self.head_drop(self.pre_logits(self.fc_norm(pooled))))
         if self.head_dist is None or self.config.num_classes == 0:
             return logits
-        return (logits + self.head_dist(self.head_drop(x[:, 1]))) * 0.5
+        return (logits + self.head_dist(self.head_drop(x[:, 1, :]))) * 0.5
 
     def _images(self, images: Tensor | Array) -> Tensor:
         """The pictures as a Tensor in the model's library and dtype."""
@@ -296,9 +304,10 @@ def _head(dim: int, num_classes: int) -> nn.Module:
 
 
 def sincos2d(grid_size: tuple[int, int], dim: int, length: int, temperature: float = 10_000.0) -> np.ndarray:
-    """Sines and cosines of a patch's column and row (Chen et al. 2021, arXiv:2104.02057): (1, length, dim).
+    """Sines and cosines of a patch's column and row: (1, length, dim), with dim / 4 frequencies from 1 to 1 / temperature.
 
-    Rows before the patches' (prefix tokens) are zeros.
+    Chen et al. 2021 (arXiv:2104.02057), in the form of Beyer et al. 2022 (arXiv:2205.01580). Rows before the patches'
+    (prefix tokens) are zeros.
     """
     y, x = np.mgrid[: grid_size[0], : grid_size[1]].reshape(2, -1, 1)
     omega = temperature ** -(np.arange(dim // 4) / max(dim // 4 - 1, 1))
