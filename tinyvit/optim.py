@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from tinyvit import arrays, kernels
+from tinyvit import arrays, kernels, shards
 from tinyvit.kernels.reference_optim import adamw, lerp, sgd, sum_of_squares
 
 Array = Any
 Parameter = Any  # anything with .data, .grad and .changed(): a tinyvit.nn.Parameter
 Params = Iterable[Parameter | Mapping[str, Any]]  # parameters, or groups with options of their own
 State = dict[str, np.ndarray]
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 # --- optimizers -------------------------------------------------------------------------------------------
@@ -87,15 +89,17 @@ class Optimizer:
             _check_like(f"the gradient of parameter {i}", slot.parameter.grad, p)
             for name, value in slot.state.items():
                 _check_like(f"the optimizer's {name} of parameter {i}", value, p)
-        for _, slot in pending:
-            slot.steps += 1
-            p = slot.parameter.data
-            xp = arrays.namespace(p)
-            new, slot.state = self._update(xp, p, xp.asarray(slot.parameter.grad), slot)
-            if new is p:
-                slot.parameter.changed()
-            else:
-                slot.parameter.data = new
+        _each(self._step, [slot for _, slot in pending], [slot.parameter.data for _, slot in pending])
+
+    def _step(self, slot: _Slot) -> None:
+        slot.steps += 1
+        p = slot.parameter.data
+        xp = arrays.namespace(p)
+        new, slot.state = self._update(xp, p, xp.asarray(slot.parameter.grad), slot)
+        if new is p:
+            slot.parameter.changed()
+        else:
+            slot.parameter.data = new
 
     def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
         raise NotImplementedError
@@ -236,16 +240,25 @@ def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:
     """
     max_norm = max_norm if max_norm == math.inf else _number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
-    total = 0.0
-    for p in with_grad:
-        xp = arrays.namespace(p.grad)
-        total = total + kernels.best(sum_of_squares, xp)(xp, p.grad)
-    norm = math.sqrt(float(total))
+    gradients = [p.grad for p in with_grad]
+    norm = math.sqrt(float(sum(_each(_sum_of_squares, gradients, gradients))))
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
         for p in with_grad:
             p.grad *= scale
     return norm
+
+
+def _sum_of_squares(x: Array) -> Array | float:
+    xp = arrays.namespace(x)
+    return kernels.best(sum_of_squares, xp)(xp, x)
+
+
+def _each(function: Callable[[S], T], items: list[S], data: list[Array]) -> list[T]:
+    """`function` of every item, on all cores where the items' arrays are on the host."""
+    if data and arrays.on_host(data[0]):
+        return shards.each(function, items, [x.size for x in data])
+    return [function(item) for item in items]
 
 
 # --- schedules --------------------------------------------------------------------------------------------

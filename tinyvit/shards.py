@@ -8,9 +8,11 @@ thread each keep all cores busy, where a BLAS of many threads would parallelise 
 
 from __future__ import annotations
 
+import bisect
 import contextvars
+import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +21,10 @@ from typing import TypeVar
 
 from threadpoolctl import ThreadpoolController
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+WORTH_A_THREAD = 1 << 17  # array elements: below this, handing work to a thread costs more than it saves
 
 
 @cache
@@ -68,7 +73,7 @@ def plan(samples: int, threads: int | None = None, shards: int | None = None) ->
     shards = max(1, min(shards, samples))
     bounds = [samples * i // shards for i in range(shards + 1)]
     workers = min(threads, shards)
-    return Plan(tuple(zip(bounds, bounds[1:], strict=False)), workers, threads // workers)
+    return Plan(tuple(itertools.pairwise(bounds)), workers, threads // workers)
 
 
 @cache
@@ -93,6 +98,23 @@ def run(plan: Plan, function: Callable[[int, int], T]) -> Iterator[T]:
         finally:
             for future in futures:
                 future.cancel()
+
+
+def each(function: Callable[[S], T], items: Sequence[S], sizes: Sequence[int]) -> list[T]:
+    """`function(item)` for every item, at the same time; results in the order of the items.
+
+    Args:
+        function: depends on and writes into nothing but its item.
+        items: what to work on.
+        sizes: how much work each is, in array elements; too little in all is not worth the threads.
+    """
+    total = sum(sizes)
+    workers = max(1, min(available_cores(), total // WORTH_A_THREAD, len(items)))
+    reached = list(itertools.accumulate(sizes))
+    bounds = [bisect.bisect_left(reached, total * i / workers) for i in range(workers)] + [len(items)]
+    cut = Plan(tuple(itertools.pairwise(bounds)), workers, 1)
+    parts = run(cut, lambda start, stop: [function(item) for item in items[start:stop]])
+    return [result for part in parts for result in part]
 
 
 @cache

@@ -116,7 +116,7 @@ class TrainStep:
                 loss, gradients = part_loss, part
             else:
                 loss = loss + part_loss
-                gradients = [a + b for a, b in zip(gradients, part, strict=True)]
+                gradients = _add(gradients, part)
         return loss, int(correct), gradients
 
     def _run(self, shard: Any, batch: int) -> Any:
@@ -159,6 +159,14 @@ def predict(
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _add(a: list[Array], b: list[Array]) -> list[Array]:
+    """The sums of gradients, in `a`'s memory: `grad` gives arrays that nobody else holds."""
+    if not a or not arrays.on_host(a[0]):
+        return [x + y for x, y in zip(a, b, strict=True)]
+    pairs = list(zip(a, b, strict=True))
+    return shards.each(lambda pair: np.add(*pair, out=pair[0]), pairs, [x.size for x in a])
 
 
 def _labels(labels: Array, logits: Tensor) -> Array:
