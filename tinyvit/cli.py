@@ -1,0 +1,275 @@
+"""The command line: reading arguments and printing, no logic. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .settings import FIELDS, UsageError, flag, merge, nearest, one_of, read_toml, whole
+
+if TYPE_CHECKING:
+    from .evaluate import Scores
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, exit status 2 and no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(re.sub(r"^argument (\S+): ", r"\1: ", message))
+
+
+def typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader whose ValueError argparse shows as it is."""
+
+    def wrapped(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return wrapped
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="tinyvit", description="Vision Transformers on NumPy and CuPy.", allow_abbrev=False)
+    from . import __version__
+
+    parser.add_argument("--version", action="version", version=f"tinyvit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], meaning: str) -> Parser:
+        sub = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
+        sub.set_defaults(run=run, parser=sub)
+        return sub
+
+    train = command("train", run_train, "Train a model on a data set, into a run directory.")
+    length = train.add_mutually_exclusive_group()
+    for name, field in FIELDS.items():
+        target = length if name in ("epochs", "minutes") else train
+        meaning = field.metadata["help"].replace("%", "%%")
+        if field.metadata["parse"] is bool:
+            target.add_argument(
+                flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=meaning
+            )
+        else:
+            if field.default is not None:
+                meaning += f" (default: {field.default})"
+            target.add_argument(
+                flag(name),
+                type=typed(field.metadata["parse"]),
+                default=argparse.SUPPRESS,
+                metavar=field.metadata["metavar"],
+                help=meaning,
+            )
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
+    train.add_argument("--config", metavar="FILE.toml", help="options from a file; those given here count more")
+
+    evaluate = command("eval", run_eval, "Measure a model's accuracy on a data set.")
+    evaluate.add_argument("checkpoint", metavar="RUN|CKPT")
+    evaluate.add_argument("--data", required=True, metavar="SRC", help=FIELDS["data"].metadata["help"])
+    evaluate.add_argument("--split", type=typed(one_of("test", "train")), default="test", help="test or train")
+    evaluate.add_argument("--skip-corrupt", action="store_true", help=FIELDS["skip_corrupt"].metadata["help"])
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    predict = command("predict", run_predict, "Name what pictures show.")
+    predict.add_argument("checkpoint", metavar="RUN|CKPT")
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
+    predict.add_argument("--json", action="store_true", help="print one JSON object")
+    for sub in (evaluate, predict):
+        device = FIELDS["device"].metadata
+        sub.add_argument("--device", type=typed(device["parse"]), default="auto", help=device["help"])
+
+    summary = command("summary", run_summary, "List a model's layers, parameters, FLOPs and memory.")
+    summary.add_argument("model", metavar="NAME|RUN|CKPT")
+    summary.add_argument("--image-size", type=typed(whole(1)), metavar="S", help="for pictures of another size")
+    summary.add_argument("--json", action="store_true", help="print one JSON object")
+
+    command("models", run_models, "List the models that can be created by name.")
+    return parser
+
+
+# --- the commands ---------------------------------------------------------------------------------------------
+
+
+def run_train(args: argparse.Namespace) -> None:
+    file = read_toml(args.config) if args.config else {}
+    given = merge(file, {name: value for name, value in vars(args).items() if name in FIELDS})
+    if "model" in given:
+        known_model(given["model"])
+    from .train import train
+
+    train(given, resume=args.resume, started=args.started)
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    from .checkpoint import open_checkpoint
+    from .data import load_data
+    from .evaluate import evaluate, labels_for, pick_device
+
+    checkpoint = open_checkpoint(args.checkpoint)
+    model = checkpoint.build().to(pick_device(args.device))
+    data = load_data(
+        args.data, image_size=checkpoint.image_size, skip_corrupt=args.skip_corrupt, **checkpoint.split
+    )
+    split = data.test if args.split == "test" else data.train
+    labels = labels_for(checkpoint, split.labels, data.class_names)
+    scores = evaluate(model, split, labels, checkpoint.class_names, checkpoint.mean, checkpoint.std)
+    print_json(scores_dict(scores)) if args.json else print_scores(scores, f"{args.split} split of {data.name}")
+
+
+def run_predict(args: argparse.Namespace) -> None:
+    from .checkpoint import open_checkpoint
+    from .evaluate import classify, pick_device
+
+    checkpoint = open_checkpoint(args.checkpoint)
+    model = checkpoint.build().to(pick_device(args.device))
+    probabilities = classify(checkpoint, model, args.images)
+    predictions = []
+    for path, p in zip(args.images, probabilities, strict=True):
+        order = (-p).argsort(kind="stable")[: args.top]
+        classes = [{"name": checkpoint.class_names[k], "probability": float(p[k])} for k in order]
+        predictions.append({"image": path, "classes": classes})
+    if args.json:
+        print_json({"predictions": predictions})
+        return
+    width = max(len(c["name"]) for prediction in predictions for c in prediction["classes"])
+    for prediction in predictions:
+        print(prediction["image"])
+        for c in prediction["classes"]:
+            print(f"  {c['name']:{width}}  {c['probability']:7.2%}")
+
+
+def run_summary(args: argparse.Namespace) -> None:
+    from .checkpoint import open_checkpoint
+    from .summary import summarise
+    from .zoo import model_config
+
+    if Path(args.model).exists():
+        config = open_checkpoint(args.model).config
+    else:
+        config = model_config(known_model(args.model))
+    summary = summarise(config, image_size=args.image_size)
+    print_json(summary.as_dict()) if args.json else print(summary.as_table())
+
+
+def run_models(args: argparse.Namespace) -> None:
+    from .summary import summarise
+    from .zoo import list_models, model_config
+
+    rows = [("name", "width", "depth", "heads", "patch", "image", "parameters")]
+    for name in list_models():
+        c = model_config(name)
+        patch, image = (f"{h}x{w}" for h, w in (c.patch_size, c.image_size))
+        sizes = (c.embed_dim, c.depth, c.num_heads, patch, image, f"{summarise(c).parameters:,}")
+        rows.append((name, *map(str, sizes)))
+    print_table(rows)
+
+
+def known_model(name: str) -> str:
+    """`name`, which must be a model's. Raises UsageError."""
+    from .zoo import list_models
+
+    if name not in list_models():
+        raise UsageError(f"there is no model {name!r}{nearest(name, list_models())}; `tinyvit models` lists them")
+    return name
+
+
+# --- printing -------------------------------------------------------------------------------------------------
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns that line up: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def scores_dict(scores: Scores) -> dict[str, Any]:
+    per_class = {name: accuracy for name, accuracy, _ in scores.per_class}
+    return {"accuracy": scores.accuracy, "top5": scores.top5, "loss": scores.loss, "per_class": per_class}
+
+
+def print_scores(scores: Scores, what: str) -> None:
+    count = sum(n for _, _, n in scores.per_class)
+    print(f"{what}: {count} pictures")
+    print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}\n")
+    rows = [("class", "accuracy", "pictures")]
+    rows += [(name, "-" if a is None else f"{a:.2%}", str(n)) for name, a, n in scores.per_class]
+    print_table(rows)
+
+
+# --- the way in and out ---------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for failed work, 2 for bad usage, 130 or 143 after a signal."""
+    started = time.monotonic()
+    warnings.filterwarnings("ignore", category=RuntimeWarning)  # what is not finite is an error of ours, in one line
+    try:
+        args = parse(sys.argv[1:] if argv is None else list(argv))
+        args.started = started
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except UsageError as error:
+        return fail(error, 2)
+    except KeyboardInterrupt:
+        print("tinyvit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output went away; Python's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        return fail(f"out of memory{f' ({error})' if str(error) else ''}: a smaller model or batch may fit", 1)
+    except Exception as error:
+        return fail_known(error)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments. Raises UsageError; --help and --version end the process."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        raise UsageError("expected a command: train, eval, predict, summary or models")
+    if rest:
+        options = args.parser._option_string_actions if rest[0].startswith("-") else ()
+        raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")
+    return args
+
+
+def fail_known(error: Exception) -> int:
+    """Report an error that is expected to happen; raise the others, which are bugs."""
+    from .checkpoint import CheckpointError
+    from .data import DataError
+    from .evaluate import EvaluationError
+    from .trainer import Stopped, TrainError
+
+    if isinstance(error, Stopped):
+        program = "python -m tinyvit" if sys.argv[0].endswith("__main__.py") else "tinyvit"
+        print(f"stopped; to go on: {program} train --out {shlex.quote(str(error.out))} --resume", flush=True)
+        return 128 + error.signum
+    if isinstance(error, OSError) and error.filename is not None:
+        return fail(f"{error.filename}: {error.strerror}", 1)
+    if isinstance(error, CheckpointError | DataError | EvaluationError | TrainError | OSError | ValueError):
+        return fail(error, 1)
+    raise error
+
+
+def fail(problem: object, status: int) -> int:
+    print(f"tinyvit: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,130 @@
+"""Running a trained model: where it runs, how good it is on a data set, what it sees in a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import arrays
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .data import Split
+    from .vit import VisionTransformer
+
+BATCH_SIZE = 256
+
+
+class EvaluationError(Exception):
+    """A model that cannot be run on this data or device; the message is one line."""
+
+
+def pick_device(name: str) -> str:
+    """"cpu" or "cuda" for "auto", "cpu" or "cuda": auto takes a GPU where one works. Raises EvaluationError."""
+    if name == "cpu":
+        return "cpu"
+    try:
+        probe = arrays.mover("cuda")(np.ones(1, np.float32))
+        float((probe + probe)[0])
+        return "cuda"
+    except Exception as error:  # a driver or GPU is missed in many ways, and CuPy's errors have no names without CuPy
+        if name == "auto":
+            return "cpu"
+        problem = " ".join(str(error).split())[:300]
+        raise EvaluationError(
+            f"no GPU can be used: {problem}; tinyvit[cuda12] or tinyvit[cuda13] brings the CuPy for the driver"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How well a model did: shares in 0..1, the mean cross-entropy, and per class (name, accuracy, pictures)."""
+
+    accuracy: float
+    top5: float
+    loss: float
+    per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no picture of that class
+
+
+def evaluate(
+    model: VisionTransformer,
+    split: Split,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int = BATCH_SIZE,
+    stop: Callable[[], Any] = lambda: False,
+) -> Scores | None:
+    """Run `model` over all of `split`, whose pictures have the classes `labels` (N,) in the model's order.
+
+    Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
+    """
+    from .data import Augment, Loader
+    from .step import predict
+
+    rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
+    done = 0
+    loader = Loader(split, batch_size, transform=Augment(tuple(mean), tuple(std)), shuffle=False)
+    for images, _ in loader.epoch(0):
+        if stop():
+            return None
+        logits = predict(model, images, batch_size=batch_size).astype(np.float64)  # (B, K)
+        if not np.all(np.isfinite(logits)):
+            raise EvaluationError("the model's outputs are not finite")
+        part = slice(done, done + len(logits))
+        rank[part], loss[part] = rank_and_loss(logits, labels[part])
+        done += len(logits)
+    hit = rank == 0
+    per_class = []
+    for k, name in enumerate(class_names):
+        of_class = labels == k
+        count = int(of_class.sum())
+        per_class.append((name, float(hit[of_class].mean()) if count else None, count))
+    return Scores(float(hit.mean()), float((rank < 5).mean()), float(loss.mean()), tuple(per_class))
+
+
+def rank_and_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each picture's rank of its true class (0: it came first) and cross-entropy, from logits (B, K) in float64.
+
+    Among equal logits the lower class comes first, as with argmax.
+    """
+    true = np.take_along_axis(logits, labels[:, None], axis=1)  # (B, 1)
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > true) | ((logits == true) & before)).sum(axis=1)
+    highest = logits.max(axis=1)
+    loss = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true[:, 0]
+    return rank, loss
+
+
+def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Labels of a data set with `class_names`, counted in the checkpoint's classes. Raises EvaluationError."""
+    index = {name: i for i, name in enumerate(checkpoint.class_names)}
+    if unknown := [name for name in class_names if name not in index]:
+        raise EvaluationError(
+            f"the data set's class {unknown[0]!r} is not one of the model's: {', '.join(checkpoint.class_names[:12])}"
+            + (", …" if len(index) > 12 else "")
+        )
+    return np.array([index[name] for name in class_names], dtype=np.int64)[labels]
+
+
+def classify(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path]) -> np.ndarray:
+    """Class probabilities (N, K) in float64 for picture files. Raises DataError for one that cannot be read."""
+    from .data import read_picture
+    from .data.transforms import normalise
+    from .step import predict
+
+    parts = []
+    for start in range(0, len(paths), BATCH_SIZE):
+        pictures = [read_picture(path, checkpoint.image_size) for path in paths[start : start + BATCH_SIZE]]
+        logits = predict(model, normalise(np.stack(pictures), checkpoint.mean, checkpoint.std)).astype(np.float64)
+        if not np.all(np.isfinite(logits)):
+            raise EvaluationError("the model's outputs are not finite")
+        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
+        parts.append(exp / exp.sum(axis=1, keepdims=True))
+    return np.concatenate(parts)

@@ -1,0 +1,125 @@
+"""How long a run is and how its learning rate goes: fixed before the first step, and recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import optim, run
+from .checkpoint import save
+from .settings import TrainConfig
+
+if TYPE_CHECKING:
+    from .data import Split
+    from .trainer import Trainer
+
+REHEARSAL_SHARE, REHEARSAL_MAX = 0.04, 15.0  # how long steps are timed: share of the time left, seconds
+WARM_UP, TIMED = 2, 3  # steps that are not timed, and the fewest that are
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a run is, fixed before its first step."""
+
+    total_steps: int
+    steps_per_epoch: int
+    warmup_steps: int
+
+    @property
+    def epochs(self) -> float:
+        return self.total_steps / self.steps_per_epoch
+
+
+def make_plan(total_steps: int, steps_per_epoch: int, warmup: float) -> Plan:
+    """`warmup` below 1 is a share of the run, from 1 on a number of epochs."""
+    warmup_steps = round(warmup * (total_steps if warmup < 1 else steps_per_epoch))
+    return Plan(total_steps, steps_per_epoch, min(warmup_steps, total_steps - 1))
+
+
+def steps_that_fit(seconds: float, step_seconds: float, epoch_end_seconds: float, steps_per_epoch: int) -> int:
+    """How many steps fit, when each epoch, also a partial last one, ends with `epoch_end_seconds` of other work."""
+    epoch_seconds = steps_per_epoch * step_seconds + epoch_end_seconds
+    whole = max(0, math.floor(seconds / epoch_seconds))
+    rest = seconds - whole * epoch_seconds - epoch_end_seconds
+    return max(1, whole * steps_per_epoch + min(steps_per_epoch, max(0, math.floor(rest / step_seconds))))
+
+
+def learning_rate(options: TrainConfig, plan: Plan) -> Callable[[int], float]:
+    """The learning rate at each step; the step schedule divides it by ten after each third of the run."""
+    if options.schedule == "cosine":
+        return optim.WarmupCosine(options.lr, plan.total_steps, plan.warmup_steps)
+    if options.schedule == "step":
+        schedule = optim.Step(options.lr, math.ceil(plan.total_steps / 3), 0.1)
+    else:
+        schedule = optim.Constant(options.lr)
+    return lambda step: schedule(step) * min(1.0, (step + 1) / (plan.warmup_steps + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOf:
+    """The first pictures of a split, as many as there are `labels`."""
+
+    split: Split
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        return self.split.read(indices, rng)
+
+
+def plan_minutes(trainer: Trainer, deadline: float) -> Plan:
+    """The plan of a run that ends at `deadline` (time.monotonic()), found by timing a throwaway `trainer`.
+
+    Evaluations, saves and drawings are timed and counted in. The trainer's out directory must exist.
+    """
+    seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * (deadline - time.monotonic()))
+    step_seconds = time_steps(trainer, seconds)
+    steps_per_epoch = len(trainer.loader)
+    epoch_end_seconds = time_epoch_end(trainer, step_seconds, seconds)
+    left = deadline - time.monotonic()
+    total = steps_that_fit(left, step_seconds, epoch_end_seconds, steps_per_epoch)
+    return make_plan(total, steps_per_epoch, trainer.options.warmup)
+
+
+def time_steps(trainer: Trainer, seconds: float) -> float:
+    """Seconds per training step, over about `seconds` of them, the first WARM_UP ones left out."""
+    count = -WARM_UP
+    for epoch in itertools.count():
+        for images, labels in trainer.loader.epoch(epoch):
+            if count == 0:
+                began = time.monotonic()
+            float(trainer.step(images, labels))
+            count += 1
+            if count >= TIMED and time.monotonic() - began >= seconds:
+                return (time.monotonic() - began) / count
+
+
+def time_epoch_end(trainer: Trainer, step_seconds: float, seconds: float) -> float:
+    """Seconds that evaluating, saving and drawing take at the end of an epoch."""
+    test = trainer.data.test
+    n = min(len(test), math.ceil(trainer.options.batch_size * seconds / step_seconds))
+    began = time.monotonic()
+    trainer.evaluate(FirstOf(test, test.labels[:n]))
+    evaluating = (time.monotonic() - began) * len(test) / n
+    throwaway = trainer.out / ".rehearsal.safetensors"
+    try:
+        began = time.monotonic()
+        save(throwaway, *trainer.state())
+        saving = 2 * (time.monotonic() - began)  # the last weights and, mostly, the best
+    finally:
+        throwaway.unlink(missing_ok=True)
+    row = {name: 1.0 for name in ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy")}
+    for _ in range(2):  # the first time, matplotlib is imported
+        began = time.monotonic()
+        run.curves_png([row], "")
+        drawing = time.monotonic() - began
+    epoch = len(trainer.loader) * step_seconds + evaluating + saving
+    return evaluating + saving + drawing * min(1.0, epoch / run.DRAW_EVERY)

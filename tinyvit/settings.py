@@ -1,0 +1,190 @@
+"""What a training run can be told: one table from which the command line, the TOML file and config.json are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """An option that makes no sense, or not with the others; the message is one line."""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers of at least `least`; raises ValueError."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """A reader of finite numbers for which `fits` holds; `expected` says so in words. Raises ValueError."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise ValueError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A reader of one of a few words; raises ValueError."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"expected {', '.join(choices[:-1])} or {choices[-1]}, got {text!r}")
+        return text
+
+    return parse
+
+
+positive = number("a number above 0", lambda x: x > 0)
+not_negative = number("a number of at least 0", lambda x: x >= 0)
+share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+inner_share = number("a number between 0 and 1", lambda x: 0 < x < 1)
+
+
+def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str, *, free: bool = False) -> Any:
+    """A field of TrainConfig: its default, its reader, what it means; `free` ones may change on --resume."""
+    metadata = {"parse": parse, "metavar": metavar, "help": meaning, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# The learning rate and weight decay that suit each optimizer.
+RATES = {"adamw": (1e-3, 0.05), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
+DEFAULT_EPOCHS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The options of one training run; None means: chosen from the data when the run starts, and then recorded."""
+
+    data: str = option("shapes", str, "SRC", "shapes, cifar10 or a directory of pictures", free=True)
+    model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
+    out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
+    epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {DEFAULT_EPOCHS})")
+    minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
+    batch_size: int | None = option(None, whole(1), "B", "pictures per step (default: 128, less for few pictures)")
+    lr: float | None = option(None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05)")
+    weight_decay: float | None = option(None, not_negative, "X", "default: 0.05, with sgd 0.0005, with adam 0")
+    warmup: float = option(0.1, not_negative, "X", "below 1: this share of the run; from 1: so many epochs")
+    clip_norm: float = option(1.0, not_negative, "X", "largest norm of a step's gradient; 0: no clipping")
+    label_smoothing: float = option(0.1, share, "X", "share of each label given to all classes")
+    drop_path: float = option(0.0, share, "X", "rate at which the last block's branches are dropped")
+    dropout: float = option(0.0, share, "X", "dropout after the position embedding, the projections and in the MLP")
+    mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
+    cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none")
+    augment: bool = option(True, bool, "", "flip, shift and vary the training pictures")
+    optimizer: str = option("adamw", one_of(*RATES), "NAME", "adamw, adam or sgd (with Nesterov momentum 0.9)")
+    schedule: str = option("cosine", one_of("cosine", "step", "constant"), "NAME", "course of the learning rate")
+    accumulate: int = option(1, whole(1), "N", "parts in which a batch is computed, to save memory")
+    ema: float = option(0.0, share, "DECAY", "decay of a moving average of the weights, used to evaluate; 0: none")
+    seed: int = option(0, whole(0), "S", "decides every random choice")
+    device: str = option("auto", one_of("auto", "cpu", "cuda"), "NAME", "auto, cpu or cuda", free=True)
+    threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)
+    image_size: int | None = option(None, whole(1), "S", "side of the pictures (default: the data's or the model's)")
+    patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
+    val_fraction: float = option(0.1, inner_share, "X", "share held out of a folder that has no test part")
+    skip_corrupt: bool = option(False, bool, "", "go on without pictures that cannot be read")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """"; did you mean X?" for the known word most like `word`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Options from a TOML file of `option = value` lines, checked like the command line's. Raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
+    options: dict[str, Any] = {}
+    for key, value in table.items():
+        name, negated = key.replace("-", "_"), False
+        if name not in FIELDS and FIELDS.get(name.removeprefix("no_")) is not None:
+            name, negated = name.removeprefix("no_"), True
+        is_switch = name in FIELDS and FIELDS[name].metadata["parse"] is bool
+        if name not in FIELDS or (negated and not is_switch):
+            known = [flag(field)[2:] for field in FIELDS]
+            raise UsageError(f"{path}: there is no option {key!r}{nearest(key.replace('_', '-'), known)}")
+        if name in options:
+            raise UsageError(f"{path}: {name} is given twice")
+        options[name] = _switch(path, key, value) != negated if is_switch else _value(path, key, name, value)
+    if options.get("epochs") is not None and options.get("minutes") is not None:
+        raise UsageError(f"{path}: give epochs or minutes, not both")
+    return options
+
+
+def _switch(path: str | Path, key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{path}: {key}: expected true or false, got {value!r}")
+    return value
+
+
+def _value(path: str | Path, key: str, name: str, value: Any) -> Any:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise UsageError(f"{path}: {key}: expected one value, got {value!r}")
+    try:
+        return FIELDS[name].metadata["parse"](str(value))
+    except ValueError as error:
+        raise UsageError(f"{path}: {key}: {error}") from None
+
+
+def merge(file: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for: the file's options, overridden by the command line's."""
+    given = {**file, **command_line}
+    if "minutes" in command_line:
+        given.pop("epochs", None)
+    if "epochs" in command_line:
+        given.pop("minutes", None)
+    return given
+
+
+def shown(name: str, value: Any) -> str:
+    """An option with its value as one would type it."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag("no_" + name)
+    return f"{flag(name)} {value}"
+
+
+def check_same(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
+    """Refuse options that contradict those of the run being resumed. Raises UsageError."""
+    for name, value in given.items():
+        if FIELDS[name].metadata["free"] or value == recorded[name]:
+            continue
+        if recorded[name] is None:
+            started = f"without {flag(name)}"
+        else:
+            started = f"with {shown(name, recorded[name])}, not {shown(name, value)}"
+        raise UsageError(f"{out} was started {started}: leave the option out, or choose another --out")

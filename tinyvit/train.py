@@ -1,0 +1,167 @@
+"""From options to a trained model: which data, model and run directory; starting, timing and resuming a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import run
+from .checkpoint import BEST, LAST
+from .data import Data, load_data
+from .data.folder import SMALL
+from .plan import Plan, make_plan, plan_minutes
+from .progress import Display, clock
+from .settings import DEFAULT_EPOCHS, RATES, TrainConfig, UsageError
+from .trainer import Position, Stop, Trainer, read_position
+from .zoo import model_config
+
+
+def train(given: dict[str, Any], *, resume: bool = False, started: float | None = None) -> Position:
+    """Train as `given` (fields of TrainConfig) says, in a new run directory or, with `resume`, in one begun before.
+
+    `started` is when the clock of `minutes` began (of time.monotonic; default: now). Returns where the run ended.
+    Raises UsageError, TrainError, EvaluationError, CheckpointError, DataError, ValueError (a model that does not
+    fit the pictures), OSError, and Stopped after SIGINT or SIGTERM.
+    """
+    started = time.monotonic() if started is None else started
+    if resume and given.get("out"):
+        return resume_run(Path(given["out"]), given)
+    if not resume and given.get("out"):
+        run.check_unused(Path(given["out"]))
+    options = TrainConfig(**given)
+    data = load(options)
+    options = complete(options, data)
+    if resume:  # the run to resume goes by its usual name; it may have been started with options of its own
+        return resume_run(Path(options.out), given)
+    return start_run(options, data, started)
+
+
+def load(options: TrainConfig) -> Data:
+    """The data set, in the size asked for, else the model's own, else the pictures'."""
+    size = options.image_size
+    if size is None and options.model is not None:
+        size = model_config(options.model).image_size
+    return load_data(
+        options.data,
+        image_size=size,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        skip_corrupt=options.skip_corrupt,
+    )
+
+
+def complete(options: TrainConfig, data: Data) -> TrainConfig:
+    """`options` with what was left to be chosen from the data. Raises UsageError."""
+    small = max(data.image_size) <= SMALL
+    model = options.model or ("vit_micro_patch4_32" if small else "vit_tiny_patch16_224")
+    lr, weight_decay = RATES[options.optimizer]
+    pictures = len(data.train)
+    batch_size = options.batch_size or min(128, math.ceil(pictures / 8))
+    if batch_size > pictures:
+        raise UsageError(f"--batch-size {batch_size} is larger than the {pictures} training pictures of {data.name}")
+    return dataclasses.replace(
+        options,
+        model=model,
+        out=options.out or str(Path("runs") / f"{data.name}-{model}"),
+        epochs=options.epochs or (None if options.minutes else DEFAULT_EPOCHS),
+        batch_size=batch_size,
+        lr=lr if options.lr is None else options.lr,
+        weight_decay=weight_decay if options.weight_decay is None else options.weight_decay,
+    )
+
+
+def start_run(options: TrainConfig, data: Data, started: float) -> Position:
+    """Train in a new run directory."""
+    out = Path(options.out)
+    run.check_unused(out)
+    steps_per_epoch = len(data.train) // options.batch_size
+    plan = make_plan((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
+    display = Display()
+    trainer = Trainer(options, data, plan, display)
+    introduce(trainer)
+    out.mkdir(parents=True, exist_ok=True)
+    if options.minutes is not None:
+        plan = plan_minutes(Trainer(options, data, plan, display), started + 60 * options.minutes)
+        trainer.plan = plan
+        display.line(f"{plan.total_steps} steps ({plan.epochs:.1f} epochs) fit into {clock(60 * options.minutes)}")
+    run.write_config(out, trainer.config())
+    run.write_metrics(out, [])
+    trainer.save_last()  # from here on the run can be resumed, whatever happens to it
+    return finish(trainer)
+
+
+def resume_run(out: Path, given: dict[str, Any]) -> Position:
+    """Go on with the run at `out`; a finished one is left as it is."""
+    config = run.read_config(out)
+    position = read_position(out / LAST)
+    options = run.resumed_options(out, config, given)
+    display = Display()
+    same_source = options.data == config["options"]["data"]
+    if not (position.finished and same_source):  # a finished run needs its pictures no more
+        data = load(options)
+        run.check_same_data(out, config, data)
+    if position.finished:
+        display.line(f"{out} is finished: its {position.epoch} epochs are done, nothing was changed")
+        return position
+    trainer = Trainer(options, data, Plan(**config["plan"]), display)
+    trainer.restore()
+    display.line(f"going on with {out} after step {position.step} of {trainer.plan.total_steps}")
+    run.write_metrics(out, position.history)  # lines of epochs after the checkpoint will come again
+    return finish(trainer)
+
+
+def introduce(trainer: Trainer) -> None:
+    """Say what will be trained on what."""
+    data, options = trainer.data, trainer.options
+    height, width = data.image_size
+    trainer.display.line(
+        f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} "
+        f"training and {len(data.test)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
+    )
+    if skipped := [*data.train.skipped, *data.test.skipped]:
+        trainer.display.line(f"left out {len(skipped)} pictures that cannot be read, the first is {skipped[0]}")
+
+
+def finish(trainer: Trainer) -> Position:
+    """Run what is left of the plan and say how it ended."""
+    with stop_on_signals() as stop:
+        trainer.run(stop)
+    position, out = trainer.position, trainer.out
+    curves = f", curves in {out / run.CURVES}" if (out / run.CURVES).exists() else ""
+    trainer.display.line(
+        f"best validation accuracy {position.best_accuracy:.2%} (epoch {position.best_epoch}), "
+        f"weights in {out / BEST}{curves}"
+    )
+    return position
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Give a function that tells which of SIGINT and SIGTERM came, if one did; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        if sys.stderr.isatty():  # os.write, because the signal may have interrupted a print
+            os.write(sys.stderr.fileno(), b"\nstopping after this step; once more stops at once\n")
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield lambda: None
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,311 @@
+"""The training loop, stoppable and resumable at any step.
+
+A run is a function of its options, its data and its number of steps, so a resumed run ends with the same bits as
+an unbroken one: the order of the pictures, the augmentation and dropout follow from (seed, epoch, step), and all
+that changes from step to step is `Position`, the weights, their average and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import optim, run
+from .checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
+from .data import Augment, Data, Loader, Split, default_augment
+from .evaluate import EvaluationError, Scores, evaluate, pick_device
+from .plan import Plan, learning_rate
+from .progress import Display, clock
+from .settings import TrainConfig
+from .step import TrainStep
+from .vit import VisionTransformer
+from .zoo import create_model
+
+Stop = Callable[[], int | None]  # tells which signal asked the run to stop, if one did
+
+
+class TrainError(Exception):
+    """Training that cannot go on; the message is one line."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run at `out`, which was saved."""
+
+    def __init__(self, signum: int, out: Path) -> None:
+        super().__init__(signum, out)
+        self.signum, self.out = signum, out
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is: everything besides arrays that changes while it goes."""
+
+    step: int = 0
+    epoch: int = 0  # epochs that are done
+    batch: int = 0  # batches done of the epoch under way, and its sums:
+    seen: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0
+    epoch_seconds: float = 0.0  # of its steps
+    seconds: float = 0.0  # of the whole run, evaluations included
+    best_accuracy: float = -1.0
+    best_epoch: int = 0
+    finished: bool = False
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # the rows of metrics.jsonl
+
+
+def read_position(path: Path) -> Position:
+    """Where the run is that wrote `path`, a last.safetensors. Raises CheckpointError."""
+    try:
+        return Position(**read_metadata(path)["progress"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{path}: its metadata does not say where the run is") from None
+
+
+def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
+    """The model that `options` name, for the data's pictures and classes. Raises ValueError where they do not fit."""
+    overrides: dict[str, Any] = {} if options.patch_size is None else {"patch_size": options.patch_size}
+    return create_model(
+        options.model,
+        seed=options.seed,
+        image_size=data.image_size,
+        in_chans=data.in_chans,
+        num_classes=len(data.class_names),
+        drop_path=options.drop_path,
+        pos_drop_rate=options.dropout,
+        proj_drop_rate=options.dropout,
+        **overrides,
+    )
+
+
+def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Optimizer:
+    groups = optim.param_groups(model, options.weight_decay)
+    if options.optimizer == "sgd":
+        return optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
+    return {"adam": optim.Adam, "adamw": optim.AdamW}[options.optimizer](groups, lr=options.lr)
+
+
+def make_augmentation(options: TrainConfig, data: Data) -> Augment:
+    """What happens to a batch before a step."""
+    augment = default_augment(data) if options.augment else Augment(data.mean, data.std)
+    return dataclasses.replace(
+        augment, mixup=options.mixup, cutmix=options.cutmix, num_classes=len(data.class_names)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Unvaried:
+    """A split whose pictures are read for training as they are read for evaluation."""
+
+    split: Split
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.split.labels
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        return self.split.read(indices)
+
+
+class Trainer:
+    """A model with its optimizer and data, and the steps and epochs that train it.
+
+    `options` are complete: nothing is left to be chosen from the data (see `train.complete`).
+    """
+
+    def __init__(self, options: TrainConfig, data: Data, plan: Plan, display: Display) -> None:
+        self.options, self.data, self.plan, self.display = options, data, plan, display
+        self.out = Path(options.out)
+        self.position = Position()
+        self.drawn = time.monotonic()  # when curves.png was drawn last
+        self.model = make_model(options, data).to(pick_device(options.device))
+        self.opt = make_optimizer(options, self.model)
+        self.ema = optim.EMA(self.model, options.ema) if options.ema else None
+        self.step = TrainStep(
+            self.model,
+            self.opt,
+            clip_norm=options.clip_norm or None,
+            label_smoothing=options.label_smoothing,
+            accumulate=options.accumulate,
+            ema=self.ema,
+            seed=options.seed,
+            threads=options.threads,
+        )
+        self.loader = Loader(
+            data.train if options.augment else Unvaried(data.train),
+            options.batch_size,
+            transform=make_augmentation(options, data),
+            seed=options.seed,
+            drop_last=True,
+        )
+
+    # --- what is written ----------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Tensors and metadata of last.safetensors: weights under their own names, the rest with a prefix."""
+        tensors = self.model.state_dict()
+        tensors |= {f"optimizer.{name}": array for name, array in self.opt.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": array for name, array in self.ema.state_dict().items()}
+        return tensors, self.description() | {"progress": dataclasses.asdict(self.position)}
+
+    def save_last(self) -> None:
+        save(self.out / LAST, *self.state())
+
+    def restore(self) -> None:
+        """Take up the state in last.safetensors. Raises CheckpointError."""
+        path = self.out / LAST
+        tensors, _ = read(path)
+        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "ema": {}}
+        for name, array in tensors.items():
+            if not np.all(np.isfinite(array)):
+                raise CheckpointError(f"{path}: {name} holds values that are not finite")
+            prefix, _, rest = name.partition(".")
+            if prefix in ("optimizer", "ema"):
+                parts[prefix][rest] = array
+            else:
+                parts["model"][name] = array
+        try:
+            self.model.load_state_dict(parts["model"])
+            self.opt.load_state_dict(parts["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(parts["ema"])
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit the run: {error}") from None
+        self.position = read_position(path)
+        self.step.step_index = self.position.step
+
+    def description(self) -> dict[str, Any]:
+        """What the weights mean, for whoever opens them."""
+        split = {"val_fraction": self.options.val_fraction, "seed": self.options.seed}
+        return describe(self.model.config, self.data.class_names, self.data.mean, self.data.std, split)
+
+    def config(self) -> dict[str, Any]:
+        """What config.json says."""
+        data = self.data
+        sizes = {"train": len(data.train), "test": len(data.test)}
+        return {
+            "options": dataclasses.asdict(self.options),
+            "plan": dataclasses.asdict(self.plan),
+            "data": {"name": data.name, "fingerprint": data.fingerprint, **sizes},
+            "versions": run.versions(),
+            **self.description(),
+        }
+
+    # --- training -----------------------------------------------------------------------------------------
+
+    def run(self, stop: Stop) -> None:
+        """Train until the plan is fulfilled. Raises Stopped, TrainError, OSError."""
+        self.display.start(self.plan.total_steps, self.position.step)
+        try:
+            while not self.position.finished:
+                self.train_epoch(stop)
+                self.finish_epoch(stop)
+        finally:
+            self.display.stop()
+
+    def train_epoch(self, stop: Stop) -> None:
+        """Do those steps of the epoch under way that are still to do."""
+        p, rate = self.position, learning_rate(self.options, self.plan)
+        begun = time.monotonic()
+        for images, labels in self.loader.epoch(p.epoch, first_batch=p.batch):
+            if p.step >= self.plan.total_steps:
+                break
+            self.opt.lr = rate(p.step)
+            loss = float(self.step(images, labels))
+            self.check_finite(loss)
+            p.step, p.batch, p.seen = p.step + 1, p.batch + 1, p.seen + len(labels)
+            p.correct, p.loss_sum = p.correct + int(self.step.correct), p.loss_sum + loss * len(labels)
+            begun, seconds = time.monotonic(), time.monotonic() - begun
+            p.epoch_seconds, p.seconds = p.epoch_seconds + seconds, p.seconds + seconds
+            self.display.step(p.epoch + 1, p.loss_sum / p.seen, p.correct / p.seen, p.seen / p.epoch_seconds)
+            if signum := stop():
+                self.save_last()
+                raise Stopped(signum, self.out)
+
+    def check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise self.failure(f"the loss is {loss}")
+        if not math.isfinite(self.step.grad_norm):
+            raise self.failure("the gradient is not finite")
+
+    def failure(self, what: str) -> TrainError:
+        return TrainError(
+            f"{what} at step {self.position.step + 1} (learning rate {self.opt.lr:g}, largest gradient "
+            f"{self.step.largest_grad:g}): try a lower --lr; {self.out / LAST} holds the last good weights"
+        )
+
+    def evaluate(self, split: Split, stop: Stop = lambda: None) -> Scores | None:
+        """Scores of the model as it is; None when asked to stop meanwhile."""
+        data = self.data
+        return evaluate(self.model, split, split.labels, data.class_names, data.mean, data.std, stop=stop)
+
+    def finish_epoch(self, stop: Stop) -> None:
+        """Evaluate, and write what the epoch brought, in an order that leaves a sound run wherever it is killed."""
+        p, begun = self.position, time.monotonic()
+        with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
+            try:
+                scores = self.evaluate(self.data.test, stop)
+            except EvaluationError as error:
+                raise self.failure(str(error)) from None
+            is_best = scores is not None and scores.accuracy > p.best_accuracy
+            best_weights = self.model.state_dict() if is_best else {}
+        if scores is None:
+            self.save_last()  # every batch of the epoch is done: a resumed run begins with the evaluation
+            raise Stopped(stop(), self.out)
+        p.epoch += 1
+        p.seconds += time.monotonic() - begun
+        row = self.row(scores)
+        p.history.append(row)
+        p.finished = p.step >= self.plan.total_steps
+        p.batch, p.seen, p.correct, p.loss_sum, p.epoch_seconds = 0, 0, 0, 0.0, 0.0
+        if is_best:
+            p.best_accuracy, p.best_epoch = scores.accuracy, p.epoch
+            save(self.out / BEST, best_weights, self.description())
+        run.write_metrics(self.out, p.history)
+        self.save_last()
+        self.draw_curves()
+        self.display.line(epoch_line(row, math.ceil(self.plan.epochs)))
+
+    def row(self, scores: Scores) -> dict[str, Any]:
+        """The line of metrics.jsonl for the epoch that ends here; `seconds` are those of the run so far."""
+        p = self.position
+        return {
+            "epoch": p.epoch,
+            "step": p.step,
+            "train_loss": p.loss_sum / p.seen,
+            "train_accuracy": p.correct / p.seen,
+            "val_loss": scores.loss,
+            "val_accuracy": scores.accuracy,
+            "val_top5": scores.top5,
+            "lr": self.opt.lr,
+            "images_per_second": p.seen / p.epoch_seconds,
+            "seconds": p.seconds,
+        }
+
+    def draw_curves(self) -> None:
+        """Draw curves.png, but no more often than every DRAW_EVERY seconds except at the end."""
+        now = time.monotonic()
+        if self.position.finished or now - self.drawn >= run.DRAW_EVERY:
+            self.drawn = now
+            run.write_curves(self.out, self.position.history, f"{self.options.model} on {self.data.name}")
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """One epoch of the log."""
+    return (
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}"
+        f"  training loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:6.1%}"
+        f"  validation loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:6.1%}"
+        f"  {row['images_per_second']:.0f} images/s  {clock(row['seconds'])}"
+    )
