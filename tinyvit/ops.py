@@ -331,14 +331,15 @@ def broadcast_to(xp: Any, x: Array, *, shape: tuple[int, ...], needs: tuple[bool
 @operation
 def getitem(xp: Any, x: Array, *, key: Any, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x[key] for integers, slices, None and ...; and for integer and boolean arrays where the library has them."""
-    key = tuple(map(_index, key)) if isinstance(key, tuple) else _index(key)
+    key = tuple(map(_index, key if isinstance(key, tuple) else (key,)))
 
     def vjp(dy: Array) -> tuple[Array]:
         dx = xp.zeros_like(x)
         if _has_array(key):
             _add_at(dx, key, dy)
         else:
-            dx[key] = dy
+            old_axes = tuple(k for k in key if k is not None)  # the standard writes to no new ones
+            dx[old_axes] = xp.reshape(dy, x[old_axes].shape)
         return (dx,)
 
     return x[key], vjp
@@ -348,8 +349,8 @@ def _index(key: Any) -> Any:
     return key.data if isinstance(key, Tensor) else key
 
 
-def _has_array(key: Any) -> bool:
-    return any(isinstance(k, list) or arrays.is_array(k) for k in (key if isinstance(key, tuple) else (key,)))
+def _has_array(key: tuple[Any, ...]) -> bool:
+    return any(isinstance(k, list) or arrays.is_array(k) for k in key)
 
 
 def _add_at(target: Array, key: Any, values: Array) -> None:
