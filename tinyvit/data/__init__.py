@@ -40,34 +40,41 @@ def load_data(
 
     `image_size` (one number or height and width) defaults to the pictures' own if all of them share one of at most
     64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
-    `picture_transform(picture, rng)` on Pillow pictures. An unreadable picture is an error, unless `skip_corrupt`: then it
-    is left out and listed in the split's `skipped`. Raises DataError with a one-line message.
+    `picture_transform(picture, rng)` on Pillow pictures. An unreadable picture is an error, unless `skip_corrupt`:
+    then it is left out and listed in the split's `skipped`. Raises DataError with a one-line message.
     """
     if src == "shapes":
         return load_shapes(image_size, seed)
-    if src == "cifar10":
-        cache = Path(cache_dir) if cache_dir is not None else cache_directory()
-        return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size)
+    try:
+        if src == "cifar10":
+            cache = Path(cache_dir) if cache_dir is not None else cache_directory()
+            return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size)
+        path = directory(src)
+        batches = find_cifar10(path)
+        if batches == path or (batches and not (path / "train").is_dir()):
+            return load_cifar10(batches, image_size)
+        return load_folder(
+            path,
+            image_size=image_size,
+            val_fraction=val_fraction,
+            seed=seed,
+            skip_corrupt=skip_corrupt,
+            picture_transform=picture_transform,
+        )
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error
+
+
+def directory(src: str | os.PathLike[str]) -> Path:
+    """`src` as the path of a directory. Raises DataError saying what it is instead."""
     path = Path(src).expanduser()
     if not path.exists():
         raise DataError(f"no data at {src}: expected shapes, cifar10 or a directory")
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        raise DataError(f"{src} is an archive: unpack it and give the directory")
     if not path.is_dir():
-        kind = (
-            "an archive: unpack it and give the directory"
-            if path.suffix.lower() in ARCHIVES
-            else "a file, not a directory"
-        )
-        raise DataError(f"{src} is {kind}")
-    if (batches := find_cifar10(path)) and not (batches != path and (path / "train").is_dir()):
-        return load_cifar10(batches, image_size)
-    return load_folder(
-        path,
-        image_size=image_size,
-        val_fraction=val_fraction,
-        seed=seed,
-        skip_corrupt=skip_corrupt,
-        picture_transform=picture_transform,
-    )
+        raise DataError(f"{src} is a file, expected shapes, cifar10 or a directory")
+    return path
 
 
 def default_augment(data: Data) -> Augment:

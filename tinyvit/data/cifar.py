@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
 from .base import Data, DataError, in_batches, mean_and_std, pair
+from .plain_pickle import load_plain_pickle
 from .splits import ArraySplit, ResizedSplit
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -35,14 +34,15 @@ def load_cifar10(directory: Path, image_size: int | tuple[int, int] | None = Non
     if missing:
         raise DataError(f"{directory} lacks {', '.join(missing)}")
     names = class_names(directory)
+    batches = {name: read(directory / (name + ending), len(names)) for name in TRAIN + TEST}
     train, test = (
-        tuple(np.concatenate(parts) for parts in zip(*(read(directory / (n + ending), len(names)) for n in group)))
+        tuple(np.concatenate(parts) for parts in zip(*(batches[name] for name in group), strict=True))
         for group in (TRAIN, TEST)
     )
     mean, std = mean_and_std(in_batches(train[0]))
     size = pair(image_size or SIDE)
     splits = [
-        ArraySplit(images, labels, []) if size == (SIDE, SIDE) else ResizedSplit(images, labels, size)
+        ArraySplit(images, labels, []) if size == (SIDE, SIDE) else ResizedSplit(images, labels, [], size)
         for images, labels in (train, test)
     ]
     digest = hashlib.sha256(repr(names).encode())
@@ -62,7 +62,7 @@ def class_names(directory: Path) -> tuple[str, ...]:
     names = load_plain_pickle(pickled).get("label_names")
     if not isinstance(names, list) or not names:
         raise DataError(f"{pickled} has no list of label_names")
-    return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names)
 
 
 def read_binary(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +70,7 @@ def read_binary(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     content = np.fromfile(path, dtype=np.uint8)
     if content.size == 0 or content.size % (1 + PIXELS):
         raise DataError(
-            f"{path} holds {content.size} bytes, not a whole number of {1 + PIXELS}-byte records: truncated?"
+            f"{path} is truncated: {content.size} bytes are not a whole number of {1 + PIXELS}-byte records"
         )
     records = content.reshape(-1, 1 + PIXELS)
     return checked(path, records[:, 1:], records[:, 0], num_classes)
@@ -82,13 +82,11 @@ def read_pickled(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = batch.get("data"), batch.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != PIXELS:
         raise DataError(f"{path} has no 'data' array of uint8 rows of {PIXELS}")
-    try:
-        labels = np.asarray(labels, dtype=np.int64)
-    except (TypeError, ValueError, OverflowError):
-        labels = np.empty(0)
-    if labels.shape != (len(pixels),) or not len(pixels):
-        raise DataError(f"{path} has {len(pixels)} pictures, but no list of as many integer 'labels'")
-    return checked(path, pixels, labels, num_classes)
+    if not isinstance(labels, list) or not all(isinstance(label, int | np.integer) for label in labels):
+        raise DataError(f"{path} has no 'labels' list of integers")
+    if len(labels) != len(pixels) or not labels:
+        raise DataError(f"{path} has {len(pixels)} pictures and {len(labels)} labels, expected as many of each")
+    return checked(path, pixels, np.array(labels), num_classes)
 
 
 def checked(path: Path, pixels: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,73 +95,3 @@ def checked(path: Path, pixels: np.ndarray, labels: np.ndarray, num_classes: int
         wrong = int(np.argmax((labels < 0) | (labels >= num_classes)))
         raise DataError(f"{path} gives picture {wrong} the label {labels[wrong]}, expected 0 to {num_classes - 1}")
     return pixels.reshape(-1, 3, SIDE, SIDE), labels
-
-
-def load_plain_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary in a pickle file, read by an unpickler that runs nothing; its keys as strings."""
-    with open(path, "rb") as file:
-        try:
-            content = PlainUnpickler(file).load()
-        except Exception as error:  # a broken or hostile stream can raise nearly anything
-            message = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(f"cannot read {path}: {message}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, expected a dictionary")
-    return {key.decode(errors="replace") if isinstance(key, bytes) else key: value for key, value in content.items()}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Builds arrays, bytes, strings, numbers and containers; every other global is refused by name.
-
-    The names that NumPy's pickles use lead to the functions below, not into NumPy, so that a file chooses neither
-    the type nor a dtype that holds objects.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(file, encoding="bytes")  # Python 2 wrote the original files
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in PLAIN:
-            raise pickle.UnpicklingError(
-                f"it asks for {module}.{name}, and only arrays, bytes, strings, numbers and containers are read"
-            )
-        return PLAIN[module, name]
-
-
-def plain_dtype(spec: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:
-    spec = spec.decode("ascii") if isinstance(spec, bytes) else spec
-    if not isinstance(spec, str) or np.dtype(spec).kind not in "biufcSU":
-        raise pickle.UnpicklingError(
-            f"it asks for an array of {spec!r}, and only arrays of numbers and strings are read"
-        )
-    return np.dtype(spec, copy=True)  # a copy: the stream goes on to set its byte order
-
-
-def empty_array(kind: object, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
-    return np.empty(0, np.uint8)  # the stream goes on to fill it
-
-
-def array_from_buffer(buffer: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-def number(dtype: np.dtype, content: bytes) -> Any:
-    return np.frombuffer(content, dtype)[0]
-
-
-def latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # how Python 3 writes bytes in a pickle that Python 2 can read
-
-
-PLAIN: dict[tuple[str, str], Any] = {
-    ("numpy", "dtype"): plain_dtype,
-    ("numpy", "ndarray"): None,
-    ("_codecs", "encode"): latin1,
-}
-for core in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
-    PLAIN[f"{core}.multiarray", "_reconstruct"] = empty_array
-    PLAIN[f"{core}.multiarray", "scalar"] = number
-    PLAIN[f"{core}.numeric", "_frombuffer"] = array_from_buffer
-for builtins in ("builtins", "__builtin__"):  # Python 3 and 2
-    for kind in (set, frozenset, bytearray, bytes, complex):
-        PLAIN[builtins, kind.__name__] = kind

@@ -51,9 +51,8 @@ def fetch_cifar10(cache: Path) -> Path:
         archive.unlink()
         return folder
     except (OSError, http.client.HTTPException, tarfile.TarError, DataError) as error:
-        raise DataError(
-            f"cannot fetch CIFAR-10 into {cache}: {describe(error)}; give --data DIR with a copy of it, or try --data shapes"
-        ) from error
+        alternatives = "give --data DIR with a copy of it, or --data shapes"
+        raise DataError(f"cannot fetch CIFAR-10 into {cache}: {describe(error)}; {alternatives}") from error
 
 
 def describe(error: Exception) -> str:

@@ -188,7 +188,7 @@ def load_split(
     if keep:
         return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
     paths = [listing.root / file for file in listing.files]
-    return listing, FileSplit(paths, listing.labels, size, transform, skipped), statistics
+    return listing, FileSplit(paths, listing.labels, skipped, size, transform), statistics
 
 
 def decode(

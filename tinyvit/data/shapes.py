@@ -101,7 +101,7 @@ def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[n
         (label, members), rng = task
         images[members] = draw_class(SHAPES[label], len(members), size, rng)
 
-    for _ in in_threads(work, zip(tasks, rng.spawn(len(tasks)))):
+    for _ in in_threads(work, zip(tasks, rng.spawn(len(tasks)), strict=True)):
         pass
     return images, labels
 

@@ -42,8 +42,8 @@ class ResizedSplit:
 
     images: np.ndarray
     labels: np.ndarray
-    size: tuple[int, int]
     skipped: list[str]
+    size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,9 +66,9 @@ class FileSplit:
 
     files: list[Path]
     labels: np.ndarray
+    skipped: list[str]
     size: tuple[int, int]
     transform: PictureTransform | None
-    skipped: list[str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -76,7 +76,7 @@ class FileSplit:
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Pictures (B, 3, H, W) uint8. Raises DataError naming a file that cannot be read."""
         rngs = [None] * len(indices) if rng is None else rng.spawn(len(indices))
-        return stack(in_threads(self._picture, zip(indices, rngs)), self.size)
+        return stack(in_threads(self._picture, zip(indices, rngs, strict=True)), self.size)
 
     def _picture(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
         index, rng = task

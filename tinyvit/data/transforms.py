@@ -134,6 +134,10 @@ class Augment:
     cutmix: float = 0.0
     num_classes: int = 0
 
+    def __post_init__(self) -> None:
+        if (self.mixup or self.cutmix) and not self.num_classes:
+            raise ValueError("mixup and cutmix need num_classes, to turn labels into probabilities")
+
     def __call__(self, images: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
         """uint8 (B, C, H, W) and int64 (B,) -> float32 (B, C, H, W) and the labels, (B, num_classes) if mixed."""
         if self.flip:
