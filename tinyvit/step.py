@@ -9,6 +9,7 @@ import numpy as np
 
 from tinyvit import arrays, optim, random, shards
 from tinyvit import functional as F
+from tinyvit.memory import keep_freed_memory
 from tinyvit.nn import Module
 from tinyvit.tensor import Array, Tensor, grad, no_grad
 
@@ -53,6 +54,7 @@ class TrainStep:
         threads: int | None = None,
         shards: int | None = None,
     ) -> None:
+        keep_freed_memory()
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
         if clip_norm is not None and not clip_norm > 0:

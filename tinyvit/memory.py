@@ -1,0 +1,30 @@
+"""Keeping freed memory in the process, so that each step works in the pages of the step before."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_NEVER, _OLD_LIMIT = 1 << 30, 1 << 25  # bytes; glibc before 2.26 takes no mmap threshold above 32 MiB
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of returning it to the system and to share it among threads.
+
+    Otherwise every large array is mapped afresh, and each of its pages costs a fault and is zeroed: a tenth of a training
+    step. Other C libraries, and a process whose environment tunes malloc itself, are left alone.
+    """
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  (only glibc has it)
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_ARENA_MAX, 1)
+    mallopt(_M_MMAP_THRESHOLD, _NEVER) or mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)
