@@ -85,7 +85,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
-    except (SafetensorError, TypeError, OSError) as error:  # TypeError: a dtype that NumPy lacks
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: a dtype that NumPy lacks
         raise CheckpointError(f"{path}: not a readable safetensors file ({_one_line(error)})") from None
 
 

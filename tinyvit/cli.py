@@ -154,10 +154,8 @@ def run_summary(args: argparse.Namespace) -> None:
     from .summary import summarise
     from .zoo import model_config
 
-    if Path(args.model).exists():
-        config = open_checkpoint(args.model).config
-    else:
-        config = model_config(known_model(args.model))
+    by_name = not Path(args.model).exists()
+    config = model_config(known_model(args.model)) if by_name else open_checkpoint(args.model).config
     summary = summarise(config, image_size=args.image_size)
     print_json(summary.as_dict()) if args.json else print(summary.as_table())
 
@@ -245,9 +243,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
-        raise UsageError("expected a command: train, eval, predict, summary or models")
+        given = f", got {rest[0]}" if rest else ""
+        raise UsageError(f"expected a command: train, eval, predict, summary or models{given}")
     if rest:
-        options = args.parser._option_string_actions if rest[0].startswith("-") else ()
+        options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")
     return args
 

@@ -1,4 +1,4 @@
-"""How long a run is and how its learning rate goes: fixed before the first step, and recorded."""
+"""How long a run is and how its learning rate goes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 REHEARSAL_SHARE, REHEARSAL_MAX = 0.04, 15.0  # how long steps are timed: share of the time left, seconds
+CORRECTED_AFTER = 0.1  # of the steps
 WARM_UP, TIMED = 2, 3  # steps that are not timed, and the fewest that are
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How long a run is, fixed before its first step."""
+    """How long a run is."""
 
     total_steps: int
     steps_per_epoch: int
@@ -75,18 +76,33 @@ class FirstOf:
         return self.split.read(indices, rng)
 
 
-def plan_minutes(trainer: Trainer, deadline: float) -> Plan:
-    """The plan of a run that ends at `deadline` (time.monotonic()), found by timing a throwaway `trainer`.
+class Deadline:
+    """Fixes how many steps fit before a moment: after a rehearsal, and better once a tenth of them is done.
 
-    Evaluations, saves and drawings are timed and counted in. The trainer's out directory must exist.
+    `trainer` is a throwaway one, whose out directory exists; `moment` is of time.monotonic(). Evaluations, saves and
+    drawings are timed and counted in.
     """
-    seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * (deadline - time.monotonic()))
-    step_seconds = time_steps(trainer, seconds)
-    steps_per_epoch = len(trainer.loader)
-    epoch_end_seconds = time_epoch_end(trainer, step_seconds, seconds)
-    left = deadline - time.monotonic()
-    total = steps_that_fit(left, step_seconds, epoch_end_seconds, steps_per_epoch)
-    return make_plan(total, steps_per_epoch, trainer.options.warmup)
+
+    def __init__(self, trainer: Trainer, moment: float) -> None:
+        self.moment = moment
+        seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * (moment - time.monotonic()))
+        self.step_seconds = time_steps(trainer, seconds)
+        self.end_seconds = time_epoch_end(trainer, self.step_seconds, seconds)
+        steps_per_epoch = len(trainer.loader)
+        total = steps_that_fit(moment - time.monotonic(), self.step_seconds, self.end_seconds, steps_per_epoch)
+        self.plan = make_plan(total, steps_per_epoch, trainer.options.warmup)
+        self.due = math.ceil(CORRECTED_AFTER * total)
+
+    def corrected(self, step: int, batch: int, step_seconds: float, end_seconds: float | None) -> Plan:
+        """The plan after `step` steps, `batch` of them in the epoch under way, from the time that they took.
+
+        `end_seconds` is None when no epoch has ended yet: then what the rehearsal found is stretched like a step.
+        """
+        if end_seconds is None:
+            end_seconds = self.end_seconds * step_seconds / self.step_seconds
+        left = self.moment - time.monotonic() + batch * step_seconds  # as if the epoch were still to begin
+        fit = steps_that_fit(left, step_seconds, end_seconds, self.plan.steps_per_epoch)
+        return dataclasses.replace(self.plan, total_steps=step + max(1, fit - batch))
 
 
 def time_steps(trainer: Trainer, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -28,7 +29,9 @@ class Display:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=done, unit="step", dynamic_ncols=True, file=sys.stderr)
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+            size = {"dynamic_ncols": True} if columns else {"ncols": 100, "nrows": 20}  # some do not say, and tqdm
+            self._bar = tqdm(total=total_steps, initial=done, unit="step", file=sys.stderr, **size)  # would be silent
 
     def step(self, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Show one more step with this epoch's figures so far."""
@@ -45,6 +48,12 @@ class Display:
                 f"epoch {epoch}  step {self._done}/{self._total}  loss {loss:.3f}  accuracy {accuracy:.1%}  "
                 f"{images_per_second:.0f} images/s  {clock(left)} left"
             )
+
+    def lengthen(self, total_steps: int) -> None:
+        """Another number of steps is the whole."""
+        self._total = total_steps
+        if self._bar is not None:
+            self._bar.total = total_steps
 
     def line(self, text: str) -> None:
         """Print a line of the log."""

@@ -18,7 +18,7 @@ from . import run
 from .checkpoint import BEST, LAST
 from .data import Data, load_data
 from .data.folder import SMALL
-from .plan import Plan, make_plan, plan_minutes
+from .plan import Deadline, Plan, make_plan
 from .progress import Display, clock
 from .settings import DEFAULT_EPOCHS, RATES, TrainConfig, UsageError
 from .trainer import Position, Stop, Trainer, read_position
@@ -90,9 +90,9 @@ def start_run(options: TrainConfig, data: Data, started: float) -> Position:
     introduce(trainer)
     out.mkdir(parents=True, exist_ok=True)
     if options.minutes is not None:
-        plan = plan_minutes(Trainer(options, data, plan, display), started + 60 * options.minutes)
-        trainer.plan = plan
-        display.line(f"{plan.total_steps} steps ({plan.epochs:.1f} epochs) fit into {clock(60 * options.minutes)}")
+        deadline = Deadline(Trainer(options, data, plan, display), started + 60 * options.minutes)
+        trainer.deadline, trainer.plan = deadline, deadline.plan
+        display.line(f"about {deadline.plan.total_steps} steps fit into {clock(60 * options.minutes)}")
     run.write_config(out, trainer.config())
     run.write_metrics(out, [])
     trainer.save_last()  # from here on the run can be resumed, whatever happens to it

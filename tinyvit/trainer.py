@@ -21,7 +21,7 @@ from . import optim, run
 from .checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
 from .data import Augment, Data, Loader, Split, default_augment
 from .evaluate import EvaluationError, Scores, evaluate, pick_device
-from .plan import Plan, learning_rate
+from .plan import Deadline, Plan, learning_rate
 from .progress import Display, clock
 from .settings import TrainConfig
 from .step import TrainStep
@@ -56,6 +56,7 @@ class Position:
     epoch_seconds: float = 0.0  # of its steps
     seconds: float = 0.0  # of the whole run, evaluations included
     best_accuracy: float = -1.0
+    best_loss: float = 0.0
     best_epoch: int = 0
     finished: bool = False
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # the rows of metrics.jsonl
@@ -128,6 +129,8 @@ class Trainer:
         self.out = Path(options.out)
         self.position = Position()
         self.drawn = time.monotonic()  # when curves.png was drawn last
+        self.deadline: Deadline | None = None
+        self.end_seconds = 0.0  # spent on the ends of epochs
         self.model = make_model(options, data).to(pick_device(options.device))
         self.opt = make_optimizer(options, self.model)
         self.ema = optim.EMA(self.model, options.ema) if options.ema else None
@@ -228,10 +231,22 @@ class Trainer:
             p.correct, p.loss_sum = p.correct + int(self.step.correct), p.loss_sum + loss * len(labels)
             begun, seconds = time.monotonic(), time.monotonic() - begun
             p.epoch_seconds, p.seconds = p.epoch_seconds + seconds, p.seconds + seconds
+            if self.deadline is not None and p.step == self.deadline.due:
+                self.correct_plan(self.deadline)
+                rate = learning_rate(self.options, self.plan)
             self.display.step(p.epoch + 1, p.loss_sum / p.seen, p.correct / p.seen, p.seen / p.epoch_seconds)
             if signum := stop():
                 self.save_last()
                 raise Stopped(signum, self.out)
+
+    def correct_plan(self, deadline: Deadline) -> None:
+        """Fix the number of steps, now that their time is known better. Warm-up stays as it was."""
+        p = self.position
+        step_seconds = (p.seconds - self.end_seconds) / p.step
+        end_seconds = self.end_seconds / p.epoch if p.epoch else None
+        self.plan = deadline.corrected(p.step, p.batch, step_seconds, end_seconds)
+        run.write_config(self.out, self.config())
+        self.display.lengthen(self.plan.total_steps)
 
     def check_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
@@ -258,24 +273,30 @@ class Trainer:
                 scores = self.evaluate(self.data.test, stop)
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
-            is_best = scores is not None and scores.accuracy > p.best_accuracy
+            is_best = scores is not None and self.is_best(scores)
             best_weights = self.model.state_dict() if is_best else {}
         if scores is None:
             self.save_last()  # every batch of the epoch is done: a resumed run begins with the evaluation
             raise Stopped(stop(), self.out)
-        p.epoch += 1
-        p.seconds += time.monotonic() - begun
+        before = p.seconds
+        p.epoch, p.seconds = p.epoch + 1, before + time.monotonic() - begun
         row = self.row(scores)
         p.history.append(row)
         p.finished = p.step >= self.plan.total_steps
         p.batch, p.seen, p.correct, p.loss_sum, p.epoch_seconds = 0, 0, 0, 0.0, 0.0
         if is_best:
-            p.best_accuracy, p.best_epoch = scores.accuracy, p.epoch
+            p.best_accuracy, p.best_loss, p.best_epoch = scores.accuracy, scores.loss, p.epoch
             save(self.out / BEST, best_weights, self.description())
         run.write_metrics(self.out, p.history)
         self.save_last()
         self.draw_curves()
         self.display.line(epoch_line(row, math.ceil(self.plan.epochs)))
+        self.end_seconds += time.monotonic() - begun
+        p.seconds = before + time.monotonic() - begun
+
+    def is_best(self, scores: Scores) -> bool:
+        """Whether this beats every epoch before; between equal accuracies the loss decides."""
+        return (scores.accuracy, -scores.loss) > (self.position.best_accuracy, -self.position.best_loss)
 
     def row(self, scores: Scores) -> dict[str, Any]:
         """The line of metrics.jsonl for the epoch that ends here; `seconds` are those of the run so far."""
