@@ -266,7 +266,7 @@ def test_a_stream_changes_nothing_that_outlasts_it(tmp_path_factory, name):
 @given(st.binary(max_size=60))
 def test_noise_is_an_error_in_one_line(tmp_path_factory, noise):
     with pytest.raises(DataError, match=r"\Acannot read [^\n]*\Z"):
-        unpickled(tmp_path_factory, b"\x80\x02}" + noise)  # noise may start a dictionary, but cannot finish one
+        unpickled(tmp_path_factory, b"\x80\x02}" + noise.replace(b".", b""))  # nothing ends it
 
 
 @given(st.data())

@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -46,22 +47,24 @@ def fetch_cifar10(cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         archive = cache / CIFAR10_URL.rpartition("/")[2]
         if not archive.exists():
-            download(CIFAR10_URL, archive, CIFAR10_MD5)
+            download(CIFAR10_URL, archive)
+        check(archive, CIFAR10_MD5)
         folder = unpack(archive, CIFAR10_FOLDER)
         archive.unlink()
         return folder
-    except (OSError, http.client.HTTPException, tarfile.TarError, DataError) as error:
+    except (OSError, EOFError, zlib.error, http.client.HTTPException, tarfile.TarError, DataError) as error:
         alternatives = "give --data DIR with a copy of it, or --data shapes"
         raise DataError(f"cannot fetch CIFAR-10 into {cache}: {describe(error)}; {alternatives}") from error
 
 
 def describe(error: Exception) -> str:
-    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    reason = getattr(error, "reason", None)  # of a URLError: the error that it wraps
+    cause = reason if isinstance(reason, Exception) else error
     return " ".join(str(cause).split()) or type(cause).__name__
 
 
-def download(url: str, path: Path, md5: str) -> None:
-    """Fetch `url` to `path`, which appears only once whole and checked.
+def download(url: str, path: Path) -> None:
+    """Fetch `url` to `path`, which appears only once whole.
 
     What has arrived lies in `path` + ".part", and the next try or the next run goes on from there.
     """
@@ -74,12 +77,16 @@ def download(url: str, path: Path, md5: str) -> None:
             if isinstance(error, urllib.error.HTTPError) or attempt == TRIES - 1 or not part.exists():
                 raise
             time.sleep(2**attempt / 2)
-    with open(part, "rb") as file:
+    os.replace(part, path)
+
+
+def check(path: Path, md5: str) -> None:
+    """Remove a file whose MD5 sum is another, and raise DataError."""
+    with open(path, "rb") as file:
         found = hashlib.file_digest(file, "md5").hexdigest()
     if found != md5:
-        part.unlink()
-        raise DataError(f"{url} has the MD5 sum {found}, expected {md5}")
-    os.replace(part, path)
+        path.unlink()
+        raise DataError(f"{path.name} had the MD5 sum {found}, expected {md5}, and was removed")
 
 
 def receive(url: str, part: Path) -> None:

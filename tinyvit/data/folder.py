@@ -111,8 +111,9 @@ def list_pictures(root: Path, names: tuple[str, ...]) -> Listing:
     for label, name in enumerate(names):
         for folder, folders, members in os.walk(root / name):
             folders[:] = [child for child in folders if not child.startswith(".")]
+            inside = Path(folder).relative_to(root).as_posix()
             pictures = (m for m in members if m.lower().endswith(ENDINGS) and not m.startswith("."))
-            files += (os.path.relpath(os.path.join(folder, picture), root) for picture in pictures)
+            files += (f"{inside}/{picture}" for picture in pictures)
         labels += [label] * (len(files) - len(labels))
     order = sorted(range(len(files)), key=lambda i: (labels[i], files[i]))
     return Listing(root, files, np.array(labels, dtype=np.int64)).take(order)
