@@ -347,6 +347,14 @@ def test_a_reader_that_goes_away_causes_no_traceback():
     assert process.wait(60) == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert "No space left" in result.stderr
+
+
 def test_an_interrupt_before_training_is_one_line(monkeypatch, capsys):
     from tinyvit import zoo
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from tinyvit import optim
-from tinyvit.plan import learning_rate, make_plan, steps_that_fit
+from tinyvit.plan import Deadline, learning_rate, make_plan, steps_that_fit
 from tinyvit.settings import TrainConfig
 from tinyvit.train import train
 
@@ -334,12 +335,24 @@ def test_resume_needs_a_sound_checkpoint(unbroken, tmp_path, change, named):
     assert snapshot(run) == before
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"options": {}}', '{"options": {"speed": 9}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"options": {}}', '{"options": {"speed": 9}}', '{"options": {}, "plan": {"total_steps": "x"}}']
+)
 def test_resume_needs_a_sound_config(unbroken, tmp_path, text):
     run = tmp_path / "run"
     shutil.copytree(unbroken[0], run)
     (run / "config.json").write_text(text)
     assert "config.json" in assert_one_line_error(tinyvit("train", "--out", run, "--resume"), 1)
+
+
+def test_a_run_of_a_version_with_fewer_options_can_be_resumed(unbroken, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(unbroken[0], run)
+    config = json.loads((run / "config.json").read_text())
+    del config["options"]["cutmix"], config["options"]["threads"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert "finished" in tinyvit("train", "--out", run, "--resume").stdout
+    assert "--cutmix 0.0, not --cutmix 1.0" in tinyvit("train", "--out", run, "--resume", *OPTIONS).stderr
 
 
 def test_a_batch_larger_than_the_data_is_refused(pictures, tmp_path):
@@ -414,6 +427,33 @@ def test_as_many_steps_as_fit(seconds, step, end, per_epoch):
     n = steps_that_fit(seconds, step, end, per_epoch)
     assert n == 1 or cost(n) <= seconds * (1 + 1e-9)
     assert cost(n + 1) > seconds * (1 - 1e-9)
+
+
+@given(
+    total=st.integers(10, 10_000),
+    per_epoch=st.integers(1, 1000),
+    warmup=st.floats(0, 1.5),
+    slower=st.floats(0.2, 5),
+    end=st.floats(0, 1) | st.none(),
+)
+def test_the_number_of_steps_is_corrected_once_to_what_still_fits(total, per_epoch, warmup, slower, end):
+    deadline = object.__new__(Deadline)
+    deadline.plan = make_plan(total, per_epoch, warmup)
+    deadline.step_seconds, deadline.end_seconds, deadline.moment = 0.01, 0.1, 1000.0
+    step = math.ceil(total / 10)
+    batch, cost = step % per_epoch, 0.01 * slower
+    with mock.patch("tinyvit.plan.time.monotonic", return_value=1000.0 - 0.9 * total * 0.01):
+        plan = deadline.corrected(step, batch, cost, end)
+    ends = end if end is not None else 0.1 * slower
+
+    def needed(steps):
+        return steps * cost + math.ceil((batch + steps) / per_epoch) * ends
+
+    left = plan.total_steps - step
+    assert left == 1 or needed(left) <= 0.9 * total * 0.01 * (1 + 1e-9)
+    assert needed(left + 1) > 0.9 * total * 0.01 * (1 - 1e-9)
+    assert plan.steps_per_epoch == per_epoch
+    learning_rate(TrainConfig(lr=1.0), plan)(step)  # a warm-up longer than the run would be refused
 
 
 @given(total=st.integers(1, 5000), per_epoch=st.integers(1, 500), warmup=st.floats(0, 20))

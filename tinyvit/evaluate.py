@@ -58,7 +58,7 @@ def evaluate(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    batch_size: int = BATCH_SIZE,
+    threads: int | None = None,
     stop: Callable[[], Any] = lambda: False,
 ) -> Scores | None:
     """Run `model` over all of `split`, whose pictures have the classes `labels` (N,) in the model's order.
@@ -70,11 +70,11 @@ def evaluate(
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
-    loader = Loader(split, batch_size, transform=Augment(tuple(mean), tuple(std)), shuffle=False)
+    loader = Loader(split, BATCH_SIZE, transform=Augment(tuple(mean), tuple(std)), shuffle=False)
     for images, _ in loader.epoch(0):
         if stop():
             return None
-        logits = predict(model, images, batch_size=batch_size).astype(np.float64)  # (B, K)
+        logits = predict(model, images, threads=threads).astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
         part = slice(done, done + len(logits))

@@ -85,7 +85,7 @@ class Deadline:
 
     def __init__(self, trainer: Trainer, moment: float) -> None:
         self.moment = moment
-        seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * (moment - time.monotonic()))
+        seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * max(0.0, moment - time.monotonic()))
         self.step_seconds = time_steps(trainer, seconds)
         self.end_seconds = time_epoch_end(trainer, self.step_seconds, seconds)
         steps_per_epoch = len(trainer.loader)
@@ -102,7 +102,8 @@ class Deadline:
             end_seconds = self.end_seconds * step_seconds / self.step_seconds
         left = self.moment - time.monotonic() + batch * step_seconds  # as if the epoch were still to begin
         fit = steps_that_fit(left, step_seconds, end_seconds, self.plan.steps_per_epoch)
-        return dataclasses.replace(self.plan, total_steps=step + max(1, fit - batch))
+        total = step + max(1, fit - batch)
+        return Plan(total, self.plan.steps_per_epoch, min(self.plan.warmup_steps, total - 1))
 
 
 def time_steps(trainer: Trainer, seconds: float) -> float:
@@ -121,7 +122,7 @@ def time_steps(trainer: Trainer, seconds: float) -> float:
 def time_epoch_end(trainer: Trainer, step_seconds: float, seconds: float) -> float:
     """Seconds that evaluating, saving and drawing take at the end of an epoch."""
     test = trainer.data.test
-    n = min(len(test), math.ceil(trainer.options.batch_size * seconds / step_seconds))
+    n = min(len(test), 1 + int(trainer.options.batch_size * seconds / step_seconds))
     began = time.monotonic()
     trainer.evaluate(FirstOf(test, test.labels[:n]))
     evaluating = (time.monotonic() - began) * len(test) / n

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import platform
@@ -51,11 +52,13 @@ def read_config(out: Path) -> dict[str, Any]:
     except ValueError:
         raise CheckpointError(f"{out / CONFIG} is damaged: not JSON") from None
     try:
-        if set(config["options"]) != set(FIELDS):
-            odd = sorted(set(config["options"]) ^ set(FIELDS))
-            raise CheckpointError(f"{out / CONFIG} is of another version of tinyvit: it differs in {', '.join(odd)}")
-        config["plan"]["total_steps"], config["data"]["fingerprint"]
-    except (KeyError, TypeError):
+        if unknown := sorted(set(config["options"]) - set(FIELDS)):
+            raise CheckpointError(f"{out / CONFIG}: this version of tinyvit has no option {', '.join(unknown)}")
+        config["options"] = dataclasses.asdict(TrainConfig(**config["options"]))
+        if not all(isinstance(value, int) for value in config["plan"].values()):
+            raise TypeError
+        config["data"]["name"], config["data"]["fingerprint"]
+    except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{out / CONFIG} is damaged: it describes no run") from None
     return config
 

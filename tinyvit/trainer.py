@@ -262,8 +262,10 @@ class Trainer:
 
     def evaluate(self, split: Split, stop: Stop = lambda: None) -> Scores | None:
         """Scores of the model as it is; None when asked to stop meanwhile."""
-        data = self.data
-        return evaluate(self.model, split, split.labels, data.class_names, data.mean, data.std, stop=stop)
+        data, threads = self.data, self.options.threads
+        return evaluate(
+            self.model, split, split.labels, data.class_names, data.mean, data.std, threads=threads, stop=stop
+        )
 
     def finish_epoch(self, stop: Stop) -> None:
         """Evaluate, and write what the epoch brought, in an order that leaves a sound run wherever it is killed."""
