@@ -70,7 +70,8 @@ def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str
 
 # The learning rate and weight decay that suit each optimizer.
 RATES = {"adamw": (1e-3, 0.05), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
-DEFAULT_EPOCHS = 20
+# Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
+EPOCHS, SHAPES_EPOCHS = 20, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class TrainConfig:
     data: str = option("shapes", str, "SRC", "shapes, cifar10 or a directory of pictures", free=True)
     model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
     out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
-    epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {DEFAULT_EPOCHS})")
+    epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
     minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
     batch_size: int | None = option(None, whole(1), "B", "pictures per step (default: 128, less for few pictures)")
     lr: float | None = option(None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05)")

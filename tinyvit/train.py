@@ -20,7 +20,7 @@ from .data import Data, load_data
 from .data.folder import SMALL
 from .plan import Deadline, Plan, make_plan
 from .progress import Display, clock
-from .settings import DEFAULT_EPOCHS, RATES, TrainConfig, UsageError
+from .settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError
 from .trainer import Position, Stop, Trainer, read_position
 from .zoo import model_config
 
@@ -63,6 +63,9 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     """`options` with what was left to be chosen from the data. Raises UsageError."""
     small = max(data.image_size) <= SMALL
     model = options.model or ("vit_micro_patch4_32" if small else "vit_tiny_patch16_224")
+    epochs = options.epochs
+    if epochs is None and options.minutes is None:
+        epochs = SHAPES_EPOCHS if options.data == "shapes" else EPOCHS
     lr, weight_decay = RATES[options.optimizer]
     pictures = len(data.train)
     batch_size = options.batch_size or min(128, math.ceil(pictures / 8))
@@ -72,7 +75,7 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
         options,
         model=model,
         out=options.out or str(Path("runs") / f"{data.name}-{model}"),
-        epochs=options.epochs or (None if options.minutes else DEFAULT_EPOCHS),
+        epochs=epochs,
         batch_size=batch_size,
         lr=lr if options.lr is None else options.lr,
         weight_decay=weight_decay if options.weight_decay is None else options.weight_decay,
