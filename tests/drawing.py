@@ -114,7 +114,7 @@ layouts = st.sampled_from(LAYOUTS)
 
 
 def place(x: np.ndarray | None, backend: str, dtype: str, layout: str = "C") -> Any:
-    """`x` in a library, with a memory layout; NumPy memory is read-only, so that whoever writes into an input is caught."""
+    """`x` in a library, with a memory layout; NumPy memory is read-only, which catches whoever writes into an input."""
     if x is None:
         return None
     xp = LIBRARIES[backend]
@@ -124,7 +124,7 @@ def place(x: np.ndarray | None, backend: str, dtype: str, layout: str = "C") -> 
     if layout == "F":
         x = xp.asarray(x.T, copy=True, order="C").T if x.ndim > 1 else x
     elif layout == "strided":
-        x = xp.stack([x, x + 1], axis=-1)[..., 0]
+        x = xp.stack([x, xp.zeros_like(x)], axis=-1)[..., 0]
     elif layout == "reversed":
         x = xp.flip(xp.asarray(xp.flip(x), copy=True))
     x = arrays.as_array(x)

@@ -223,7 +223,7 @@ def _keep(x: Tensor | Array, p: float, training: bool, shape: tuple[int, ...]) -
     x = _array(x)
     xp = arrays.namespace(x)
     mask = arrays.convert(random.keep_mask(p, x.shape[0], shape), x)
-    return xp.astype(mask, x.dtype) * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    return xp.astype(mask, x.dtype) * float(1.0 / (1.0 - p) if p < 1.0 else 0.0)
 
 
 def _mask(mask: Tensor | Array | None, x: Tensor | Array, scores: tuple[int, ...]) -> Array | None:

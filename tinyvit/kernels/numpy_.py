@@ -83,7 +83,7 @@ def linear_gelu(
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     if x.dtype != np.float32:
         return reference.gelu(xp, x, approximate=approximate, needs=needs)
-    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1] if x.ndim else 1)
+    flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1] if x.size and x.ndim else 1)
     y = np.empty_like(flat)
     slope = np.empty_like(flat) if needs[0] else None
     first = 0
@@ -110,9 +110,10 @@ def _gelu(x: Array, y: Array, slope: Array | None, scratch: Array, approximate: 
     """gelu(x) into `y`, which may be `x`, and its derivative into `slope` where wanted."""
     square, phi, rest = scratch
     coefficients = _PHI_TANH if approximate == "tanh" else _PHI
-    np.multiply(x, x, out=square)
-    _polynomial(coefficients, square, phi)
-    np.multiply(phi, x, out=phi)
+    with np.errstate(over="ignore"):  # tanh of infinity is 1, as it should be where x is in the thousands
+        np.multiply(x, x, out=square)
+        _polynomial(coefficients, square, phi)
+        np.multiply(phi, x, out=phi)
     np.tanh(phi, out=phi)
     if slope is not None and approximate == "tanh":  # Phi's own derivative: (1 - tanh^2) (x P)' / 2
         np.multiply(phi, phi, out=rest)

@@ -187,13 +187,14 @@ def qkv_attention(
 ) -> tuple[Array, VJP]:
     """Multi-head self-attention on the packed output of one linear layer: (B, N, 3 H D) -> (B, N, H D)."""
     batch, n, width = qkv.shape
-    heads = xp.permute_dims(xp.reshape(qkv, (batch, n, 3, num_heads, width // (3 * num_heads))), (2, 0, 3, 1, 4))
+    dim = width // (3 * num_heads)
+    heads = xp.permute_dims(xp.reshape(qkv, (batch, n, 3, num_heads, dim)), (2, 0, 3, 1, 4))
     y, attention_vjp = attention(
         xp, heads[0, ...], heads[1, ...], heads[2, ...], mask=mask, keep=keep, needs=needs * 3
     )  # (B, H, N, D)
 
     def vjp(dy: Array) -> tuple[Array]:
-        dy = xp.permute_dims(xp.reshape(dy, (batch, n, num_heads, -1)), (0, 2, 1, 3))
+        dy = xp.permute_dims(xp.reshape(dy, (batch, n, num_heads, dim)), (0, 2, 1, 3))
         packed = xp.stack(attention_vjp(dy))  # (3, B, H, N, D)
         return (xp.reshape(xp.permute_dims(packed, (1, 3, 0, 2, 4)), (batch, n, width)),)
 

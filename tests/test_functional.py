@@ -1,0 +1,587 @@
+"""The ViT's operations: every version of each (reference and kernels, in every library) against the same torch one."""
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import array_api_strict
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as TF
+from drawing import (
+    BACKENDS,
+    LIBRARIES,
+    TOLERANCE,
+    check,
+    error,
+    host,
+    kernel_table,
+    layouts,
+    place,
+    shapes,
+    sides,
+    small_blocks,
+    torch_vjp,
+    values,
+    versions,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvit import functional as F
+from tinyvit import ops, random
+from tinyvit.kernels import numpy_optim, reference
+from tinyvit.tensor import Tensor, grad
+
+
+@dataclass
+class Example:
+    """One drawn call of an operation of arrays, in float64, and the same computation by torch."""
+
+    inputs: list[np.ndarray | None]
+    theirs: Any
+    params: dict[str, Any] = field(default_factory=dict)  # arrays among them are placed like the inputs
+    condition: float = 1.0  # by how much the function itself enlarges the rounding of its float32 inputs
+
+
+CASES: dict[str, Any] = {}
+
+
+def case(function):
+    CASES[function.__name__.strip("_")] = function
+    return function
+
+
+rows = st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3)
+
+
+def linear_inputs(draw):
+    n_in, n_out = draw(sides), draw(sides)
+    x = values(draw, (*draw(rows), n_in))
+    return [x, values(draw, (n_out, n_in)), values(draw, (n_out,))]
+
+
+@case
+def _linear(draw):
+    x, weight, bias = linear_inputs(draw)
+    return Example([x, weight, draw(st.sampled_from([bias, None]))], TF.linear)
+
+
+@case
+def _linear_gelu(draw):
+    approximate = draw(st.sampled_from(["none", "tanh"]))
+    return Example(
+        linear_inputs(draw),
+        lambda x, weight, bias: TF.gelu(TF.linear(x, weight, bias), approximate=approximate),
+        {"approximate": approximate},
+    )
+
+
+@case
+def _layer_norm(draw):
+    n, eps = draw(sides), draw(st.sampled_from([1e-6, 1e-5, 0.1]))
+    x = values(draw, (*draw(rows), n), "spread")  # rows of equal entries would be all cancellation
+    return Example(
+        [x + draw(st.sampled_from([0, 0, 100])), values(draw, (n,)), values(draw, (n,))],
+        lambda x, weight, bias: TF.layer_norm(x, (n,), weight, bias, eps),
+        {"eps": eps},
+    )
+
+
+@case
+def _gelu(draw):
+    approximate, scale = draw(st.sampled_from(["none", "tanh"])), draw(st.sampled_from([1, 5]))
+    x = values(draw, draw(shapes()), draw(st.sampled_from(["normal", "grid"])))
+    return Example([x * scale], lambda x: TF.gelu(x, approximate=approximate), {"approximate": approximate})
+
+
+def softmax_example(draw, theirs):
+    shape = draw(shapes(min_dims=1, min_side=1))
+    axis, scale = draw(st.integers(-len(shape), len(shape) - 1)), draw(st.sampled_from([1, 30]))
+    return Example([values(draw, shape) * scale], lambda x: theirs(x, dim=axis), {"axis": axis})
+
+
+@case
+def _softmax(draw):
+    return softmax_example(draw, torch.softmax)
+
+
+@case
+def _log_softmax(draw):
+    return softmax_example(draw, torch.log_softmax)
+
+
+def torch_attention(q, k, v, mask, keep):
+    """Written out, because torch's own gives NaN where a query may look nowhere."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        mask = torch.tensor(mask)
+        allowed = torch.broadcast_to(mask if mask.dtype == torch.bool else mask > -torch.inf, scores.shape)
+        scores = scores if mask.dtype == torch.bool else scores + torch.where(mask > -torch.inf, mask, 0.0)
+    e = torch.exp(scores - scores.detach().amax(-1, keepdim=True)) * allowed
+    p = e / e.sum(-1, keepdim=True).clamp(min=1e-300)
+    return (p if keep is None else p * torch.tensor(keep)) @ v
+
+
+def mask_and_keep(draw, shape):
+    """A mask that broadcasts to `shape` (None, booleans, or numbers down to -inf) and dropout's factors (or None)."""
+    part = tuple(n if draw(st.booleans()) else 1 for n in shape)[draw(st.integers(0, 4)) :]
+    allowed = np.asarray(values(draw, part) > -0.5)
+    added = np.where(allowed, values(draw, part), -math.inf)
+    keep = (values(draw, shape) > -0.5) * 1.5
+    return draw(st.sampled_from([None, allowed, added])), draw(st.sampled_from([None, keep]))
+
+
+@case
+def _attention(draw):
+    (b, h, n, m), d, e = (draw(sides) for _ in range(4)), draw(sides), draw(sides)
+    mask, keep = mask_and_keep(draw, (b, h, n, m))
+    scale = draw(st.sampled_from([1, 5]))  # small scores and such that overflow if exponentiated as they are
+    return Example(
+        [
+            values(draw, shape) * s
+            for shape, s in (((b, h, n, d), scale), ((b, h, m, d), scale), ((b, h, m, e), 1))
+        ],
+        lambda q, k, v: torch_attention(q, k, v, mask, keep),
+        {"mask": mask, "keep": keep},
+        condition=scale**2,
+    )
+
+
+@case
+def _qkv_attention(draw):
+    b, n, h, d = draw(st.sampled_from([0, 1, 2, 3])), draw(sides), draw(sides), draw(sides)
+    mask, keep = mask_and_keep(draw, (b, h, n, n))
+
+    def theirs(qkv):
+        q, k, v = (part.reshape(b, n, h, d).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+        return torch_attention(q, k, v, mask, keep).transpose(1, 2).reshape(b, n, h * d)
+
+    scale = draw(st.sampled_from([1, 5]))
+    qkv = values(draw, (b, n, 3 * h * d)) * scale
+    return Example([qkv], theirs, {"num_heads": h, "mask": mask, "keep": keep}, condition=scale**2)
+
+
+@case
+def _patchify(draw):
+    size = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    shape = (draw(st.integers(0, 3)), draw(st.integers(1, 4)), *(n * draw(st.integers(1, 3)) for n in size))
+
+    def theirs(images):
+        if not shape[0]:
+            return images.reshape(0, shape[2] * shape[3] // math.prod(size), shape[1] * math.prod(size))
+        return TF.unfold(images, size, stride=size).transpose(1, 2)
+
+    return Example([values(draw, shape)], theirs, {"patch_size": size})
+
+
+@case
+def _cross_entropy(draw):
+    b, c, scale = draw(sides), draw(sides), draw(st.sampled_from([1, 100, 1e4]))
+    smoothing = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    labels = np.random.default_rng(b * c).integers(0, c, b)
+    if draw(st.booleans()):
+        labels = values(draw, (b, c), "positive")  # not normalised: their sum is a weight
+    theirs = torch.tensor(labels)
+    return Example(
+        [values(draw, (b, c)) * scale],
+        lambda x: TF.cross_entropy(x, theirs, label_smoothing=smoothing),
+        {"labels": labels, "label_smoothing": smoothing},
+    )
+
+
+def test_every_operation_has_a_case_and_every_kernel_a_reference():
+    references = {
+        n
+        for n, f in vars(reference).items()
+        if inspect.isfunction(f) and "needs" in inspect.signature(f).parameters
+    }
+    assert references == set(CASES)
+    elementary = {f.__wrapped__.__name__ for f in vars(ops).values() if hasattr(f, "__wrapped__")} | {
+        "_where",
+        "_concat",
+        "_stack",
+    }
+    for backend in LIBRARIES:
+        for name in set(kernel_table(backend)) - set(numpy_optim.KERNELS):
+            assert name in references | elementary, (
+                f"the kernel {name} stands in for no operation that is tested"
+            )
+            if name in references:
+                ours, spec = (
+                    list(inspect.signature(f).parameters)
+                    for f in (kernel_table(backend)[name], getattr(reference, name))
+                )
+                assert ours == spec, name
+
+
+ALL_VERSIONS = [
+    pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in CASES for v in versions(name)
+]
+
+
+@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
+@given(data=st.data())
+def test_every_version_agrees_with_torch(name, backend, version, data):
+    """Values and gradients; what the operation saved and returned stays intact when it or its vjp runs once more."""
+    example = CASES[name](data.draw)
+    y, dy, gradients = torch_vjp(example.theirs, example.inputs, data.draw)
+    function = (kernel_table(backend) if version == "kernel" else vars(reference))[name]
+    xp, layout, block = LIBRARIES[backend], data.draw(layouts), data.draw(st.sampled_from([None, 1, 17]))
+    for dtype in TOLERANCE:
+        arrays = [place(x, backend, dtype, layout) for x in example.inputs]
+        params = {
+            key: place(v, backend, dtype if v.dtype.kind == "f" else v.dtype.name, layout)
+            if isinstance(v, np.ndarray)
+            else v
+            for key, v in example.params.items()
+        }
+        needs = tuple(x is not None for x in arrays)
+        seed = place(dy, backend, dtype, data.draw(layouts))
+        with small_blocks(backend, block):
+            result, vjp = function(xp, *arrays, needs=needs, **params)
+            first = vjp(seed)
+            kept = [host(x).copy() for x in (result, *first) if x is not None]
+            again, vjp_again = function(xp, *arrays, needs=needs, **params)
+            second = vjp(seed)
+            vjp_again(seed)
+        tolerance = TOLERANCE[dtype] * (example.condition if dtype == "float32" else 1.0)
+        for got, expected in zip((result, *first), (y, *gradients), strict=True):
+            if expected is not None:
+                check(ops.arrays.as_array(got), expected, backend, dtype, tolerance)
+        for before, once, twice in zip(
+            kept,
+            [x for x in (result, *first) if x is not None],
+            [x for x in (again, *second) if x is not None],
+            strict=True,
+        ):
+            assert np.array_equal(before, host(once)) and np.array_equal(before, host(twice))
+        for x, before in zip(arrays, example.inputs, strict=True):
+            assert x is None or np.array_equal(host(x), before.astype(dtype))
+
+
+@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
+@given(data=st.data())
+def test_every_version_gives_the_same_where_fewer_gradients_are_wanted(name, backend, version, data):
+    example = CASES[name](data.draw)
+    function = (kernel_table(backend) if version == "kernel" else vars(reference))[name]
+    arrays = [place(x, backend, "float32") for x in example.inputs]
+    params = {
+        key: place(v, backend, "float32" if v.dtype.kind == "f" else v.dtype.name)
+        if isinstance(v, np.ndarray)
+        else v
+        for key, v in example.params.items()
+    }
+    some = tuple(x is not None and data.draw(st.booleans()) for x in arrays)
+    none, every = (False,) * len(arrays), tuple(x is not None for x in arrays)
+    results = {
+        needs: function(LIBRARIES[backend], *arrays, needs=needs, **params) for needs in (none, some, every)
+    }
+    y, vjp = results[every]
+    dy = place(values(data.draw, host(y).shape), backend, "float32")
+    full = vjp(dy)
+    for needs, (other, other_vjp) in results.items():
+        assert error(host(other), host(y)) < 1e-6
+        for wanted, g, expected in zip(needs, other_vjp(dy) if True in needs else none, full, strict=True):
+            if wanted:
+                assert error(host(g), host(expected)) < 1e-6
+
+
+# --- the error function -------------------------------------------------------------------------------------------
+
+GRID = np.concatenate(
+    [np.linspace(-7, 7, 20_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)]
+)
+GRID = np.concatenate([GRID, *(np.nextafter(s * x, y) for x in (0.46875, 1.0, 6.0) for s in (-1, 1) for y in (-9, 9, s * x))], axis=None)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-7)])
+def test_erf_is_exact(dtype, tolerance, backend):
+    x = GRID.astype(dtype)
+    expected = np.array([math.erf(v) for v in x.tolist()])
+    y = host(ops.erf(Tensor(place(x, backend, dtype))).data)
+    assert y.dtype == dtype
+    assert np.abs(y - expected).max() < tolerance
+    small = np.abs(x) < 1e-3  # relative accuracy where erf is nearly linear
+    assert (np.abs(y - expected)[small] <= 2 * np.finfo(dtype).eps * np.abs(expected[small])).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_erf_of_special_values(dtype):
+    tiny, huge = np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max
+    x = np.array([0.0, -0.0, np.inf, -np.inf, huge, -huge, tiny, -tiny, np.nan], dtype)
+    y = ops.erf(Tensor(x)).data
+    assert y[:6].tolist() == [0, 0, 1, -1, 1, -1]
+    assert np.abs(y[6:8] / x[6:8] - 1.128).max() < 0.2 and np.isnan(y[8])
+    finite = Tensor(x[:4], requires_grad=True)
+    assert grad(ops.erf(finite).sum(), finite)[2:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1.5e-7)])
+def test_gelu_is_exact(dtype, tolerance, backend):
+    """Through the public function, so the kernel where there is one. torch's own float32 GELU is off by 3e-7."""
+    x = GRID.astype(dtype)
+    phi = np.array([0.5 * math.erfc(-v * math.sqrt(0.5)) for v in x.tolist()])
+    slope = phi + x.astype(np.float64) * np.exp(-0.5 * x.astype(np.float64) ** 2) / math.sqrt(2 * math.pi)
+    t = Tensor(place(x, backend, dtype), requires_grad=True)
+    y = F.gelu(t)
+    scale = np.maximum(np.abs(x), 1.0)
+    assert (np.abs(host(y.data) - x * phi) / scale).max() < tolerance
+    assert np.abs(host(grad(y.sum(), t)) - slope).max() < 2 * tolerance
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gelu_of_large_values(dtype, approximate):
+    x = Tensor(np.array([1e4, -1e4, 50.0, -50.0, 0.0], dtype), requires_grad=True)
+    y = F.gelu(x, approximate)
+    assert y.data.tolist() == pytest.approx([1e4, 0, 50, 0, 0], abs=1e-30)
+    assert grad(y.sum(), x).tolist() == pytest.approx([1, 0, 1, 0, 0.5], abs=1e-29)
+    assert np.isnan(F.gelu(np.array([np.nan], dtype), approximate).data[0])
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_cross_entropy_of_extreme_logits(dtype):
+    x = Tensor(np.array([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]], dtype), requires_grad=True)
+    loss = F.cross_entropy(x, np.array([1, 1]))
+    assert float(loss) == pytest.approx((2e4 + math.log(2)) / 2, rel=1e-6)
+    assert grad(loss, x).tolist() == [[0.5, -0.5, 0.0], [0.0, -0.25, 0.25]]
+    perfect = F.cross_entropy(x[:1, :], np.array([0]))
+    assert float(perfect) == 0.0 and perfect.dtype == dtype
+
+
+@pytest.mark.parametrize("integer", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint64])
+def test_class_numbers_of_any_integer_dtype(integer):
+    """More classes than the labels' dtype can count must not make two of them equal."""
+    logits = np.random.default_rng(0).standard_normal((3, 300))
+    labels = [0, 1, 99]
+    expected = TF.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+    assert float(F.cross_entropy(logits, np.array(labels, integer))) == pytest.approx(
+        float(expected), rel=1e-12
+    )
+
+
+def test_one_hot_probabilities_are_class_numbers():
+    logits, labels = np.random.default_rng(0).standard_normal((4, 5)), np.array([0, 4, 2, 2])
+    for smoothing in (0.0, 0.1):
+        losses = [
+            float(F.cross_entropy(logits, t, smoothing))
+            for t in (labels, np.eye(5)[labels], Tensor(np.eye(5)[labels]))
+        ]
+        assert losses == [losses[0]] * 3
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("drop", [F.dropout, F.drop_path])
+def test_dropout_zeroes_the_right_share_and_scales_the_rest(drop, dtype, backend):
+    x = Tensor(place(np.ones((400, 3, 5)), backend, dtype), requires_grad=True)
+    for p in (0.25, np.float64(0.9)):
+        with random.scope(1):
+            y = drop(x, p)
+        kept = host(y.data) != 0
+        check(y.data, kept / (1 - p), backend, dtype)
+        n = 400 * (15 if drop is F.dropout else 1)
+        assert abs(kept.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+        if drop is F.drop_path:
+            assert (kept == kept[:, :1, :1]).all()
+        else:
+            assert 0 < kept[0].mean() < 1 or 0 < kept[1].mean() < 1
+        check(grad((y * 2.0).sum(), x), 2 * kept / (1 - p), backend, dtype)
+    for y in (drop(x, 0.5, training=False), drop(x, 0.0)):
+        assert y is x
+    assert not host(drop(x, 1.0).data).any() and not np.isnan(host(grad(drop(x, 1.0).sum(), x))).any()
+
+
+def test_attention_dropout_keeps_the_expectation():
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        np.broadcast_to(rng.standard_normal((1, 2, 3, 4)), (4000, 2, 3, 4)).astype(np.float32)
+        for _ in range(3)
+    )
+    with random.scope(2):
+        dropped = F.attention(q, k, v, dropout=0.3).data
+    plain = F.attention(q, k, v).data
+    assert np.abs(dropped - plain).max() > 0.1
+    assert np.abs(dropped.mean(axis=0) - plain[0]).max() < 5 * dropped.std(axis=0).max() / math.sqrt(4000)
+    assert np.array_equal(F.attention(q, k, v, dropout=0.3, training=False).data, plain)
+
+
+def test_packed_attention_is_attention():
+    """The same masks and the same draws for both forms."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 3, 4, 5)) for _ in range(3))
+    packed = np.stack([q, k, v], axis=0).transpose(1, 3, 0, 2, 4).reshape(2, 4, -1)
+    mask = rng.standard_normal((1, 3, 4, 4)) > 0
+    for options in ({}, {"mask": mask}, {"dropout": 0.4}, {"mask": mask, "dropout": 0.4}):
+        with random.scope(3):
+            apart = F.attention(q, k, v, **options).data
+        with random.scope(3):
+            together = F.qkv_attention(packed, 3, **options).data
+        assert error(together, apart.transpose(0, 2, 1, 3).reshape(2, 4, -1)) < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_query_that_may_look_nowhere_gives_zeros(kind, dtype, backend):
+    q, k, v = (
+        Tensor(
+            place(np.random.default_rng(i).standard_normal((1, 1, 3, 4)), backend, dtype), requires_grad=True
+        )
+        for i in range(3)
+    )
+    allowed = np.array([[True, False, True], [False, False, False], [True, True, True]])
+    mask = (
+        place(allowed, backend, "bool")
+        if kind == "bool"
+        else place(np.where(allowed, 0, -np.inf), backend, dtype)
+    )
+    y = F.attention(q, k, v, mask=mask)
+    assert not host(y.data)[0, 0, 1].any() and host(y.data)[0, 0, [0, 2]].all()
+    dq, dk, dv = (host(g) for g in grad(y.sum(), [q, k, v]))
+    assert all(np.isfinite(g).all() for g in (dq, dk, dv))
+    assert not dq[0, 0, 1].any() and dv[0, 0, 1].any()
+
+
+# --- the public functions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_patch_embed_is_a_strided_convolution(bias):
+    """Rectangular pictures and patches, more than three channels."""
+    rng = np.random.default_rng(0)
+    images, weight, b = (
+        rng.standard_normal((2, 5, 6, 12)),
+        rng.standard_normal((7, 5, 3, 4)),
+        rng.standard_normal(7),
+    )
+    inputs = [images, weight, b if bias else None]
+
+    def theirs(x, w, b):
+        return TF.conv2d(x, w, b, stride=(3, 4)).flatten(2).transpose(1, 2)
+
+    rng_draw = lambda strategy: 5  # noqa: ARG005 (every draw is a seed)
+    y, dy, gradients = torch_vjp(theirs, inputs, rng_draw)
+    tensors = [None if x is None else Tensor(x, requires_grad=True) for x in inputs]
+    result = F.patch_embed(*tensors)
+    check(result.data, y, "numpy", "float64")
+    for got, expected in zip(
+        grad(result, [t for t in tensors if t is not None], dy), gradients, strict=False
+    ):
+        check(got, expected, "numpy", "float64")
+
+
+def test_functions_take_arrays_and_tensors_and_pass_their_options_on():
+    rng = np.random.default_rng(0)
+    x, w, b = rng.standard_normal((2, 3)), rng.standard_normal((4, 3)), rng.standard_normal(4)
+    tx = torch.tensor(x)
+    for ours, theirs in [
+        (F.linear(x, w, b), TF.linear(tx, torch.tensor(w), torch.tensor(b))),
+        (
+            F.linear_gelu(x, w, b, "tanh"),
+            TF.gelu(TF.linear(tx, torch.tensor(w), torch.tensor(b)), approximate="tanh"),
+        ),
+        (
+            F.layer_norm(x, w[0], w[1], 0.5),
+            TF.layer_norm(tx, (3,), torch.tensor(w[0]), torch.tensor(w[1]), 0.5),
+        ),
+        (F.layer_norm(x, w[0], w[1]), TF.layer_norm(tx, (3,), torch.tensor(w[0]), torch.tensor(w[1]), 1e-6)),
+        (F.gelu(x), TF.gelu(tx)),
+        (F.gelu(x, "tanh"), TF.gelu(tx, approximate="tanh")),
+        (F.softmax(x), tx.softmax(-1)),
+        (F.softmax(x, 0), tx.softmax(0)),
+        (F.log_softmax(x, axis=0), tx.log_softmax(0)),
+    ]:
+        assert isinstance(ours, Tensor) and not ours.requires_grad
+        check(ours.data, theirs, "numpy", "float64")
+
+
+A4 = np.ones((1, 2, 3, 4), np.float32)
+X = np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: F.linear(X, X.T), "linear expects x (..., in) and weight (out, in), got (2, 3) and (3, 2)"),
+        (lambda: F.linear(X, X, X[0]), "linear expects a bias of shape (2,), got (3,)"),
+        (
+            lambda: F.linear(X, X.astype(np.float64)),
+            "linear expects arrays of one dtype, got float32 and float64; use astype",
+        ),
+        (
+            lambda: F.linear(X, array_api_strict.ones((2, 3), dtype=array_api_strict.float32)),
+            "linear expects arrays of one library, got numpy and array_api_strict",
+        ),
+        (
+            lambda: F.layer_norm(X, X[0], X[:, 0]),
+            "layer_norm expects x (..., D), weight and bias (D,), got (2, 3), (3,) and (2,)",
+        ),
+        (lambda: F.gelu(X, "erf"), 'gelu expects approximate "none" or "tanh", got \'erf\''),
+        (
+            lambda: F.attention(A4, A4, A4[:, :, :2]),
+            "attention expects q (B, H, N, D), k (B, H, M, D) and v (B, H, M, E), got (1, 2, 3, 4), (1, 2, 3, 4) and (1, 2, 2, 4)",
+        ),
+        (
+            lambda: F.attention(A4, A4, A4, mask=np.zeros((3, 3))),
+            "attention expects a mask of booleans or of dtype float32, got float64",
+        ),
+        (
+            lambda: F.attention(A4, A4, A4, mask=np.zeros((3, 3), int)),
+            "attention expects a mask of booleans or of dtype float32, got int64",
+        ),
+        (
+            lambda: F.attention(A4, A4, A4, mask=np.zeros((5, 1, 3, 3), bool)),
+            "attention expects a mask that broadcasts to (1, 2, 3, 3), got (5, 1, 3, 3)",
+        ),
+        (lambda: F.attention(A4, A4, A4, dropout=1.5), "a dropout probability must lie in 0 ... 1, got 1.5"),
+        (
+            lambda: F.qkv_attention(A4[0], 3),
+            "qkv_attention expects (B, N, 3 * num_heads * D), got (2, 3, 4) with 3 heads",
+        ),
+        (lambda: F.patchify(A4, (2, 2)), "image size 3x4 is not divisible by patch size 2"),
+        (lambda: F.patchify(A4, (3, 3)), "image size 3x4 is not divisible by patch size 3"),
+        (lambda: F.patchify(A4, (2, 4)), "image size 3x4 is not divisible by patch size 2x4"),
+        (lambda: F.patchify(X, (1, 1)), "expected images (B, C, H, W), got shape (2, 3)"),
+        (
+            lambda: F.patch_embed(A4, A4[:, :1]),
+            "patch_embed expects images (B, C, H, W) and weight (D, C, h, w), got (1, 2, 3, 4) and (1, 1, 3, 4)",
+        ),
+        (lambda: F.dropout(X, -0.1), "a dropout probability must lie in 0 ... 1, got -0.1"),
+        (lambda: F.cross_entropy(X, np.array([0, 3])), "labels must lie in 0 ... 2, got 0 ... 3"),
+        (lambda: F.cross_entropy(X, np.array([-1, 0])), "labels must lie in 0 ... 2, got -1 ... 0"),
+        (
+            lambda: F.cross_entropy(X, np.array([0])),
+            "cross_entropy expects class numbers (2,) or probabilities (2, 3), got int64 labels of shape (1,)",
+        ),
+        (
+            lambda: F.cross_entropy(X, np.ones(2, np.float32)),
+            "cross_entropy expects class numbers (2,) or probabilities (2, 3), got float32 labels of shape (2,)",
+        ),
+        (
+            lambda: F.cross_entropy(X, np.ones((2, 3))),
+            "cross_entropy expects probabilities of dtype float32, got float64",
+        ),
+        (
+            lambda: F.cross_entropy(X[:0], np.ones(0, int)),
+            "cross_entropy expects logits (B, C) with at least one entry, got (0, 3)",
+        ),
+        (lambda: F.cross_entropy(X, np.array([0, 1]), 1.5), "label_smoothing must lie in 0 ... 1, got 1.5"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(make, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    assert str(caught.value) == message
