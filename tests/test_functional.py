@@ -472,7 +472,7 @@ def test_patch_embed_is_a_strided_convolution(bias):
     def theirs(x, w, b):
         return TF.conv2d(x, w, b, stride=(3, 4)).flatten(2).transpose(1, 2)
 
-    rng_draw = lambda strategy: 5  # noqa: ARG005 (every draw is a seed)
+    rng_draw = lambda strategy: 5
     y, dy, gradients = torch_vjp(theirs, inputs, rng_draw)
     tensors = [None if x is None else Tensor(x, requires_grad=True) for x in inputs]
     result = F.patch_embed(*tensors)

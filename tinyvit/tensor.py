@@ -283,12 +283,13 @@ def _backward(
     """Carry `gradient` from `output` back through `nodes`; the gradients that reach `targets`."""
     collected = {_source(output): _start(output, gradient)}
     wanted = {_source(t) for t in targets}
+    for node in nodes:  # all of them first, so that a refusal leaves the graph as it was
+        node.check_unchanged()
     for node in nodes:
         outputs = [(node, number) for number in range(node.n_outputs)]
         dys = [collected.get(o) if o in wanted else collected.pop(o, None) for o in outputs]
         if all(dy is None for dy in dys):
             continue
-        node.check_unchanged()
         for source, g in zip(node.inputs, node.vjp(*dys), strict=True):
             if source is not None:
                 collected[source] = collected[source] + g if source in collected else g
