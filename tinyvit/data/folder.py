@@ -24,7 +24,7 @@ SMALL = 64  # pictures up to this side are kept at their size and trained on who
 LARGE_SIZE = 224
 MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
 SAMPLE = 20_000  # pictures of a larger split that are decoded beforehand, for the mean and std
-CHUNK = 64  # pictures a thread decodes at a time
+CHUNK = 1 << 20  # bytes that a thread decodes at a time
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ def load_folder(
         picture_transform = partial(random_resized_crop, size=size)
     train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train")
     test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test")
-    for label, class_name in enumerate(names):
-        if label not in train.labels:
-            raise DataError(f"class {class_name} of {root} has no readable picture to train on")
+    if missing := classes_without(train, names):
+        raise DataError(f"class {missing[0]} of {root} has no readable picture to train on")
     digest = hashlib.sha256(repr((names, train.files, test.files)).encode()).hexdigest()
     return Data(root.resolve().name, train_split, test_split, names, mean, std, size, 3, f"folder-{digest[:16]}")
 
@@ -71,9 +70,8 @@ def find_pictures(root: Path, val_fraction: float, seed: int) -> tuple[tuple[str
         raise DataError(f"{train_root} must hold at least two class folders with pictures, found {found}")
     names = tuple(folder.name for folder in classes)
     listing = list_pictures(train_root, names)
-    for label, folder in enumerate(classes):
-        if label not in listing.labels:
-            raise DataError(f"class folder {folder} has no pictures (looked for {' '.join(ENDINGS)})")
+    if missing := classes_without(listing, names):
+        raise DataError(f"class folder {train_root / missing[0]} has no pictures (looked for {' '.join(ENDINGS)})")
     if test_root is None:
         return names, *split_classes(listing, names, val_fraction, seed)
     if strangers := [folder for folder in class_folders(test_root) if folder.name not in names]:
@@ -117,6 +115,11 @@ def list_pictures(root: Path, names: tuple[str, ...]) -> Listing:
         labels += [label] * (len(files) - len(labels))
     order = sorted(range(len(files)), key=lambda i: (labels[i], files[i]))
     return Listing(root, files, np.array(labels, dtype=np.int64)).take(order)
+
+
+def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:
+    """The classes of which `listing` has no picture."""
+    return [names[i] for i in np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)]
 
 
 def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
@@ -206,7 +209,8 @@ def decode(
                 failures[i] = error
         return chunk, stack(pictures, size), failures
 
-    chunks = [positions[start : start + CHUNK] for start in range(0, len(positions), CHUNK)]
+    step = max(1, CHUNK // (3 * size[0] * size[1]))
+    chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
     with tqdm(total=len(positions), desc=title, unit="picture", leave=False, disable=None) as bar:
         for result in in_threads(work, chunks):
             yield result
