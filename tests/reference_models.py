@@ -1,4 +1,4 @@
-"""A Vision Transformer written plainly with torch.nn, whose state dict has the same names: what ours is compared with."""
+"""A Vision Transformer written plainly with torch.nn, with the parameter names of ours: what it is compared with."""
 
 from __future__ import annotations
 

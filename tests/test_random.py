@@ -1,5 +1,6 @@
 """Random numbers are functions of (seed, step, place, sample), whatever else happens."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_a_batch_cut_into_shards_gets_the_same_masks(cuts, shape, drop):
     assert whole.shape == (13, *shape) and whole.dtype == bool
     bounds = [0, *sorted(cuts), 13]
     parts = []
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         with random.scope(5, 2, start):
             parts.append(random.keep_mask(drop, stop - start, shape))
     assert np.array_equal(np.concatenate(parts), whole)

@@ -195,7 +195,8 @@ def test_a_seed_is_an_array_or_a_tensor_of_the_output_s_shape_and_dtype():
         assert grad(x * 2.0, x, seed).tolist() == [6, 8]
     assert float(grad(x.sum(), x, np.float64(3.0))[0]) == 3.0
     for seed, kind, message in [
-        (None, ValueError, "a backward pass from shape (2,) needs a gradient to start from; only a single element does not"),
+        (None, ValueError, "a backward pass from shape (2,) needs a gradient to start from; "
+                           "only a single element does not"),
         (2.0, TypeError, "the starting gradient must be an array, got float"),
         (
             np.ones(3),
@@ -391,7 +392,7 @@ def test_a_hundred_thousand_operations_in_a_row():
     assert seen() is None
 
 
-# --- libraries and dtypes ---------------------------------------------------------------------------------------------
+# --- libraries and dtypes -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -457,7 +458,7 @@ def test_arrays_of_subclasses_and_of_other_libraries():
         ops.add(array_api_strict.ones(3), np.ones(3))
 
 
-# --- operations of one's own, kernels, threads ---------------------------------------------------------------------------
+# --- operations of one's own, kernels, threads --------------------------------------------------------------------
 
 
 def swap(xp, a, b, *, needs):
@@ -529,7 +530,7 @@ def test_gradient_mode_belongs_to_its_thread():
     assert seen == [True]
 
 
-# --- importing --------------------------------------------------------------------------------------------------------
+# --- importing ----------------------------------------------------------------------------------------------------
 
 PROBE = """
 import sys, time

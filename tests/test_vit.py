@@ -217,7 +217,7 @@ def test_dropout_of_attention_weights_and_of_the_head_is_where_it_belongs():
 
 
 def test_the_paper_s_initialisation():
-    """Appendix B of Dosovitskiy et al.: Xavier for the matrices, zeros for head, biases and class token, 0.02 for positions."""
+    """Xavier for the matrices, zeros for head, biases and class token, 0.02 for positions (big_vision's code)."""
     model = tinyvit.create_model(
         "vit_tiny_patch16_224", depth=1, init_values=0.5, distilled=True, reg_tokens=4
     )
@@ -251,7 +251,7 @@ def test_the_paper_s_initialisation():
 
 @pytest.mark.parametrize("rows, columns, dim, length", [(3, 2, 8, 7), (1, 4, 16, 4), (2, 2, 4, 6)])
 def test_sines_and_cosines_follow_their_formula(rows, columns, dim, length):
-    """Each quarter of the channels: sin and cos of the column, sin and cos of the row, times 10000^(-i / (dim/4 - 1))."""
+    """A quarter of the channels each: sin, cos of the column, sin, cos of the row, times 10000^(-i / (dim/4 - 1))."""
     table = sincos2d((rows, columns), dim, length)
     assert table.shape == (1, length, dim) and table.dtype == np.float32
     prefix, quarter = length - rows * columns, dim // 4
@@ -341,8 +341,9 @@ def test_any_sound_config_makes_a_model_of_the_promised_shape(data):
     pool = data.draw(st.sampled_from(["token", "avg"]))
     config = ViTConfig(
         image_size=(grid[0] * patch[0], grid[1] * patch[1]), patch_size=patch, embed_dim=4 * heads, num_heads=heads,
-        in_chans=data.draw(st.integers(1, 4)), num_classes=data.draw(st.integers(0, 4)), depth=data.draw(st.integers(1, 2)),
-        mlp_ratio=data.draw(st.sampled_from([0.3, 1, 4.0])), global_pool=pool, distilled=pool == "token" and data.draw(st.booleans()),
+        in_chans=data.draw(st.integers(1, 4)), num_classes=data.draw(st.integers(0, 4)),
+        depth=data.draw(st.integers(1, 2)), mlp_ratio=data.draw(st.sampled_from([0.3, 1, 4.0])),
+        global_pool=pool, distilled=pool == "token" and data.draw(st.booleans()),
         class_token=pool == "token" or data.draw(st.booleans()), reg_tokens=data.draw(st.integers(0, 2)),
         no_embed_class=data.draw(st.booleans()), pos_embed=data.draw(st.sampled_from(["learn", "sincos2d"])),
         representation_size=data.draw(st.sampled_from([None, 5])), init_values=data.draw(st.sampled_from([None, 0.1])),

@@ -36,17 +36,14 @@ def available_cores() -> int:
 
 def cgroup_cores(root: Path) -> int | None:
     """Whole cores that the cgroup mounted at `root` allows (version 2 or 1), None without a limit."""
-    try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if quota in ("max", "-1"):
-        return None
-    return max(1, int(quota) // int(period))
+            quota, period = map(int, " ".join((root / file).read_text() for file in files).split())
+        except (OSError, ValueError):  # no such file, or no number in it ("max")
+            continue
+        if quota > 0 and period > 0:  # -1: no limit
+            return max(1, quota // period)
+    return None
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,8 @@ def run(plan: Plan, function: Callable[[int, int], T]) -> Iterator[T]:
     """
     with _blas().limit(limits=plan.blas_threads):
         if plan.workers == 1:
-            yield from (function(start, stop) for start, stop in plan.ranges)
+            for bounds in plan.ranges:
+                yield contextvars.copy_context().run(function, *bounds)
             return
         pool = _pool(plan.workers)
         futures = [pool.submit(contextvars.copy_context().run, function, *bounds) for bounds in plan.ranges]

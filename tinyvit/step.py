@@ -63,6 +63,8 @@ class TrainStep:
         self.clip_norm, self.label_smoothing, self.accumulate = clip_norm, label_smoothing, accumulate
         self.seed, self.threads, self.shards = seed, threads, shards
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("a training step needs a model with parameters that require a gradient")
         self.step_index = 0
         self.correct = 0
         self.grad_norm = math.nan
@@ -146,6 +148,7 @@ def predict(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    count = images.shape[0]
     modes = [(module, module.training) for _, module in model.named_modules()]
     model.eval()
     if not arrays.on_host(next(iter(model.parameters())).data):
@@ -153,8 +156,8 @@ def predict(
     try:
         with no_grad():
             parts = []
-            for first in range(0, max(images.shape[0], 1), batch_size):
-                batch = images[first : first + batch_size, ...]
+            for first in range(0, max(count, 1), batch_size):
+                batch = images[first : min(first + batch_size, count), ...]
                 plan = shards.plan(batch.shape[0], threads, shards_per_batch)
                 parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).numpy())
             return np.concatenate(parts)

@@ -1,0 +1,124 @@
+"""Cutting batches into shards, running them on threads, and counting the cores there are."""
+
+import contextvars
+import itertools
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from tinyvit import shards
+
+
+@given(samples=st.integers(0, 300), threads=st.integers(1, 9), n=st.none() | st.integers(1, 12))
+def test_a_plan_covers_the_batch_once_in_even_shards(samples, threads, n):
+    plan = shards.plan(samples, threads, n)
+    assert plan.ranges[0][0] == 0 and plan.ranges[-1][1] == samples
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(plan.ranges))
+    sizes = {stop - start for start, stop in plan.ranges}
+    assert max(sizes) - min(sizes) <= 1 and (min(sizes) >= 1 or samples == 0)
+    assert len(plan.ranges) == max(1, min(n or threads, samples))
+    assert plan.workers == min(threads, len(plan.ranges))
+    assert 1 <= plan.workers * plan.blas_threads <= threads
+
+
+def test_threads_default_to_the_cores_there_are():
+    assert shards.plan(1000).workers == len(shards.plan(1000).ranges) == shards.available_cores() >= 1
+    for bad in ({"threads": 0}, {"shards": 0}, {"threads": -1}):
+        with pytest.raises(ValueError, match="threads and shards must be at least 1"):
+            shards.plan(10, **bad)
+
+
+def blas_threads():
+    return [m["num_threads"] for m in threadpool_info() if m["user_api"] == "blas"]
+
+
+def test_results_come_in_order_from_the_planned_threads():
+    variable = contextvars.ContextVar("variable")
+    variable.set("the caller's")
+    names, limits = set(), []
+
+    def work(start, stop):
+        names.add(threading.current_thread().name)
+        limits.append(blas_threads())
+        assert variable.get() == "the caller's"
+        variable.set(start)  # stays in this shard
+        time.sleep(0.02 * (5 - start))  # the first takes longest
+        return start, stop
+
+    with threadpool_limits(3, user_api="blas"):
+        for threads, expected in ((1, 1), (2, 2)):
+            names.clear()
+            assert list(shards.run(shards.plan(5, threads, 5), work)) == [(i, i + 1) for i in range(5)]
+            assert len(names) == expected
+            variable.set("the caller's")
+        assert set(itertools.chain(*limits)) == {1}
+        assert set(blas_threads()) <= {3}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_exception_comes_out_as_it_is_and_the_blas_keeps_its_threads(threads):
+    class Special(Exception):
+        pass
+
+    error, done = Special("one line"), []
+
+    def work(start, stop):
+        if start == 1:
+            raise error
+        done.append(start)
+        return start
+
+    with threadpool_limits(3, user_api="blas"):
+        with pytest.raises(Special) as caught:
+            list(shards.run(shards.plan(50, threads, 50), work))
+        assert caught.value is error
+        assert set(blas_threads()) <= {3}
+        assert list(shards.run(shards.plan(2, threads, 2), lambda start, stop: start)) == [0, 1]
+    if threads == 1:
+        assert done == [0]
+
+
+@pytest.mark.parametrize("abandon", ["closed", "broken off"])
+def test_a_run_that_is_not_finished_gives_the_blas_its_threads_back(abandon):
+    with threadpool_limits(3, user_api="blas"):
+        results = shards.run(shards.plan(4, 2, 4), lambda start, stop: start)
+        assert next(results) == 0
+        if abandon == "closed":
+            results.close()
+        else:
+            del results
+        assert set(blas_threads()) <= {3}
+
+
+@pytest.mark.parametrize(
+    "files, cores",
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "200000 100000\n"}, 2),
+        ({"cpu.max": "150000 100000\n"}, 1),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        (
+            {
+                "cpu.max": "1600000 100000\n",
+                "cpu/cpu.cfs_quota_us": "100000",
+                "cpu/cpu.cfs_period_us": "100000",
+            },
+            16,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "400000\n"}, None),
+        ({"cpu.max": ""}, None),
+        ({"cpu.max": "many 100000\n"}, None),
+    ],
+)
+def test_cores_that_a_container_allows(tmp_path, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert shards.cgroup_cores(tmp_path) == cores
