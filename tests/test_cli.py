@@ -172,10 +172,22 @@ def test_models_lists_every_model_with_its_parameters():
     assert len({len(line) for line in lines}) == 1, "columns must line up"
 
 
+def test_info_shows_the_machine_and_what_holds_it_back():
+    env = environment() | {"OPENBLAS_L2_SIZE": "512"}
+    shown, as_json = (
+        subprocess.run([*COMMAND, "info", *more], capture_output=True, text=True, env=env) for more in ([], ["--json"])
+    )
+    value = only_json(as_json)
+    assert value["versions"]["tinyvit"] == library.__version__ and value["usable"] >= 1
+    assert value["settings"]["OPENBLAS_L2_SIZE"] == "512"
+    assert shown.returncode == 0 and np.__version__ in shown.stdout and shown.stderr == ""
+    assert all(finding in shown.stdout for finding in value["findings"])
+
+
 # --- bad usage ------------------------------------------------------------------------------------------------
 
 BAD_USAGE = [
-    ([], "expected a command: train, eval, predict, summary or models"),
+    ([], "expected a command: train, eval, predict, summary, models or info"),
     (["trian"], "invalid choice: 'trian'"),
     (["--verbose"], "--verbose"),
     (["train", "--epoch", "3"], "train does not know --epoch; did you mean --epochs?"),

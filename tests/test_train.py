@@ -104,7 +104,8 @@ def test_a_run_writes_what_the_contract_says(unbroken, pictures):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     lines = printed.splitlines()
-    assert len(lines) == 6, printed  # what is trained, four epochs, the best
+    assert len(lines) == 7, printed  # what is trained and where, four epochs, the best
+    assert " cores, " in lines[1]
     best = max(row["val_accuracy"] for row in rows)
     assert f"{best:.2%}" in lines[-1] and str(out / "best.safetensors") in lines[-1]
 
@@ -533,7 +534,7 @@ def test_a_terminal_gets_a_bar_and_the_log_stays_clean(pictures, tmp_path):
     assert process.returncode == 0
     bar = shown.decode()
     assert "epoch 2" in bar and "loss " in bar and "images/s" in bar and "accuracy" in bar and "16/16" in bar
-    assert [line.split()[0] for line in log.splitlines()] == ["vit_nano_patch8_32", "epoch", "epoch", "best"]
+    assert [line.split()[0] for line in log.splitlines()] == ["vit_nano_patch8_32", log.splitlines()[1].split()[0], "epoch", "epoch", "best"]
 
 
 def test_long_epochs_get_lines_where_there_is_no_terminal(monkeypatch, capsys):

@@ -95,6 +95,9 @@ def make_parser() -> Parser:
     summary.add_argument("--json", action="store_true", help="print one JSON object")
 
     command("models", run_models, "List the models that can be created by name.")
+
+    info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -173,6 +176,13 @@ def run_models(args: argparse.Namespace) -> None:
     print_table(rows)
 
 
+def run_info(args: argparse.Namespace) -> None:
+    from . import machine
+
+    found = machine.examine()
+    print_json(found.to_dict()) if args.json else print(machine.as_table(found))
+
+
 def known_model(name: str) -> str:
     """`name`, which must be a model's. Raises UsageError."""
     from .zoo import list_models
@@ -244,7 +254,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         given = f", got {rest[0]}" if rest else ""
-        raise UsageError(f"expected a command: train, eval, predict, summary or models{given}")
+        raise UsageError(f"expected a command: train, eval, predict, summary, models or info{given}")
     if rest:
         options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")

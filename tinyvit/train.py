@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import run
+from . import arrays, machine, run
 from .checkpoint import BEST, LAST
 from .data import Data, load_data
 from .data.folder import SMALL
@@ -123,13 +123,15 @@ def resume_run(out: Path, given: dict[str, Any]) -> Position:
 
 
 def introduce(trainer: Trainer) -> None:
-    """Say what will be trained on what."""
+    """Say what will be trained on what, and where."""
     data, options = trainer.data, trainer.options
     height, width = data.image_size
     trainer.display.line(
         f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} "
         f"training and {len(data.test)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
     )
+    if arrays.on_host(trainer.model.parameters()[0].data):
+        trainer.display.line(machine.one_line(machine.examine()))
     if skipped := [*data.train.skipped, *data.test.skipped]:
         trainer.display.line(f"left out {len(skipped)} pictures that cannot be read, the first is {skipped[0]}")
 
