@@ -534,7 +534,8 @@ def test_a_terminal_gets_a_bar_and_the_log_stays_clean(pictures, tmp_path):
     assert process.returncode == 0
     bar = shown.decode()
     assert "epoch 2" in bar and "loss " in bar and "images/s" in bar and "accuracy" in bar and "16/16" in bar
-    assert [line.split()[0] for line in log.splitlines()] == ["vit_nano_patch8_32", log.splitlines()[1].split()[0], "epoch", "epoch", "best"]
+    model, _, *rest = (line.split()[0] for line in log.splitlines())
+    assert (model, rest) == ("vit_nano_patch8_32", ["epoch", "epoch", "best"])
 
 
 def test_long_epochs_get_lines_where_there_is_no_terminal(monkeypatch, capsys):
