@@ -192,8 +192,11 @@ def test_overrides(run):
     np.testing.assert_allclose(logits, full(images).numpy(), rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="patchsize"):
         load_model(run, patchsize=4)
-    with pytest.raises(CheckpointError, match=r"head\.weight has shape \(3, 64\), expected \(5, 64\)"):
-        load_model(run, num_classes=5)
+    other = load_model(run, num_classes=5)
+    assert not other(images).numpy().any() and other(images).shape == (2, 5)
+    np.testing.assert_array_equal(other.norm.weight.numpy(), full.norm.weight.numpy())
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1\.weight has shape"):
+        load_model(run, mlp_ratio=4.0)
 
 
 def test_rectangles_float64_and_every_part_of_the_model_survive(tmp_path):

@@ -3,7 +3,7 @@
 A checkpoint of ours is one safetensors file: the weights under their state-dict names, and in its metadata one
 JSON object (key "tinyvit") with everything else that is needed to use them: the model's config, the class names,
 the size, mean and std of its pictures. A training checkpoint (`last.safetensors`) also carries tensors named
-`optimizer.…` and `ema.…`, and its position in the run under "progress".
+`optimizer.…` and `ema.…`, and its position in the run under "progress". Other libraries' files are for `formats`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import contextlib
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from .vit import VisionTransformer, ViTConfig
@@ -118,45 +121,61 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
 class Checkpoint:
     """Weights and what is needed to use them on a picture.
 
-    `mean` and `std` are one float per channel in 0..1 units; `split` says how the training run divided a folder
-    without a test part (`val_fraction`, `seed`), so that an evaluation divides it alike.
+    `split` says how the training run divided a folder without a test part (`val_fraction`, `seed`), so that an
+    evaluation divides it alike. `guesses` are fields of the config that nothing told of, each with what was assumed.
     """
 
     path: Path
     config: ViTConfig
     state: dict[str, np.ndarray]
     class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guesses: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One float per channel in 0..1 units."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """One float per channel in 0..1 units."""
+        return self.preprocessing.std
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the model's pictures."""
         return self.config.image_size  # type: ignore[return-value]  # the config keeps pairs
 
-    def build(self, **overrides: Any) -> VisionTransformer:
+    def build(self, *, interpolation: str = "bicubic", copy: bool = True, **overrides: Any) -> VisionTransformer:
         """The model with its weights, in eval mode; `overrides` replace fields of its config.
 
-        `num_classes=0` leaves the head out. Raises CheckpointError when weights are missing, left over, of
-        another shape or not finite, TypeError or ValueError for overrides that make no model.
+        Another `image_size` or `patch_size` resizes the position embeddings (`interpolation` as in `adapt`) and the
+        patch kernels. Another `num_classes` gives a head of zeros; 0 leaves it out. With `copy=False` the model keeps
+        the arrays of `state`. Raises CheckpointError when weights are missing, left over, of another shape or not
+        finite, TypeError or ValueError for overrides that make no model. Warns of a guess that `overrides` leave.
         """
+        from .adapt import adapt
         from .nn import no_init
         from .vit import VisionTransformer
 
         config = self.config.replace(**overrides)
-        state = self.state
-        if config.num_classes == 0:
-            state = {name: array for name, array in state.items() if not name.startswith(("head.", "head_dist."))}
-        for name, array in state.items():
+        for name, guess in self.guesses.items():
+            if name not in overrides:
+                warnings.warn(f"{self.path}: {guess} ({name}= says otherwise)", stacklevel=3)
+        for name, array in self.state.items():
             if not np.all(np.isfinite(array)):
                 raise CheckpointError(f"{self.path}: {name} holds values that are not finite")
+        state = adapt(self.state, self.config, config, interpolation)
         with no_init():
             model = VisionTransformer(config)
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(state, copy=copy)
         except ValueError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
+        model.class_names = self.class_names if config.num_classes == self.config.num_classes else ()
+        model.preprocessing = self.preprocessing
         return model.eval()
 
 
@@ -166,8 +185,7 @@ def describe(config: ViTConfig, class_names: tuple[str, ...], mean: tuple[float,
     return {
         "config": config.to_dict(),
         "class_names": list(class_names),
-        "mean": list(mean),
-        "std": list(std),
+        **Preprocessing(mean, std).to_dict(),
         "split": split,
     }
 
@@ -186,8 +204,7 @@ def load_run(path: Path) -> Checkpoint:
             config=ViTConfig(**fields),
             state={name: array for name, array in tensors.items() if not name.startswith(TRAINING_PREFIXES)},
             class_names=tuple(metadata["class_names"]),
-            mean=tuple(metadata["mean"]),
-            std=tuple(metadata["std"]),
+            preprocessing=Preprocessing.from_dict(metadata),
             split=metadata["split"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -195,14 +212,12 @@ def load_run(path: Path) -> Checkpoint:
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is a run directory with weights, or a safetensors file."""
+    """Whether `path` is a run directory with weights, or a safetensors file with our metadata."""
     if path.is_dir():
         return (path / BEST).is_file() or (path / LAST).is_file()
-    return path.suffix == ".safetensors"
-
-
-# What can be opened: a test of the path and a reader that gives a Checkpoint. The first that recognises it reads it.
-FORMATS = [(is_run, load_run)]
+    with contextlib.suppress(CheckpointError), _opened(path) as file:
+        return "tinyvit" in (file.metadata() or {})
+    return False
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -210,20 +225,31 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such run or checkpoint")
-    for recognises, load in FORMATS:
-        if recognises(path):
-            return load(path)
-    wanted = f"a run directory holds {BEST} or {LAST}" if path.is_dir() else "expected a .safetensors file or a run"
-    raise CheckpointError(f"{path}: not a checkpoint ({wanted})")
+    if is_run(path):
+        return load_run(path)
+    from .formats import open_foreign
+
+    return open_foreign(path)
 
 
-def load_model(path: str | os.PathLike[str], **overrides: Any) -> VisionTransformer:
-    """The model saved at `path`, in eval mode: a run directory (its best weights) or a checkpoint file.
+def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", **overrides: Any) -> VisionTransformer:
+    """The model saved at `path`, in eval mode: a run directory (its best weights) or a checkpoint.
 
-    `overrides` replace fields of the saved config (`drop_path=0.1`, `num_classes=0` for the feature before the
-    head). Raises CheckpointError, one line long, for what cannot be read or does not fit.
+    Checkpoints are files of ours, Hugging Face directories of ViT and DeiT, timm's .safetensors, .pth and hub
+    directories, and Google's .npz; what it is shows in its content. `model.class_names` and `model.preprocessing` tell
+    what its outputs and inputs are.
+
+    Args:
+        path: a file or a directory.
+        interpolation: how position embeddings are resized: "bicubic", or "bilinear" as in the original JAX code.
+        overrides: replace fields of the config: `drop_path=0.1`; `num_classes=0` for the feature before the head,
+            another number for a new head of zeros; `image_size=384` or `patch_size=8` resizes what depends on it.
+
+    Raises:
+        CheckpointError: one line long, for what cannot be read or does not fit.
+        TypeError, ValueError: overrides that make no model.
     """
-    return open_checkpoint(path).build(**overrides)
+    return open_checkpoint(path).build(interpolation=interpolation, copy=False, **overrides)
 
 
 def _one_line(error: BaseException) -> str:

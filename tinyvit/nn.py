@@ -150,12 +150,13 @@ class Module:
         """Copies of all parameters as NumPy arrays, by name."""
         return {name: np.array(p.numpy()) for name, p in self.named_parameters()}
 
-    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True, *, copy: bool = True) -> None:
         """Take over parameters by name; a float64 state makes a float64 module, other dtypes are cast to the module's.
 
         Args:
             state: arrays by state-dict name.
             strict: refuse missing and unexpected names (with False they are passed over).
+            copy: False lets the module keep, and change, the very arrays of `state` that have its dtype.
 
         Raises:
             ValueError: names every missing, unexpected and mis-shaped entry; nothing was changed then.
@@ -177,7 +178,7 @@ class Module:
         for name, p in own.items():
             if name in state:
                 value = arrays.astype(arrays.convert(state[name], p.data), p.dtype)
-                p.data = arrays.namespace(value).asarray(value, copy=True)
+                p.data = arrays.namespace(value).asarray(value, copy=True) if copy else value
 
 
 class Identity(Module):

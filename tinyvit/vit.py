@@ -10,6 +10,7 @@ import numpy as np
 from tinyvit import arrays, nn
 from tinyvit import functional as F
 from tinyvit.ops import broadcast_to, concat, tanh
+from tinyvit.preprocessing import Preprocessing
 from tinyvit.tensor import Array, Tensor
 
 Size = int | tuple[int, int]
@@ -215,7 +216,13 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Pictures (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes is 0."""
+    """Pictures (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes is 0.
+
+    A loaded model has the names of its classes (`class_names`) and how pictures are prepared for it (`preprocessing`).
+    """
+
+    class_names: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
 
     def __init__(self, config: ViTConfig) -> None:
         self.config = config

@@ -112,12 +112,17 @@ def fit(
     if crop_mode not in ("center", "squash"):
         raise DataError(f"crop mode {crop_mode!r} given, expected 'center' or 'squash'")
     if crop_pct is None:
-        crop_pct = 0.875 if max(size) > 64 else 1.0
+        crop_pct = usual_crop(size)
     if not 0 < crop_pct <= 1:
         raise DataError(f"crop_pct {crop_pct} given, expected more than 0 and at most 1")
     larger = (int(size[0] / crop_pct), int(size[1] / crop_pct))
     resized = (resize if crop_mode == "squash" else resize_to_cover)(picture, larger, interpolation)
     return centre_crop(resized, size)
+
+
+def usual_crop(size: tuple[int, int]) -> float:
+    """The share of a resized picture that is kept when nothing else was said: 224 of 256, small pictures whole."""
+    return 0.875 if max(size) > 64 else 1.0
 
 
 def to_array(picture: Image.Image) -> np.ndarray:

@@ -1,0 +1,63 @@
+"""Checkpoints of other libraries: a table of layouts, each recognised by the names of its weights.
+
+A layout is a module with `recognises(names)`, `read(source)`, which gives a Checkpoint with our names and shapes, and
+perhaps `write(checkpoint, path)`. Which file holds the weights and how its bytes are read is `sources`' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from ..checkpoint import Checkpoint, CheckpointError
+from . import google, huggingface, native, timm
+from .sources import read_source
+
+LAYOUTS: dict[str, ModuleType] = {"huggingface": huggingface, "timm": timm, "google": google}
+WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
+    "tinyvit": native.write,
+    "timm": timm.write,
+    "huggingface": huggingface.write,
+}
+
+
+def open_foreign(path: Path) -> Checkpoint:
+    """The checkpoint of another library at `path`, a file or a directory. Raises CheckpointError."""
+    source = read_source(path)
+    for layout in LAYOUTS.values():
+        if layout.recognises(source.arrays):
+            checkpoint = layout.read(source)
+            for name, array in checkpoint.state.items():  # in place: never are two copies of all weights in memory
+                checkpoint.state[name] = floating(path, name, array)
+            return checkpoint
+    some = ", ".join(list(source.arrays)[:3])
+    raise CheckpointError(
+        f"{path}: not the weights of a ViT in a known layout ({', '.join(LAYOUTS)}): it holds {some or 'nothing'} …"
+    )
+
+
+def floating(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """An array as the model keeps it: contiguous, float32, or float64 if it is that. Raises CheckpointError."""
+    if array.dtype.kind != "f":
+        raise CheckpointError(f"{path}: {name} is of dtype {array.dtype}, expected floating-point numbers")
+    return np.ascontiguousarray(array, np.float64 if array.dtype == np.float64 else np.float32).reshape(array.shape)
+
+
+def convert(src: Path, dst: Path, to: str) -> None:
+    """Write the checkpoint at `src` to the new path `dst` in the layout `to`, one of WRITERS.
+
+    Raises CheckpointError when `src` cannot be read or its model not be said in that layout, OSError, and ValueError
+    for an unknown layout.
+    """
+    from ..checkpoint import open_checkpoint
+
+    if to not in WRITERS:
+        raise ValueError(f"unknown layout {to!r}, expected one of {', '.join(WRITERS)}")
+    if dst.exists():
+        raise CheckpointError(f"{dst}: exists already, choose another name")
+    checkpoint = open_checkpoint(src)
+    checkpoint.build(copy=False)  # complete, finite, and of the right shapes
+    WRITERS[to](checkpoint, dst)

@@ -1,0 +1,111 @@
+"""Google's .npz files: the original models of the paper and those of AugReg (Steiner et al. 2021, arXiv:2106.10270).
+
+The layout is that of github.com/google-research/vision_transformer: Flax kernels are (in, out), those of attention are
+split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+
+import numpy as np
+
+from ..checkpoint import Checkpoint, CheckpointError
+from ..preprocessing import Preprocessing
+from ..vit import ViTConfig
+from .parts import mlp_ratio, names_of_classes, pack_qkv, renamed
+from .reading import reason
+from .sources import Source
+
+PREFIX = "opt/target/"  # in files that were saved with their optimizer
+PATCHES = "embedding/kernel"
+NAMES = {  # theirs and ours
+    "cls": "cls_token",
+    "embedding": "patch_embed.proj",
+    "Transformer/posembed_input/pos_embedding": "pos_embed",
+    "Transformer/encoder_norm": "norm",
+    "pre_logits": "pre_logits.fc",
+    "head": "head",
+}
+BLOCK = {  # the same within a block
+    "LayerNorm_0": "norm1",
+    "MultiHeadDotProductAttention_1/query": "attn.query",
+    "MultiHeadDotProductAttention_1/key": "attn.key",
+    "MultiHeadDotProductAttention_1/value": "attn.value",
+    "MultiHeadDotProductAttention_1/out": "attn.proj",
+    "LayerNorm_2": "norm2",
+    "MlpBlock_3/Dense_0": "mlp.fc1",
+    "MlpBlock_3/Dense_1": "mlp.fc2",
+}
+KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def recognises(names: Collection[str]) -> bool:
+    return PATCHES in names or PREFIX + PATCHES in names
+
+
+def read(source: Source) -> Checkpoint:
+    """The model of an .npz file; its config follows from names and shapes. Raises CheckpointError."""
+    if found := next((name for name in source.arrays if "conv_root" in name), None):
+        raise CheckpointError(f"{source.path}: the model has a convolutional stem, which is not supported ({found})")
+    state = renamed(source, our_name)
+    try:
+        config = read_config(state)
+        for name in state:
+            state[name] = ours(name, state[name])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
+        raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
+    pack_qkv(state)
+    return Checkpoint(
+        path=source.path,
+        config=config,
+        state=state,
+        class_names=names_of_classes((), config.num_classes),
+        preprocessing=Preprocessing((0.5,) * 3, (0.5,) * 3, crop_pct=1.0, crop_mode="squash", interpolation="bilinear"),
+    )
+
+
+def our_name(name: str) -> str:
+    """Our name of a weight, or the name as it is when we have none."""
+    theirs = name.removeprefix(PREFIX)
+    if theirs in NAMES:
+        return NAMES[theirs]
+    module, _, kind = theirs.rpartition("/")
+    block = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)", module)
+    if block and block[2] in BLOCK and kind in KINDS:
+        return f"blocks.{block[1]}.{BLOCK[block[2]]}.{KINDS[kind]}"
+    return f"{NAMES[module]}.{KINDS[kind]}" if module in NAMES and kind in KINDS else name
+
+
+def read_config(state: dict[str, np.ndarray]) -> ViTConfig:
+    """The config that the still untransposed weights have. Raises KeyError, IndexError, TypeError or ValueError."""
+    height, width, in_chans, embed_dim = state["patch_embed.proj.weight"].shape
+    patches = state["pos_embed"].shape[1] - 1
+    side = math.isqrt(patches)
+    if side * side != patches or not side:
+        raise ValueError(f"{patches + 1} position embeddings do not fit a square of patches and a class token")
+    return ViTConfig(
+        image_size=(side * height, side * width),
+        patch_size=(height, width),
+        in_chans=in_chans,
+        num_classes=len(state["head.bias"]) if "head.bias" in state else 0,
+        embed_dim=embed_dim,
+        depth=1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=0),
+        num_heads=state["blocks.0.attn.query.weight"].shape[1],
+        mlp_ratio=mlp_ratio(state["blocks.0.mlp.fc1.weight"].shape[1], embed_dim),
+        representation_size=len(state["pre_logits.fc.bias"]) if "pre_logits.fc.bias" in state else None,
+    )
+
+
+def ours(name: str, array: np.ndarray) -> np.ndarray:
+    """An array in our layout."""
+    if name == "patch_embed.proj.weight":
+        return array.transpose(3, 2, 0, 1)
+    if re.search(r"attn\.(query|key|value)\.", name):
+        return array.reshape(len(array), -1).T if name.endswith("weight") else array.reshape(-1)
+    if name.endswith("attn.proj.weight"):
+        return array.reshape(-1, array.shape[-1]).T
+    return array.T if name.endswith("weight") else array

@@ -1,0 +1,19 @@
+"""Writing a model of another library as one of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..checkpoint import BEST, Checkpoint, describe, save
+from .parts import new_directory
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a safetensors file, or for a name without that ending a directory that opens as a run does."""
+    p = checkpoint.preprocessing
+    metadata = describe(checkpoint.config, checkpoint.class_names, p.mean, p.std, checkpoint.split) | p.to_dict()
+    if path.suffix == ".safetensors":
+        save(path, checkpoint.state, metadata)
+    else:
+        with new_directory(path) as beside:
+            save(beside / BEST, checkpoint.state, metadata)

@@ -1,0 +1,260 @@
+"""timm's ViT and DeiT: state dicts in .safetensors and .pth files, and hub directories. Their names are ours.
+
+A state dict alone says nearly everything by its names and shapes; what it cannot say is taken from config.json in a
+hub directory, from a model's name in the file name, or from what timm does by default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import zoo
+from ..checkpoint import Checkpoint, CheckpointError
+from ..preprocessing import Preprocessing
+from ..vit import ViTConfig
+from .parts import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    mlp_ratio,
+    names_of_classes,
+    renamed,
+    write_directory,
+    write_weights,
+)
+from .reading import reason
+from .sources import CONFIG, Source
+
+PATCHES = "patch_embed.proj.weight"
+HEAD_WIDTH = 64  # of an attention head in nearly all published models
+LAYER_SCALE = 1e-5  # its usual start value
+NORM_EPS = 1e-6
+FOREIGN = {  # parts of other models of timm, and what they are
+    "norm_pre.": "a layer norm before the blocks (norm_pre)",
+    "attn_pool.": "attention pooling (attn_pool)",
+    "patch_embed.backbone.": "a convolutional stem (patch_embed.backbone)",
+    "rel_pos": "relative positions (rel_pos)",
+    "attn.q_norm.": "normalised queries and keys (q_norm)",
+    "attn.norm.": "a layer norm within attention (attn.norm)",
+    "mlp.norm.": "a layer norm within the MLP (mlp.norm)",
+    "mlp.w12.": "a SwiGLU MLP (w12)",
+    "mlp.fc1_g.": "a SwiGLU MLP (fc1_g)",
+    "decoder_": "a decoder",
+}
+IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+
+
+def recognises(names: Collection[str]) -> bool:
+    return PATCHES in names or any(re.match(r"blocks\.\d+\.", name) for name in names)
+
+
+def read(source: Source) -> Checkpoint:
+    """The model of a state dict. Raises CheckpointError."""
+    state = renamed(source, our_name)
+    refuse_foreign(source.path, state)
+    card = read_card(source.config)
+    name = str(source.config.get("architecture", source.path.name))
+    try:
+        config, guesses = read_config(state, card, name)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
+        raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
+    return Checkpoint(
+        path=source.path,
+        config=config,
+        state=state,
+        class_names=names_of_classes(labels(card), config.num_classes),
+        preprocessing=read_preprocessing(source.path, card, name, config),
+        guesses=guesses,
+    )
+
+
+def our_name(name: str) -> str:
+    """Our name: layer scale of DeiT III (gamma_1) is called ls1.gamma since."""
+    return re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+
+
+def refuse_foreign(path: Path, names: Collection[str]) -> None:
+    for part, what in FOREIGN.items():
+        if found := next((name for name in names if name.startswith(part) or f".{part}" in name), None):
+            raise CheckpointError(f"{path}: the model has {what}, which is not supported ({found})")
+    if "norm.weight" in names and "cls_token" not in names:
+        raise CheckpointError(f"{path}: its tokens are normalised before their mean is taken, which is not supported")
+    if "norm.weight" in names and "fc_norm.weight" in names:
+        raise CheckpointError(f"{path}: the model has norm and fc_norm, of which one is supported")
+
+
+def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A hub directory's config.json with its parts in one: the pretrained_cfg, the model_args and the top level.
+
+    In older ones, all stands at the top level.
+    """
+    parts = [config.get(key) for key in ("pretrained_cfg", "model_args")]
+    return {k: v for part in (*parts, config) if isinstance(part, dict) for k, v in part.items() if v is not None}
+
+
+def labels(card: dict[str, Any]) -> tuple[str, ...]:
+    """The class names: label_names, or what label_descriptions calls them."""
+    names, described = card.get("label_names"), card.get("label_descriptions")
+    described = described if isinstance(described, dict) else {}
+    return tuple(str(described.get(name, name)) for name in names) if isinstance(names, list) else ()
+
+
+def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str) -> tuple[ViTConfig, dict[str, str]]:
+    """The config of the model, and of its fields those that were guessed, each with the reason.
+
+    Raises KeyError, IndexError, TypeError or ValueError.
+    """
+    embed_dim, in_chans, *patch_size = state[PATCHES].shape
+    num_heads, guesses = count_heads(card, name, embed_dim)
+    blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+    pooling = "avg" if "fc_norm.weight" in state else "token"
+    if card.get("global_pool", "") not in ("", pooling):
+        raise ValueError(f"global_pool is {card['global_pool']!r}, but the norm is that of {pooling!r}")
+    act = card.get("act_layer", "gelu")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act_layer is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    pre_logits = state.get("pre_logits.fc.weight")
+    fields: dict[str, Any] = dict(
+        patch_size=tuple(patch_size),
+        in_chans=in_chans,
+        num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
+        embed_dim=embed_dim,
+        depth=max(blocks, default=0) + 1,
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), embed_dim),
+        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        class_token="cls_token" in state,
+        reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
+        distilled="dist_token" in state,
+        global_pool=pooling,
+        act=ACTIVATIONS[act],
+        norm_eps=card.get("norm_eps", NORM_EPS),  # timm itself cannot say
+        init_values=LAYER_SCALE if "blocks.0.ls1.gamma" in state else None,
+        representation_size=None if pre_logits is None else len(pre_logits),
+    )
+    prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
+    fields |= find_grid(state["pos_embed"].shape[1], prefix, tuple(patch_size), image_sizes(card, name))
+    return ViTConfig(**fields), guesses
+
+
+def count_heads(card: dict[str, Any], name: str, embed_dim: int) -> tuple[int, dict[str, str]]:
+    """How many heads: from the config, else from a model's name (or size) in `name`, else a guess and its wording."""
+    if "num_heads" in card:
+        return card["num_heads"], {}
+    models = zoo.list_models()
+    by_name = [model for model in models if model in name]
+    by_size = [model for model in models if re.search(rf"(?<![a-z]){model.split('_')[1]}(?![a-z])", name)]
+    for config in map(zoo.model_config, by_name + by_size):
+        if config.embed_dim == embed_dim:
+            return config.num_heads, {}
+    heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
+    return heads, {"num_heads": f"nothing says how many attention heads the model has: {heads} are assumed"}
+
+
+def image_sizes(card: dict[str, Any], name: str) -> list[Any]:
+    """Picture sizes that the config and the name tell of."""
+    sizes = [card.get("img_size"), (card.get("input_size") or [None])[1:]]
+    sizes += map(int, re.findall(r"patch\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
+    pairs = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
+    return [pair for pair in pairs if len(pair) == 2]
+
+
+def find_grid(embedded: int, prefix: int, patch: tuple[int, ...], sizes: list[Any]) -> dict[str, Any]:
+    """image_size and no_embed_class for `embedded` position embeddings: a size told of, else a square of patches."""
+    for no_embed_class in (False, True):
+        patches = embedded if no_embed_class else embedded - prefix
+        side = math.isqrt(max(patches, 0))
+        for height, width in [*sizes, (side * patch[0], side * patch[1])]:
+            rows, columns = height // patch[0], width // patch[1]
+            if rows * columns == patches > 0 and (rows * patch[0], columns * patch[1]) == (height, width):
+                return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
+    raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
+
+
+def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTConfig) -> Preprocessing:
+    """What the config says, else timm's usual values. Raises CheckpointError."""
+    imagenet = config.distilled or IMAGENET_FAMILIES.search(name)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.5,) * config.in_chans,) * 2
+    try:
+        return Preprocessing(
+            mean=tuple(map(float, card.get("mean", mean))),
+            std=tuple(map(float, card.get("std", std))),
+            crop_pct=float(card.get("crop_pct", 0.9 if max(config.image_size) < 384 else 1.0)),
+            crop_mode=str(card.get("crop_mode", "center")),
+            interpolation=str(card.get("interpolation", "bicubic")),
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its {CONFIG} cannot be followed: {reason(error)}") from None
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a hub directory, or with a name ending in .safetensors the state dict alone.
+
+    `timm.create_model("local-dir:PATH", pretrained=True)` opens the directory. Raises CheckpointError for a part that
+    timm's models do not have; warns of an epsilon that they do not take.
+    """
+    config = checkpoint.config
+    if config.representation_size:
+        raise CheckpointError(f"{path}: timm's models have no layer between pooling and head (pre_logits)")
+    if config.norm_eps != NORM_EPS:
+        warnings.warn(f"timm's layer norms have epsilon {NORM_EPS:g}, this model's {config.norm_eps:g}", stacklevel=2)
+    if path.suffix == ".safetensors":
+        write_weights(path, checkpoint.state)
+    else:
+        write_directory(path, checkpoint.state, {CONFIG: json.dumps(write_card(checkpoint), indent=2)})
+
+
+def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A hub directory's config.json. model_args makes any architecture the model at hand."""
+    from ..data.picture import usual_crop
+
+    c, p = checkpoint.config, checkpoint.preprocessing
+    model_args = {
+        "img_size": list(c.image_size),
+        "patch_size": list(c.patch_size),
+        "in_chans": c.in_chans,
+        "embed_dim": c.embed_dim,
+        "depth": c.depth,
+        "num_heads": c.num_heads,
+        "mlp_ratio": c.mlp_ratio,
+        "qkv_bias": c.qkv_bias,
+        "class_token": c.class_token,
+        "global_pool": c.global_pool,
+        "act_layer": c.act,
+        "no_embed_class": c.no_embed_class,
+        "reg_tokens": c.reg_tokens,
+    }
+    if c.init_values is not None:
+        model_args["init_values"] = c.init_values
+    return {
+        "architecture": "deit_base_distilled_patch16_224" if c.distilled else "vit_base_patch16_224",
+        "num_classes": c.num_classes,
+        "num_features": c.embed_dim,
+        "global_pool": c.global_pool,
+        "model_args": model_args,
+        "norm_eps": c.norm_eps,
+        "label_names": list(checkpoint.class_names),
+        "pretrained_cfg": {
+            "input_size": [c.in_chans, *c.image_size],
+            "mean": list(p.mean),
+            "std": list(p.std),
+            "crop_pct": usual_crop(c.image_size) if p.crop_pct is None else p.crop_pct,
+            "crop_mode": p.crop_mode,
+            "interpolation": p.interpolation,
+            "num_classes": c.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if c.distilled else "head",
+        },
+    }
