@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +121,7 @@ class Checkpoint:
     """Weights and what is needed to use them on a picture.
 
     `split` says how the training run divided a folder without a test part (`val_fraction`, `seed`), so that an
-    evaluation divides it alike. `guesses` are fields of the config that nothing told of, each with what was assumed.
+    evaluation divides it alike.
     """
 
     path: Path
@@ -131,7 +130,6 @@ class Checkpoint:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
-    guesses: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -154,16 +152,13 @@ class Checkpoint:
         Another `image_size` or `patch_size` resizes the position embeddings (`interpolation` as in `adapt`) and the
         patch kernels. Another `num_classes` gives a head of zeros; 0 leaves it out. With `copy=False` the model keeps
         the arrays of `state`. Raises CheckpointError when weights are missing, left over, of another shape or not
-        finite, TypeError or ValueError for overrides that make no model. Warns of a guess that `overrides` leave.
+        finite, TypeError or ValueError for overrides that make no model.
         """
         from .adapt import adapt
         from .nn import no_init
         from .vit import VisionTransformer
 
         config = self.config.replace(**overrides)
-        for name, guess in self.guesses.items():
-            if name not in overrides:
-                warnings.warn(f"{self.path}: {guess} ({name}= says otherwise)", stacklevel=3)
         for name, array in self.state.items():
             if not np.all(np.isfinite(array)):
                 raise CheckpointError(f"{self.path}: {name} holds values that are not finite")
@@ -220,8 +215,11 @@ def is_run(path: Path) -> bool:
     return False
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read the weights, the config and the preprocessing at `path`. Raises CheckpointError."""
+def open_checkpoint(path: str | os.PathLike[str], **hints: Any) -> Checkpoint:
+    """Read the weights, the config and the preprocessing at `path`. Raises CheckpointError.
+
+    `hints` are fields of the config that help where the files do not tell (num_heads); a guess is warned of.
+    """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such run or checkpoint")
@@ -229,7 +227,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return load_run(path)
     from .formats import open_foreign
 
-    return open_foreign(path)
+    return open_foreign(path, hints)
 
 
 def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", **overrides: Any) -> VisionTransformer:
@@ -249,7 +247,7 @@ def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", 
         CheckpointError: one line long, for what cannot be read or does not fit.
         TypeError, ValueError: overrides that make no model.
     """
-    return open_checkpoint(path).build(interpolation=interpolation, copy=False, **overrides)
+    return open_checkpoint(path, **overrides).build(interpolation=interpolation, copy=False, **overrides)
 
 
 def _one_line(error: BaseException) -> str:

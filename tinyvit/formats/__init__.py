@@ -6,13 +6,14 @@ perhaps `write(checkpoint, path)`. Which file holds the weights and how its byte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, CheckpointError
+from ..checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from . import google, huggingface, native, timm
 from .sources import read_source
 
@@ -24,9 +25,12 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
 }
 
 
-def open_foreign(path: Path) -> Checkpoint:
-    """The checkpoint of another library at `path`, a file or a directory. Raises CheckpointError."""
-    source = read_source(path)
+def open_foreign(path: Path, hints: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of another library at `path`, a file or a directory. Raises CheckpointError.
+
+    `hints` are fields of the config that help where the files do not tell.
+    """
+    source = read_source(path, hints)
     for layout in LAYOUTS.values():
         if layout.recognises(source.arrays):
             checkpoint = layout.read(source)
@@ -52,8 +56,6 @@ def convert(src: Path, dst: Path, to: str) -> None:
     Raises CheckpointError when `src` cannot be read or its model not be said in that layout, OSError, and ValueError
     for an unknown layout.
     """
-    from ..checkpoint import open_checkpoint
-
     if to not in WRITERS:
         raise ValueError(f"unknown layout {to!r}, expected one of {', '.join(WRITERS)}")
     if dst.exists():

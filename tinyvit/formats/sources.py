@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,24 @@ WRAPPERS = ("module.", "_orig_mod.")  # what data parallelism and torch.compile 
 
 @dataclass
 class Source:
-    """Arrays under their writer's names, and what the JSON files beside them say ({} without such a file)."""
+    """Arrays under their writer's names, what the JSON files beside them say ({} without such a file), and what the
+    caller says: `hints` are fields of our config."""
 
     path: Path
     arrays: dict[str, np.ndarray]
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, hints: Mapping[str, Any]) -> Source:
     """The weights at `path`, a file or a directory with one set of weights. Raises CheckpointError."""
     if path.is_file() and path.name not in STANDARD:
-        return Source(path, read_weights(path))
+        return Source(path, read_weights(path), hints=hints)
     folder = path if path.is_dir() else path.parent
     arrays = read_weights(find_weights(folder) if path.is_dir() else path)
     beside = [read_json(folder / name) if (folder / name).is_file() else {} for name in (CONFIG, PREPROCESSOR)]
-    return Source(path, arrays, *beside)
+    return Source(path, arrays, *beside, hints)
 
 
 def find_weights(folder: Path) -> Path:

@@ -34,18 +34,21 @@ from .sources import CONFIG, Source
 
 PATCHES = "patch_embed.proj.weight"
 HEAD_WIDTH = 64  # of an attention head in nearly all published models
+GIANTS = {1408: 16, 1664: 16}  # heads of vit_giant and vit_gigantic (Zhai et al. 2021, arXiv:2106.04560, table 2)
 LAYER_SCALE = 1e-5  # its usual start value
 NORM_EPS = 1e-6
-FOREIGN = {  # parts of other models of timm, and what they are
-    "norm_pre.": "a layer norm before the blocks (norm_pre)",
-    "attn_pool.": "attention pooling (attn_pool)",
-    "patch_embed.backbone.": "a convolutional stem (patch_embed.backbone)",
-    "rel_pos": "relative positions (rel_pos)",
-    "attn.q_norm.": "normalised queries and keys (q_norm)",
-    "attn.norm.": "a layer norm within attention (attn.norm)",
-    "mlp.norm.": "a layer norm within the MLP (mlp.norm)",
-    "mlp.w12.": "a SwiGLU MLP (w12)",
-    "mlp.fc1_g.": "a SwiGLU MLP (fc1_g)",
+FOREIGN = {  # parts of timm's other models, and what they are
+    "norm_pre.": "a layer norm before the blocks",
+    "attn_pool.": "attention pooling",
+    "patch_embed.backbone.": "a convolutional stem",
+    "rel_pos": "relative positions",
+    "relative_position": "relative positions",
+    "attn.q_norm.": "normalised queries and keys",
+    "attn.q_bias": "separate biases of queries and values",
+    "attn.norm.": "a layer norm within attention",
+    "mlp.norm.": "a layer norm within the MLP",
+    "mlp.w12.": "a gated MLP",
+    "mlp.fc1_g.": "a gated MLP",
     "decoder_": "a decoder",
 }
 IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
@@ -59,11 +62,12 @@ def recognises(names: Collection[str]) -> bool:
 def read(source: Source) -> Checkpoint:
     """The model of a state dict. Raises CheckpointError."""
     state = renamed(source, our_name)
-    refuse_foreign(source.path, state)
     card = read_card(source.config)
     name = str(source.config.get("architecture", source.path.name))
+    if part := foreign(state, name):
+        raise CheckpointError(f"{source.path}: the model has {part}, which is not supported")
     try:
-        config, guesses = read_config(state, card, name)
+        config = read_config(state, card, name, source)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
         raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
@@ -73,7 +77,6 @@ def read(source: Source) -> Checkpoint:
         state=state,
         class_names=names_of_classes(labels(card), config.num_classes),
         preprocessing=read_preprocessing(source.path, card, name, config),
-        guesses=guesses,
     )
 
 
@@ -82,14 +85,21 @@ def our_name(name: str) -> str:
     return re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
 
 
-def refuse_foreign(path: Path, names: Collection[str]) -> None:
+def foreign(state: dict[str, np.ndarray], name: str) -> str | None:
+    """A part of the model that ours do not have."""
     for part, what in FOREIGN.items():
-        if found := next((name for name in names if name.startswith(part) or f".{part}" in name), None):
-            raise CheckpointError(f"{path}: the model has {what}, which is not supported ({found})")
-    if "norm.weight" in names and "cls_token" not in names:
-        raise CheckpointError(f"{path}: its tokens are normalised before their mean is taken, which is not supported")
-    if "norm.weight" in names and "fc_norm.weight" in names:
-        raise CheckpointError(f"{path}: the model has norm and fc_norm, of which one is supported")
+        if found := next((key for key in state if key.startswith(part) or f".{part}" in key), None):
+            return f"{what} ({found})"
+    if "_rpn_" in name:
+        return "its norms behind attention and MLP (rpn)"
+    if "norm.weight" in state and "fc_norm.weight" in state:
+        return "layer norms before and after pooling (norm, fc_norm)"
+    if "norm.weight" in state and "cls_token" not in state:
+        return "a layer norm before its mean is taken (norm without cls_token)"
+    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight", np.empty((0, 0))) for i in (1, 2))
+    if len(first) == 2 * second.shape[-1] > 0:
+        return "a gated MLP (blocks.0.mlp.fc1 is twice as wide as fc2)"
+    return None
 
 
 def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,13 +118,9 @@ def labels(card: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(described.get(name, name)) for name in names) if isinstance(names, list) else ()
 
 
-def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str) -> tuple[ViTConfig, dict[str, str]]:
-    """The config of the model, and of its fields those that were guessed, each with the reason.
-
-    Raises KeyError, IndexError, TypeError or ValueError.
-    """
-    embed_dim, in_chans, *patch_size = state[PATCHES].shape
-    num_heads, guesses = count_heads(card, name, embed_dim)
+def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, source: Source) -> ViTConfig:
+    """The config of the model. Raises KeyError, IndexError, TypeError or ValueError."""
+    embed_dim, in_chans, *patch = state[PATCHES].shape
     blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
     pooling = "avg" if "fc_norm.weight" in state else "token"
     if card.get("global_pool", "") not in ("", pooling):
@@ -124,12 +130,12 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str) -
         raise ValueError(f"act_layer is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     pre_logits = state.get("pre_logits.fc.weight")
     fields: dict[str, Any] = dict(
-        patch_size=tuple(patch_size),
+        patch_size=tuple(patch),
         in_chans=in_chans,
         num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
         embed_dim=embed_dim,
         depth=max(blocks, default=0) + 1,
-        num_heads=num_heads,
+        num_heads=count_heads(source, card, name, embed_dim),
         mlp_ratio=mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), embed_dim),
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         class_token="cls_token" in state,
@@ -142,42 +148,65 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str) -
         representation_size=None if pre_logits is None else len(pre_logits),
     )
     prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
-    fields |= find_grid(state["pos_embed"].shape[1], prefix, tuple(patch_size), image_sizes(card, name))
-    return ViTConfig(**fields), guesses
+    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), image_sizes(card, name), source)
+    return ViTConfig(**fields, **grid)
 
 
-def count_heads(card: dict[str, Any], name: str, embed_dim: int) -> tuple[int, dict[str, str]]:
-    """How many heads: from the config, else from a model's name (or size) in `name`, else a guess and its wording."""
+def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int) -> int:
+    """How many heads: from the config, else from a model's name (or size) in `name`, else from the width, warned of."""
     if "num_heads" in card:
-        return card["num_heads"], {}
+        return card["num_heads"]
     models = zoo.list_models()
     by_name = [model for model in models if model in name]
     by_size = [model for model in models if re.search(rf"(?<![a-z]){model.split('_')[1]}(?![a-z])", name)]
     for config in map(zoo.model_config, by_name + by_size):
         if config.embed_dim == embed_dim:
-            return config.num_heads, {}
+            return config.num_heads
+    if embed_dim in GIANTS and re.search(r"giant|gigantic", name):
+        return GIANTS[embed_dim]
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
-    return heads, {"num_heads": f"nothing says how many attention heads the model has: {heads} are assumed"}
+    if "num_heads" not in source.hints:
+        warnings.warn(
+            f"{source.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads",
+            stacklevel=2,
+        )
+    return heads
 
 
-def image_sizes(card: dict[str, Any], name: str) -> list[Any]:
-    """Picture sizes that the config and the name tell of."""
-    sizes = [card.get("img_size"), (card.get("input_size") or [None])[1:]]
-    sizes += map(int, re.findall(r"patch\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
-    pairs = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
-    return [pair for pair in pairs if len(pair) == 2]
+def find_grid(
+    embedded: int, prefix: int, patch: tuple[int, int], told: list[tuple[int, int]], source: Source
+) -> dict[str, Any]:
+    """image_size and no_embed_class for `embedded` position embeddings, of patches alone or with `prefix` other tokens.
 
+    A size told of is preferred, then a square of patches. Raises ValueError when nothing fits.
+    """
 
-def find_grid(embedded: int, prefix: int, patch: tuple[int, ...], sizes: list[Any]) -> dict[str, Any]:
-    """image_size and no_embed_class for `embedded` position embeddings: a size told of, else a square of patches."""
-    for no_embed_class in (False, True):
-        patches = embedded if no_embed_class else embedded - prefix
-        side = math.isqrt(max(patches, 0))
-        for height, width in [*sizes, (side * patch[0], side * patch[1])]:
-            rows, columns = height // patch[0], width // patch[1]
-            if rows * columns == patches > 0 and (rows * patch[0], columns * patch[1]) == (height, width):
-                return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
+    def square(patches: int) -> tuple[int, int]:
+        return math.isqrt(max(patches, 0)) * patch[0], math.isqrt(max(patches, 0)) * patch[1]
+
+    tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in told]
+    tries += [(square(embedded - prefix), False), *((size, False) for size in pairs(source.hints.get("image_size")))]
+    for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
+        rows, columns = height // patch[0], width // patch[1]
+        count = rows * columns + (0 if no_embed_class else prefix)
+        if rows and count == embedded and (rows * patch[0], columns * patch[1]) == (height, width):
+            if no_embed_class and prefix and (height, width) not in told:
+                taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
+                warnings.warn(f"{source.path}: {taken}: give image_size if that is wrong", stacklevel=2)
+            return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
     raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
+
+
+def image_sizes(card: dict[str, Any], name: str) -> list[tuple[int, int]]:
+    """Picture sizes that the config and the name tell of."""
+    in_name = map(int, re.findall(r"patch\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
+    return pairs(card.get("img_size"), (card.get("input_size") or [None])[1:], *in_name)
+
+
+def pairs(*sizes: Any) -> list[tuple[int, int]]:
+    """Sizes as (height, width), without those that are None or of another form."""
+    both = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
+    return [pair for pair in both if len(pair) == 2]
 
 
 def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTConfig) -> Preprocessing:
