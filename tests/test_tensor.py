@@ -256,7 +256,12 @@ def test_no_grad_and_detach_record_nothing():
         with pytest.raises(KeyError), no_grad():
             raise KeyError
         assert not (x * 2.0).requires_grad
+        with no_grad():
+            pass
+        assert not (x * 2.0).requires_grad
     assert not y.requires_grad and y.is_leaf
+    with pytest.raises(KeyError), no_grad():
+        raise KeyError
     assert (x * 2.0).requires_grad and not (x * 2.0).is_leaf
 
     @no_grad()
@@ -300,6 +305,11 @@ def test_a_saved_array_that_was_changed_in_place_is_noticed(compute, backend):
         for call in (total.backward, lambda total=total, x=x: grad(total, x)):
             with pytest.raises(RuntimeError, match=message):
                 call()
+    x = fresh()
+    y = compute(x)
+    y.data *= 2
+    with pytest.raises(RuntimeError, match=message):  # though no further operation has seen it
+        grad(y, x, y.detach())
     x = fresh()
     total = compute(x).sum()
     expected = grad(compute(fresh_x := fresh()).sum(), fresh_x)
