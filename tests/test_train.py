@@ -437,14 +437,15 @@ def test_as_many_steps_as_fit(seconds, step, end, per_epoch):
     slower=st.floats(0.2, 5),
     end=st.floats(0, 1) | st.none(),
 )
-def test_the_number_of_steps_is_corrected_once_to_what_still_fits(total, per_epoch, warmup, slower, end):
+def test_the_number_of_steps_is_corrected_to_what_still_fits(total, per_epoch, warmup, slower, end):
     deadline = object.__new__(Deadline)
     deadline.plan = make_plan(total, per_epoch, warmup)
     deadline.step_seconds, deadline.end_seconds, deadline.moment = 0.01, 0.1, 1000.0
-    step = math.ceil(total / 10)
+    step, done = math.ceil(total / 10), total // 20
+    deadline.corrected_at = (done, 7.0)
     batch, cost = step % per_epoch, 0.01 * slower
     with mock.patch("tinyvit.plan.time.monotonic", return_value=1000.0 - 0.9 * total * 0.01):
-        plan = deadline.corrected(step, batch, cost, end)
+        plan = deadline.corrected(step, batch, 7.0 + (step - done) * cost, end)
     ends = end if end is not None else 0.1 * slower
 
     def needed(steps):

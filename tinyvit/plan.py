@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 REHEARSAL_SHARE, REHEARSAL_MAX = 0.04, 15.0  # how long steps are timed: share of the time left, seconds
-CORRECTED_AFTER = 0.1  # of the steps
+CORRECTED_AFTER = (0.1, 0.3)  # of the steps: a machine may become faster or slower
 WARM_UP, TIMED = 2, 3  # steps that are not timed, and the fewest that are
 
 
@@ -77,7 +77,7 @@ class FirstOf:
 
 
 class Deadline:
-    """Fixes how many steps fit before a moment: after a rehearsal, and better once a tenth of them is done.
+    """Fixes how many steps fit before a moment: after a rehearsal, and better once some of them are done.
 
     `trainer` is a throwaway one, whose out directory exists; `moment` is of time.monotonic(). Evaluations, saves and
     drawings are timed and counted in.
@@ -91,13 +91,17 @@ class Deadline:
         steps_per_epoch = len(trainer.loader)
         total = steps_that_fit(moment - time.monotonic(), self.step_seconds, self.end_seconds, steps_per_epoch)
         self.plan = make_plan(total, steps_per_epoch, trainer.options.warmup)
-        self.due = math.ceil(CORRECTED_AFTER * total)
+        self.due = {math.ceil(share * total) for share in CORRECTED_AFTER}  # after these steps
+        self.corrected_at = (0, 0.0)  # steps, and their seconds
 
-    def corrected(self, step: int, batch: int, step_seconds: float, end_seconds: float | None) -> Plan:
-        """The plan after `step` steps, `batch` of them in the epoch under way, from the time that they took.
+    def corrected(self, step: int, batch: int, seconds: float, end_seconds: float | None) -> Plan:
+        """The plan after `step` steps, which took `seconds` without the ends of epochs; `batch` are of this epoch.
 
-        `end_seconds` is None when no epoch has ended yet: then what the rehearsal found is stretched like a step.
+        `end_seconds` is what the end of an epoch took, None when none has ended yet: then what the rehearsal found is
+        stretched like a step.
         """
+        step_seconds = (seconds - self.corrected_at[1]) / (step - self.corrected_at[0])
+        self.corrected_at = step, seconds
         if end_seconds is None:
             end_seconds = self.end_seconds * step_seconds / self.step_seconds
         left = self.moment - time.monotonic() + batch * step_seconds  # as if the epoch were still to begin

@@ -231,7 +231,7 @@ class Trainer:
             p.correct, p.loss_sum = p.correct + int(self.step.correct), p.loss_sum + loss * len(labels)
             begun, seconds = time.monotonic(), time.monotonic() - begun
             p.epoch_seconds, p.seconds = p.epoch_seconds + seconds, p.seconds + seconds
-            if self.deadline is not None and p.step == self.deadline.due:
+            if self.deadline is not None and p.step in self.deadline.due:
                 self.correct_plan(self.deadline)
                 rate = learning_rate(self.options, self.plan)
             self.display.step(p.epoch + 1, p.loss_sum / p.seen, p.correct / p.seen, p.seen / p.epoch_seconds)
@@ -242,9 +242,8 @@ class Trainer:
     def correct_plan(self, deadline: Deadline) -> None:
         """Fix the number of steps, now that their time is known better. Warm-up stays as it was."""
         p = self.position
-        step_seconds = (p.seconds - self.end_seconds) / p.step
         end_seconds = self.end_seconds / p.epoch if p.epoch else None
-        self.plan = deadline.corrected(p.step, p.batch, step_seconds, end_seconds)
+        self.plan = deadline.corrected(p.step, p.batch, p.seconds - self.end_seconds, end_seconds)
         run.write_config(self.out, self.config())
         self.display.lengthen(self.plan.total_steps)
 
