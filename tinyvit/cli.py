@@ -94,6 +94,12 @@ def make_parser() -> Parser:
     summary.add_argument("--image-size", type=typed(whole(1)), metavar="S", help="for pictures of another size")
     summary.add_argument("--json", action="store_true", help="print one JSON object")
 
+    convert = command("convert", run_convert, "Write a checkpoint in the layout of another library, or in ours.")
+    convert.add_argument("checkpoint", metavar="SRC", help="a run or a checkpoint")
+    convert.add_argument("path", metavar="DST", help="a new directory; for tinyvit and timm also a .safetensors file")
+    layouts = one_of("tinyvit", "timm", "huggingface")
+    convert.add_argument("--to", type=typed(layouts), required=True, help="tinyvit, timm or huggingface")
+
     command("models", run_models, "List the models that can be created by name.")
 
     info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
@@ -120,9 +126,13 @@ def run_eval(args: argparse.Namespace) -> None:
     from .evaluate import evaluate, labels_for, pick_device
 
     checkpoint = open_checkpoint(args.checkpoint)
-    model = checkpoint.build().to(pick_device(args.device))
+    model = checkpoint.build(copy=False).to(pick_device(args.device))
     data = load_data(
-        args.data, image_size=checkpoint.image_size, skip_corrupt=args.skip_corrupt, **checkpoint.split
+        args.data,
+        image_size=checkpoint.image_size,
+        skip_corrupt=args.skip_corrupt,
+        fit_options=checkpoint.preprocessing.fit,
+        **checkpoint.split,
     )
     split = data.test if args.split == "test" else data.train
     labels = labels_for(checkpoint, split.labels, data.class_names)
@@ -135,7 +145,7 @@ def run_predict(args: argparse.Namespace) -> None:
     from .evaluate import classify, pick_device
 
     checkpoint = open_checkpoint(args.checkpoint)
-    model = checkpoint.build().to(pick_device(args.device))
+    model = checkpoint.build(copy=False).to(pick_device(args.device))
     probabilities = classify(checkpoint, model, args.images)
     predictions = []
     for path, p in zip(args.images, probabilities, strict=True):
@@ -161,6 +171,12 @@ def run_summary(args: argparse.Namespace) -> None:
     config = model_config(known_model(args.model)) if by_name else open_checkpoint(args.model).config
     summary = summarise(config, image_size=args.image_size)
     print_json(summary.as_dict()) if args.json else print(summary.as_table())
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    from .formats import convert
+
+    convert(Path(args.checkpoint), Path(args.path), args.to)
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -227,6 +243,7 @@ def print_scores(scores: Scores, what: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for failed work, 2 for bad usage, 130 or 143 after a signal."""
     started = time.monotonic()
+    warnings.formatwarning = lambda message, *_: f"tinyvit: warning: {message}\n"
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # what is not finite is an error of ours, in one line
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
@@ -254,7 +271,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         given = f", got {rest[0]}" if rest else ""
-        raise UsageError(f"expected a command: train, eval, predict, summary, models or info{given}")
+        raise UsageError(f"expected a command: train, eval, predict, summary, convert, models or info{given}")
     if rest:
         options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")

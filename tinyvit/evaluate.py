@@ -104,6 +104,7 @@ def rank_and_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Labels of a data set with `class_names`, counted in the checkpoint's classes. Raises EvaluationError."""
+    check_head(checkpoint)
     index = {name: i for i, name in enumerate(checkpoint.class_names)}
     if unknown := [name for name in class_names if name not in index]:
         raise EvaluationError(
@@ -113,15 +114,23 @@ def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence
     return np.array([index[name] for name in class_names], dtype=np.int64)[labels]
 
 
+def check_head(checkpoint: Checkpoint) -> None:
+    """Raises EvaluationError for a model that gives features."""
+    if not checkpoint.config.num_classes:
+        raise EvaluationError(f"{checkpoint.path}: the model has no head, so it gives features and names no classes")
+
+
 def classify(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path]) -> np.ndarray:
     """Class probabilities (N, K) in float64 for picture files. Raises DataError for one that cannot be read."""
     from .data import read_picture
     from .data.transforms import normalise
     from .step import predict
 
+    check_head(checkpoint)
     parts = []
     for start in range(0, len(paths), BATCH_SIZE):
-        pictures = [read_picture(path, checkpoint.image_size) for path in paths[start : start + BATCH_SIZE]]
+        batch = paths[start : start + BATCH_SIZE]
+        pictures = [read_picture(path, checkpoint.image_size, **checkpoint.preprocessing.fit) for path in batch]
         logits = predict(model, normalise(np.stack(pictures), checkpoint.mean, checkpoint.std)).astype(np.float64)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")

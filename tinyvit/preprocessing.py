@@ -25,8 +25,9 @@ class Preprocessing:
 
     @property
     def fit(self) -> dict[str, Any]:
-        """How a picture is resized and cut: arguments of `data.read_picture`."""
-        return {"crop_pct": self.crop_pct, "crop_mode": self.crop_mode, "interpolation": self.interpolation}
+        """How a picture is resized and cut: arguments of `data.read_picture`, and `fit_options` of `data.load_data`."""
+        crop = {} if self.crop_pct is None else {"crop_pct": self.crop_pct}
+        return {**crop, "crop_mode": self.crop_mode, "interpolation": self.interpolation}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `Preprocessing.from_dict` takes them back."""

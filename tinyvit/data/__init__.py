@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .base import Data, DataError, Split
 from .cifar import find_cifar10, load_cifar10
@@ -29,6 +31,7 @@ def load_data(
     skip_corrupt: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     picture_transform: PictureTransform | None = None,
+    fit_options: Mapping[str, Any] | None = None,
 ) -> Data:
     """The data set that `src` names.
 
@@ -40,7 +43,8 @@ def load_data(
 
     `image_size` (one number or height and width) defaults to the pictures' own if all of them share one of at most
     64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
-    `picture_transform(picture, rng)` on Pillow pictures. An unreadable picture is an error, unless `skip_corrupt`:
+    `picture_transform(picture, rng)` on Pillow pictures; others are resized and cut as `read_picture` does it, with
+    `fit_options` as its arguments. An unreadable picture is an error, unless `skip_corrupt`:
     then it is left out and listed in the split's `skipped`. Raises DataError with a one-line message.
     """
     if src == "shapes":
@@ -48,11 +52,11 @@ def load_data(
     try:
         if src == "cifar10":
             cache = Path(cache_dir) if cache_dir is not None else cache_directory()
-            return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size)
+            return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size, fit_options)
         path = directory(src)
         batches = find_cifar10(path)
         if batches == path or (batches and not (path / "train").is_dir()):
-            return load_cifar10(batches, image_size)
+            return load_cifar10(batches, image_size, fit_options)
         return load_folder(
             path,
             image_size=image_size,
@@ -60,6 +64,7 @@ def load_data(
             seed=seed,
             skip_corrupt=skip_corrupt,
             picture_transform=picture_transform,
+            fit_options=fit_options,
         )
     except OSError as error:
         raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,11 @@ def find_cifar10(directory: Path) -> Path | None:
     return None
 
 
-def load_cifar10(directory: Path, image_size: int | tuple[int, int] | None = None) -> Data:
+def load_cifar10(
+    directory: Path,
+    image_size: int | tuple[int, int] | None = None,
+    fit_options: Mapping[str, Any] | None = None,
+) -> Data:
     """CIFAR-10 from a directory of batch files in either layout; raises DataError naming the file that is at fault."""
     binary = (directory / "data_batch_1.bin").is_file()
     ending, read = (".bin", read_binary) if binary else ("", read_pickled)
@@ -41,8 +47,9 @@ def load_cifar10(directory: Path, image_size: int | tuple[int, int] | None = Non
     )
     mean, std = mean_and_std(in_batches(train[0]))
     size = pair(image_size or SIDE)
+    options = fit_options or {}
     splits = [
-        ArraySplit(images, labels, []) if size == (SIDE, SIDE) else ResizedSplit(images, labels, [], size)
+        ArraySplit(images, labels, []) if size == (SIDE, SIDE) else ResizedSplit(images, labels, [], size, options)
         for images, labels in (train, test)
     ]
     digest = hashlib.sha256(repr(names).encode())

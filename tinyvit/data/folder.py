@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,14 +48,16 @@ def load_folder(
     seed: int = 0,
     skip_corrupt: bool = False,
     picture_transform: PictureTransform | None = None,
+    fit_options: Mapping[str, Any] | None = None,
 ) -> Data:
     """An image folder as a data set; see tinyvit.data.load_data. Raises DataError."""
     names, train, test = find_pictures(root, val_fraction, seed)
     size = pair(image_size or common_size(train, test) or LARGE_SIZE)
     if picture_transform is None and max(size) > SMALL:
         picture_transform = partial(random_resized_crop, size=size)
-    train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train")
-    test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test")
+    options = fit_options or {}
+    train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train", options)
+    test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test", options)
     if missing := classes_without(train, names):
         raise DataError(f"class {missing[0]} of {root} has no readable picture to train on")
     digest = hashlib.sha256(repr((names, train.files, test.files)).encode()).hexdigest()
@@ -159,6 +162,7 @@ def load_split(
     skip_corrupt: bool,
     transform: PictureTransform | None,
     title: str,
+    fit_options: Mapping[str, Any],
 ) -> tuple[Listing, Split, tuple[tuple[float, ...], tuple[float, ...]]]:
     """The pictures that can be read, as a split, with their mean and std.
 
@@ -175,7 +179,7 @@ def load_split(
     skipped: list[str] = []
 
     def batches() -> Iterator[np.ndarray]:
-        for chunk, pixels, failures in decode(listing, positions, size, title):
+        for chunk, pixels, failures in decode(listing, positions, size, title, fit_options):
             if failures and not skip_corrupt:
                 raise DataError(f"{next(iter(failures.values()))}{SKIP_HINT}")
             skipped.extend(str(listing.root / listing.files[i]) for i in failures)
@@ -192,11 +196,11 @@ def load_split(
     if keep:
         return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
     paths = [listing.root / file for file in listing.files]
-    return listing, FileSplit(paths, listing.labels, skipped, size, transform), statistics
+    return listing, FileSplit(paths, listing.labels, skipped, size, transform, fit_options), statistics
 
 
 def decode(
-    listing: Listing, positions: np.ndarray, size: tuple[int, int], title: str
+    listing: Listing, positions: np.ndarray, size: tuple[int, int], title: str, fit_options: Mapping[str, Any]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, DataError]]]:
     """Decode pictures in threads: chunks of positions, the readable ones' pixels (n, 3, H, W), the others' errors."""
 
@@ -204,7 +208,7 @@ def decode(
         pictures, failures = [], {}
         for i in chunk:
             try:
-                pictures.append(to_array(fit(open_rgb(listing.root / listing.files[i]), size)))
+                pictures.append(to_array(fit(open_rgb(listing.root / listing.files[i]), size, **fit_options)))
             except DataError as error:
                 failures[i] = error
         return chunk, stack(pictures, size), failures

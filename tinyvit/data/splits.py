@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -38,12 +38,16 @@ class ArraySplit:
 
 @dataclass(frozen=True)
 class ResizedSplit:
-    """Pictures held in memory, `images` (N, 3, h, w) uint8, and resized to `size` when they are read."""
+    """Pictures held in memory, `images` (N, 3, h, w) uint8, and resized to `size` when they are read.
+
+    They are kept whole unless `fit_options`, arguments of `fit`, say otherwise.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     skipped: list[str]
     size: tuple[int, int]
+    fit_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,7 +56,8 @@ class ResizedSplit:
         """Pictures (B, 3, H, W) uint8; the same with and without `rng`."""
 
         def resized(index: int) -> np.ndarray:
-            return to_array(fit(Image.fromarray(self.images[index].transpose(1, 2, 0)), self.size, crop_pct=1.0))
+            picture = Image.fromarray(self.images[index].transpose(1, 2, 0))
+            return to_array(fit(picture, self.size, **{"crop_pct": 1.0, **self.fit_options}))
 
         return stack(in_threads(resized, indices), self.size)
 
@@ -61,7 +66,7 @@ class ResizedSplit:
 class FileSplit:
     """Pictures read from `files` whenever they are asked for, at `size` (height, width).
 
-    They are resized and centre-cropped; for training (`rng` given) each goes through `transform` before.
+    They are resized and cut by `fit` with `fit_options`; for training (with `rng`) each goes through `transform` first.
     """
 
     files: list[Path]
@@ -69,6 +74,7 @@ class FileSplit:
     skipped: list[str]
     size: tuple[int, int]
     transform: PictureTransform | None
+    fit_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -85,7 +91,7 @@ class FileSplit:
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT}") from error
         if rng is None or self.transform is None:
-            return to_array(fit(picture, self.size))
+            return to_array(fit(picture, self.size, **self.fit_options))
         return to_array(fit(self.transform(picture, rng), self.size, crop_pct=1.0))
 
 
