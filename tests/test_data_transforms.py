@@ -1,5 +1,7 @@
 """Batch transforms: what each may do to a picture, that targets follow, and the same results in another library."""
 
+from dataclasses import replace
+
 import array_api_strict
 import numpy as np
 import pytest
@@ -156,4 +158,6 @@ def test_default_augment(size, padding):
     data = Data("few", split, split, ("a", "b"), (0.5,) * 3, (0.2,) * 3, size, 3, "few-1")
     augment = default_augment(data)
     assert (augment.mean, augment.std, augment.flip, augment.padding) == (data.mean, data.std, True, padding)
+    drawn = replace(data, fingerprint="shapes-1-0")
+    assert (default_augment(drawn).flip, default_augment(drawn).padding) == (True, 0)
     assert not (augment.mixup or augment.cutmix or augment.cutout) and augment.num_classes == 2

@@ -17,7 +17,7 @@ from .splits import ArraySplit, in_threads
 
 TRAIN, TEST = 20_000, 2_000
 CHUNK = 200  # pictures drawn at a time: what they need fits in a core's cache
-STROKES = 3  # behind the shape
+STROKES = 2  # behind the shape
 
 
 def disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -117,7 +117,7 @@ def draw_class(
     height, width = size
     pixel = 2 / min(size)
     x = ((np.arange(width) + 0.5) * pixel - width / min(size)).astype(np.float32)[None, None, :]  # (1, 1, W)
-    y = ((np.arange(height) + 0.5) * pixel - height / min(size)).astype(np.float32)[None, :, None]  # (1, H, 1)
+    y = (height / min(size) - (np.arange(height) + 0.5) * pixel).astype(np.float32)[None, :, None]  # (1, H, 1), up
 
     def paint(distance: np.ndarray, colour: np.ndarray) -> None:  # distance (B, H, W), colour (B, 3, 1, 1)
         cover = np.clip(0.5 - distance / pixel, 0, 1)[:, None]
@@ -137,15 +137,15 @@ def draw_class(
     for _ in range(STROKES):
         paint(stroke(0.7, 0.02, 0.1), uniform(0, 1, 3))
 
-    scale = uniform(0.42, 0.72)
-    reach = 1 - 0.85 * scale
-    u, v = turned(x - reach * uniform(-1, 1), y - reach * uniform(-1, 1), uniform(0, 2 * np.pi))
+    scale = uniform(0.55, 0.85)
+    reach = 0.5 - 0.4 * scale
+    u, v = turned(x - reach * uniform(-1, 1), y - reach * uniform(-1, 1), uniform(-0.3, 0.3))
     paint(scale * shape(u / scale, v / scale), 0.58 * (1 - light) + uniform(0, 0.42, 3))
 
     hidden = np.where(rng.random((count, 1, 1)) < 0.5, 0, np.float32(9))  # half of the strokes in front are moved away
     paint(stroke(0.7, 0.04, 0.12) + hidden, uniform(0, 1, 3))
     noise = rng.standard_normal(images.shape, dtype=np.float32)
-    images += uniform(0, 0.08)[:, None] * noise
+    images += uniform(0, 0.05)[:, None] * noise
     return np.clip(np.rint(255 * images), 0, 255).astype(np.uint8)
 
 
