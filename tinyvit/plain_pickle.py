@@ -9,11 +9,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):
     """Refuses, by name, every function and class that is not in `plain`.
 
     NumPy's own names lead to the stand-ins below: a file that sets the state of a real array or dtype can crash the
-    interpreter. `finished` makes arrays of the stand-ins.
+    interpreter. `finished` makes arrays of the stand-ins. Built on the unpickler in Python, because the one in C
+    reserves, and touches, as many gigabytes as a damaged file's memo number says.
     """
 
     known = "arrays, bytes, strings, numbers and containers"
