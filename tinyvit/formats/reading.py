@@ -18,7 +18,8 @@ def reason(error: BaseException) -> str:
 
 def widen(bits: np.ndarray) -> np.ndarray:
     """bfloat16, given as uint16, as the float32 of the same value."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32, order="C")
+    return np.left_shift(wide, 16, out=wide).view(np.float32)
 
 
 def read_into(file: BinaryIO, start: int, content: np.ndarray) -> None:

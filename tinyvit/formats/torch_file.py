@@ -211,11 +211,11 @@ def open_archive(file: BinaryIO) -> tuple[Places, Any]:
         raise ValueError("it is a zip archive, but not one of torch's: it holds no data.pkl")
     root = roots[0]
     places = {}
+    if any(member.filename.startswith(f"{root}code/") for member in members):
+        raise ValueError("it is a TorchScript program, expected a state dict")
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{member.filename} is compressed, which torch never does")
-        if member.filename.startswith(f"{root}code/"):
-            raise ValueError("it is a TorchScript program, expected a state dict")
         file.seek(member.header_offset)
         name_length, extra_length = struct.unpack("<26x2H", file.read(30))
         start = member.header_offset + 30 + name_length + extra_length
