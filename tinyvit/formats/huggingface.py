@@ -22,7 +22,6 @@ from .parts import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     mlp_ratio,
-    names_of_classes,
     pack_qkv,
     renamed,
     split_qkv,
@@ -31,7 +30,7 @@ from .parts import (
 from .reading import reason
 from .sources import PREPROCESSOR, Source
 
-PATCHES = "embeddings.patch_embeddings.projection.weight"
+TELLING = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
 NAMES = {  # theirs, after "vit." or "deit.", and ours
     "embeddings.cls_token": "cls_token",
     "embeddings.distillation_token": "dist_token",
@@ -69,7 +68,7 @@ DEFAULT_CLASSES = 2  # when config.json says nothing
 
 
 def recognises(names: Collection[str]) -> bool:
-    return any(name.endswith(PATCHES) for name in names)
+    return any(name.endswith(TELLING) for name in names)
 
 
 def read(source: Source) -> Checkpoint:
@@ -99,7 +98,7 @@ def read(source: Source) -> Checkpoint:
         path=source.path,
         config=config,
         state=state,
-        class_names=names_of_classes(names, count),
+        class_names=names if len(names) == count else tuple(f"LABEL_{i}" for i in range(count)),
         preprocessing=read_preprocessing(source, config),
     )
 

@@ -24,6 +24,11 @@ DTYPES = {
 }  # fmt: skip
 
 
+def looks_like_safetensors(head: bytes) -> bool:
+    """Whether a file that begins like this may be one: after a sensible length comes an object."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER
+
+
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors by name, each in memory of its own; bfloat16 comes as float32. Raises CheckpointError."""
     try:

@@ -13,7 +13,7 @@ import numpy as np
 from ..checkpoint import CheckpointError
 from .npz_file import read_npz
 from .reading import read_json
-from .safetensors_file import read_safetensors
+from .safetensors_file import looks_like_safetensors, read_safetensors
 from .torch_file import TorchFile
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -69,11 +69,13 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         return read_shards(path)
     with open(path, "rb") as file:
         head = file.read(16)
-    if head[:2] == b"PK" and is_npz(path):
+    if looks_like_safetensors(head):
+        arrays = read_safetensors(path)
+    elif head[:2] == b"PK" and is_npz(path):
         arrays = read_npz(path)
-    elif head[:2] == b"PK" or head[:1] == b"\x80" or (path.suffix in TORCH and head[8:9] != b"{"):
+    elif head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix in TORCH:
         arrays = read_torch(path)
-    elif head[8:9] == b"{" or path.suffix == ".safetensors":
+    elif path.suffix == ".safetensors":  # for its message
         arrays = read_safetensors(path)
     else:
         raise CheckpointError(f"{path}: not a checkpoint (expected a run, or a safetensors, torch or .npz file)")
