@@ -1,0 +1,98 @@
+"""The CUDA kernels beside this file, compiled and loaded by CuPy when they are first needed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyvit import arrays
+
+Array = Any
+
+FOLDER = Path(__file__).parent
+NULL = np.uint64(0)  # a pointer to nothing, as a kernel's argument
+_SCALARS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
+
+
+def scalar(dtype: Any) -> str | None:
+    """The kernels' name of a dtype; None if they do not know it, or the device is older than compute capability 8.0."""
+    return _SCALARS.get(arrays.dtype_name(dtype)) if _facts(_device()).capability >= 80 else None
+
+
+def address(x: Array) -> int:
+    """Where the array's first element lies in the device's memory."""
+    return x.data.ptr
+
+
+def ready(x: Array) -> Array:
+    """`x` as the kernels read it: C order, from a 16-byte boundary on."""
+    return x if x.flags.c_contiguous and address(x) % 16 == 0 else x.copy()
+
+
+def kernel(file: str, name: str, **constants: Any) -> Callable:
+    """The kernel `name` of FILE.cu on the current device, compiled with these constants.
+
+    It is called with grid, block (tuples), arguments (arrays and NumPy scalars) and `shared_mem`, in bytes.
+    """
+    return _kernel(_device(), file, name, tuple(constants.items()))
+
+
+def shared_limit() -> int:
+    """Bytes of shared memory that one block may have on the current device."""
+    return _facts(_device()).shared_limit
+
+
+def multiprocessors() -> int:
+    return _facts(_device()).multiprocessors
+
+
+def _device() -> int:
+    import cupy
+
+    return cupy.cuda.runtime.getDevice()
+
+
+class _Facts(NamedTuple):
+    capability: int
+    shared_limit: int
+    multiprocessors: int
+
+
+@functools.cache
+def _facts(device: int) -> _Facts:
+    import cupy
+
+    gpu = cupy.cuda.Device(device)
+    attributes = gpu.attributes
+    return _Facts(
+        int(gpu.compute_capability), attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"]
+    )
+
+
+@functools.cache
+def _kernel(device: int, file: str, name: str, constants: tuple[tuple[str, Any], ...]) -> Callable:
+    function = _module(device, file, constants).get_function(name)
+    function.max_dynamic_shared_size_bytes = _facts(device).shared_limit - function.shared_size_bytes
+    return function
+
+
+@functools.cache
+def _module(device: int, file: str, constants: tuple[tuple[str, Any], ...]) -> Any:
+    import cupy
+
+    return cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{key}={value}" for key, value in constants)))
+
+
+@functools.cache
+def source(file: str) -> str:
+    """The text of FILE.cu with our headers in their places: CuPy's disk cache does not look into included files."""
+    text = (FOLDER / f"{file}.cu").read_text()
+    while found := re.search(r'#include "(\w+\.cuh)"', text):
+        header = (FOLDER / found[1]).read_text().replace("#pragma once", "")
+        text = text.replace(found[0], header)
+    return text

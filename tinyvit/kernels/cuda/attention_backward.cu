@@ -1,0 +1,191 @@
+// Fused multi-head self-attention, backward, without the N x N matrices in memory: the gradient of the packed
+// activation.
+//
+// Moves 8 activations (B, N, H, D) (q, k, v, y, dy in, dq, dk, dv out) and 4 bytes a row, dy once more through the
+// second-level cache; takes 10 N^2 D FLOPs a head, on tensor cores.
+//
+// A block takes a head, a warp TILES tiles of 16 keys of it, whose dk and dv stay in its registers; queries and dy
+// pass through shared memory QUERIES at a time. Scores are computed transposed (keys x queries), so that their
+// accumulators are at once the left operands for dv = P^T dy and dk = dS^T q. For dq = dS k, which sums over the keys
+// of all warps, the block's dS goes through shared memory. Where a block's warps hold fewer than N keys it goes over
+// the queries once for each portion of keys and adds up dq in fp32 (`dq_sum`), always in the same order: no atomics
+// anywhere.
+//
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128) and TILES (1 or 2).
+#include "attention.cuh"
+
+constexpr int QUERIES = 32;  // of a step
+constexpr int SCORES_STRIDE = QUERIES + 8;
+
+// The sums over a head's rows of y dy, into delta, and row_log beside them; beyond n so that all probabilities become
+// 0.
+DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, long long stride, const float* row_log,
+                           int n) {
+    constexpr int chunks = D / CHUNK, lanes = chunks <= 1    ? 1
+                                              : chunks <= 2  ? 2
+                                              : chunks <= 4  ? 4
+                                              : chunks <= 8  ? 8
+                                              : chunks <= 16 ? 16
+                                                             : 32;
+    const int lane = threadIdx.x % lanes;
+    for (int first = 0; first < 16 * tiles_of(n);
+         first += blockDim.x / lanes) {  // the same for all: lanes meet in the sum
+        const int row = first + threadIdx.x / lanes;
+        float product = 0.0f;
+        if (row < n && lane < chunks) {
+            Vector<T, CHUNK> a = load<CHUNK>(y + row * stride + lane * CHUNK),
+                             b = load<CHUNK>(dy + row * stride + lane * CHUNK);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) product = fmaf(a[i], b[i], product);
+        }
+        product = warp_sum<lanes>(product);
+        if (lane == 0 && row < 16 * tiles_of(n)) {
+            delta[row] = product;
+            logs[row] = row < n ? row_log[row] : -minus_infinity();
+        }
+    }
+}
+
+// grid: heads of all samples; shared memory: 2 warps * ROWS + 4 QUERIES rows of STRIDE and warps * ROWS of
+// SCORES_STRIDE numbers, and 2 floats for each of N rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, N, D)
+// fp32, scratch, is only touched if N > warps * ROWS.
+extern "C" __global__ void __launch_bounds__(256)
+    attention_backward(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
+                       const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
+                       float scale) {
+    DYNAMIC_SHARED(memory);
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, portion = warps * ROWS;
+    T* keys = reinterpret_cast<T*>(memory);
+    T* values = keys + portion * STRIDE;
+    T* stages = values + portion * STRIDE;      // two stages of QUERIES queries and QUERIES rows of dy
+    T* scores = stages + 4 * QUERIES * STRIDE;  // dS: portion x QUERIES
+    float* delta = reinterpret_cast<float*>(scores + portion * SCORES_STRIDE);
+    float* logs = delta + 16 * tiles_of(n);
+
+    const int head = blockIdx.x % heads;
+    const long long sample = blockIdx.x / heads;
+    const long long row_stride = 3LL * heads * D, out_stride = 1LL * heads * D;
+    const long long first_element = sample * n * row_stride + head * D;
+    const T* q = qkv + first_element;
+    T* dq = dqkv + first_element;
+    y += sample * n * out_stride + head * D;
+    dy += sample * n * out_stride + head * D;
+    dq_sum += 1LL * blockIdx.x * n * D;
+    const float exponent = scale * LOG2_E;
+
+    auto copy_queries = [&](int query, T* stage) {
+        const int count = least(QUERIES, 16 * tiles_of(n - query));
+        copy_rows(stage, q, row_stride, query, count, n);
+        copy_rows(stage + QUERIES * STRIDE, dy, out_stride, query, count, n);
+    };
+
+    for (int first_key = 0; first_key < n; first_key += portion) {
+        const int live = least(warps * TILES, tiles_of(n - first_key));  // tiles with keys
+        const int row = first_key + warp * ROWS;                         // this warp's first key
+        T* my_keys = keys + warp * ROWS * STRIDE;
+        T* my_values = values + warp * ROWS * STRIDE;
+        __syncthreads();  // the previous portion of keys is done with
+        copy_rows(keys, q + heads * D, row_stride, first_key, 16 * live, n);
+        copy_rows(values, q + 2 * heads * D, row_stride, first_key, 16 * live, n);
+        copy_queries(0, stages);
+        cp_async_commit();
+        if (first_key == 0) row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n, n);
+
+        float dk[TILES][DEPTH][8] = {}, dv[TILES][DEPTH][8] = {};
+        for (int query = 0; query < n; query += QUERIES) {
+            T* queries = stages + query / QUERIES % 2 * 2 * QUERIES * STRIDE;
+            T* dys = queries + QUERIES * STRIDE;
+            cp_async_wait<0>();
+            __syncthreads();  // these queries are here, and nobody needs the previous ones and their dS any more
+            if (query + QUERIES < n)
+                copy_queries(query + QUERIES, stages + (query / QUERIES + 1) % 2 * 2 * QUERIES * STRIDE);
+            cp_async_commit();
+
+#pragma unroll 1
+            for (int j = 0; j < QUERIES; j += 16) {
+                if (query + j >= n || row >= n) continue;
+                float p[TILES][8] = {}, ds[TILES][8] = {};
+#pragma unroll
+                for (int d = 0; d < DEPTH; d++) {
+                    Operand<T> b, b_dy;
+                    load_right_transposed(b, queries + j * STRIDE + 16 * d, STRIDE);
+                    load_right_transposed(b_dy, dys + j * STRIDE + 16 * d, STRIDE);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+                        if (row + 16 * t >= n) continue;
+                        Operand<T> a;
+                        load_left(a, my_keys + 16 * t * STRIDE + 16 * d, STRIDE);
+                        multiply(p[t], a, b);
+                        load_left(a, my_values + 16 * t * STRIDE + 16 * d, STRIDE);
+                        multiply(ds[t], a, b_dy);
+                    }
+                }
+                Operand<T> left_p[TILES], left_ds[TILES];
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        const int column = query + j + tile_column(i);
+                        const bool is_key = row + 16 * t + tile_row(i) < n;
+                        p[t][i] = is_key ? exp2_fast(fmaf(p[t][i], exponent, -logs[column])) : 0.0f;
+                        ds[t][i] = p[t][i] * (ds[t][i] - delta[column]);
+                    }
+                    as_left(left_p[t], p[t]);
+                    as_left(left_ds[t], ds[t]);
+                    if (row + 16 * t < n)
+                        store_tile(scores + (warp * ROWS + 16 * t) * SCORES_STRIDE + j, SCORES_STRIDE, ds[t]);
+                }
+#pragma unroll
+                for (int d = 0; d < DEPTH; d++) {
+                    Operand<T> b, b_dy;
+                    load_right(b, queries + j * STRIDE + 16 * d, STRIDE);
+                    load_right(b_dy, dys + j * STRIDE + 16 * d, STRIDE);
+#pragma unroll
+                    for (int t = 0; t < TILES; t++) {
+                        multiply(dv[t][d], left_p[t], b_dy);
+                        multiply(dk[t][d], left_ds[t], b);
+                    }
+                }
+            }
+
+            __syncthreads();                                                     // dS is complete
+            for (int item = warp; item < QUERIES / 16 * DEPTH; item += warps) {  // tiles of dq
+                const int j = item / DEPTH * 16, d = item % DEPTH * 16;
+                if (query + j >= n) continue;
+                float tile[8] = {};
+                for (int t = 0; t < live; t++) {
+                    Operand<T> a, b;
+                    load_left_transposed(a, scores + 16 * t * SCORES_STRIDE + j, SCORES_STRIDE);
+                    load_right(b, keys + 16 * t * STRIDE + d, STRIDE);
+                    multiply(tile, a, b);
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i += 2) {
+                    const int r = query + j + tile_row(i), column = d + tile_column(i);
+                    if (r >= n || column >= D) continue;
+                    float* sum = dq_sum + 1LL * r * D + column;
+                    if (first_key > 0) tile[i] += sum[0], tile[i + 1] += sum[1];
+                    if (first_key + portion < n)
+                        store_pair(sum, tile[i], tile[i + 1]);
+                    else
+                        store_pair(dq + r * row_stride + column, tile[i] * scale, tile[i + 1] * scale);
+                }
+            }
+        }
+
+        if (row >= n) continue;
+        // Both go out through the rows of this warp's own values, which only it reads.
+        auto write = [&](const float (&gradient)[TILES][DEPTH][8], float factor, T* to) {
+            __syncwarp();
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int d = 0; d < DEPTH; d++)
+                    store_tile(my_values + 16 * t * STRIDE + 16 * d, STRIDE, gradient[t][d], factor);
+            __syncwarp();
+            write_rows(to, row_stride, my_values, row, ROWS, n);
+        };
+        write(dk, scale, dq + heads * D);
+        write(dv, 1.0f, dq + 2 * heads * D);
+    }
+}
