@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable
 from types import ModuleType
 
-_MODULES = {"array_api_compat.numpy": "tinyvit.kernels.numpy_"}
+_MODULES = {"array_api_compat.numpy": "tinyvit.kernels.numpy_", "array_api_compat.cupy": "tinyvit.kernels.cupy_"}
 
 
 @functools.cache

@@ -1,0 +1,172 @@
+// AdamW (Loshchilov & Hutter 2019, algorithm 2) in one launch over many parameters, and the gradient's norm.
+//
+// adamw reads p, m, v (fp32) and the gradient and writes p, m, v and, where wanted, a copy of p in the low precision:
+// 28 bytes a number in fp32, 30 with a 16-bit gradient and copy instead of 32 with both in fp32; 15 FLOPs.
+// sum_of_squares reads the gradients. Both are bound by memory.
+//
+// The parameters stand in a table in device memory. Each is cut into pieces of PIECE numbers, and block i takes the
+// i-th piece of all; which parameter that belongs to it finds by bisection. Sums of squares are doubles: fp32 squares
+// overflow beyond 1.8e19, and a sum over 10^8 of them loses digits. What changes from step to step lies in device
+// memory too (`control`), so that a captured graph can be replayed.
+//
+// Compile with SCALAR, the type of the gradients and of the low-precision copies; the parameters themselves are fp32.
+#include "common.cuh"
+
+using T = SCALAR;
+
+constexpr int PIECE = 4096;
+
+struct Parameter {  // 64 bytes; the table's layout in Python is TABLE in cupy_optim.py
+    float *p, *m, *v;
+    const T* g;
+    T* copy;  // may be null
+    long long size;
+    long long first_piece;
+    float lr_scale, weight_decay;
+};
+
+struct Control {                      // doubles, so that Python can hold them in one array
+    double lr, step;                  // set by the caller; prepare_adamw counts the step
+    double correction, rate_over_lr;  // of this step: sqrt(1 - beta2^step), and that over 1 - beta1^step
+    double gradient_scale;            // the gradients are multiplied by it: clipping
+    double norm;                      // of the gradient, before that
+};
+
+// The parameter that a piece belongs to: the last one whose first piece is not beyond it.
+DEVICE const Parameter& parameter_of(const Parameter* table, int count, long long piece) {
+    int low = 0, high = count;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (table[middle].first_piece <= piece)
+            low = middle;
+        else
+            high = middle;
+    }
+    return table[low];
+}
+
+// One thread. Counts the step and prepares what all parameters share.
+extern "C" __global__ void prepare_adamw(Control* control, double beta1, double beta2) {
+    if (threadIdx.x > 0) return;
+    control->step += 1.0;
+    control->correction = sqrt(1.0 - pow(beta2, control->step));
+    control->rate_over_lr = control->correction / (1.0 - pow(beta1, control->step));
+}
+
+// New shares (1 - beta1, 1 - beta2) are numbers of their own: 1 - 0.999f is off by 1e-5. eps and rate include their
+// corrections; keep = 1 - lr weight_decay.
+struct Step {
+    float new1, beta2, new2, eps, rate, keep;
+};
+
+DEVICE void update(float& p, float& m, float& v, float g, const Step& s) {
+    m = fmaf(s.new1, g - m, m);
+    v = fmaf(s.new2 * g, g, v * s.beta2);
+    p = p * s.keep - s.rate * (m / (sqrtf(v) + s.eps));
+}
+
+// grid: all pieces.
+extern "C" __global__ void __launch_bounds__(256)
+    adamw_many(const Parameter* __restrict__ table, int count, const Control* __restrict__ control, float new1,
+               float beta2, float new2, float eps) {
+    const Parameter& parameter = parameter_of(table, count, blockIdx.x);
+    const double lr = control->lr * parameter.lr_scale;
+    const Step step = {new1,
+                       beta2,
+                       new2,
+                       float(eps * control->correction),
+                       float(lr * control->rate_over_lr),
+                       float(1.0 - lr * parameter.weight_decay)};
+    const float scale = float(control->gradient_scale);
+    const long long start = (blockIdx.x - parameter.first_piece) * PIECE;
+    const long long end = start + PIECE < parameter.size ? start + PIECE : parameter.size;
+
+    long long i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4) {  // arrays start at 16-byte boundaries, and so do pieces
+        Vector<float, 4> p = load<4>(parameter.p + i), m = load<4>(parameter.m + i), v = load<4>(parameter.v + i);
+        const Vector<T, 4> g = load<4>(parameter.g + i);
+        Vector<T, 4> copy;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            update(p.x[j], m.x[j], v.x[j], g[j] * scale, step);
+            copy.set(j, p.x[j]);
+        }
+        store(parameter.p + i, p);
+        store(parameter.m + i, m);
+        store(parameter.v + i, v);
+        if (parameter.copy) store(parameter.copy + i, copy);
+    }
+    for (; i < end; i++) {  // at most three numbers, by the one thread that they fall to
+        update(parameter.p[i], parameter.m[i], parameter.v[i], to_float(parameter.g[i]) * scale, step);
+        if (parameter.copy) parameter.copy[i] = Scalar<T>::from(parameter.p[i]);
+    }
+}
+
+// The same for one parameter, with this step's numbers as arguments.
+extern "C" __global__ void __launch_bounds__(256)
+    adamw(float* __restrict__ p, const T* __restrict__ g, float* __restrict__ m, float* __restrict__ v, long long size,
+          float new1, float beta2, float new2, float eps, float rate, float keep) {
+    const Step step = {new1, beta2, new2, eps, rate, keep};
+    for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < size; i += 1LL * gridDim.x * blockDim.x)
+        update(p[i], m[i], v[i], to_float(g[i]), step);
+}
+
+// The sum of a double over the block's 256 threads, valid in the first one; `memory` holds 256 doubles.
+DEVICE double block_sum(double x, unsigned char* memory) {
+    double* scratch = reinterpret_cast<double*>(memory);
+    scratch[threadIdx.x] = x;
+    for (int half = 128; half > 0; half /= 2) {
+        __syncthreads();
+        if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
+    }
+    return scratch[0];
+}
+
+// grid: all pieces; writes a sum for each. Shared memory here and in the next two: 256 doubles.
+extern "C" __global__ void __launch_bounds__(256)
+    squares_many(const Parameter* __restrict__ table, int count, double* __restrict__ partial) {
+    const Parameter& parameter = parameter_of(table, count, blockIdx.x);
+    const long long start = (blockIdx.x - parameter.first_piece) * PIECE;
+    const long long end = start + PIECE < parameter.size ? start + PIECE : parameter.size;
+    double sum = 0.0;
+    long long i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4) {
+        const Vector<T, 4> g = load<4>(parameter.g + i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum += double(g[j]) * g[j];
+    }
+    for (; i < end; i++) sum += double(to_float(parameter.g[i])) * to_float(parameter.g[i]);
+    DYNAMIC_SHARED(memory);
+    sum = block_sum(sum, memory);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// The same for one array, whose blocks share it.
+extern "C" __global__ void __launch_bounds__(256)
+    squares(const T* __restrict__ x, long long size, double* __restrict__ partial) {
+    double sum = 0.0;
+    for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < size; i += 1LL * gridDim.x * blockDim.x)
+        sum += double(to_float(x[i])) * to_float(x[i]);
+    DYNAMIC_SHARED(memory);
+    sum = block_sum(sum, memory);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// One block: the sum of partial sums.
+extern "C" __global__ void __launch_bounds__(256)
+    sum_squares(const double* __restrict__ partial, int count, double* __restrict__ total) {
+    double sum = 0.0;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
+    DYNAMIC_SHARED(memory);
+    sum = block_sum(sum, memory);
+    if (threadIdx.x == 0) *total = sum;
+}
+
+// One thread: the norm, and the factor that clips it (1 where the norm is not finite, as torch leaves such gradients
+// alone).
+extern "C" __global__ void clip_gradient(const double* __restrict__ total, double largest_norm, Control* control) {
+    if (threadIdx.x > 0) return;
+    const double norm = sqrt(*total), factor = largest_norm / (norm + 1e-6);
+    control->norm = norm;
+    control->gradient_scale = factor < 1.0 && norm * 0.0 == 0.0 ? factor : 1.0;
+}

@@ -1,0 +1,135 @@
+// What a linear layer does to a matrix's columns: adding a bias, GELU after it, and sums over rows for the bias's
+// gradient.
+//
+// add_bias reads and writes rows * columns numbers; bias_gelu_forward the same; bias_gelu_backward reads twice and
+// writes once as many; column_sums reads once. At most 40 FLOPs a number: bound by memory.
+//
+// A thread takes VECTOR neighbouring columns (16 bytes) of every row with the same remainder, whose loads are
+// independent; a block has 32 x 8 threads: 32 vectors wide, 8 rows high. gridDim.y blocks share the rows. Sums stay
+// in registers, are added up over a block's 8 rows of threads in shared memory, and go to `partial` (gridDim.y,
+// columns) in fp32, which `sum_partials` adds up: two stages, always in the same order.
+//
+// Compile with SCALAR, VECTOR (16 / sizeof(SCALAR) if it divides the columns, else 1) and APPROXIMATE (see gelu.cuh).
+#include "gelu.cuh"
+
+using T = SCALAR;
+using V = Vector<T, VECTOR>;
+
+constexpr int HEIGHT = 8;  // rows of threads in a block
+
+// This thread's first column and first row; rows that it takes are `row_step()` apart.
+DEVICE int first_column() { return (blockIdx.x * 32 + threadIdx.x) * VECTOR; }
+DEVICE long long first_row() { return 1LL * blockIdx.y * HEIGHT + threadIdx.y; }
+DEVICE long long row_step() { return 1LL * gridDim.y * HEIGHT; }
+
+// y += bias
+extern "C" __global__ void __launch_bounds__(256)
+    add_bias(T* __restrict__ y, const T* __restrict__ bias, long long rows, int columns) {
+    const int column = first_column();
+    if (column >= columns) return;
+    const V b = load<VECTOR>(bias + column);
+#pragma unroll 4
+    for (long long row = first_row(); row < rows; row += row_step()) {
+        V v = load<VECTOR>(y + row * columns + column);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v.set(i, v[i] + b[i]);
+        store(y + row * columns + column, v);
+    }
+}
+
+// y = gelu(x + bias)
+extern "C" __global__ void __launch_bounds__(256) bias_gelu_forward(const T* __restrict__ x, const T* __restrict__ bias,
+                                                                    T* __restrict__ y, long long rows, int columns) {
+    const int column = first_column();
+    if (column >= columns) return;
+    const V b = load<VECTOR>(bias + column);
+#pragma unroll 4
+    for (long long row = first_row(); row < rows; row += row_step()) {
+        V v = load<VECTOR>(x + row * columns + column);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v.set(i, gelu<T>(v[i] + b[i]));
+        store(y + row * columns + column, v);
+    }
+}
+
+// Adds up the sums of the block's rows of threads and writes them; `memory` holds 256 VECTOR floats.
+DEVICE void write_sums(float* partial, const float (&sums)[VECTOR], int columns, unsigned char* memory) {
+    float* scratch = reinterpret_cast<float*>(memory);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) scratch[(threadIdx.y * VECTOR + i) * 32 + threadIdx.x] = sums[i];
+    __syncthreads();
+    const int column = first_column();
+    if (threadIdx.y > 0 || column >= columns) return;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+        float total = 0.0f;
+#pragma unroll
+        for (int y = 0; y < HEIGHT; y++) total += scratch[(y * VECTOR + i) * 32 + threadIdx.x];
+        partial[1LL * blockIdx.y * columns + column + i] = total;
+    }
+}
+
+// dx = dy gelu'(x + bias), and the sums of its columns; shared memory: 256 VECTOR floats
+extern "C" __global__ void __launch_bounds__(256)
+    bias_gelu_backward(const T* __restrict__ x, const T* __restrict__ bias, const T* __restrict__ dy,
+                       T* __restrict__ dx, float* __restrict__ partial, long long rows, int columns) {
+    const int column = first_column();
+    float sums[VECTOR] = {};
+    if (column < columns) {
+        const V b = load<VECTOR>(bias + column);
+#pragma unroll 2
+        for (long long row = first_row(); row < rows; row += row_step()) {
+            const V v = load<VECTOR>(x + row * columns + column);
+            V g = load<VECTOR>(dy + row * columns + column);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+                const float d = g[i] * gelu_slope<T>(v[i] + b[i]);
+                g.set(i, d);
+                sums[i] += d;
+            }
+            store(dx + row * columns + column, g);
+        }
+    }
+    DYNAMIC_SHARED(memory);
+    write_sums(partial, sums, columns, memory);
+}
+
+// shared memory: 256 VECTOR floats
+extern "C" __global__ void __launch_bounds__(256)
+    column_sums(const T* __restrict__ x, float* __restrict__ partial, long long rows, int columns) {
+    const int column = first_column();
+    float sums[VECTOR] = {};
+    if (column < columns) {
+#pragma unroll 4
+        for (long long row = first_row(); row < rows; row += row_step()) {
+            const V v = load<VECTOR>(x + row * columns + column);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) sums[i] += v[i];
+        }
+    }
+    DYNAMIC_SHARED(memory);
+    write_sums(partial, sums, columns, memory);
+}
+
+// The second stage: sums of the columns of partial (rows, columns), the first `split` of them into `first`, the
+// others into `second`. Blocks of 32 x 8 threads, a thread for a column; shared memory: 256 floats.
+extern "C" __global__ void __launch_bounds__(256)
+    sum_partials(const float* __restrict__ partial, T* __restrict__ first, T* __restrict__ second, int rows,
+                 int columns, int split) {
+    DYNAMIC_SHARED(memory);
+    float* scratch = reinterpret_cast<float*>(memory);
+    const int column = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.0f;
+    if (column < columns)
+#pragma unroll 4
+        for (int row = threadIdx.y; row < rows; row += HEIGHT) sum += partial[1LL * row * columns + column];
+    scratch[threadIdx.y * 32 + threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= columns) return;
+#pragma unroll
+    for (int y = 1; y < HEIGHT; y++) sum += scratch[y * 32 + threadIdx.x];
+    if (column < split)
+        first[column] = Scalar<T>::from(sum);
+    else
+        second[column - split] = Scalar<T>::from(sum);
+}
