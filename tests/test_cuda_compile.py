@@ -1,0 +1,110 @@
+"""Every CUDA source compiles for the architectures that matter, without a GPU, and no kernel spills registers."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cuda_sim import kernel_names
+
+from tinyvit.kernels import cuda, cupy_attention
+
+ARCHITECTURES = ("sm_80", "sm_90")
+SHARED_LIMIT = 163 << 10  # of sm_80
+
+
+def nvcc(source: str, options: list[str], folder: Path) -> str:
+    """What ptxas reports."""
+    (folder / "kernel.cu").write_text(source)
+    command = ["nvcc", "-cubin", "-Xptxas", "-v", *options, "kernel.cu", "-o", "kernel.cubin"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def nvidia_packages() -> list[Path]:
+    """Folders of NVIDIA's Python packages, which hold libraries and headers."""
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(p) for p in spec.submodule_search_locations] if spec else []
+
+
+def nvrtc() -> Callable[[str, list[str], Path], str] | None:
+    """The same through NVIDIA's run-time compiler, if one of its packages is installed."""
+    libraries = [p for root in nvidia_packages() for p in root.glob("*/lib/libnvrtc*.so.*") if ".alt." not in p.name]
+    headers = [p for root in nvidia_packages() for p in root.glob("*/include")]
+    if not libraries or not any((p / "cuda_bf16.h").exists() for p in headers):
+        return None
+    for path in sorted(libraries):  # libnvrtc-builtins comes first: the other looks for it by its name
+        library = ctypes.CDLL(str(path))
+
+    def compile_source(source: str, options: list[str], folder: Path) -> str:
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        options = [*options, "--ptxas-options=-v", *(f"-I{p}" for p in headers)]
+        assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+        texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        status = library.nvrtcCompileProgram(program, len(options), texts)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+        assert status == 0, log.value.decode()
+        return log.value.decode()
+
+    return compile_source
+
+
+COMPILER = nvcc if shutil.which("nvcc") else nvrtc()
+
+
+def attention_variants() -> list[tuple[str, dict]]:
+    """Those that the wrappers choose for the ViTs' shapes."""
+    found = []
+    for scalar, dim in (("bf16", 64), ("f16", 80), ("bf16", 128), ("float", 64)):
+        for n in (17, 50, 65, 197) if (scalar, dim) == ("bf16", 64) else (197,):
+            size = 4 if scalar == "float" else 2
+            tiles, keys, *_ = cupy_attention.forward_plan(n, dim, size)
+            found.append(("attention_forward", {"SCALAR": scalar, "HEAD_DIM": dim, "TILES": tiles, "KEYS": keys}))
+            tiles, *_ = cupy_attention.backward_plan(n, dim, size)
+            found.append(("attention_backward", {"SCALAR": scalar, "HEAD_DIM": dim, "TILES": tiles}))
+    return [v for i, v in enumerate(found) if v not in found[:i]]
+
+
+def variants() -> list[tuple[str, dict]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "shared_limit", lambda: SHARED_LIMIT)
+        found = attention_variants()
+    for scalar, dim in (("bf16", 192), ("bf16", 768), ("f16", 1024), ("float", 768)):
+        found.append(("layer_norm", {"SCALAR": scalar, "DIM": dim}))
+    for scalar, vector in (("bf16", 8), ("float", 4), ("f16", 1)):
+        found.append(("columns", {"SCALAR": scalar, "VECTOR": vector, "APPROXIMATE": int(scalar == "f16")}))
+    found += [("gelu", {"SCALAR": "bf16", "APPROXIMATE": 0}), ("gelu", {"SCALAR": "float", "APPROXIMATE": 1})]
+    found += [("cross_entropy", {"SCALAR": "bf16", "SOFT": 0}), ("cross_entropy", {"SCALAR": "float", "SOFT": 1})]
+    found += [("adamw", {"SCALAR": "bf16"}), ("adamw", {"SCALAR": "float"})]
+    return found
+
+
+def test_every_source_is_compiled():
+    assert {file for file, _ in variants()} == {path.stem for path in cuda.FOLDER.glob("*.cu")}
+
+
+VARIANTS = [pytest.param(f, c, id=f"{f}-{'-'.join(map(str, c.values()))}") for f, c in variants()]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs nvcc, or the packages nvidia-cuda-nvrtc, -runtime and -crt")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file, constants", VARIANTS)
+def test_compiles_without_spills(file, constants, architecture, tmp_path):
+    options = ["-std=c++17", f"-arch={architecture}", *(f"-D{key}={value}" for key, value in constants.items())]
+    report = COMPILER(cuda.source(file), options, tmp_path)
+    assert "warning" not in report, report
+    kernels = re.findall(r"entry function '(\w+)'", report)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert set(kernels) == set(kernel_names(cuda.source(file)))
+    assert len(frames) >= len(kernels)
+    assert all(int(spilled) == 0 for _, *pair in frames for spilled in pair), report

@@ -1,0 +1,371 @@
+"""The CUDA kernels' own sources and their Python wrappers, run on the CPU, against the reference in float64."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import array_api_compat.numpy as numpy_namespace
+import cuda_sim
+import numpy as np
+import pytest
+from cuda_sim import SCALARS, decode, encode, guarded
+
+from tinyvit.kernels import cupy_, cupy_attention, cupy_optim, reference, reference_optim
+
+pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
+
+TOLERANCE = {"float": 2e-6, "f16": 2e-3, "bf16": 1e-2}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels are kept, for all processes of this test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def draw(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """|actual - expected| / |expected|, infinite where there is a NaN."""
+    assert actual.shape == expected.shape
+    difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+    return math.inf if np.isnan(difference) else float(difference)
+
+
+def both(
+    folder: Path, name: str, scalar: str, inputs: list, params: dict, seed: int = 0, **limits: int
+) -> tuple[list, list]:
+    """Results and gradients of a kernel and of the reference in float64.
+
+    Floating arrays among `inputs` and `params` are rounded to the kernel's numbers first; `limits` are the device's.
+    """
+
+    def rounded(x: Any) -> Any:
+        return encode(x, scalar) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+    def exact(x: Any) -> Any:
+        return decode(rounded(x)) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+    def on_device(x: Any) -> Any:
+        return guarded(rounded(x)) if isinstance(x, np.ndarray) else x
+
+    def run(function: Callable, xp: Any, place: Callable) -> list:
+        needs = tuple(x is not None for x in inputs)
+        y, vjp = function(xp, *map(place, inputs), needs=needs, **{key: place(x) for key, x in params.items()})
+        return [np.asarray(y), *vjp(place(draw(9, y.shape)))]
+
+    expected = run(getattr(reference, name), numpy_namespace, exact)
+    with cuda_sim.device(folder, seed, **limits) as xp:
+        actual = run(cupy_.KERNELS[name], xp, on_device)
+    assert all(x is None or x.dtype == SCALARS[scalar] for x in actual)
+    return actual, expected
+
+
+def check(folder: Path, name: str, scalar: str, inputs: list, params: dict, **limits: int) -> None:
+    """Values and gradients are right, and the same bits whatever order threads run in."""
+    actual, expected = both(folder, name, scalar, inputs, params, seed=0, **limits)
+    shuffled, _ = both(folder, name, scalar, inputs, params, seed=1, **limits)
+    for got, again, right in zip(actual, shuffled, expected, strict=True):
+        if right is not None:
+            assert error(decode(got), right) < TOLERANCE[scalar]
+            assert np.array_equal(got, again)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+ATTENTION = [
+    # scalar, batch, rows, heads, head dimension
+    ("bf16", 2, 1, 2, 64),
+    ("bf16", 2, 17, 2, 16),
+    ("bf16", 1, 65, 3, 64),
+    ("bf16", 1, 197, 1, 64),
+    ("bf16", 1, 65, 2, 80),
+    ("bf16", 1, 40, 1, 128),
+    ("f16", 2, 65, 1, 64),
+    ("f16", 1, 197, 2, 16),
+    ("f16", 1, 17, 3, 72),
+    ("float", 1, 65, 2, 64),
+    ("float", 2, 17, 1, 80),
+    ("float", 1, 197, 1, 16),
+]
+
+
+@pytest.mark.parametrize("scalar, batch, n, heads, dim", ATTENTION)
+def test_attention(folder, scalar, batch, n, heads, dim):
+    qkv = np.random.default_rng(n + dim).standard_normal((batch, n, 3 * heads * dim))
+    check(folder, "qkv_attention", scalar, [qkv], {"num_heads": heads})
+
+
+def test_attention_over_several_blocks_and_portions_of_keys(folder):
+    """More rows than a block's registers hold, and less shared memory than a block would like to have."""
+    n, dim, limit = 197, 64, 60 << 10
+    qkv = np.random.default_rng(0).standard_normal((1, n, 3 * 2 * dim))
+    with cuda_sim.device(folder, shared_limit=limit):
+        tiles, warps, _ = cupy_attention.backward_plan(n, dim, 2)
+        assert 0 < 16 * tiles * warps < n / 2
+        assert cupy_attention.forward_plan(n, dim, 2)[2] > 1
+    check(folder, "qkv_attention", "bf16", [qkv], {"num_heads": 2}, shared_limit=limit)
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_attention_of_large_logits(folder, scalar):
+    """Up to 1e4, where all but one of a row's probabilities vanish: no overflow, no NaN."""
+    n, dim = 65, 64
+    qkv = np.random.default_rng(1).standard_normal((1, n, 3 * dim))
+    qkv[..., : 2 * dim] *= math.sqrt(1e4 * math.sqrt(dim) / np.abs(qkv[0, :, :dim] @ qkv[0, :, dim : 2 * dim].T).max())
+    q, k = (decode(encode(qkv, scalar))[0, :, i * dim : (i + 1) * dim] for i in (0, 1))
+    assert 9e3 < np.abs(q @ k.T / math.sqrt(dim)).max() < 1.1e4
+    actual, expected = both(folder, "qkv_attention", scalar, [qkv], {"num_heads": 1})
+    assert error(decode(actual[0]), expected[0]) < 10 * TOLERANCE[scalar]
+    # A probability near 0 or 1 is a difference of numbers near 1e4: single precision leaves three digits of it.
+    assert error(decode(actual[1]), expected[1]) < 3e-2
+
+
+def test_attention_plans_fit_every_shape():
+    """Whatever N and D are: every row has a warp, and no block takes more than there is."""
+    for limit, dim, itemsize in itertools.product((99 << 10, 163 << 10, 227 << 10), range(8, 129, 8), (2, 4)):
+        for n in (1, 16, 17, 50, 65, 80, 81, 112, 113, 197, 257, 577, 785, 1025, 4097):
+            with cuda_sim.device(Path(), shared_limit=limit):
+                tiles, keys, blocks, warps, shared = cupy_attention.forward_plan(n, dim, itemsize)
+                block = 16 * tiles * warps
+                assert 1 <= warps <= cupy_attention.WARPS and blocks * block >= n > (blocks - 1) * block
+                assert shared <= limit and keys % 16 == 0
+                tiles, warps, shared = cupy_attention.backward_plan(n, dim, itemsize)
+                assert warps <= cupy_attention.WARPS and (shared <= limit or warps == 0)
+                assert warps > 0 or n > 1000  # a head's statistics fill the memory of a small device
+
+
+# --- layer norm -------------------------------------------------------------------------------------------------------
+
+NORMS = [
+    ("bf16", (5, 7, 192)),
+    ("bf16", (1, 768)),
+    ("f16", (13, 257)),
+    ("f16", (9, 30)),
+    ("float", (3, 100)),
+    ("float", (33, 8)),
+]
+
+
+@pytest.mark.parametrize("scalar, shape", NORMS)
+def test_layer_norm(folder, scalar, shape):
+    rng = np.random.default_rng(shape[-1])
+    x, weight, bias = rng.standard_normal(shape) + 3, rng.standard_normal(shape[-1]), rng.standard_normal(shape[-1])
+    check(folder, "layer_norm", scalar, [x, weight, bias], {"eps": 1e-6})
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+@pytest.mark.parametrize("missing", [None, 0, 1])
+def test_layer_norm_of_a_sum(folder, scalar, missing):
+    """Both results may have gradients, or only one of them."""
+    rng, dim = np.random.default_rng(0), 192 if scalar == "bf16" else 100
+    arrays = [encode(rng.standard_normal(shape), scalar) for shape in ((6, dim), (6, dim), (dim,), (dim,))]
+    dys = [encode(rng.standard_normal((6, dim)), scalar) for _ in range(2)]
+    with cuda_sim.device(folder, seed=3) as xp:
+        (total, y), vjp = cupy_.add_layer_norm(xp, *map(guarded, arrays), eps=1e-5, needs=(True,) * 4)
+        got = vjp(*(None if i == missing else guarded(dy) for i, dy in enumerate(dys)))
+    a, b, weight, bias = map(decode, arrays)
+    right = decode(encode(a + b, scalar))  # what is normalised is the sum as it is kept
+    assert np.array_equal(decode(total), right)
+    expected, norm_vjp = reference.layer_norm(numpy_namespace, right, weight, bias, eps=1e-5, needs=(True,) * 3)
+    dtotal, dy = (0 * decode(dy) if i == missing else decode(dy) for i, dy in enumerate(dys))
+    dx, dweight, dbias = norm_vjp(dy)
+    for actual, exact in zip((y, *got), (expected, dx + dtotal, dx + dtotal, dweight, dbias), strict=True):
+        assert error(decode(actual), exact) < TOLERANCE[scalar]
+
+
+# --- linear layers and GELU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("scalar, shape", [("bf16", (3, 5, 7)), ("f16", (16,)), ("float", (1000,)), ("bf16", ())])
+def test_gelu(folder, scalar, shape, approximate):
+    x = np.asarray(draw(3, shape) * 3)
+    check(folder, "gelu", scalar, [x], {"approximate": approximate})
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("scalar, tolerance", [("float", 1.5e-7), ("bf16", 4e-3), ("f16", 5e-4)])
+def test_gelu_everywhere(folder, scalar, tolerance, approximate):
+    """Each value by itself, also far out, where powers of x overflow."""
+    x = np.concatenate([np.linspace(-9, 9, 4001), [0.0, 1e4, -1e4, 6e4, -6e4, 1e-5, -1e-5]])
+    actual, expected = both(folder, "gelu", scalar, [x], {"approximate": approximate})
+    exact = decode(encode(x, scalar))
+    assert (np.abs(decode(actual[0]) - expected[0]) / np.maximum(np.abs(exact), 1)).max() < tolerance
+    dy = decode(encode(draw(9, x.shape), scalar))
+    assert (np.abs(decode(actual[1]) - expected[1]) / np.maximum(np.abs(dy), 1)).max() < 3 * tolerance
+
+
+LINEAR = [("float", 33, 40), ("f16", 100, 264), ("float", 7, 10), ("f16", 1, 3)]
+
+
+@pytest.mark.parametrize("scalar, rows, columns", LINEAR)
+def test_linear_and_linear_gelu(folder, scalar, rows, columns):
+    """With and without a bias; more rows than a block has, columns that end within a vector's width."""
+    rng = np.random.default_rng(columns)
+    x, weight, bias = rng.standard_normal((rows, 6)), rng.standard_normal((columns, 6)), rng.standard_normal(columns)
+    check(folder, "linear", scalar, [x, weight, bias], {})
+    check(folder, "linear", scalar, [x, weight, None], {})
+    for approximate in ("none", "tanh"):
+        check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate})
+
+
+@pytest.mark.parametrize("rows, columns", [(37, 264), (5, 9)])
+def test_bias_kernels_in_bf16(folder, rows, columns):
+    """Whose matrix products NumPy cannot do: the kernels around them."""
+    rng = np.random.default_rng(rows)
+    x, bias, dy = (encode(rng.standard_normal(shape), "bf16") for shape in ((rows, columns), columns, (rows, columns)))
+    with cuda_sim.device(folder, seed=5) as xp:
+        y, sums, matrix = guarded(x), cupy_._partial(xp, x), guarded(x)
+        cupy_._columns("add_bias", y, y, guarded(bias))
+        cupy_._columns("column_sums", matrix, matrix, sums)
+        out, dx, partial = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype), cupy_._partial(xp, x)
+        cupy_._columns("bias_gelu_forward", matrix, matrix, guarded(bias), out)
+        cupy_._columns("bias_gelu_backward", matrix, matrix, guarded(bias), guarded(dy), dx, partial)
+        (dbias,) = cupy_._sum_partials(xp, partial, x.dtype)
+    exact, vjp = reference.gelu(numpy_namespace, decode(x) + decode(bias), approximate="none", needs=(True,))
+    (slope,) = vjp(decode(dy))
+    assert error(decode(y), decode(x) + decode(bias)) < 1e-2
+    assert error(sums.sum(axis=0, dtype=np.float64), decode(x).sum(axis=0)) < 1e-6
+    for actual, right in ((out, exact), (dx, slope), (dbias, slope.sum(axis=0))):
+        assert error(decode(actual), right) < 1e-2
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scalar, classes", [("float", 10), ("f16", 1000), ("bf16", 33)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy(folder, scalar, classes, smoothing, soft):
+    rng = np.random.default_rng(classes)
+    labels = rng.dirichlet(np.ones(classes), 5) if soft else rng.integers(0, classes, 5)
+    logits = rng.standard_normal((5, classes)) * 3
+    check(folder, "cross_entropy", scalar, [logits], {"labels": labels, "label_smoothing": smoothing})
+
+
+def test_cross_entropy_of_extreme_logits_and_of_labels_that_are_no_class(folder):
+    logits = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]])
+    actual, _ = both(folder, "cross_entropy", "float", [logits], {"labels": np.array([1, 1]), "label_smoothing": 0.0})
+    dy = draw(9, ())
+    assert actual[0] == pytest.approx((2e4 + math.log(2)) / 2, rel=1e-6)
+    assert actual[1] / dy == pytest.approx(np.array([[0.5, -0.5, 0.0], [0.0, -0.25, 0.25]]), abs=1e-7)
+    check(folder, "cross_entropy", "float", [logits], {"labels": np.array([7, -1]), "label_smoothing": 0.0})
+
+
+# --- optimizer --------------------------------------------------------------------------------------------------------
+
+ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+
+
+def test_adamw_of_one_parameter(folder):
+    rng = np.random.default_rng(0)
+    p, g, m = (rng.standard_normal((57, 5)) for _ in range(3))
+    right = [p.copy(), g, m.copy(), np.abs(m)]
+    with cuda_sim.device(folder) as xp:
+        ours = [guarded(x.astype(np.float32)) for x in right]
+        for step in (1, 2, 3):
+            options = {"lr": 0.1 * step, "weight_decay": 0.05, "step": step, **ADAM}
+            reference_optim.adamw(numpy_namespace, *right, **options)
+            result = cupy_.KERNELS["adamw"](xp, *ours, **options)
+            assert result[0] is ours[0] and result[1] is ours[2] and result[2] is ours[3]
+    for actual, exact in zip(ours, right, strict=True):
+        assert error(actual, exact) < 1e-6
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_adamw_of_many_parameters(folder, scalar):
+    """Smaller and larger than a piece, clipped, each with its own decay and rate; a low-precision copy of some."""
+    rng, sizes = np.random.default_rng(1), [1, 0, 7, cupy_optim.PIECE, 2 * cupy_optim.PIECE + 5, 64]
+    right = [[rng.standard_normal(n), np.zeros(n), np.zeros(n)] for n in sizes]
+    scales, decays = [1.0, 1.0, 0.5, 1.0, 2.0, 1.0], [0.0, 0.1, 0.1, 0.0, 0.05, 0.1]
+    with cuda_sim.device(folder, seed=2) as xp:
+        ours = [[guarded(x.astype(np.float32)) for x in row] for row in right]
+        copies = [None if n == 7 else xp.empty(n, SCALARS[scalar]) for n in sizes]
+        options = {"dtype": SCALARS[scalar], "copies": copies, "lr_scales": scales, "weight_decays": decays, **ADAM}
+        opt = cupy_optim.ManyAdamW(xp, *zip(*ours, strict=True), **options)
+        for step in (1, 2):
+            gradients = [encode(rng.standard_normal(n), scalar) for n in sizes]
+            norm = math.sqrt(sum((decode(g) ** 2).sum() for g in gradients))
+            limit = norm / 3 if step == 1 else 2 * norm
+            factor = limit / (norm + 1e-6) if step == 1 else 1.0
+            opt.control[0] = 0.01 * step
+            opt.set_gradients([guarded(g) for g in gradients])
+            opt.clip(limit)
+            opt.step()
+            assert opt.control[4:] == pytest.approx([factor, norm], rel=1e-12)
+            for row, g, scale, decay in zip(right, gradients, scales, decays, strict=True):
+                options = {"lr": 0.01 * step * scale, "weight_decay": decay, "step": step, **ADAM}
+                reference_optim.adamw(numpy_namespace, row[0], decode(g) * factor, *row[1:], **options)
+    for row, exact, copy in zip(ours, right, copies, strict=True):
+        for actual, x in zip(row, exact, strict=True):
+            assert error(actual, x) < 2e-6
+        assert copy is None or np.array_equal(copy, encode(row[0].astype(np.float64), scalar))
+
+
+def test_a_gradient_that_is_not_finite_is_not_scaled(folder):
+    with cuda_sim.device(folder) as xp:
+        arrays = [[guarded(np.ones(3, np.float32))] for _ in range(3)]
+        opt = cupy_optim.ManyAdamW(xp, *arrays, dtype=np.float32, lr_scales=[1.0], weight_decays=[0.0], **ADAM)
+        opt.set_gradients([guarded(np.array([1.0, np.inf, 0.0], np.float32))])
+        opt.clip(1.0)
+        assert opt.control[5] == np.inf and opt.control[4] == 1.0
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_sum_of_squares(folder, scalar):
+    x = encode(np.random.default_rng(2).standard_normal((70, 100)), scalar)
+    with cuda_sim.device(folder, seed=1) as xp:
+        total = cupy_.KERNELS["sum_of_squares"](xp, guarded(x))
+    assert float(total) == pytest.approx((decode(x) ** 2).sum(), rel=1e-12)
+
+
+# --- around the kernels -----------------------------------------------------------------------------------------------
+
+
+def test_what_no_kernel_covers_runs_through_the_reference(folder):
+    """float64, no rows, masks, odd head dimensions: the same values, without a launch."""
+    rng = np.random.default_rng(4)
+    qkv, mask = rng.standard_normal((2, 5, 24)).astype(np.float32), rng.standard_normal((5, 5)) > -1
+    calls = [
+        ("qkv_attention", [qkv.astype(np.float64)], {"num_heads": 1}),
+        ("qkv_attention", [qkv], {"num_heads": 2}),
+        ("qkv_attention", [qkv], {"num_heads": 1, "mask": mask}),
+        ("layer_norm", [qkv[:0], qkv[0, 0], qkv[0, 1]], {"eps": 1e-6}),
+        ("gelu", [qkv[:0]], {"approximate": "none"}),
+        ("linear", [qkv.astype(np.float64), np.ones((3, 24)), None], {}),
+        ("linear_gelu", [qkv[:0], np.ones((3, 24), np.float32), np.ones(3, np.float32)], {"approximate": "none"}),
+    ]
+    with cuda_sim.device(folder):
+        for name, arrays, params in calls:
+            needs = tuple(x is not None for x in arrays)
+            y, vjp = cupy_.KERNELS[name](numpy_namespace, *arrays, needs=needs, **params)
+            right, right_vjp = getattr(reference, name)(numpy_namespace, *arrays, needs=needs, **params)
+            assert np.array_equal(y, right) and y.dtype == right.dtype
+            for g, expected in zip(vjp(y), right_vjp(right), strict=True):
+                assert (g is None and expected is None) or np.array_equal(g, expected)
+
+
+def test_kernels_have_their_references_signatures():
+    references = vars(reference) | vars(reference_optim)
+    for name, function in cupy_.KERNELS.items():
+        ours, theirs = (list(inspect.signature(f).parameters) for f in (function, references[name]))
+        assert ours == theirs, name
+
+
+def test_importing_the_kernels_needs_no_cupy():
+    program = "import sys; sys.modules['cupy'] = None; import tinyvit.kernels.cupy_"
+    subprocess.run([sys.executable, "-c", program], check=True)
