@@ -137,14 +137,14 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, s
         depth=max(blocks, default=0) + 1,
         num_heads=count_heads(source, card, name, embed_dim),
         mlp_ratio=mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), embed_dim),
-        qkv_bias="blocks.0.attn.qkv.bias" in state,
+        qkv_bias=any(key.endswith("attn.qkv.bias") for key in state),
         class_token="cls_token" in state,
         reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
         distilled="dist_token" in state,
         global_pool=pooling,
         act=ACTIVATIONS[act],
         norm_eps=card.get("norm_eps", NORM_EPS),  # timm itself cannot say
-        init_values=LAYER_SCALE if "blocks.0.ls1.gamma" in state else None,
+        init_values=LAYER_SCALE if any(key.endswith(".gamma") for key in state) else None,
         representation_size=None if pre_logits is None else len(pre_logits),
     )
     prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
