@@ -71,7 +71,7 @@ def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str
 # The learning rate and weight decay that suit each optimizer.
 RATES = {"adamw": (1e-3, 0.05), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
 # Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
-EPOCHS, SHAPES_EPOCHS = 20, 5
+EPOCHS, SHAPES_EPOCHS = 20, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class TrainConfig:
     out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
     epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
     minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
-    batch_size: int | None = option(None, whole(1), "B", "pictures per step (default: 128, less for few pictures)")
+    batch_size: int | None = option(None, whole(1), "B", "pictures per step (default: 64, less for few pictures)")
     lr: float | None = option(None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05)")
     weight_decay: float | None = option(None, not_negative, "X", "default: 0.05, with sgd 0.0005, with adam 0")
     warmup: float = option(0.1, not_negative, "X", "below 1: this share of the run; from 1: so many epochs")

@@ -68,7 +68,7 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
         epochs = SHAPES_EPOCHS if options.data == "shapes" else EPOCHS
     lr, weight_decay = RATES[options.optimizer]
     pictures = len(data.train)
-    batch_size = options.batch_size or min(128, math.ceil(pictures / 8))
+    batch_size = options.batch_size or min(64, math.ceil(pictures / 8))
     if batch_size > pictures:
         raise UsageError(f"--batch-size {batch_size} is larger than the {pictures} training pictures of {data.name}")
     return dataclasses.replace(

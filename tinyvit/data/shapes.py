@@ -130,16 +130,16 @@ def draw_class(
         return np.hypot(np.maximum(np.abs(u) - half, 0), v) - uniform(thinnest, thickest)
 
     # Ground and shape are on opposite sides of grey, so the shape can always be seen.
-    light = rng.integers(2, size=(count, 1, 1, 1)).astype(np.float32)
+    light = (rng.random((count, 1, 1, 1)) < 0.56).astype(np.float32)
     ground, other = (0.58 * light + uniform(0, 0.42, 3) for _ in range(2))
     along, _ = turned(x, y, uniform(0, 2 * np.pi))
     images = ground + (other - ground) * np.clip(0.5 + 0.5 * along, 0, 1)[:, None]  # (B, 3, H, W)
     for _ in range(STROKES):
         paint(stroke(0.7, 0.02, 0.1), uniform(0, 1, 3))
 
-    scale = uniform(0.55, 0.85)
+    scale = uniform(0.6, 0.85)
     reach = 0.5 - 0.4 * scale
-    u, v = turned(x - reach * uniform(-1, 1), y - reach * uniform(-1, 1), uniform(-0.3, 0.3))
+    u, v = turned(x - reach * uniform(-1, 1), y - reach * uniform(-1, 1), uniform(-0.25, 0.25))
     paint(scale * shape(u / scale, v / scale), 0.58 * (1 - light) + uniform(0, 0.42, 3))
 
     hidden = np.where(rng.random((count, 1, 1)) < 0.5, 0, np.float32(9))  # half of the strokes in front are moved away
