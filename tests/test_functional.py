@@ -154,15 +154,18 @@ def _attention(draw):
 @case
 def _qkv_attention(draw):
     b, n, h, d = draw(st.sampled_from([0, 1, 2, 3])), draw(sides), draw(sides), draw(sides)
-    mask, keep = mask_and_keep(draw, (b, h, n, n))
+    queries = draw(st.none() | st.integers(1, n))
+    asking = queries or n
+    mask, keep = mask_and_keep(draw, (b, h, asking, n))
 
     def theirs(qkv):
         q, k, v = (part.reshape(b, n, h, d).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-        return torch_attention(q, k, v, mask, keep).transpose(1, 2).reshape(b, n, h * d)
+        return torch_attention(q[:, :, :asking], k, v, mask, keep).transpose(1, 2).reshape(b, asking, h * d)
 
     scale = draw(st.sampled_from([1, 5]))
     qkv = values(draw, (b, n, 3 * h * d)) * scale
-    return Example([qkv], theirs, {"num_heads": h, "mask": mask, "keep": keep}, condition=scale**2)
+    parameters = {"num_heads": h, "queries": queries, "mask": mask, "keep": keep}
+    return Example([qkv], theirs, parameters, condition=scale**2)
 
 
 @case

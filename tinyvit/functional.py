@@ -107,7 +107,12 @@ def attention(
 
 
 def qkv_attention(
-    qkv: Tensor, num_heads: int, mask: Array | None = None, dropout: float = 0.0, training: bool = True
+    qkv: Tensor,
+    num_heads: int,
+    mask: Array | None = None,
+    dropout: float = 0.0,
+    training: bool = True,
+    queries: int | None = None,
 ) -> Tensor:
     """Multi-head self-attention on queries, keys and values packed by one linear layer.
 
@@ -115,15 +120,18 @@ def qkv_attention(
         qkv: (B, N, 3 * num_heads * D): queries of all heads, then keys, then values.
         num_heads: H.
         mask, dropout, training: as in `attention`.
+        queries: how many of the first tokens ask (Q); all N if None.
 
     Returns:
-        (B, N, num_heads * D), heads side by side.
+        (B, Q, num_heads * D), heads side by side.
     """
     if len(qkv.shape) != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {_s(qkv)} with {num_heads} heads")
-    scores = (num_heads, qkv.shape[1], qkv.shape[1])
-    keep = _keep(qkv, dropout, training, scores)
-    return apply(reference.qkv_attention, qkv, num_heads=num_heads, mask=_mask(mask, qkv, scores), keep=keep)
+    if queries is not None and not 0 < queries <= qkv.shape[1]:
+        raise ValueError(f"queries must lie in 1 ... {qkv.shape[1]} tokens, got {queries}")
+    scores = (num_heads, queries or qkv.shape[1], qkv.shape[1])
+    keep, mask = _keep(qkv, dropout, training, scores), _mask(mask, qkv, scores)
+    return apply(reference.qkv_attention, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep)
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:

@@ -162,7 +162,7 @@ class PatchProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), or (B, tokens, D) if only so many first tokens are wanted."""
 
     def __init__(self, config: ViTConfig) -> None:
         dim = config.embed_dim
@@ -173,9 +173,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
         qkv = self.qkv(x)  # (B, N, 3 D)
-        y = F.qkv_attention(qkv, self.num_heads, dropout=self.attn_drop_rate, training=self.training)  # (B, N, D)
+        rate, training = self.attn_drop_rate, self.training
+        y = F.qkv_attention(qkv, self.num_heads, dropout=rate, training=training, queries=tokens)
         return self.proj_drop(self.proj(y))
 
 
@@ -196,7 +197,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); (B, N, D) -> (B, N, D)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); (B, N, D) -> (B, N, D), or the first `tokens` of them."""
 
     def __init__(self, config: ViTConfig, drop_path: float) -> None:
         def layer_scale() -> nn.Module:
@@ -210,8 +211,9 @@ class Block(nn.Module):
         self.ls2 = layer_scale()
         self.drop_path = nn.DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
+        attended = self.drop_path(self.ls1(self.attn(self.norm1(x), tokens)))
+        x = attended + (x if tokens is None else x[:, :tokens, :])
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -249,14 +251,20 @@ class VisionTransformer(nn.Module):
         self.head_dist = _head(dim, config.num_classes) if config.distilled else None
 
     def forward(self, images: Tensor | Array) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        # A head that reads the class token (and the distillation token behind it) needs no other from the last block.
+        read = 1 + self.config.distilled if self.config.global_pool == "token" else None
+        return self.forward_head(self._tokens(images, read))
 
     def forward_features(self, images: Tensor | Array) -> Tensor:
         """Pictures (B, C, H, W) -> tokens (B, prefix + patches, D), normalised unless they are pooled by their mean."""
+        return self._tokens(images, None)
+
+    def _tokens(self, images: Tensor | Array, read: int | None) -> Tensor:
         x = self.embed(self.patch_embed(self._images(images)))
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x)
-        return self.norm(x)
+        return self.norm(last(x, read))
 
     def embed(self, x: Tensor) -> Tensor:
         """Patch tokens (B, N, D) -> (B, prefix + N, D): prefix tokens in front, position embeddings added."""

@@ -22,6 +22,7 @@ def qkv_attention(
     qkv: Array,
     *,
     num_heads: int,
+    queries: int | None = None,
     mask: Array | None = None,
     keep: Array | None = None,
     needs: tuple[bool, ...],
@@ -29,9 +30,11 @@ def qkv_attention(
     batch, n, width = qkv.shape
     dim = width // (3 * num_heads)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
-    covered = mask is None and keep is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
+    covered = queries is None and mask is None and keep is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
     if not covered or backward_plan(n, dim, size)[1] == 0:
-        return reference.qkv_attention(xp, qkv, num_heads=num_heads, mask=mask, keep=keep, needs=needs)
+        return reference.qkv_attention(
+            xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs
+        )
     qkv = cuda.ready(qkv)
     y = xp.empty((batch, n, width // 3), dtype=qkv.dtype)
     row_log = xp.empty((batch, num_heads, n), dtype=xp.float32) if needs[0] else cuda.NULL

@@ -197,21 +197,26 @@ def qkv_attention(
     qkv: Array,
     *,
     num_heads: int,
+    queries: int | None = None,
     mask: Array | None = None,
     keep: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     if mask is not None or keep is not None:
-        return reference.qkv_attention(xp, qkv, num_heads=num_heads, mask=mask, keep=keep, needs=needs)
+        return reference.qkv_attention(
+            xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs
+        )
     batch, n, width = qkv.shape
+    asking = n if queries is None else queries
     dim = width // (3 * num_heads)
     scale = 1.0 / math.sqrt(dim)
     q, k, v = _heads(qkv, num_heads)  # views (B, H, N, D)
-    y = np.empty((batch, n, width // 3), qkv.dtype)
+    q = q[:, :, :asking]  # (B, H, Q, D)
+    y = np.empty((batch, asking, width // 3), qkv.dtype)
     (out,) = _heads(y, num_heads, 1)
-    step = max(1, 2 * BLOCK // max(1, num_heads * n * n))  # samples whose weights fit the cache
+    step = max(1, 2 * BLOCK // max(1, num_heads * asking * n))  # samples whose weights fit the cache
     samples = [slice(i, i + step) for i in range(0, batch, step)]
-    p = np.empty((batch if needs[0] else min(step, batch), num_heads, n, n), qkv.dtype)
+    p = np.empty((batch if needs[0] else min(step, batch), num_heads, asking, n), qkv.dtype)
     ones = np.ones(n, qkv.dtype)
     for part in samples:
         w = p[part] if needs[0] else p[: len(q[part])]
@@ -226,8 +231,9 @@ def qkv_attention(
     def vjp(dy: Array) -> tuple[Array]:
         dqkv = np.empty(qkv.shape, qkv.dtype)
         dq, dk, dv = _heads(dqkv, num_heads)
+        dq[:, :, asking:] = 0
         (dout,) = _heads(np.ascontiguousarray(dy), num_heads, 1)
-        scratch = np.empty((2, min(step, batch), num_heads, n, n), qkv.dtype)
+        scratch = np.empty((2, min(step, batch), num_heads, asking, n), qkv.dtype)
         for part in samples:
             w = p[part]
             ds, product = scratch[:, : len(w)]
@@ -236,7 +242,7 @@ def qkv_attention(
             np.subtract(ds, (product @ ones)[..., None], out=ds)
             np.multiply(ds, w, out=ds)
             np.multiply(ds, scale, out=ds)
-            np.matmul(ds, k[part], out=dq[part])
+            np.matmul(ds, k[part], out=dq[part][:, :, :asking])
             np.matmul(ds.swapaxes(2, 3), q[part], out=dk[part])
             np.matmul(w.swapaxes(2, 3), dout[part], out=dv[part])
         return (dqkv,)

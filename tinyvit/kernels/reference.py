@@ -181,24 +181,32 @@ def qkv_attention(
     qkv: Array,
     *,
     num_heads: int,
+    queries: int | None = None,
     mask: Array | None = None,
     keep: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
-    """Multi-head self-attention on the packed output of one linear layer: (B, N, 3 H D) -> (B, N, H D)."""
+    """Multi-head self-attention on the packed output of one linear layer: (B, N, 3 H D) -> (B, Q, H D).
+
+    Only the first Q = `queries` tokens ask, all if None.
+    """
     batch, n, width = qkv.shape
+    asking = n if queries is None else queries
     dim = width // (3 * num_heads)
     heads = xp.permute_dims(xp.reshape(qkv, (batch, n, 3, num_heads, dim)), (2, 0, 3, 1, 4))
     y, attention_vjp = attention(
-        xp, heads[0, ...], heads[1, ...], heads[2, ...], mask=mask, keep=keep, needs=needs * 3
-    )  # (B, H, N, D)
+        xp, heads[0, :, :, :asking, :], heads[1, ...], heads[2, ...], mask=mask, keep=keep, needs=needs * 3
+    )  # (B, H, Q, D)
 
     def vjp(dy: Array) -> tuple[Array]:
-        dy = xp.permute_dims(xp.reshape(dy, (batch, n, num_heads, dim)), (0, 2, 1, 3))
-        packed = xp.stack(attention_vjp(dy))  # (3, B, H, N, D)
+        dy = xp.permute_dims(xp.reshape(dy, (batch, asking, num_heads, dim)), (0, 2, 1, 3))
+        dq, dk, dv = attention_vjp(dy)
+        if asking < n:
+            dq = xp.concat([dq, xp.zeros_like(dk[:, :, asking:, :])], axis=2)
+        packed = xp.stack([dq, dk, dv])  # (3, B, H, N, D)
         return (xp.reshape(xp.permute_dims(packed, (1, 3, 0, 2, 4)), (batch, n, width)),)
 
-    return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, n, width // 3)), vjp
+    return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, asking, width // 3)), vjp
 
 
 def patchify(xp: Any, images: Array, *, patch_size: tuple[int, int], needs: tuple[bool, ...]) -> tuple[Array, VJP]:
