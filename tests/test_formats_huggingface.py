@@ -27,6 +27,7 @@ from transformers import (  # noqa: E402
     ViTModel,
 )
 
+torch.set_num_threads(1)  # the models are tiny
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
