@@ -1,6 +1,6 @@
 """`python -m tinyvit`: the same as the command `tinyvit`."""
 
-from .cli import main
+from tinyvit.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

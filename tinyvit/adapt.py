@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .vit import ViTConfig, sincos2d
+from tinyvit.vit import ViTConfig, sincos2d
 
 
 def adapt(state: Mapping[str, Any], old: ViTConfig, new: ViTConfig, interpolation: str = "bicubic") -> dict[str, Any]:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .preprocessing import Preprocessing
+from tinyvit.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
-    from .vit import VisionTransformer, ViTConfig
+    from tinyvit.vit import VisionTransformer, ViTConfig
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 TRAINING_PREFIXES = ("optimizer.", "ema.")
@@ -154,9 +154,9 @@ class Checkpoint:
         the arrays of `state`. Raises CheckpointError when weights are missing, left over, of another shape or not
         finite, TypeError or ValueError for overrides that make no model.
         """
-        from .adapt import adapt
-        from .nn import no_init
-        from .vit import VisionTransformer
+        from tinyvit.adapt import adapt
+        from tinyvit.nn import no_init
+        from tinyvit.vit import VisionTransformer
 
         config = self.config.replace(**overrides)
         for name, array in self.state.items():
@@ -187,7 +187,7 @@ def describe(config: ViTConfig, class_names: tuple[str, ...], mean: tuple[float,
 
 def load_run(path: Path) -> Checkpoint:
     """A run directory (best weights, else the last ones) or one of its safetensors files."""
-    from .vit import ViTConfig
+    from tinyvit.vit import ViTConfig
 
     if path.is_dir():
         path = path / BEST if (path / BEST).is_file() else path / LAST
@@ -225,7 +225,7 @@ def open_checkpoint(path: str | os.PathLike[str], **hints: Any) -> Checkpoint:
         raise CheckpointError(f"{path}: there is no such run or checkpoint")
     if is_run(path):
         return load_run(path)
-    from .formats import open_foreign
+    from tinyvit.formats import open_foreign
 
     return open_foreign(path, hints)
 

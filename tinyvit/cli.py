@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .settings import FIELDS, UsageError, flag, merge, nearest, one_of, read_toml, whole
+from tinyvit.settings import FIELDS, UsageError, flag, merge, nearest, one_of, read_toml, whole
 
 if TYPE_CHECKING:
-    from .evaluate import Scores
+    from tinyvit.evaluate import Scores
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ def typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def make_parser() -> Parser:
     parser = Parser(prog="tinyvit", description="Vision Transformers on NumPy and CuPy.", allow_abbrev=False)
-    from . import __version__
+    from tinyvit import __version__
 
     parser.add_argument("--version", action="version", version=f"tinyvit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -115,15 +115,15 @@ def run_train(args: argparse.Namespace) -> None:
     given = merge(file, {name: value for name, value in vars(args).items() if name in FIELDS})
     if "model" in given:
         known_model(given["model"])
-    from .train import train
+    from tinyvit.train import train
 
     train(given, resume=args.resume, started=args.started)
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from .checkpoint import open_checkpoint
-    from .data import load_data
-    from .evaluate import evaluate, labels_for, pick_device
+    from tinyvit.checkpoint import open_checkpoint
+    from tinyvit.data import load_data
+    from tinyvit.evaluate import evaluate, labels_for, pick_device
 
     checkpoint = open_checkpoint(args.checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
@@ -141,8 +141,8 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_predict(args: argparse.Namespace) -> None:
-    from .checkpoint import open_checkpoint
-    from .evaluate import classify, pick_device
+    from tinyvit.checkpoint import open_checkpoint
+    from tinyvit.evaluate import classify, pick_device
 
     checkpoint = open_checkpoint(args.checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
@@ -163,9 +163,9 @@ def run_predict(args: argparse.Namespace) -> None:
 
 
 def run_summary(args: argparse.Namespace) -> None:
-    from .checkpoint import open_checkpoint
-    from .summary import summarise
-    from .zoo import model_config
+    from tinyvit.checkpoint import open_checkpoint
+    from tinyvit.summary import summarise
+    from tinyvit.zoo import model_config
 
     by_name = not Path(args.model).exists()
     config = model_config(known_model(args.model)) if by_name else open_checkpoint(args.model).config
@@ -174,14 +174,14 @@ def run_summary(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from .formats import convert
+    from tinyvit.formats import convert
 
     convert(Path(args.checkpoint), Path(args.path), args.to)
 
 
 def run_models(args: argparse.Namespace) -> None:
-    from .summary import summarise
-    from .zoo import list_models, model_config
+    from tinyvit.summary import summarise
+    from tinyvit.zoo import list_models, model_config
 
     rows = [("name", "width", "depth", "heads", "patch", "image", "parameters")]
     for name in list_models():
@@ -193,7 +193,7 @@ def run_models(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from . import machine
+    from tinyvit import machine
 
     found = machine.examine()
     print_json(found.to_dict()) if args.json else print(machine.as_table(found))
@@ -201,7 +201,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 def known_model(name: str) -> str:
     """`name`, which must be a model's. Raises UsageError."""
-    from .zoo import list_models
+    from tinyvit.zoo import list_models
 
     if name not in list_models():
         raise UsageError(f"there is no model {name!r}{nearest(name, list_models())}; `tinyvit models` lists them")
@@ -280,10 +280,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def fail_known(error: Exception) -> int:
     """Report an error that is expected to happen; raise the others, which are bugs."""
-    from .checkpoint import CheckpointError
-    from .data import DataError
-    from .evaluate import EvaluationError
-    from .trainer import Stopped, TrainError
+    from tinyvit.checkpoint import CheckpointError
+    from tinyvit.data import DataError
+    from tinyvit.evaluate import EvaluationError
+    from tinyvit.trainer import Stopped, TrainError
 
     if isinstance(error, Stopped):
         program = "python -m tinyvit" if sys.argv[0].endswith("__main__.py") else "tinyvit"

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import arrays
+from tinyvit import arrays
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-    from .data import Split
-    from .vit import VisionTransformer
+    from tinyvit.checkpoint import Checkpoint
+    from tinyvit.data import Split
+    from tinyvit.vit import VisionTransformer
 
 BATCH_SIZE = 256
 
@@ -65,8 +65,8 @@ def evaluate(
 
     Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
-    from .data import Augment, Loader
-    from .step import predict
+    from tinyvit.data import Augment, Loader
+    from tinyvit.step import predict
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
@@ -122,9 +122,9 @@ def check_head(checkpoint: Checkpoint) -> None:
 
 def classify(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path]) -> np.ndarray:
     """Class probabilities (N, K) in float64 for picture files. Raises DataError for one that cannot be read."""
-    from .data import read_picture
-    from .data.transforms import normalise
-    from .step import predict
+    from tinyvit.data import read_picture
+    from tinyvit.data.transforms import normalise
+    from tinyvit.step import predict
 
     check_head(checkpoint)
     parts = []

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from . import optim, run
-from .checkpoint import save
-from .settings import TrainConfig
+from tinyvit import optim, run
+from tinyvit.checkpoint import save
+from tinyvit.settings import TrainConfig
 
 if TYPE_CHECKING:
-    from .data import Split
-    from .trainer import Trainer
+    from tinyvit.data import Split
+    from tinyvit.trainer import Trainer
 
 REHEARSAL_SHARE, REHEARSAL_MAX = 0.04, 15.0  # how long steps are timed: share of the time left, seconds
 CORRECTED_AFTER = (0.1, 0.3)  # of the steps: a machine may become faster or slower

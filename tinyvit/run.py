@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__
-from .checkpoint import LAST, CheckpointError, atomic_write, write_text
-from .settings import FIELDS, TrainConfig, UsageError, check_same
+from tinyvit import __version__
+from tinyvit.checkpoint import LAST, CheckpointError, atomic_write, write_text
+from tinyvit.settings import FIELDS, TrainConfig, UsageError, check_same
 
 if TYPE_CHECKING:
-    from .data import Data
+    from tinyvit.data import Data
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
 DRAW_EVERY = 10.0  # seconds, at least: drawing takes a quarter of one

@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import arrays, machine, run
-from .checkpoint import BEST, LAST
-from .data import Data, load_data
-from .data.folder import SMALL
-from .plan import Deadline, Plan, make_plan
-from .progress import Display, clock
-from .settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError
-from .trainer import Position, Stop, Trainer, read_position
-from .zoo import model_config
+from tinyvit import arrays, machine, run
+from tinyvit.checkpoint import BEST, LAST
+from tinyvit.data import Data, load_data
+from tinyvit.data.folder import SMALL
+from tinyvit.plan import Deadline, Plan, make_plan
+from tinyvit.progress import Display, clock
+from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError
+from tinyvit.trainer import Position, Stop, Trainer, read_position
+from tinyvit.zoo import model_config
 
 
 def train(given: dict[str, Any], *, resume: bool = False, started: float | None = None) -> Position:

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from . import optim, run
-from .checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
-from .data import Augment, Data, Loader, Split, default_augment
-from .evaluate import EvaluationError, Scores, evaluate, pick_device
-from .plan import Deadline, Plan, learning_rate
-from .progress import Display, clock
-from .settings import TrainConfig
-from .step import TrainStep
-from .vit import VisionTransformer
-from .zoo import create_model
+from tinyvit import optim, run
+from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
+from tinyvit.data import Augment, Data, Loader, Split, default_augment
+from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
+from tinyvit.plan import Deadline, Plan, learning_rate
+from tinyvit.progress import Display, clock
+from tinyvit.settings import TrainConfig
+from tinyvit.step import TrainStep
+from tinyvit.vit import VisionTransformer
+from tinyvit.zoo import create_model
 
 Stop = Callable[[], int | None]  # tells which signal asked the run to stop, if one did
 

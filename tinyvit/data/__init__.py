@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base import Data, DataError, Split
-from .cifar import find_cifar10, load_cifar10
-from .download import cache_directory, fetch_cifar10
-from .folder import SMALL, load_folder
-from .loader import Loader
-from .picture import read_picture
-from .shapes import load_shapes
-from .splits import PictureTransform
-from .transforms import Augment
+from tinyvit.data.base import Data, DataError, Split
+from tinyvit.data.cifar import find_cifar10, load_cifar10
+from tinyvit.data.download import cache_directory, fetch_cifar10
+from tinyvit.data.folder import SMALL, load_folder
+from tinyvit.data.loader import Loader
+from tinyvit.data.picture import read_picture
+from tinyvit.data.shapes import load_shapes
+from tinyvit.data.splits import PictureTransform
+from tinyvit.data.transforms import Augment
 
 __all__ = ["Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_picture"]
 

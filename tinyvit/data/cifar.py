@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .base import Data, DataError, in_batches, mean_and_std, pair
-from .plain_pickle import load_plain_pickle
-from .splits import ArraySplit, ResizedSplit
+from tinyvit.data.base import Data, DataError, in_batches, mean_and_std, pair
+from tinyvit.data.plain_pickle import load_plain_pickle
+from tinyvit.data.splits import ArraySplit, ResizedSplit
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .base import Data, DataError, Split, mean_and_std, pair
-from .picture import fit, open_rgb, to_array
-from .picture_transforms import random_resized_crop
-from .splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, in_threads, stack
+from tinyvit.data.base import Data, DataError, Split, mean_and_std, pair
+from tinyvit.data.picture import fit, open_rgb, to_array
+from tinyvit.data.picture_transforms import random_resized_crop
+from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, in_threads, stack
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 TEST_NAMES = ("test", "val", "validation", "valid")  # in the order of preference

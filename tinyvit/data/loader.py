@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Split
+from tinyvit.data.base import Split
 
 AHEAD = 2  # batches prepared beyond the one in the caller's hands
 ORDER, BATCH = 1, 2  # separate the random streams of an epoch's order and of its batches

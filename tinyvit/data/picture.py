@@ -9,8 +9,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from .base import DataError, pair
-from .picture_transforms import centre_crop, resize, resize_to_cover
+from tinyvit.data.base import DataError, pair
+from tinyvit.data.picture_transforms import centre_crop, resize, resize_to_cover
 
 # A picture of more than Image.MAX_IMAGE_PIXELS (89 million) pixels is an error here, not a warning followed by
 # gigabytes of memory. The filter is process-wide because threads cannot have their own.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from .base import DataError
+from tinyvit.data.base import DataError
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,

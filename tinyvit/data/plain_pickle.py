@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..plain_pickle import PLAIN, PlainUnpickler, finished
-from .base import DataError
+from tinyvit.data.base import DataError
+from tinyvit.plain_pickle import PLAIN, PlainUnpickler, finished
 
 __all__ = ["PLAIN", "load_plain_pickle"]
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .base import Data, in_batches, mean_and_std, pair
-from .splits import ArraySplit, in_threads
+from tinyvit.data.base import Data, in_batches, mean_and_std, pair
+from tinyvit.data.splits import ArraySplit, in_threads
 
 TRAIN, TEST = 20_000, 2_000
 CHUNK = 200  # pictures drawn at a time: what they need fits in a core's cache

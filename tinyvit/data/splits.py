@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from .base import DataError
-from .picture import fit, open_rgb, to_array
+from tinyvit.data.base import DataError
+from tinyvit.data.picture import fit, open_rgb, to_array
 
 T, R = TypeVar("T"), TypeVar("R")
 PictureTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
