@@ -72,7 +72,7 @@ def test_to_moves_parameters_and_their_gradients():
     assert toy.layers[0].weight.grad is not None
     toy.to("cpu").to(np.float32)
     assert all(type(p.data) is np.ndarray and p.dtype == np.float32 for p in toy.parameters())
-    for target in ("gpu", "float33", 3):
+    for target in ("gpu", "float33", 3, None):
         with pytest.raises((ValueError, TypeError)) as caught:
             toy.to(target)
         assert "\n" not in str(caught.value)

@@ -482,3 +482,19 @@ def test_signatures_tell_what_to_call():
         inspect.signature(ops.var)
     )
     assert list(inspect.signature(ops.clip).parameters) == ["x", "low", "high"]
+
+
+def test_a_variance_without_degrees_of_freedom_has_no_gradient_either():
+    x = Tensor(np.ones(3), requires_grad=True)
+    with pytest.warns(RuntimeWarning, match="[Dd]egrees of freedom|invalid value"):
+        y = ops.var(x, correction=3)
+    assert np.isnan(y.data) and np.isnan(grad(y, x)).all()
+
+
+def test_indexing_keeps_nothing_of_what_it_cuts_from():
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    middle = x * 2.0
+    array = weakref.ref(middle.data)
+    y = middle[:, 1].sum()
+    del middle
+    assert array() is None and np.array_equal(grad(y, x), [[0, 2, 0], [0, 2, 0]])

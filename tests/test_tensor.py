@@ -562,3 +562,12 @@ def test_importing_is_light():
         assert heavy == []
         seconds.append(float(took))
     assert min(seconds) < 0.3
+
+
+def test_numpy_and_loops_see_a_tensor_as_the_array_it_is():
+    x = Tensor(np.arange(6, dtype=np.float32).reshape(2, 3), requires_grad=True)
+    assert np.asarray(x).dtype == np.float32 and np.array_equal(np.asarray(x), x.data)
+    assert np.array(x, dtype=np.float64).dtype == np.float64 and not np.shares_memory(np.array(x), x.data)
+    assert [row.shape for row in x] == [(3,), (3,)]
+    with pytest.raises(TypeError, match="without dimensions"):
+        list(Tensor(1.0))

@@ -99,8 +99,8 @@ def astype(x: Array, dtype: Any) -> Array:
 
 def dtype_name(dtype: Any) -> str:
     """The standard's name of a dtype, e.g. "float32", whichever library spells it."""
-    if isinstance(dtype, str):
-        return dtype
+    if dtype is None or isinstance(dtype, str):  # for NumPy, None is float64
+        return str(dtype)
     try:
         return np.dtype(dtype).name
     except TypeError:

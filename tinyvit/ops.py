@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import array_api_compat
 
 from tinyvit import arrays
 from tinyvit.kernels import reference
@@ -272,7 +275,8 @@ def var(
     y = xp.var(x, axis=axis, correction=correction, keepdims=keepdims)
 
     def vjp(dy: Array) -> tuple[Array]:
-        factor = 2.0 / (_count(shape, axis) - correction)
+        freedom = _count(shape, axis) - correction
+        factor = 2.0 / freedom if freedom else math.nan  # as the variance itself
         return ((x - xp.mean(x, axis=axis, keepdims=True)) * (factor * _keepdims(xp, dy, shape, axis)),)
 
     return y, vjp
@@ -332,14 +336,15 @@ def broadcast_to(xp: Any, x: Array, *, shape: tuple[int, ...], needs: tuple[bool
 def getitem(xp: Any, x: Array, *, key: Any, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x[key] for integers, slices, None and ...; and for integer and boolean arrays where the library has them."""
     key = tuple(map(_index, key if isinstance(key, tuple) else (key,)))
+    shape, like = tuple(x.shape), dict(dtype=x.dtype, device=array_api_compat.device(x))  # not x, which nobody needs
 
     def vjp(dy: Array) -> tuple[Array]:
-        dx = xp.zeros_like(x)
+        dx = xp.zeros(shape, **like)
         if _has_array(key):
             _add_at(dx, key, dy)
         else:
             old_axes = tuple(k for k in key if k is not None)  # the standard writes to no new ones
-            dx[old_axes] = xp.reshape(dy, x[old_axes].shape)
+            dx[old_axes] = xp.reshape(dy, dx[old_axes].shape)
         return (dx,)
 
     return x[key], vjp

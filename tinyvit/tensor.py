@@ -179,6 +179,13 @@ class Tensor:
             raise TypeError("a tensor without dimensions has no length")
         return self.shape[0]
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """What NumPy's functions see: the values, without their history."""
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
     def __repr__(self) -> str:
         values = np.array2string(self.numpy(), separator=", ", threshold=100, prefix="Tensor(")
         return f"Tensor({values}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
@@ -284,6 +291,8 @@ def _backward(
     collected = {_source(output): _start(output, gradient)}
     wanted = {_source(t) for t in targets}
     for node in nodes:  # all of them first, so that a refusal leaves the graph as it was
+        if node.vjp is _freed:
+            _freed()
         node.check_unchanged()
     for node in nodes:
         outputs = [(node, number) for number in range(node.n_outputs)]
