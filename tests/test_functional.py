@@ -612,3 +612,20 @@ def test_what_does_not_fit_is_refused_in_one_line(make, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         make()
     assert str(caught.value) == message
+
+
+def test_attention_in_half_precision_does_not_overflow():
+    qkv = np.zeros((1, 3, 6), np.float16)
+    qkv[0, :, :4] = [[5, 0, 4, 0], [0, 5, 0, 4], [1, 1, 1, 1]]  # the highest score is 14: e^14 is infinite in float16
+    qkv[0, :, 4:] = [[1, 2], [3, 4], [5, 6]]
+    exact = F.qkv_attention(qkv.astype(np.float64), 1).data
+    np.testing.assert_allclose(F.qkv_attention(qkv, 1).data, exact, rtol=2e-2)
+
+
+def test_what_gets_no_gradient_may_not_ask_for_one():
+    x, asks = np.ones((1, 1, 2, 2)), Tensor(np.ones((2, 2)), requires_grad=True)
+    with pytest.raises(ValueError, match="an attention mask must not require a gradient"):
+        F.attention(x, x, x, mask=asks)
+    with pytest.raises(ValueError, match="labels must not require a gradient"):
+        F.cross_entropy(np.ones((2, 2)), asks)
+    assert F.cross_entropy(np.ones((2, 2)), asks.detach()).shape == ()

@@ -91,13 +91,14 @@ def attention(
         k: keys (B, H, M, D).
         v: values (B, H, M, E).
         mask: broadcastable to (B, H, N, M): booleans (True: may look) or numbers of q's dtype, added to the scores.
+            No gradient goes to it.
         dropout: probability of zeroing an attention weight while `training`.
 
     Returns:
         (B, H, N, E); zeros for a query that may look nowhere.
     """
-    good = len(q.shape) == len(k.shape) == len(v.shape) == 4
-    if not (good and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == k.shape[3] and k.shape[2] == v.shape[2]):
+    good = len(q.shape) == len(k.shape) == len(v.shape) == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    if not (good and q.shape[3] == k.shape[3] > 0 and k.shape[2] == v.shape[2]):
         raise ValueError(
             f"attention expects q (B, H, N, D), k (B, H, M, D) and v (B, H, M, E), got {_s(q)}, {_s(k)} and {_s(v)}"
         )
@@ -125,7 +126,7 @@ def qkv_attention(
     Returns:
         (B, Q, num_heads * D), heads side by side.
     """
-    if len(qkv.shape) != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+    if len(qkv.shape) != 3 or num_heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {_s(qkv)} with {num_heads} heads")
     if queries is not None and not 0 < queries <= qkv.shape[1]:
         raise ValueError(f"queries must lie in 1 ... {qkv.shape[1]} tokens, got {queries}")
@@ -183,13 +184,13 @@ def cross_entropy(logits: Tensor, labels: Array | Tensor, label_smoothing: float
 
     Args:
         logits: (B, C).
-        labels: class numbers (B,), or probabilities (B, C) of the logits' dtype.
+        labels: class numbers (B,), or probabilities (B, C) of the logits' dtype; no gradient goes to them.
         label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
 
     Returns:
         a tensor without dimensions.
     """
-    labels = _array(labels)
+    labels = _constant("labels", labels)
     if len(logits.shape) != 2 or logits.shape[0] == 0 or logits.shape[1] == 0:
         raise ValueError(f"cross_entropy expects logits (B, C) with at least one entry, got {_s(logits)}")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -239,7 +240,7 @@ def _mask(mask: Tensor | Array | None, x: Tensor | Array, scores: tuple[int, ...
     if mask is None:
         return None
     x = _array(x)
-    mask = arrays.convert(_array(mask), x)
+    mask = arrays.convert(_constant("an attention mask", mask), x)
     if mask.dtype != x.dtype and not arrays.namespace(mask).isdtype(mask.dtype, "bool"):
         raise TypeError(f"attention expects a mask of booleans or of dtype {x.dtype}, got {mask.dtype}")
     full = (x.shape[0], *scores)
@@ -250,6 +251,12 @@ def _mask(mask: Tensor | Array | None, x: Tensor | Array, scores: tuple[int, ...
 
 def _array(x: Tensor | Array | None) -> Array | None:
     return x.data if isinstance(x, Tensor) else x
+
+
+def _constant(what: str, x: Tensor | Array) -> Array:
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{what} must not require a gradient, for none would reach it; pass x.detach()")
+    return _array(x)
 
 
 def _tensor(x: Tensor | Array) -> Tensor:

@@ -28,7 +28,7 @@ _PHI = (
     3.964773804837876e-06, -1.3226633536777985e-07, 1.7562791371999588e-09,
 )  # fmt: skip
 _PHI_TANH = (math.sqrt(2.0 / math.pi), 0.044715 * math.sqrt(2.0 / math.pi))  # the tanh approximation's own P
-_EXP_LIMIT = 30.0  # scores up to here need no maximum subtracted: neither their exponentials nor the sums overflow
+_EXP_LIMIT = 30.0  # scores up to here need no maximum subtracted: neither their exponentials nor the sums overflow float32
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
@@ -222,7 +222,8 @@ def qkv_attention(
         w = p[part] if needs[0] else p[: len(q[part])]
         np.matmul(q[part], k[part].swapaxes(2, 3), out=w)
         np.multiply(w, scale, out=w)
-        if not (w.size and -_EXP_LIMIT < w.min() and w.max() < _EXP_LIMIT):  # two quick passes often save two slow ones
+        safe = w.size and w.dtype != np.float16 and -_EXP_LIMIT < w.min() and w.max() < _EXP_LIMIT
+        if not safe:  # two quick passes often save two slow ones
             np.subtract(w, np.maximum.reduce(w, axis=3, keepdims=True), out=w)
         np.exp(w, out=w)
         np.divide(w, (w @ ones)[..., None], out=w)
