@@ -2,6 +2,8 @@
 
 import contextvars
 import itertools
+import os
+import signal
 import threading
 import time
 
@@ -122,3 +124,35 @@ def test_cores_that_a_container_allows(tmp_path, files, cores):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert shards.cgroup_cores(tmp_path) == cores
+
+
+def test_overlapping_runs_leave_blas_as_it_was():
+    entered = threading.Barrier(2)
+
+    def go(seconds):
+        def work(start, stop):
+            entered.wait()
+            time.sleep(seconds)
+
+        list(shards.run(shards.Plan(((0, 1),), 1, 1), work))
+
+    with threadpool_limits(2, user_api="blas"):
+        before = blas_threads()
+        threads = [threading.Thread(target=go, args=(seconds,)) for seconds in (0.0, 0.1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_threads_of_its_own():
+    cut = shards.plan(2, 2)
+    list(shards.run(cut, lambda start, stop: time.sleep(0.05)))
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        os._exit(int([*shards.run(cut, lambda start, stop: start)] != [0, 1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

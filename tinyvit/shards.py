@@ -9,9 +9,11 @@ thread each keep all cores busy, where a BLAS of many threads would parallelise 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import contextvars
 import itertools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -78,12 +80,37 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
+class _BlasThreads:
+    """A limit on BLAS's threads. It holds for the whole process, so among overlapping runs the first sets it and the last
+    lifts it: if each restored what it had found, the limit of one could stay for good."""
+
+    def __init__(self) -> None:
+        self.lock, self.runs = threading.Lock(), 0
+
+    @contextlib.contextmanager
+    def limit(self, threads: int) -> Iterator[None]:
+        with self.lock:
+            if not self.runs:
+                self.limiter = _blas().limit(limits=threads)
+            self.runs += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.runs -= 1
+                if not self.runs:
+                    self.limiter.restore_original_limits()
+
+
+_blas_threads = _BlasThreads()
+
+
 def run(plan: Plan, function: Callable[[int, int], T]) -> Iterator[T]:
     """`function(start, stop)` for every range of the plan, at the same time; results in the order of the ranges.
 
     Context variables (gradient mode, random state) are the caller's. The first exception is raised as it is.
     """
-    with _blas().limit(limits=plan.blas_threads):
+    with _blas_threads.limit(plan.blas_threads):
         if plan.workers == 1:
             for bounds in plan.ranges:
                 yield contextvars.copy_context().run(function, *bounds)
@@ -118,3 +145,7 @@ def each(function: Callable[[S], T], items: Sequence[S], sizes: Sequence[int]) -
 @cache
 def _pool(workers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(workers, thread_name_prefix="tinyvit")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has the pools, but none of their threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)

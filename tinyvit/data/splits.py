@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from PIL import Image
 
 from tinyvit.data.base import DataError
 from tinyvit.data.picture import fit, open_rgb, to_array
+from tinyvit.shards import available_cores
 
 T, R = TypeVar("T"), TypeVar("R")
 PictureTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -103,19 +103,14 @@ def stack(pictures: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.empty((3, *size), np.uint8), *pictures])[1:]
 
 
-def cpu_count() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map(work, items)` with the calls spread over the cores: results in order, few of them waiting at a time."""
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(available_cores()) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
-                if len(pending) > 2 * cpu_count():
+                if len(pending) > 2 * available_cores():
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
