@@ -27,6 +27,7 @@ from tinyvit.checkpoint import (
     save,
     write_text,
 )
+from tinyvit.evaluate import EvaluationError, labels_for
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 
@@ -259,6 +260,10 @@ def classes_of_wrong_type(tensors, metadata):
     metadata["class_names"] = None
 
 
+def too_few_classes(tensors, metadata):
+    del metadata["class_names"][0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -272,6 +277,7 @@ def classes_of_wrong_type(tensors, metadata):
         (no_config, "config"),
         (config_of_wrong_type, "describes no model"),
         (classes_of_wrong_type, "describes no model"),
+        (too_few_classes, "2 names for 3 classes"),
     ],
 )
 def test_weights_and_metadata_that_do_not_fit_are_refused(run, change, message):
@@ -342,3 +348,14 @@ def test_no_damage_leads_to_another_error(small_file, tmp_path_factory, data):
         assert all(isinstance(array, np.ndarray) for array in tensors.values())
     except CheckpointError as error:
         assert "\n" not in str(error)
+
+
+def test_a_class_name_that_a_model_has_twice_decides_nothing(tmp_path):
+    model = make_model()
+    names = ("crane", "owl", "crane")  # a bird and a machine, as in ImageNet
+    save(tmp_path / BEST, model.state_dict(), describe(model.config, names, MEAN, STD, {}))
+    checkpoint, labels = open_checkpoint(tmp_path), np.array([0, 1, 2])
+    assert labels_for(checkpoint, labels, names).tolist() == [0, 1, 2]
+    assert labels_for(checkpoint, labels[:1], ("owl",)).tolist() == [1]
+    with pytest.raises(EvaluationError, match="class 'crane' is the name of several classes"):
+        labels_for(checkpoint, labels[:2], ("crane", "owl"))

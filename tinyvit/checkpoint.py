@@ -194,13 +194,17 @@ def load_run(path: Path) -> Checkpoint:
     tensors, metadata = read(path)
     try:
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
+        config = ViTConfig(**fields)
+        names = tuple(metadata["class_names"])
+        if config.num_classes and len(names) != config.num_classes:
+            raise ValueError(f"{len(names)} names for {config.num_classes} classes")
         return Checkpoint(
             path=path,
-            config=ViTConfig(**fields),
+            config=config,
             state={name: array for name, array in tensors.items() if not name.startswith(TRAINING_PREFIXES)},
-            class_names=tuple(metadata["class_names"]),
+            class_names=names,
             preprocessing=Preprocessing.from_dict(metadata),
-            split=metadata["split"],
+            split={key: metadata["split"][key] for key in ("val_fraction", "seed") if key in metadata["split"]},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata describes no model ({_one_line(error)})") from None

@@ -105,12 +105,16 @@ def rank_and_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
     """Labels of a data set with `class_names`, counted in the checkpoint's classes. Raises EvaluationError."""
     check_head(checkpoint)
+    if tuple(class_names) == checkpoint.class_names:
+        return labels
     index = {name: i for i, name in enumerate(checkpoint.class_names)}
     if unknown := [name for name in class_names if name not in index]:
         raise EvaluationError(
             f"the data set's class {unknown[0]!r} is not one of the model's: {', '.join(checkpoint.class_names[:12])}"
             + (", …" if len(index) > 12 else "")
         )
+    if several := [name for name in class_names if checkpoint.class_names.count(name) > 1]:
+        raise EvaluationError(f"the data set's class {several[0]!r} is the name of several classes of the model")
     return np.array([index[name] for name in class_names], dtype=np.int64)[labels]
 
 

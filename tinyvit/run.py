@@ -24,7 +24,7 @@ DRAW_EVERY = 10.0  # seconds, at least: drawing takes a quarter of one
 
 def check_unused(out: Path) -> None:
     """Refuse to start a run where something is already. Raises UsageError."""
-    if (out / CONFIG).exists() or (out / LAST).exists():
+    if (out / LAST).exists():
         raise UsageError(f"{out} holds a run: go on with it by --resume, or choose another --out")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: choose another --out")
