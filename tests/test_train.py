@@ -19,7 +19,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from tinyvit import optim
+from tinyvit.checkpoint import CheckpointError
 from tinyvit.plan import Deadline, learning_rate, make_plan, steps_that_fit
+from tinyvit.run import read_config
 from tinyvit.settings import TrainConfig
 from tinyvit.train import train
 
@@ -344,6 +346,27 @@ def test_resume_needs_a_sound_config(unbroken, tmp_path, text):
     shutil.copytree(unbroken[0], run)
     (run / "config.json").write_text(text)
     assert "config.json" in assert_one_line_error(tinyvit("train", "--out", run, "--resume"), 1)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("options", "seed", None),
+        ("options", "batch_size", "many"),
+        ("options", "data", ["shapes"]),
+        ("options", "augment", "yes"),
+        ("plan", "warmup_steps", 0.5),
+        ("plan", "steps_per_epoch", 0),
+        ("plan", "total_steps", 0),
+    ],
+)
+def test_resume_needs_sound_values_in_the_config(unbroken, tmp_path, part, name, value):
+    config = json.loads((unbroken[0] / "config.json").read_text())
+    config[part][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "last.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_config(tmp_path)
 
 
 def test_a_run_of_a_version_with_fewer_options_can_be_resumed(unbroken, tmp_path):

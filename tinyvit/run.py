@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import platform
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from tinyvit import __version__
 from tinyvit.checkpoint import LAST, CheckpointError, atomic_write, write_text
-from tinyvit.settings import FIELDS, TrainConfig, UsageError, check_same
+from tinyvit.settings import FIELDS, TrainConfig, UsageError, check_same, read_value
 
 if TYPE_CHECKING:
     from tinyvit.data import Data
@@ -54,10 +55,18 @@ def read_config(out: Path) -> dict[str, Any]:
     try:
         if unknown := sorted(set(config["options"]) - set(FIELDS)):
             raise CheckpointError(f"{out / CONFIG}: this version of tinyvit has no option {', '.join(unknown)}")
-        config["options"] = dataclasses.asdict(TrainConfig(**config["options"]))
-        if not all(isinstance(value, int) for value in config["plan"].values()):
+        options = {
+            name: value if value is None and FIELDS[name].default is None else read_value(out / CONFIG, name, name, value)
+            for name, value in config["options"].items()
+        }
+        config["options"] = dataclasses.asdict(TrainConfig(**options))
+        plan = {name: index(config["plan"][name]) for name in ("total_steps", "steps_per_epoch", "warmup_steps")}
+        if plan["steps_per_epoch"] < 1 or not 0 <= plan["warmup_steps"] < plan["total_steps"]:
             raise TypeError
+        config["plan"] = plan
         config["data"]["name"], config["data"]["fingerprint"]
+    except UsageError as error:
+        raise CheckpointError(str(error)) from None
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{out / CONFIG} is damaged: it describes no run") from None
     return config

@@ -141,13 +141,19 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             raise UsageError(f"{path}: there is no option {key!r}{nearest(key.replace('_', '-'), known)}")
         if name in options:
             raise UsageError(f"{path}: {name} is given twice")
-        options[name] = _switch(path, key, value) != negated if is_switch else _value(path, key, name, value)
+        value = read_value(path, key, name, value)
+        options[name] = value != negated if is_switch else value
     if options.get("epochs") is not None and options.get("minutes") is not None:
         raise UsageError(f"{path}: give epochs or minutes, not both")
     return options
 
 
-def _switch(path: str | Path, key: str, value: Any) -> bool:
+def read_value(path: str | Path, key: str, name: str, value: Any) -> Any:
+    """The value that the file `path` gives the option `name` (as `key`). Raises UsageError."""
+    return (_switch if FIELDS[name].metadata["parse"] is bool else _value)(path, key, name, value)
+
+
+def _switch(path: str | Path, key: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"{path}: {key}: expected true or false, got {value!r}")
     return value
