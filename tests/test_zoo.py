@@ -1,5 +1,7 @@
 """Model names, their sizes, and what create_model promises."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,9 @@ def test_the_seed_alone_decides_the_weights():
     model = tinyvit.create_model("vit_nano_patch8_32")
     assert type(model) is VisionTransformer and model.training
     assert not np.array_equal(model.blocks[0].attn.qkv.weight.data, model.blocks[1].attn.qkv.weight.data)
+
+
+def test_sizes_may_be_numpy_s_numbers():
+    given = tinyvit.model_config("vit_nano_patch8_32", num_classes=np.int64(7), image_size=np.int32(16))
+    plain = tinyvit.model_config("vit_nano_patch8_32", num_classes=7, image_size=16)
+    assert given == plain and json.dumps(given.to_dict()) == json.dumps(plain.to_dict())

@@ -72,8 +72,10 @@ class ViTConfig:
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
         (height, width), (h, w) = self.image_size, self.patch_size
         for name, low in (("in_chans", 1), ("embed_dim", 1), ("depth", 1), ("num_heads", 1), ("num_classes", 0), ("reg_tokens", 0)):  # fmt: skip
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+            object.__setattr__(self, name, int(value))  # JSON does not know NumPy's
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(f"representation_size must be at least 1, or None for none, got {self.representation_size}")
         if min(height, width, h, w) < 1:
@@ -137,10 +139,10 @@ class ViTConfig:
 
 
 def _pair(name: str, size: Size) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, (int, np.integer)) for n in pair):
         raise ValueError(f"{name} must be a whole number or a pair (height, width), got {size!r}")
-    return pair
+    return int(pair[0]), int(pair[1])
 
 
 class PatchEmbed(nn.Module):
