@@ -280,3 +280,14 @@ def test_a_damaged_stream_never_escapes(tmp_path_factory, data):
         assert "\n" not in str(error)
     else:
         assert isinstance(found, dict)
+
+
+def test_one_object_in_a_billion_places_is_read_once(tmp_path_factory):
+    nested = [np.arange(3, dtype=np.uint8)]
+    for _ in range(60):
+        nested = [nested, nested]
+    found = unpickled(tmp_path_factory, pickle.dumps({"x": nested}))["x"]
+    assert found[0] is found[1]
+    for _ in range(60):
+        found = found[1]
+    assert found[0].tolist() == [0, 1, 2]

@@ -83,15 +83,24 @@ def latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")  # how Python 3 writes bytes in a pickle that Python 2 can read
 
 
-def finished(value: Any) -> Any:
-    """`value` with the stand-ins in it, at any depth of dictionaries, lists and tuples, made into arrays."""
+def finished(value: Any, done: dict[int, Any] | None = None) -> Any:
+    """`value` with the stand-ins in it, at any depth of dictionaries, lists and tuples, made into arrays.
+
+    Each object is done once (`done`, by identity): a hundred bytes can name one object in a billion places.
+    """
+    done = {} if done is None else done
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, PlainArray):
-        return value.array()
-    if isinstance(value, dict):
-        return {key: finished(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(finished(item) for item in value)
-    return value
+        result = value.array()
+    elif isinstance(value, dict):
+        result = {key: finished(item, done) for key, item in value.items()}
+    elif isinstance(value, list | tuple):
+        result = type(value)(finished(item, done) for item in value)
+    else:
+        return value
+    done[id(value)] = result
+    return result
 
 
 PLAIN: dict[tuple[str, str], Any] = {
