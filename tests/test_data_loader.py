@@ -81,7 +81,8 @@ def test_epochs_and_seeds_differ():
 
 
 def test_batches_of_an_epoch_get_different_random_numbers():
-    images = [images - images.astype(int) for images, _ in batches(Loader(numbered(64), 8, transform=with_noise), 0)]
+    blank = ArraySplit(np.zeros((64, 1, 2, 2), np.uint8), np.zeros(64, np.int64), [])
+    images = [images for images, _ in batches(Loader(blank, 8, transform=with_noise), 0)]
     assert len({array.tobytes() for array in images}) == 8
 
 
