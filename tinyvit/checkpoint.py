@@ -111,9 +111,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and metadata that `save` wrote. Raises CheckpointError."""
-    with _opened(path) as file:
-        metadata = _metadata(path, file)
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (file is no dict)
+    from .formats.safetensors_file import read_safetensors
+
+    metadata = read_metadata(path)
+    return read_safetensors(Path(path)), metadata
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,22 +64,24 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, or of the files an index names. What it is shows in its first bytes, not in its name."""
-    if path.suffix == ".json":
-        return read_shards(path)
+    """All arrays of a file, or of the files an index names."""
+    arrays = read_shards(path) if path.suffix == ".json" else read_file(path)
+    return {unwrapped(name): array for name, array in arrays.items()}
+
+
+def read_file(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file. What it is shows in its first bytes; its name counts only where they leave it open."""
     with open(path, "rb") as file:
         head = file.read(16)
     if looks_like_safetensors(head):
-        arrays = read_safetensors(path)
-    elif head[:2] == b"PK" and is_npz(path):
-        arrays = read_npz(path)
-    elif head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix in TORCH:
-        arrays = read_torch(path)
-    elif path.suffix == ".safetensors":  # for its message
-        arrays = read_safetensors(path)
-    else:
-        raise CheckpointError(f"{path}: not a checkpoint (expected a run, or a safetensors, torch or .npz file)")
-    return {unwrapped(name): array for name, array in arrays.items()}
+        return read_safetensors(path)
+    if head[:2] == b"PK" and is_npz(path):
+        return read_npz(path)
+    if head[:2] == b"PK" or head[:1] == b"\x80" or path.suffix in TORCH:
+        return read_torch(path)
+    if path.suffix == ".safetensors":  # for its message
+        return read_safetensors(path)
+    raise CheckpointError(f"{path}: not a checkpoint (expected a run, or a safetensors, torch or .npz file)")
 
 
 def is_npz(path: Path) -> bool:
@@ -100,8 +102,8 @@ def read_shards(index: Path) -> dict[str, np.ndarray]:
     for name in sorted(set(places.values())):
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: it names {name}, which is missing")
-        arrays |= read_weights(index.parent / name)
-    if lost := sorted(name for name in places if unwrapped(name) not in arrays):
+        arrays |= read_file(index.parent / name)
+    if lost := sorted(name for name in places if name not in arrays):
         raise CheckpointError(f"{index}: its files lack {', '.join(lost)}")
     return arrays
 
