@@ -46,6 +46,9 @@ PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, bui
 }
 
 
+SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
+
+
 def flops(config: tinyvit.ViTConfig) -> int:
     """Floating-point operations of one picture's forward pass in matrix products (multiply-adds x 2)."""
     n, d = config.num_tokens, config.embed_dim
@@ -83,6 +86,7 @@ def interleave(contenders: list[peers.Peer], kind: str, steps: int, warm_up: int
     times: dict[str, list[float]] = {peer.name: [] for peer in contenders}
     for i in range(warm_up + steps):
         for peer in contenders:
+            time.sleep(SETTLE)
             seconds = timed(getattr(peer, kind))
             if i >= warm_up:
                 times[peer.name].append(seconds)

@@ -8,7 +8,8 @@ from functools import cache
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_NEVER, _OLD_LIMIT = 1 << 30, 1 << 25  # bytes; glibc before 2.26 takes no mmap threshold above 32 MiB
+_NEVER = -1  # trimming: the manual's word for off
+_LARGE, _OLD_LIMIT = 1 << 30, 1 << 25  # bytes; glibc before 2.26 takes no mmap threshold above 32 MiB
 
 
 @cache
@@ -26,5 +27,5 @@ def keep_freed_memory() -> None:
     except (AttributeError, OSError, TypeError):
         return
     mallopt(_M_ARENA_MAX, 1)
-    mallopt(_M_MMAP_THRESHOLD, _NEVER) or mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT)
+    mallopt(_M_MMAP_THRESHOLD, _LARGE) or mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT)
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
