@@ -158,7 +158,8 @@ def test_features_and_head_make_the_model():
     images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
     features = model.forward_features(images)
     assert features.shape == (2, 1 + 2 + 4, 12)
-    assert np.array_equal(model.forward_head(features).data, model(images).data)
+    # not the same bits: the whole model computes of the last block only what its head reads
+    np.testing.assert_allclose(model.forward_head(features).data, model(images).data, rtol=1e-5, atol=1e-6)
     with no_grad():
         assert not model(images).requires_grad
 
