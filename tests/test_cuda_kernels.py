@@ -114,10 +114,15 @@ def test_attention_over_several_blocks_and_portions_of_keys(folder):
     n, dim, limit = 197, 64, 60 << 10
     qkv = np.random.default_rng(0).standard_normal((1, n, 3 * 2 * dim))
     with cuda_sim.device(folder, shared_limit=limit):
-        tiles, warps, _ = cupy_attention.backward_plan(n, dim, 2)
-        assert 0 < 16 * tiles * warps < n / 2
-        assert cupy_attention.forward_plan(n, dim, 2)[2] > 1
+        assert cupy_attention.backward_plan(n, n, dim, 2).parts > 2
+        assert cupy_attention.forward_plan(n, n, dim, 2).parts > 1
     check(folder, "qkv_attention", "bf16", [qkv], {"num_heads": 2}, shared_limit=limit)
+
+
+@pytest.mark.parametrize("scalar, n, queries", [("bf16", 65, 1), ("float", 33, 17), ("f16", 17, 17)])
+def test_attention_of_the_first_tokens(folder, scalar, n, queries):
+    qkv = np.random.default_rng(n).standard_normal((2, n, 3 * 2 * 16))
+    check(folder, "qkv_attention", scalar, [qkv], {"num_heads": 2, "queries": queries})
 
 
 @pytest.mark.parametrize("scalar", SCALARS)
@@ -135,17 +140,17 @@ def test_attention_of_large_logits(folder, scalar):
 
 
 def test_attention_plans_fit_every_shape():
-    """Whatever N and D are: every row has a warp, and no block takes more than there is."""
+    """Whatever N and D are: every row has a warp, no part is empty, and no block takes more than there is."""
     for limit, dim, itemsize in itertools.product((99 << 10, 163 << 10, 227 << 10), range(8, 129, 8), (2, 4)):
         for n in (1, 16, 17, 50, 65, 80, 81, 112, 113, 197, 257, 577, 785, 1025, 4097):
             with cuda_sim.device(Path(), shared_limit=limit):
-                tiles, keys, blocks, warps, shared = cupy_attention.forward_plan(n, dim, itemsize)
-                block = 16 * tiles * warps
-                assert 1 <= warps <= cupy_attention.WARPS and blocks * block >= n > (blocks - 1) * block
-                assert shared <= limit and keys % 16 == 0
-                tiles, warps, shared = cupy_attention.backward_plan(n, dim, itemsize)
-                assert warps <= cupy_attention.WARPS and (shared <= limit or warps == 0)
-                assert warps > 0 or n > 1000  # a head's statistics fill the memory of a small device
+                forward = cupy_attention.forward_plan(n, n, dim, itemsize)
+                backward = cupy_attention.backward_plan(n, n, dim, itemsize)
+            assert backward or n > 1000  # a head's statistics fill the memory of a small device
+            for constants, parts, shared in filter(None, (forward, backward)):
+                rows = 16 * constants["TILES"] * constants["WARPS"]
+                assert parts * rows >= n > (parts - 1) * rows and shared <= limit
+                assert 1 <= constants["WARPS"] * constants["RESIDENT"] <= 64 and constants["WARPS"] <= 8
 
 
 # --- layer norm -------------------------------------------------------------------------------------------------------

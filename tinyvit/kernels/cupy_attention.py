@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,9 +12,6 @@ from tinyvit.kernels import cuda, reference
 
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
-
-WARPS = 8  # of a block, at most: the kernels' launch bounds
-QUERIES = 32  # of a step backward
 
 
 def qkv_attention(
@@ -30,70 +27,89 @@ def qkv_attention(
     batch, n, width = qkv.shape
     dim = width // (3 * num_heads)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
-    covered = queries is None and mask is None and keep is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
-    if not covered or backward_plan(n, dim, size)[1] == 0:
-        return reference.qkv_attention(
-            xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs
-        )
+    covered = mask is None and keep is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
+    asking = n if queries is None else queries
+    plan = covered and n * width < 2**31 and backward_plan(n, asking, dim, size)
+    if not plan:
+        return reference.qkv_attention(xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs)
     qkv = cuda.ready(qkv)
-    y = xp.empty((batch, n, width // 3), dtype=qkv.dtype)
-    row_log = xp.empty((batch, num_heads, n), dtype=xp.float32) if needs[0] else cuda.NULL
-    shape = (np.int32(num_heads), np.int32(n))
-    scale = np.float32(1.0 / math.sqrt(dim))
+    y = xp.empty((batch, asking, width // 3), dtype=qkv.dtype)
+    row_log = xp.empty((batch, num_heads, asking), dtype=xp.float32) if needs[0] else cuda.NULL
+    shape, scale = (np.int32(num_heads), np.int32(n), np.int32(asking)), np.float32(1.0 / math.sqrt(dim))
+    heads, type_and_dim = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim}
 
-    tiles, keys, blocks, warps, shared = forward_plan(n, dim, size)
-    forward = cuda.kernel("attention_forward", "attention_forward", SCALAR=scalar, HEAD_DIM=dim, TILES=tiles, KEYS=keys)
+    constants, blocks, shared = forward_plan(n, asking, dim, size)
+    forward = cuda.kernel("attention_forward", "attention_forward", **type_and_dim, **constants)
     arguments = (qkv, y, row_log, *shape, np.int32(blocks), scale)
-    forward((batch * num_heads * blocks,), (32 * warps,), arguments, shared_mem=shared)
+    forward((heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
 
     def vjp(dy: Array) -> tuple[Array]:
+        constants, portions, shared = plan
         dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
-        tiles, warps, shared = backward_plan(n, dim, size)
-        several = n > 16 * tiles * warps
-        dq_sum = xp.empty((batch, num_heads, n, dim), dtype=xp.float32) if several else cuda.NULL
-        backward = cuda.kernel("attention_backward", "attention_backward", SCALAR=scalar, HEAD_DIM=dim, TILES=tiles)
+        dq_sum = xp.empty((batch, num_heads, asking, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
+        backward = cuda.kernel("attention_backward", "attention_backward", **type_and_dim, **constants)
         arguments = (qkv, y, cuda.ready(dy), row_log, dqkv, dq_sum, *shape, scale)
-        backward((batch * num_heads,), (32 * warps,), arguments, shared_mem=shared)
+        backward((heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
         return (dqkv,)
 
     return y, vjp
 
 
-def forward_plan(n: int, dim: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """TILES, KEYS, blocks for a head, warps of a block and bytes of its shared memory.
+class Plan(NamedTuple):
+    """What a kernel is compiled with, blocks (forward) or portions of keys (backward) a head, and its shared memory."""
+
+    constants: dict[str, int]
+    parts: int
+    shared: int
+
+
+def forward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) -> Plan:
+    """The plan for N tokens of which the first so many ask.
 
     Two tiles of queries a warp halve the reading of keys from shared memory, where there are rows enough to fill them
-    and registers to hold them. Short rows pass in one step.
+    and registers to hold them; blocks are then of four warps, so that two fit on a multiprocessor. Short rows pass in
+    one step. `choices` of TILES, KEYS and WARPS (the most of a block) replace our own.
     """
-    tiles = 2 if n > 112 and dim <= 80 and itemsize == 2 else 1
-    keys = 32 if dim > 80 else 16 * min(_tiles(n), 5 if n <= 80 else 4)
+    tiles = choices.get("TILES", 2 if asking > 112 and dim <= 80 and itemsize == 2 else 1)
+    keys = choices.get("KEYS", 32 if itemsize == 4 and dim > 64 else 16 * min(_tiles(n), 5 if n <= 80 else 4))
+    most = choices.get("WARPS", 8 // tiles)
+    resident = 16 // tiles if dim <= 64 and itemsize == 2 else 8  # warps
     stages = 2 if n > keys else 1
-    groups = math.ceil(_tiles(n) / tiles)  # a warp each
-    blocks = math.ceil(groups / WARPS)
-    warps = math.ceil(groups / blocks)
-    while True:
-        shared = (16 * tiles * warps + 2 * stages * keys) * _stride(dim) * itemsize
-        if shared <= cuda.shared_limit():
-            return tiles, keys, blocks, warps, shared
-        blocks += 1
-        warps = math.ceil(groups / blocks)
+
+    def shared(warps: int) -> int:
+        return (16 * tiles * warps + 2 * stages * keys) * _stride(dim) * itemsize
+
+    parts, warps = _split(math.ceil(_tiles(asking) / tiles), most, shared)
+    constants = {"TILES": tiles, "KEYS": keys, "WARPS": warps, "RESIDENT": max(1, resident // warps)}
+    return Plan(constants, parts, shared(warps))
 
 
-def backward_plan(n: int, dim: int, itemsize: int) -> tuple[int, int, int]:
-    """TILES, warps of a block and bytes of its shared memory; no warps if a head's statistics alone are too much."""
-    tiles = 2 if n > 112 and dim <= 64 and itemsize == 2 else 1
-    groups = math.ceil(_tiles(n) / tiles)
-    portions = math.ceil(groups / WARPS)
-    while True:
-        warps = math.ceil(groups / portions)
+def backward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) -> Plan | None:
+    """The plan for N tokens of which the first so many ask; None if their statistics are too much for shared memory.
+
+    `choices` of TILES, QUERIES and WARPS (the most of a block) replace our own.
+    """
+    tiles = choices.get("TILES", 2 if n > 112 and dim <= 64 and itemsize == 2 else 1)
+    queries = choices.get("QUERIES", 32)
+    resident = 16 // tiles if dim <= 64 and itemsize == 2 else 8  # warps
+
+    def shared(warps: int) -> int:
         rows = 16 * tiles * warps
-        numbers = (2 * rows + 4 * QUERIES) * _stride(dim) + rows * (QUERIES + 8)
-        shared = numbers * itemsize + 8 * 16 * _tiles(n)
-        if shared <= cuda.shared_limit():
-            return tiles, warps, shared
-        if warps == 1:
-            return tiles, 0, shared
-        portions += 1
+        return ((2 * rows + 4 * queries) * _stride(dim) + rows * (queries + 8)) * itemsize + 8 * 16 * _tiles(asking)
+
+    if shared(1) > cuda.shared_limit():
+        return None
+    parts, warps = _split(math.ceil(_tiles(n) / tiles), choices.get("WARPS", 8), shared)
+    constants = {"TILES": tiles, "QUERIES": queries, "WARPS": warps, "RESIDENT": max(1, resident // warps)}
+    return Plan(constants, parts, shared(warps))
+
+
+def _split(groups: int, most: int, shared: Callable[[int], int]) -> tuple[int, int]:
+    """The fewest parts and their warps, at most `most` and as shared memory allows, so that a warp takes one group."""
+    parts = math.ceil(groups / most)
+    while shared(math.ceil(groups / parts)) > cuda.shared_limit():
+        parts += 1
+    return parts, math.ceil(groups / parts)
 
 
 def _tiles(rows: int) -> int:

@@ -145,6 +145,7 @@ using T = SCALAR;
 constexpr int D = HEAD_DIM;
 constexpr int DEPTH = (D + 15) / 16;    // tiles across a row; beyond D they hold zeros
 constexpr int STRIDE = 16 * DEPTH + 8;  // between rows in shared memory: eight neighbouring rows lie in different banks
+constexpr int THREADS = 32 * WARPS;     // of a block
 constexpr int ROWS = 16 * TILES;        // queries (forward) or keys (backward) of a warp
 constexpr int CHUNK = 16 / sizeof(T);   // numbers of a copy
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -153,9 +154,10 @@ DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int tiles_of(int rows) { return (rows + 15) / 16; }
 
 // Starts copying rows first ... first + count of a matrix of n rows into shared memory, zeros where there are none.
-DEVICE void copy_rows(T* to, const T* from, long long stride, int first, int count, int n) {
+DEVICE void copy_rows(T* to, const T* from, int stride, int first, int count, int n) {
     constexpr int chunks = 16 * DEPTH / CHUNK;
-    for (int i = threadIdx.x; i < count * chunks; i += blockDim.x) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * chunks; i += THREADS) {
         const int row = i / chunks, column = i % chunks * CHUNK;
         const bool inside = first + row < n && column < D;
         cp_async(to + row * STRIDE + column, inside ? from + (first + row) * stride + column : from, inside);
@@ -163,7 +165,7 @@ DEVICE void copy_rows(T* to, const T* from, long long stride, int first, int cou
 }
 
 // A warp's own `count` rows from shared memory into a matrix of n rows, from row `first` on.
-DEVICE void write_rows(T* to, long long stride, const T* from, int first, int count, int n) {
+DEVICE void write_rows(T* to, int stride, const T* from, int first, int count, int n) {
     constexpr int chunks = D / CHUNK;
     for (int i = threadIdx.x % 32; i < count * chunks; i += 32) {
         const int row = i / chunks, column = i % chunks * CHUNK;

@@ -1,6 +1,8 @@
 // Fused multi-head self-attention, backward, without the N x N matrices in memory: the gradient of the packed
 // activation.
 //
+// Of the N tokens the first Q ask, often all; y, dy and row_log have Q rows.
+//
 // Moves 8 activations (B, N, H, D) (q, k, v, y, dy in, dq, dk, dv out) and 4 bytes a row, dy once more through the
 // second-level cache; takes 10 N^2 D FLOPs a head, on tensor cores.
 //
@@ -11,25 +13,24 @@
 // the queries once for each portion of keys and adds up dq in fp32 (`dq_sum`), always in the same order: no atomics
 // anywhere.
 //
-// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128) and TILES (1 or 2).
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), QUERIES (a multiple of 16) and
+// RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
-constexpr int QUERIES = 32;  // of a step
+static_assert(QUERIES % 16 == 0, "queries come in whole tiles");
+
 constexpr int SCORES_STRIDE = QUERIES + 8;
 
-// The sums over a head's rows of y dy, into delta, and row_log beside them; beyond n so that all probabilities become
-// 0.
-DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, long long stride, const float* row_log,
+// The least power of two that is not below n.
+__device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
+// The sums over a head's rows of y dy, into delta, and row_log beside them; beyond n such that probabilities become 0.
+DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, int stride, const float* row_log,
                            int n) {
-    constexpr int chunks = D / CHUNK, lanes = chunks <= 1    ? 1
-                                              : chunks <= 2  ? 2
-                                              : chunks <= 4  ? 4
-                                              : chunks <= 8  ? 8
-                                              : chunks <= 16 ? 16
-                                                             : 32;
+    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks);  // a row's
     const int lane = threadIdx.x % lanes;
     for (int first = 0; first < 16 * tiles_of(n);
-         first += blockDim.x / lanes) {  // the same for all: lanes meet in the sum
+         first += THREADS / lanes) {  // as often for all: lanes meet in the sum
         const int row = first + threadIdx.x / lanes;
         float product = 0.0f;
         if (row < n && lane < chunks) {
@@ -46,41 +47,47 @@ DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, l
     }
 }
 
-// grid: heads of all samples; shared memory: 2 warps * ROWS + 4 QUERIES rows of STRIDE and warps * ROWS of
-// SCORES_STRIDE numbers, and 2 floats for each of N rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, N, D)
-// fp32, scratch, is only touched if N > warps * ROWS.
-extern "C" __global__ void __launch_bounds__(256)
+// grid: heads of all samples; shared memory: 2 WARPS * ROWS + 4 QUERIES rows of STRIDE and WARPS * ROWS of
+// SCORES_STRIDE numbers, and 2 floats for each of Q rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, Q, D)
+// fp32, scratch, is only touched if N > WARPS * ROWS.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     attention_backward(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
                        const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
-                       float scale) {
+                       int asking, float scale) {
     DYNAMIC_SHARED(memory);
-    const int warp = threadIdx.x / 32, warps = blockDim.x / 32, portion = warps * ROWS;
+    const int warp = threadIdx.x / 32;
+    constexpr int portion = WARPS * ROWS;  // keys at a time
     T* keys = reinterpret_cast<T*>(memory);
     T* values = keys + portion * STRIDE;
     T* stages = values + portion * STRIDE;      // two stages of QUERIES queries and QUERIES rows of dy
     T* scores = stages + 4 * QUERIES * STRIDE;  // dS: portion x QUERIES
     float* delta = reinterpret_cast<float*>(scores + portion * SCORES_STRIDE);
-    float* logs = delta + 16 * tiles_of(n);
+    float* logs = delta + 16 * tiles_of(asking);
 
     const int head = blockIdx.x % heads;
     const long long sample = blockIdx.x / heads;
-    const long long row_stride = 3LL * heads * D, out_stride = 1LL * heads * D;
+    const int row_stride = 3 * heads * D, out_stride = heads * D;  // N rows hold fewer than 2^31 numbers
     const long long first_element = sample * n * row_stride + head * D;
     const T* q = qkv + first_element;
     T* dq = dqkv + first_element;
-    y += sample * n * out_stride + head * D;
-    dy += sample * n * out_stride + head * D;
-    dq_sum += 1LL * blockIdx.x * n * D;
+    y += sample * asking * out_stride + head * D;
+    dy += sample * asking * out_stride + head * D;
+    dq_sum += 1LL * blockIdx.x * asking * D;
     const float exponent = scale * LOG2_E;
 
     auto copy_queries = [&](int query, T* stage) {
-        const int count = least(QUERIES, 16 * tiles_of(n - query));
-        copy_rows(stage, q, row_stride, query, count, n);
-        copy_rows(stage + QUERIES * STRIDE, dy, out_stride, query, count, n);
+        const int count = least(QUERIES, 16 * tiles_of(asking - query));
+        copy_rows(stage, q, row_stride, query, count, asking);
+        copy_rows(stage + QUERIES * STRIDE, dy, out_stride, query, count, asking);
     };
 
+    for (int i = threadIdx.x; i < (n - asking) * (D / CHUNK); i += THREADS) {  // tokens that do not ask
+        const int row = asking + i / (D / CHUNK), column = i % (D / CHUNK) * CHUNK;
+        store(dq + row * row_stride + column, Vector<T, CHUNK>{});
+    }
+
     for (int first_key = 0; first_key < n; first_key += portion) {
-        const int live = least(warps * TILES, tiles_of(n - first_key));  // tiles with keys
+        const int live = least(WARPS * TILES, tiles_of(n - first_key));  // tiles with keys
         const int row = first_key + warp * ROWS;                         // this warp's first key
         T* my_keys = keys + warp * ROWS * STRIDE;
         T* my_values = values + warp * ROWS * STRIDE;
@@ -89,21 +96,21 @@ extern "C" __global__ void __launch_bounds__(256)
         copy_rows(values, q + 2 * heads * D, row_stride, first_key, 16 * live, n);
         copy_queries(0, stages);
         cp_async_commit();
-        if (first_key == 0) row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n, n);
+        if (first_key == 0) row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * asking, asking);
 
         float dk[TILES][DEPTH][8] = {}, dv[TILES][DEPTH][8] = {};
-        for (int query = 0; query < n; query += QUERIES) {
+        for (int query = 0; query < asking; query += QUERIES) {
             T* queries = stages + query / QUERIES % 2 * 2 * QUERIES * STRIDE;
             T* dys = queries + QUERIES * STRIDE;
             cp_async_wait<0>();
             __syncthreads();  // these queries are here, and nobody needs the previous ones and their dS any more
-            if (query + QUERIES < n)
+            if (query + QUERIES < asking)
                 copy_queries(query + QUERIES, stages + (query / QUERIES + 1) % 2 * 2 * QUERIES * STRIDE);
             cp_async_commit();
 
 #pragma unroll 1
             for (int j = 0; j < QUERIES; j += 16) {
-                if (query + j >= n || row >= n) continue;
+                if (query + j >= asking || row >= n) continue;
                 float p[TILES][8] = {}, ds[TILES][8] = {};
 #pragma unroll
                 for (int d = 0; d < DEPTH; d++) {
@@ -120,15 +127,22 @@ extern "C" __global__ void __launch_bounds__(256)
                         multiply(ds[t], a, b_dy);
                     }
                 }
+                float log_of[4], delta_of[4];  // of this lane's four columns
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int column = query + j + tile_column(i % 2 + 4 * (i / 2));
+                    log_of[i] = logs[column];
+                    delta_of[i] = delta[column];
+                }
                 Operand<T> left_p[TILES], left_ds[TILES];
 #pragma unroll
                 for (int t = 0; t < TILES; t++) {
 #pragma unroll
                     for (int i = 0; i < 8; i++) {
-                        const int column = query + j + tile_column(i);
+                        const int c = i % 2 + 2 * (i / 4);
                         const bool is_key = row + 16 * t + tile_row(i) < n;
-                        p[t][i] = is_key ? exp2_fast(fmaf(p[t][i], exponent, -logs[column])) : 0.0f;
-                        ds[t][i] = p[t][i] * (ds[t][i] - delta[column]);
+                        p[t][i] = is_key ? exp2_fast(fmaf(p[t][i], exponent, -log_of[c])) : 0.0f;
+                        ds[t][i] = p[t][i] * (ds[t][i] - delta_of[c]);
                     }
                     as_left(left_p[t], p[t]);
                     as_left(left_ds[t], ds[t]);
@@ -148,22 +162,31 @@ extern "C" __global__ void __launch_bounds__(256)
                 }
             }
 
-            __syncthreads();                                                     // dS is complete
-            for (int item = warp; item < QUERIES / 16 * DEPTH; item += warps) {  // tiles of dq
+            __syncthreads();  // dS is complete
+
+            // Tiles of dq.
+            for (int item = warp; item < QUERIES / 16 * DEPTH; item += WARPS) {
                 const int j = item / DEPTH * 16, d = item % DEPTH * 16;
-                if (query + j >= n) continue;
-                float tile[8] = {};
+                if (query + j >= asking) continue;
+                float tile[8] = {}, odd[8] = {};  // two chains of products, so that one need not wait for the other
+#pragma unroll 1
                 for (int t = 0; t < live; t++) {
                     Operand<T> a, b;
                     load_left_transposed(a, scores + 16 * t * SCORES_STRIDE + j, SCORES_STRIDE);
                     load_right(b, keys + 16 * t * STRIDE + d, STRIDE);
                     multiply(tile, a, b);
+                    if (++t == live) break;
+                    load_left_transposed(a, scores + 16 * t * SCORES_STRIDE + j, SCORES_STRIDE);
+                    load_right(b, keys + 16 * t * STRIDE + d, STRIDE);
+                    multiply(odd, a, b);
                 }
+#pragma unroll
+                for (int i = 0; i < 8; i++) tile[i] += odd[i];
 #pragma unroll
                 for (int i = 0; i < 8; i += 2) {
                     const int r = query + j + tile_row(i), column = d + tile_column(i);
-                    if (r >= n || column >= D) continue;
-                    float* sum = dq_sum + 1LL * r * D + column;
+                    if (r >= asking || column >= D) continue;
+                    float* sum = dq_sum + r * D + column;
                     if (first_key > 0) tile[i] += sum[0], tile[i + 1] += sum[1];
                     if (first_key + portion < n)
                         store_pair(sum, tile[i], tile[i + 1]);
