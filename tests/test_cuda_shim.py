@@ -1,0 +1,116 @@
+"""The CPU shim itself: it runs right kernels and finds the mistakes that are planted in wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cuda_sim
+import numpy as np
+import pytest
+from cuda_sim import guarded
+
+from tinyvit.kernels import cuda
+
+pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
+
+SOURCE = """
+#include "common.cuh"
+
+// y = x in the opposite order, through shared memory
+extern "C" __global__ void reverse(const float* x, float* y, int with_barrier) {
+    DYNAMIC_SHARED(memory);
+    float* shared = reinterpret_cast<float*>(memory);
+    shared[threadIdx.x] = x[threadIdx.x];
+    if (with_barrier) __syncthreads();
+    y[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+}
+
+// y = x, four numbers a thread, copied asynchronously
+extern "C" __global__ void copy(const float* x, float* y, int wait, int first) {
+    DYNAMIC_SHARED(memory);
+    float* shared = reinterpret_cast<float*>(memory) + 4 * threadIdx.x;
+    cp_async(shared, x + first + 4 * threadIdx.x, true);
+    cp_async_commit();
+    if (wait) cp_async_wait<0>();
+    for (int i = 0; i < 4; i++) y[4 * threadIdx.x + i] = shared[i];
+    cp_async_wait<0>();
+}
+
+extern "C" __global__ void never_wait(const float* x) {
+    DYNAMIC_SHARED(memory);
+    cp_async(memory + 16 * threadIdx.x, x, true);
+}
+
+extern "C" __global__ void sum(const float* x, float* y) { y[threadIdx.x] = warp_sum(x[threadIdx.x]); }
+
+extern "C" __global__ void part_of_a_block_at_a_barrier() {
+    if (threadIdx.x < 32) __syncthreads();
+}
+
+extern "C" __global__ void part_of_a_warp_at_a_shuffle(float* y) {
+    if (threadIdx.x < 16) y[threadIdx.x] = warp_sum(1.0f);
+}
+
+extern "C" __global__ void two_operations(float* y) {
+    y[threadIdx.x] = threadIdx.x < 16 ? warp_sum(1.0f) : float(exp2_fast(0.0f));
+    if (threadIdx.x >= 16) __syncwarp();
+}
+
+extern "C" __global__ void write_at(float* y, int i) { y[i] = 1.0f; }
+
+extern "C" __global__ void write_shared(int i) {
+    DYNAMIC_SHARED(memory);
+    memory[i] = 1;
+}
+"""
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calls a kernel of SOURCE with one block of 64 threads and 1024 bytes of shared memory."""
+    (tmp_path / "common.cuh").write_text((cuda.FOLDER / "common.cuh").read_text())
+    (tmp_path / "planted.cu").write_text(SOURCE)
+    monkeypatch.setattr(cuda, "FOLDER", tmp_path)
+
+    def run(name, *arguments, seed=0):
+        with cuda_sim.device(tmp_path, seed):
+            cuda.kernel("planted", name)((1,), (64,), arguments, shared_mem=1024)
+
+    return run
+
+
+def test_all(kernels):
+    """One test, because the sources are compiled once for it."""
+    x = guarded(np.arange(1.0, 257.0, dtype=np.float32))
+    y = cuda_sim.empty(256, np.float32)
+    for seed in range(4):
+        kernels("reverse", x, y, np.int32(1), seed=seed)
+        assert np.array_equal(y[:64], x[63::-1])
+        kernels("copy", x, y, np.int32(1), np.int32(0), seed=seed)
+        assert np.array_equal(y, x)
+        kernels("sum", x, y, seed=seed)
+        assert (y[:64] == [sum(range(1, 33))] * 32 + [sum(range(33, 65))] * 32).all()
+
+    kernels("reverse", x, y, np.int32(0))
+    assert np.isnan(y[:64]).any()
+    kernels("copy", x, y, np.int32(0), np.int32(0))
+    assert np.isnan(y).all()
+    kernels("copy", x, y, np.int32(1), np.int32(4))
+    assert np.isnan(y[-4:]).all() and not np.isnan(y[:-4]).any()  # beyond the end of x
+
+    for name, arguments, message in (
+        ("copy", (x, y, np.int32(1), np.int32(1)), "misaligned"),
+        ("never_wait", (x,), "without waiting"),
+        ("part_of_a_block_at_a_barrier", (), "deadlock"),
+        ("part_of_a_warp_at_a_shuffle", (y,), "deadlock"),
+        ("two_operations", (y,), "different operations"),
+        ("write_shared", (np.int32(1024),), "beyond the shared memory"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            kernels(name, *arguments)
+    with pytest.raises(AssertionError, match="beyond an array"):
+        kernels("write_at", guarded(x), np.int32(-1))
+    with pytest.raises(AssertionError, match="expects 4 bytes"):
+        kernels("write_at", y, np.int64(0))
+    with pytest.raises(AssertionError, match="would guess"):
+        kernels("write_at", y, 0)
