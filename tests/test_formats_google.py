@@ -143,6 +143,8 @@ def test_every_array_is_accounted_for(tmp_path):
         np.savez(path, **{key: array for key, array in arrays.items() if key != name})
         message = refusal(path)
         assert any(problem in message for problem in ("missing", "there is no", "known layout", "unexpected")), message
+        np.savez(path, **arrays | {name: np.ones(())})
+        refusal(path)
     np.savez(path, **arrays, extra=np.ones(2))
     assert "unexpected extra" in refusal(path)
     np.savez(path, **arrays, **{"conv_root/kernel": np.ones((7, 7, 3, 64))})

@@ -367,6 +367,9 @@ def test_every_weight_is_accounted_for(directory):
     assert "head.bias holds values that are not finite" in refusal(directory)
     save_file(weights | {"classifier.bias": np.zeros(5, np.int64)}, path)
     assert "head.bias is of dtype int64" in refusal(directory)
+    for name in weights:
+        save_file(weights | {name: np.ones((), np.float32)}, path)
+        refusal(directory)
 
 
 def test_a_model_for_masked_pictures_is_refused(tmp_path):

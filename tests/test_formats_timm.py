@@ -348,6 +348,9 @@ def test_every_weight_is_accounted_for(plain):
     assert "norm.weight holds values that are not finite" in refusal(path)
     save_file(state | {"norm.weight": np.ones(3, np.float32)}, path)
     assert "norm.weight has shape (3,), expected (64,)" in refusal(path)
+    for name in state:
+        save_file(state | {name: np.ones((), np.float32)}, path)
+        refusal(path)
     save_file({"a": np.ones(2, np.float32)}, path)
     assert "not the weights of a ViT in a known layout (huggingface, timm, google): it holds a" in refusal(path)
 

@@ -89,8 +89,8 @@ def read(source: Source) -> Checkpoint:
         state["reg_token"] = state.pop("dist_token")
     names = labels(given) if classifies else ()
     promised = (len(names) or DEFAULT_CLASSES) if classifies else 0
-    count = len(state["head.weight"]) if "head.weight" in state else promised
     try:
+        count = len(state["head.weight"]) if "head.weight" in state else promised
         config = read_config(given, count, state)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source.path}: its config.json describes no model: {reason(error)}") from None

@@ -31,7 +31,8 @@ def pack_qkv(state: dict[str, np.ndarray]) -> None:
     """Replace each attention's query, key and value, (D, D) and (D,) each, by qkv, (3 D, D) and (3 D,)."""
     for query in [name for name in state if ".attn.query." in name]:
         names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        if all(name in state for name in names) and len({state[name].shape[1:] for name in names}) == 1:
+        parts = [state[name] for name in names if name in state and state[name].ndim]
+        if len(parts) == 3 and len({part.shape[1:] for part in parts}) == 1:
             state[query.replace(".query.", ".qkv.")] = np.concatenate([state.pop(name) for name in names])
 
 

@@ -96,8 +96,8 @@ def foreign(state: dict[str, np.ndarray], name: str) -> str | None:
         return "layer norms before and after pooling (norm, fc_norm)"
     if "norm.weight" in state and "cls_token" not in state:
         return "a layer norm before its mean is taken (norm without cls_token)"
-    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight", np.empty((0, 0))) for i in (1, 2))
-    if len(first) == 2 * second.shape[-1] > 0:
+    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight", np.empty(0)) for i in (1, 2))
+    if first.ndim == second.ndim == 2 and len(first) == 2 * second.shape[1]:
         return "a gated MLP (blocks.0.mlp.fc1 is twice as wide as fc2)"
     return None
 
