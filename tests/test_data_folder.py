@@ -81,6 +81,15 @@ def test_classes_alone_are_split(tmp_path, inside):
     assert again.fingerprint == data.fingerprint != other.fingerprint
 
 
+def test_another_picture_under_the_same_name_is_another_data_set(tmp_path):
+    grow(tmp_path, ("a", "b"), count=4)
+    before = load_data(tmp_path, image_size=16).fingerprint
+    assert load_data(tmp_path, image_size=16).fingerprint == before
+    picture = next((tmp_path / "a").iterdir())
+    Image.effect_noise((40, 40), 90).convert("RGB").save(picture)
+    assert load_data(tmp_path, image_size=16).fingerprint != before
+
+
 def test_every_class_keeps_and_gives_a_picture(tmp_path):
     grow(tmp_path, count=2)
     for fraction in (0.01, 0.99):

@@ -279,6 +279,17 @@ def test_no_grad_and_detach_record_nothing():
 # --- what was saved -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("view", [lambda x: x.reshape(6), lambda x: x.T, lambda x: x[0], lambda x: x.reshape(3, 2)[1:]])
+def test_a_change_through_a_view_is_noticed(view):
+    x = leaf([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    hidden = x * 2.0
+    part, other = view(hidden), hidden + 1.0
+    y = (hidden * hidden).sum() + other.sum()
+    part.data += 1
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        y.backward()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "compute",

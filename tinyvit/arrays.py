@@ -120,6 +120,12 @@ def owns_memory(x: Array) -> bool:
     return getattr(x, "base", x) is None
 
 
+def is_view_of(x: Array, y: Array) -> bool:
+    """Whether `x` looks into the memory of `y`, as far as the library tells: NumPy's and CuPy's arrays name their base."""
+    base = getattr(x, "base", None)
+    return base is not None and (base is y or base is getattr(y, "base", None))
+
+
 def on_host(x: Array) -> bool:
     """Whether looking at values of `x` costs nothing: a NumPy array, not a device's."""
     return type(x) is np.ndarray

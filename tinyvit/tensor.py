@@ -225,6 +225,9 @@ def apply(op: Callable, *inputs: Tensor | Array | float | None, **params: Any) -
     result, vjp = kernels.best(op, xp)(xp, *values, needs=needs, **params)
     results = result if isinstance(result, tuple) else (result,)
     outputs = tuple(Tensor(r) for r in results)
+    for t, view in itertools.product(inputs, outputs):
+        if isinstance(t, Tensor) and arrays.is_view_of(view._data, t._data):
+            view._changes = t._changes  # writing into one changes the other
     if True in needs and arrays.is_floating(outputs[0]._data):
         parents = tuple(_source(t) if need else None for t, need in zip(inputs, needs, strict=True))
         node = Node(name, parents, vjp, len(outputs))

@@ -245,6 +245,7 @@ class Trainer:
         end_seconds = self.end_seconds / p.epoch if p.epoch else None
         self.plan = deadline.corrected(p.step, p.batch, p.seconds - self.end_seconds, end_seconds)
         run.write_config(self.out, self.config())
+        self.save_last()  # a killed run must not repeat steps of the old plan under the new one
         self.display.lengthen(self.plan.total_steps)
 
     def check_finite(self, loss: float) -> None:

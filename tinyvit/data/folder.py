@@ -36,6 +36,10 @@ class Listing:
     files: list[str]
     labels: np.ndarray
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """Each file with its bytes: other pictures under the same names are another data set."""
+        return [(file, (self.root / file).stat().st_size) for file in self.files]
+
     def take(self, positions: np.ndarray) -> Listing:
         return Listing(self.root, [self.files[i] for i in positions], self.labels[positions])
 
@@ -60,7 +64,7 @@ def load_folder(
     test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test", options)
     if missing := classes_without(train, names):
         raise DataError(f"class {missing[0]} of {root} has no readable picture to train on")
-    digest = hashlib.sha256(repr((names, train.files, test.files)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((names, train.sizes(), test.sizes())).encode()).hexdigest()
     return Data(root.resolve().name, train_split, test_split, names, mean, std, size, 3, f"folder-{digest[:16]}")
 
 
