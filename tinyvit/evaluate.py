@@ -35,9 +35,8 @@ def pick_device(name: str) -> str:
         if name == "auto":
             return "cpu"
         problem = " ".join(str(error).split())[:300]
-        raise EvaluationError(
-            f"no GPU can be used: {problem}; tinyvit[cuda12] or tinyvit[cuda13] brings the CuPy for the driver"
-        ) from None
+        hint = "" if "cuda12" in problem else "; tinyvit[cuda12] or tinyvit[cuda13] brings the CuPy for the driver"
+        raise EvaluationError(f"no GPU can be used: {problem}{hint}") from None
 
 
 @dataclasses.dataclass(frozen=True)
