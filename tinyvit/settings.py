@@ -80,6 +80,7 @@ class TrainConfig:
 
     data: str = option("shapes", str, "SRC", "shapes, cifar10 or a directory of pictures", free=True)
     model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
+    init: str | None = option(None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes")
     out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
     epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
     minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit import arrays, machine, run
-from tinyvit.checkpoint import BEST, LAST
+from tinyvit.checkpoint import BEST, LAST, open_checkpoint
 from tinyvit.data import Data, load_data
 from tinyvit.data.folder import SMALL
 from tinyvit.plan import Deadline, Plan, make_plan
@@ -46,23 +46,30 @@ def train(given: dict[str, Any], *, resume: bool = False, started: float | None 
 
 
 def load(options: TrainConfig) -> Data:
-    """The data set, in the size asked for, else the model's own, else the pictures'."""
+    """The data set, in the size asked for, else the model's own, else the pictures'; scaled as `init` is used to."""
+    checkpoint = None if options.init is None else open_checkpoint(options.init)
     size = options.image_size
-    if size is None and options.model is not None:
+    if size is None and checkpoint is not None:
+        size = checkpoint.image_size
+    elif size is None and options.model is not None:
         size = model_config(options.model).image_size
-    return load_data(
+    data = load_data(
         options.data,
         image_size=size,
         val_fraction=options.val_fraction,
         seed=options.seed,
         skip_corrupt=options.skip_corrupt,
     )
+    return data if checkpoint is None else dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std)
 
 
 def complete(options: TrainConfig, data: Data) -> TrainConfig:
     """`options` with what was left to be chosen from the data. Raises UsageError."""
     small = max(data.image_size) <= SMALL
-    model = options.model or ("vit_micro_patch4_32" if small else "vit_tiny_patch16_224")
+    if options.model and options.init:
+        raise UsageError(f"--model {options.model} and --init {options.init} exclude each other: weights bring their model")
+    usual = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
+    model = options.model or (Path(options.init).resolve().stem if options.init else usual)
     epochs = options.epochs
     if epochs is None and options.minutes is None:
         epochs = SHAPES_EPOCHS if options.data == "shapes" else EPOCHS
@@ -107,6 +114,8 @@ def resume_run(out: Path, given: dict[str, Any]) -> Position:
     config = run.read_config(out)
     position = read_position(out / LAST)
     options = run.resumed_options(out, config, given)
+    if options.init is not None:  # the weights it began with may be gone; its own are of the same model
+        options = dataclasses.replace(options, init=str(out / LAST))
     display = Display()
     same_source = options.data == config["options"]["data"]
     if not (position.finished and same_source):  # a finished run needs its pictures no more

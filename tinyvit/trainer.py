@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit import optim, run
-from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
+from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, open_checkpoint, read, read_metadata, save
 from tinyvit.data import Augment, Data, Loader, Split, default_augment
 from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
 from tinyvit.plan import Deadline, Plan, learning_rate
@@ -71,19 +71,30 @@ def read_position(path: Path) -> Position:
 
 
 def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
-    """The model that `options` name, for the data's pictures and classes. Raises ValueError where they do not fit."""
-    overrides: dict[str, Any] = {} if options.patch_size is None else {"patch_size": options.patch_size}
-    return create_model(
-        options.model,
-        seed=options.seed,
+    """The model that `options` name, for the data's pictures and classes. Raises ValueError where they do not fit.
+
+    With `init` it begins with a checkpoint's weights, and with a head of zeros (as in the paper, section 3.2) unless the
+    checkpoint names the data's own classes. Raises CheckpointError for such that cannot be opened or do not fit.
+    """
+    settings: dict[str, Any] = dict(
         image_size=data.image_size,
         in_chans=data.in_chans,
         num_classes=len(data.class_names),
         drop_path=options.drop_path,
         pos_drop_rate=options.dropout,
         proj_drop_rate=options.dropout,
-        **overrides,
     )
+    if options.patch_size is not None:
+        settings["patch_size"] = options.patch_size
+    if options.init is None:
+        return create_model(options.model, seed=options.seed, **settings)
+    checkpoint = open_checkpoint(options.init)
+    model = checkpoint.build(**settings)
+    if checkpoint.class_names != data.class_names:
+        for head in (model.head, model.head_dist):
+            for p in [] if head is None else head.parameters():
+                p.data = np.zeros_like(p.data)
+    return model.train()
 
 
 def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Optimizer:
