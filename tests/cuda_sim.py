@@ -24,7 +24,7 @@ from tinyvit.kernels import cuda
 
 SHIM = Path(__file__).parent / "cuda_shim"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-MARGIN = 256  # bytes before and after an array
+MARGIN = 1 << 16  # bytes before and after an array: several rows of it
 SCALARS = {"float": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bf16: its bits
 
 _margins: list[np.ndarray] = []
@@ -174,7 +174,7 @@ def _compile(result: Path, source: str, *options: str) -> Path:
         if not result.exists():
             main = result.with_suffix(".cpp")
             main.write_text(source)
-            flags = ["-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-DTINYVIT_CPU"]
+            flags = ["-std=c++17", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-DTINYVIT_CPU"]
             command = [COMPILER, *flags, f"-I{SHIM}", f"-I{cuda.FOLDER}"]
             scratch = result.with_suffix(".part")
             subprocess.run([*command, str(main), *options, "-o", str(scratch)], check=True)

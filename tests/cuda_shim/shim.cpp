@@ -5,6 +5,7 @@
 #include "shim.h"
 
 #include <algorithm>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -88,35 +89,44 @@ void start(Fibre& fibre, int number) {
     fibre.groups = 0;
 }
 
-// `random` is null if threads shall run in their order.
-void run_block(std::mt19937_64* random) {
-    std::vector<int> order(fibres.size());
-    for (size_t i = 0; i < fibres.size(); i++) {
-        start(fibres[i], int(i));
-        order[i] = int(i);
-    }
-    for (;;) {
-        if (random) std::shuffle(order.begin(), order.end(), *random);
-        bool moved = false;
-        for (int i : order) {
-            if (fibres[i].state != State::ready) continue;
+// Runs the lanes of a warp until all wait at a barrier or have ended; false if some wait for the others.
+bool run_warp(int warp, const std::vector<int>& lanes) {
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (int i : lanes) {
+            Fibre& fibre = fibres[warp * 32 + i];
+            if (fibre.state != State::ready) continue;
+            resume(fibre);
             moved = true;
-            resume(fibres[i]);
+            if (!failure.empty()) return true;
+        }
+    }
+    return std::none_of(&fibres[warp * 32], &fibres[warp * 32] + 32,
+                        [](const Fibre& f) { return f.state == State::in_warp; });
+}
+
+// One warp after the other goes from barrier to barrier, as far ahead of the others as it can get. `random` is null if
+// threads shall take turns in their order.
+void run_block(std::mt19937_64* random) {
+    std::vector<int> lanes(32), warps(fibres.size() / 32);
+    std::iota(lanes.begin(), lanes.end(), 0);
+    std::iota(warps.begin(), warps.end(), 0);
+    for (size_t i = 0; i < fibres.size(); i++) start(fibres[i], int(i));
+    for (;;) {
+        if (random) {
+            std::shuffle(lanes.begin(), lanes.end(), *random);
+            std::shuffle(warps.begin(), warps.end(), *random);
+        }
+        for (int warp : warps) {
+            if (!run_warp(warp, lanes)) failure = "deadlock: not all lanes of a warp take part in an operation";
             if (!failure.empty()) return;
         }
-        size_t finished = 0, waiting = 0;
-        for (const Fibre& f : fibres) {
-            finished += f.state == State::finished;
-            waiting += f.state == State::at_barrier;
-        }
-        if (finished == fibres.size()) return;
-        if (waiting == fibres.size()) {
-            for (Fibre& f : fibres) f.state = State::ready;
-        } else if (!moved) {
-            failure = "deadlock: " + std::to_string(waiting) + " threads wait at a barrier, " +
-                      std::to_string(finished) + " have ended, the others wait in a warp operation";
-            return;
-        }
+        const auto finished =
+            std::count_if(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == State::finished; });
+        if (finished == long(fibres.size())) return;
+        if (finished > 0) failure = "deadlock: " + std::to_string(finished) + " threads ended before a barrier";
+        if (!failure.empty()) return;
+        for (Fibre& f : fibres) f.state = State::ready;
     }
 }
 

@@ -1,9 +1,9 @@
 // CUDA C++ on a CPU, for tests: a kernel's own source runs here, one block at a time, each thread as a fibre.
 //
-// Fibres only change places at barriers and warp operations, in an order that a seed shuffles. Dynamic shared memory
-// is filled with NaN before each block, and the target of an asynchronous copy is NaN until its thread waits for the
-// copy; so a missing barrier or wait shows up as NaN (in some order). Instructions that CUDA reaches through PTX are
-// at the end.
+// Fibres only change places at barriers and warp operations, in an order that a seed shuffles, and each warp runs as far
+// ahead of the others as barriers let it. Dynamic shared memory is filled with NaN before each block, and the target of an
+// asynchronous copy is NaN until its thread waits for the copy; so a missing barrier or wait shows in the results.
+// Instructions that CUDA reaches through PTX are at the end.
 //
 // What this cannot see: races between blocks, the cost of anything, and the last bits of approximate instructions.
 #pragma once

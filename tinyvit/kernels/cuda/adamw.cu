@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(256)
 DEVICE double block_sum(double x, unsigned char* memory) {
     double* scratch = reinterpret_cast<double*>(memory);
     scratch[threadIdx.x] = x;
-    for (int half = 128; half > 0; half /= 2) {
+    for (unsigned half = 128; half > 0; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) scratch[threadIdx.x] += scratch[threadIdx.x + half];
     }

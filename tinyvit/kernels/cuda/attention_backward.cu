@@ -24,7 +24,7 @@ constexpr int SCORES_STRIDE = QUERIES + 8;
 // The least power of two that is not below n.
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// The sums over a head's rows of y dy, into delta, and row_log beside them; beyond n such that probabilities become 0.
+// The sums over a head's rows of y dy, into delta, and row_log beside them. Beyond n q and dy are 0: any number does.
 DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, int stride, const float* row_log,
                            int n) {
     constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks);  // a row's
@@ -42,7 +42,7 @@ DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, i
         product = warp_sum<lanes>(product);
         if (lane == 0 && row < 16 * tiles_of(n)) {
             delta[row] = product;
-            logs[row] = row < n ? row_log[row] : -minus_infinity();
+            logs[row] = row < n ? row_log[row] : 0.0f;
         }
     }
 }

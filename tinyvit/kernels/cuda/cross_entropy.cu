@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256)
     largest = warp_max(largest);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = largest;
     __syncthreads();
-    for (int warp = 0; warp < blockDim.x / 32; warp++) largest = fmaxf(largest, scratch[warp]);
+    for (unsigned warp = 0; warp < blockDim.x / 32; warp++) largest = fmaxf(largest, scratch[warp]);
     __syncthreads();
 
     float sums[3] = {};  // of exp(logit - largest), of the targets, and of target (logit - largest)
