@@ -105,8 +105,8 @@ bool run_warp(int warp, const std::vector<int>& lanes) {
                         [](const Fibre& f) { return f.state == State::in_warp; });
 }
 
-// One warp after the other goes from barrier to barrier, as far ahead of the others as it can get. `random` is null if
-// threads shall take turns in their order.
+// One warp after the other goes from barrier to barrier, as far ahead of the others as it can get. `random` is null
+// if threads shall take turns in their order.
 void run_block(std::mt19937_64* random) {
     std::vector<int> lanes(32), warps(fibres.size() / 32);
     std::iota(lanes.begin(), lanes.end(), 0);

@@ -1,9 +1,9 @@
 // CUDA C++ on a CPU, for tests: a kernel's own source runs here, one block at a time, each thread as a fibre.
 //
-// Fibres only change places at barriers and warp operations, in an order that a seed shuffles, and each warp runs as far
-// ahead of the others as barriers let it. Dynamic shared memory is filled with NaN before each block, and the target of an
-// asynchronous copy is NaN until its thread waits for the copy; so a missing barrier or wait shows in the results.
-// Instructions that CUDA reaches through PTX are at the end.
+// Fibres only change places at barriers and warp operations, in an order that a seed shuffles, and each warp runs as
+// far ahead of the others as barriers let it. Dynamic shared memory is filled with NaN before each block, and the
+// target of an asynchronous copy is NaN until its thread waits for the copy; so a missing barrier or wait shows in
+// the results. Instructions that CUDA reaches through PTX are at the end.
 //
 // What this cannot see: races between blocks, the cost of anything, and the last bits of approximate instructions.
 #pragma once
@@ -21,6 +21,10 @@
 
 struct Index {
     unsigned x, y, z;
+};
+
+struct alignas(8) float2 {
+    float x, y;
 };
 
 namespace sim {
@@ -99,18 +103,24 @@ inline void __syncwarp() {
     sim::warp_operation(&nothing, [](int**) {});
 }
 
+// The value of the lane `from` of the warp.
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int other) {
+T __shfl_sync(unsigned mask, T value, int from) {
     struct Lane {
         T value, result;
         int from;
     };
     sim::check(mask == 0xffffffffu, "only whole warps can shuffle here");
-    Lane lane = {value, value, sim::lane ^ other};
+    Lane lane = {value, value, from};
     sim::warp_operation(&lane, [](Lane** lanes) {
         for (int i = 0; i < 32; i++) lanes[i]->result = lanes[lanes[i]->from]->value;
     });
     return lane.result;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+    return __shfl_sync(mask, value, sim::lane ^ other);
 }
 
 inline float __int_as_float(int bits) {
@@ -147,6 +157,16 @@ inline float __half2float(__half x) { return float(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
 
 // --- what stands for PTX instructions ------------------------------------------------------------------------------
+
+inline void copy_vector(void* to, const void* from, const void* in_memory, size_t bytes) {
+    sim::check_aligned(in_memory, bytes);
+    memcpy(to, from, bytes);
+}
+
+inline void load_16(void* to, const void* from) { copy_vector(to, from, from, 16); }
+inline void load_8(void* to, const void* from) { copy_vector(to, from, from, 8); }
+inline void store_16(void* to, const void* from) { copy_vector(to, from, to, 16); }
+inline void store_8(void* to, const void* from) { copy_vector(to, from, to, 8); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }

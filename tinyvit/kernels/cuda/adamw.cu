@@ -66,7 +66,7 @@ DEVICE void update(float& p, float& m, float& v, float g, const Step& s) {
 }
 
 // grid: all pieces.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 4)
     adamw_many(const Parameter* __restrict__ table, int count, const Control* __restrict__ control, float new1,
                float beta2, float new2, float eps) {
     const Parameter& parameter = parameter_of(table, count, blockIdx.x);

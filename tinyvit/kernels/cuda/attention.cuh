@@ -100,9 +100,9 @@ DEVICE void load_left(Operand<float>& a, const float* tile, int stride) {
     for (int k = 0; k < 2; k++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {  // of the rows
-            Vector<float, 2> v = load<2>(tile + (group + 8 * half) * stride + 8 * k + 2 * pair);
-            a.x[4 * k + half] = v.x[0];
-            a.x[4 * k + half + 2] = v.x[1];
+            const float2 v = *reinterpret_cast<const float2*>(tile + (group + 8 * half) * stride + 8 * k + 2 * pair);
+            a.x[4 * k + half] = v.x;
+            a.x[4 * k + half + 2] = v.y;
         }
 }
 
@@ -124,9 +124,9 @@ DEVICE void load_right_transposed(Operand<float>& b, const float* tile, int stri
     for (int half = 0; half < 2; half++)  // of the columns
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            Vector<float, 2> v = load<2>(tile + (group + 8 * half) * stride + 8 * k + 2 * pair);
-            b.x[4 * half + 2 * k] = v.x[0];
-            b.x[4 * half + 2 * k + 1] = v.x[1];
+            const float2 v = *reinterpret_cast<const float2*>(tile + (group + 8 * half) * stride + 8 * k + 2 * pair);
+            b.x[4 * half + 2 * k] = v.x;
+            b.x[4 * half + 2 * k + 1] = v.y;
         }
 }
 
@@ -150,6 +150,10 @@ constexpr int ROWS = 16 * TILES;        // queries (forward) or keys (backward) 
 constexpr int CHUNK = 16 / sizeof(T);   // numbers of a copy
 constexpr float LOG2_E = 1.4426950408889634f;
 
+// This thread's warp in its block. Through a shuffle, so that the compiler knows it to be the same for all lanes and
+// branches on it without providing for their parting.
+DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
 DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int tiles_of(int rows) { return (rows + 15) / 16; }
 
@@ -169,6 +173,8 @@ DEVICE void write_rows(T* to, int stride, const T* from, int first, int count, i
     constexpr int chunks = D / CHUNK;
     for (int i = threadIdx.x % 32; i < count * chunks; i += 32) {
         const int row = i / chunks, column = i % chunks * CHUNK;
-        if (first + row < n) store(to + (first + row) * stride + column, load<CHUNK>(from + row * STRIDE + column));
+        if (first + row < n)
+            store(to + (first + row) * stride + column,
+                  *reinterpret_cast<const Vector<T, CHUNK>*>(from + row * STRIDE + column));
     }
 }

@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                        const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
                        int asking, float scale) {
     DYNAMIC_SHARED(memory);
-    const int warp = threadIdx.x / 32;
+    const int warp = warp_index();
     constexpr int portion = WARPS * ROWS;  // keys at a time
     T* keys = reinterpret_cast<T*>(memory);
     T* values = keys + portion * STRIDE;
@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 
     for (int i = threadIdx.x; i < (n - asking) * (D / CHUNK); i += THREADS) {  // tokens that do not ask
         const int row = asking + i / (D / CHUNK), column = i % (D / CHUNK) * CHUNK;
-        store(dq + row * row_stride + column, Vector<T, CHUNK>{});
+        store(reinterpret_cast<float*>(dq + row * row_stride + column), Vector<float, 4>{});
     }
 
     for (int first_key = 0; first_key < n; first_key += portion) {

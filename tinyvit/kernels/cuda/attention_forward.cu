@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     attention_forward(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ row_log, int heads, int n,
                       int asking, int blocks_per_head, float scale) {
     DYNAMIC_SHARED(memory);
-    const int warp = threadIdx.x / 32;
+    const int warp = warp_index();
     T* own_rows = reinterpret_cast<T*>(memory);    // the block's queries, in the end its results
     T* stages = own_rows + WARPS * ROWS * STRIDE;  // two stages of KEYS keys and KEYS values
     T* mine = own_rows + warp * ROWS * STRIDE;     // this warp's rows

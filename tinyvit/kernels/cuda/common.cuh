@@ -37,6 +37,32 @@ __device__ __forceinline__ unsigned pack_f16(float low, float high) {
     return pair;
 }
 
+// 16 or 8 bytes of global memory through registers, in one instruction: left to itself the compiler sometimes takes a
+// vector apart. Loads may move past stores, so a kernel must not load what it has stored.
+__device__ __forceinline__ void load_16(void* to, const void* from) {
+    uint4 v;
+    asm("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    memcpy(to, &v, 16);
+}
+
+__device__ __forceinline__ void load_8(void* to, const void* from) {
+    uint2 v;
+    asm("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    memcpy(to, &v, 8);
+}
+
+__device__ __forceinline__ void store_16(void* to, const void* from) {
+    uint4 v;
+    memcpy(&v, from, 16);
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+}
+
+__device__ __forceinline__ void store_8(void* to, const void* from) {
+    uint2 v;
+    memcpy(&v, from, 8);
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(v.x), "r"(v.y));
+}
+
 // d (16 x 8) += a (16 x 16) b (16 x 8), fp32 sums.
 __device__ __forceinline__ void mma_bf16(float* d, const unsigned* a, const unsigned* b) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -131,7 +157,7 @@ struct Scalar<bf16> {
     static DEVICE void mma(float* d, const unsigned* a, const unsigned* b) { mma_bf16(d, a, b); }
 };
 
-// N numbers that are read and written by one instruction: 16 bytes where N is 16 / sizeof(T).
+// N numbers that one instruction reads from global memory, or writes to it: 16 bytes where N is 16 / sizeof(T).
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
     T x[N];
@@ -142,16 +168,28 @@ struct alignas(sizeof(T) * N) Vector {
 
 template <int N, class T>
 DEVICE Vector<T, N> load(const T* from) {
-    return *reinterpret_cast<const Vector<T, N>*>(from);
+    Vector<T, N> v;
+    if constexpr (sizeof(v) == 16)
+        load_16(&v, from);
+    else if constexpr (sizeof(v) == 8)
+        load_8(&v, from);
+    else
+        v = *reinterpret_cast<const Vector<T, N>*>(from);
+    return v;
 }
 
 template <class T, int N>
 DEVICE void store(T* to, const Vector<T, N>& v) {
-    *reinterpret_cast<Vector<T, N>*>(to) = v;
+    if constexpr (sizeof(v) == 16)
+        store_16(to, &v);
+    else if constexpr (sizeof(v) == 8)
+        store_8(to, &v);
+    else
+        *reinterpret_cast<Vector<T, N>*>(to) = v;
 }
 
-// Two neighbours, as the accumulators of a tile hold them.
-DEVICE void store_pair(float* to, float low, float high) { store(to, Vector<float, 2>{{low, high}}); }
+// Two neighbours, as the accumulators of a tile hold them, into any memory.
+DEVICE void store_pair(float* to, float low, float high) { *reinterpret_cast<float2*>(to) = float2{low, high}; }
 template <class T>
 DEVICE void store_pair(T* to, float low, float high) {
     *reinterpret_cast<unsigned*>(to) = Scalar<T>::pack(low, high);
