@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 
 from tinyvit import optim, run
-from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, open_checkpoint, read, read_metadata, save
-from tinyvit.data import Augment, Data, Loader, Split, default_augment
+from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
+from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
+from tinyvit.data import Data, Loader, Split
 from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
 from tinyvit.plan import Deadline, Plan, learning_rate
 from tinyvit.progress import Display, clock
 from tinyvit.settings import TrainConfig
 from tinyvit.step import TrainStep
-from tinyvit.vit import VisionTransformer
-from tinyvit.zoo import create_model
 
 Stop = Callable[[], int | None]  # tells which signal asked the run to stop, if one did
 
@@ -68,65 +67,6 @@ def read_position(path: Path) -> Position:
         return Position(**read_metadata(path)["progress"])
     except (KeyError, TypeError):
         raise CheckpointError(f"{path}: its metadata does not say where the run is") from None
-
-
-def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
-    """The model that `options` name, for the data's pictures and classes. Raises ValueError where they do not fit.
-
-    With `init` it begins with a checkpoint's weights, and with a head of zeros (as in the paper, section 3.2) unless the
-    checkpoint names the data's own classes. Raises CheckpointError for such that cannot be opened or do not fit.
-    """
-    settings: dict[str, Any] = dict(
-        image_size=data.image_size,
-        in_chans=data.in_chans,
-        num_classes=len(data.class_names),
-        drop_path=options.drop_path,
-        pos_drop_rate=options.dropout,
-        proj_drop_rate=options.dropout,
-    )
-    if options.patch_size is not None:
-        settings["patch_size"] = options.patch_size
-    if options.init is None:
-        return create_model(options.model, seed=options.seed, **settings)
-    checkpoint = open_checkpoint(options.init)
-    model = checkpoint.build(**settings)
-    if checkpoint.class_names != data.class_names:
-        for head in (model.head, model.head_dist):
-            for p in [] if head is None else head.parameters():
-                p.data = np.zeros_like(p.data)
-    return model.train()
-
-
-def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Optimizer:
-    groups = optim.param_groups(model, options.weight_decay)
-    if options.optimizer == "sgd":
-        return optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
-    return {"adam": optim.Adam, "adamw": optim.AdamW}[options.optimizer](groups, lr=options.lr)
-
-
-def make_augmentation(options: TrainConfig, data: Data) -> Augment:
-    """What happens to a batch before a step."""
-    augment = default_augment(data) if options.augment else Augment(data.mean, data.std)
-    return dataclasses.replace(
-        augment, mixup=options.mixup, cutmix=options.cutmix, num_classes=len(data.class_names)
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Unvaried:
-    """A split whose pictures are read for training as they are read for evaluation."""
-
-    split: Split
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.split.labels
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        return self.split.read(indices)
 
 
 class Trainer:
