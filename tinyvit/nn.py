@@ -66,6 +66,18 @@ def _draw(shape: tuple[int, ...], draw: Callable[[np.random.Generator], np.ndarr
     return draw(generator).astype(np.float32) if _initialise.get() else np.zeros(shape, np.float32)
 
 
+@contextlib.contextmanager
+def evaluating(module: Module) -> Iterator[None]:
+    """Within this context `module` and all below it are in evaluation mode; afterwards each is in its own again."""
+    modes = [(part, part.training) for _, part in module.named_modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 class Parameter(Tensor):
     """A tensor that a module owns and an optimizer may change."""
 

@@ -7,10 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tinyvit import arrays, optim, random, shards
+from tinyvit import arrays, nn, optim, random, shards
 from tinyvit import functional as F
 from tinyvit.memory import keep_freed_memory
-from tinyvit.nn import Module
 from tinyvit.tensor import Array, Tensor, grad, no_grad
 
 
@@ -44,7 +43,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Module,
+        model: nn.Module,
         optimizer: optim.Optimizer,
         clip_norm: float | None = None,
         label_smoothing: float = 0.0,
@@ -133,7 +132,7 @@ class TrainStep:
 
 
 def predict(
-    model: Module, images: Array, batch_size: int = 256, threads: int | None = None, shards_per_batch: int | None = None
+    model: nn.Module, images: Array, batch_size: int = 256, threads: int | None = None, shards_per_batch: int | None = None
 ) -> np.ndarray:
     """The model's outputs for any number of pictures, in evaluation mode and with nothing recorded.
 
@@ -149,21 +148,15 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     count = images.shape[0]
-    modes = [(module, module.training) for _, module in model.named_modules()]
-    model.eval()
     if not arrays.on_host(next(iter(model.parameters())).data):
         threads = 1
-    try:
-        with no_grad():
-            parts = []
-            for first in range(0, max(count, 1), batch_size):
-                batch = images[first : min(first + batch_size, count), ...]
-                plan = shards.plan(batch.shape[0], threads, shards_per_batch)
-                parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).numpy())
-            return np.concatenate(parts)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with no_grad(), nn.evaluating(model):
+        parts = []
+        for first in range(0, max(count, 1), batch_size):
+            batch = images[first : min(first + batch_size, count), ...]
+            plan = shards.plan(batch.shape[0], threads, shards_per_batch)
+            parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).numpy())
+        return np.concatenate(parts)
 
 
 def _add(a: list[Array], b: list[Array]) -> list[Array]:

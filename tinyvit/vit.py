@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyvit import arrays, nn
+from tinyvit import arrays, inspection, nn
 from tinyvit import functional as F
 from tinyvit.ops import broadcast_to, concat, tanh
 from tinyvit.preprocessing import Preprocessing
@@ -253,20 +253,41 @@ class VisionTransformer(nn.Module):
         self.head_dist = _head(dim, config.num_classes) if config.distilled else None
 
     def forward(self, images: Tensor | Array) -> Tensor:
-        # A head that reads the class token (and the distillation token behind it) needs no other from the last block.
-        read = 1 + self.config.distilled if self.config.global_pool == "token" else None
-        return self.forward_head(self._tokens(images, read))
+        return self.forward_head(self.read_tokens(images))
 
     def forward_features(self, images: Tensor | Array) -> Tensor:
         """Pictures (B, C, H, W) -> tokens (B, prefix + patches, D), normalised unless they are pooled by their mean."""
         return self._tokens(images, None)
 
+    def read_tokens(self, images: Tensor | Array) -> Tensor:
+        """The tokens of `forward_features` that the head reads: all, or the class token (and the distillation token)."""
+        read = 1 + self.config.distilled if self.config.global_pool == "token" else None
+        return self._tokens(images, read)
+
     def _tokens(self, images: Tensor | Array, read: int | None) -> Tensor:
-        x = self.embed(self.patch_embed(self._images(images)))
+        x = self.first_tokens(images)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x)
-        return self.norm(last(x, read))
+        return self.norm(last(x, read))  # only the first `read` tokens of the last block are computed
+
+    def features(self, images: Tensor | Array, layer: int | None = None) -> Tensor:
+        """Pictures (B, C, H, W) -> the pooled feature before the head, (B, D) (what `num_classes=0` gives).
+
+        With `layer`: the tokens (B, prefix + patches, D) after that block, before any final norm; negative numbers
+        count from the end. Raises IndexError for a block that is not there.
+        """
+        if layer is None:
+            return self.pool(self.read_tokens(images))
+        return inspection.block_tokens(self, images, layer)
+
+    def attention_maps(self, images: Tensor | Array) -> Tensor:
+        """Pictures (B, C, H, W) -> softmax attention weights (depth, B, num_heads, N, N); see `inspection`."""
+        return inspection.attention_maps(self, images)
+
+    def first_tokens(self, images: Tensor | Array) -> Tensor:
+        """Pictures (B, C, H, W) -> the first block's input (B, prefix + patches, D)."""
+        return self.embed(self.patch_embed(self._images(images)))
 
     def embed(self, x: Tensor) -> Tensor:
         """Patch tokens (B, N, D) -> (B, prefix + N, D): prefix tokens in front, position embeddings added."""
@@ -280,14 +301,18 @@ class VisionTransformer(nn.Module):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Tokens (B, prefix + patches, D) -> logits (B, num_classes); a distilled model gives the mean of its two heads."""
+        logits = self.head(self.head_drop(self.pool(x)))
+        if self.head_dist is None or self.config.num_classes == 0:
+            return logits
+        return (logits + self.head_dist(self.head_drop(x[:, 1, :]))) * 0.5
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens (B, prefix + patches, D) -> the feature before the head, (B, D) or (B, representation_size)."""
         if self.config.global_pool == "avg":
             pooled = x[:, self.config.num_prefix_tokens :, :].mean(axis=1)
         else:
             pooled = x[:, 0, :]
-        logits = self.head(self.head_drop(self.pre_logits(self.fc_norm(pooled))))
-        if self.head_dist is None or self.config.num_classes == 0:
-            return logits
-        return (logits + self.head_dist(self.head_drop(x[:, 1, :]))) * 0.5
+        return self.pre_logits(self.fc_norm(pooled))
 
     def _images(self, images: Tensor | Array) -> Tensor:
         """The pictures as a Tensor in the model's library and dtype."""

@@ -1,0 +1,91 @@
+"""Looking inside a model: attention weights, attention rollout, and features of any block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinyvit import functional as F
+from tinyvit import nn
+from tinyvit.ops import concat, stack
+from tinyvit.tensor import Array, Tensor, no_grad
+
+if TYPE_CHECKING:
+    from tinyvit.vit import Attention, VisionTransformer
+
+
+def attention_maps(model: VisionTransformer, images: Tensor | Array) -> Tensor:
+    """The softmax attention weights of every block, in evaluation mode and with nothing recorded.
+
+    Args:
+        images: (B, C, H, W), floating.
+
+    Returns:
+        (depth, B, num_heads, N, N) in the model's library and dtype. Row i of the last two axes says how much token i
+        reads of each token (it sums to 1); the `config.num_prefix_tokens` first are class, distillation and register
+        tokens, the others patches, row by row. It takes 4 * depth * B * num_heads * N^2 bytes.
+    """
+    with no_grad(), nn.evaluating(model):
+        return stack(list(_maps(model, images)))
+
+
+def _maps(model: VisionTransformer, images: Tensor | Array) -> Iterator[Tensor]:
+    """Each block's attention weights (B, H, N, N), one after the other, so that they need not all be kept."""
+    x = model.first_tokens(images)
+    for block in model.blocks:
+        yield _weights(block.attn, block.norm1(x))
+        x = block(x)
+
+
+def _weights(attention: Attention, x: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) of normalised tokens (B, N, H D): (B, H, N, N)."""
+    batch, tokens, dim = x.shape
+    heads = attention.num_heads
+    qkv = attention.qkv(x).reshape(batch, tokens, 3, heads, dim // heads)
+    q, k = (qkv[:, :, i, :, :].permute_dims(0, 2, 1, 3) for i in (0, 1))  # (B, H, N, D)
+    return F.softmax((q * (dim // heads) ** -0.5) @ k.permute_dims(0, 1, 3, 2))
+
+
+def block_tokens(model: VisionTransformer, images: Tensor | Array, layer: int) -> Tensor:
+    """Tokens (B, N, D) after block `layer`, before any final norm. Raises IndexError for a block that is not there."""
+    depth = len(model.blocks)
+    if not -depth <= layer < depth:
+        raise IndexError(f"layer {layer} given, the model's blocks are 0 ... {depth - 1} (or -{depth} ... -1)")
+    x = model.first_tokens(images)
+    for block in model.blocks[: layer % depth + 1]:
+        x = block(x)
+    return x
+
+
+def rollout(model: VisionTransformer, images: Tensor | Array) -> np.ndarray:
+    """How much the output draws on each patch: attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928, section 3).
+
+    With A the mean of a block's attention weights over its heads, the blocks' 0.5 A + 0.5 I are multiplied up; of the
+    product, the rows of the tokens that the head reads (class and distillation tokens, or all patches) are averaged.
+
+    Returns:
+        (B, rows, columns) float64: shares of at least 0 that sum to 1 with those of the prefix tokens.
+    """
+    c = model.config
+    product = None
+    with no_grad(), nn.evaluating(model):
+        for weights in _maps(model, images):
+            mixed = 0.5 * weights.numpy().mean(axis=1, dtype=np.float64) + 0.5 * np.eye(weights.shape[-1])  # (B, N, N)
+            product = mixed if product is None else mixed @ product
+    read = slice(0, 1 + c.distilled) if c.global_pool == "token" else slice(c.num_prefix_tokens, None)
+    shares = product[:, read].mean(axis=1)  # (B, N)
+    return shares[:, c.num_prefix_tokens :].reshape(-1, *c.grid_size)
+
+
+class FeaturesAndLogits(nn.Module):
+    """A model whose output is its pooled feature and its logits side by side: (B, D + num_classes)."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    def forward(self, images: Tensor | Array) -> Tensor:
+        tokens = self.model.read_tokens(images)
+        features = self.model.pool(tokens)
+        return concat([features, self.model.forward_head(tokens)], axis=1) if self.model.config.num_classes else features
