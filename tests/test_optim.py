@@ -313,7 +313,7 @@ def test_param_groups_spare_vectors_tokens_and_position_embeddings():
     for name in names.values():
         named[name].requires_grad = name == "head.bias"
     (only,) = optim.param_groups(model, 0.05)
-    assert only == {"params": [named["head.bias"]], "weight_decay": 0.0}
+    assert only == {"params": [named["head.bias"]], "weight_decay": 0.0, "lr_scale": 1.0}
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-5)])

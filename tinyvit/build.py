@@ -10,7 +10,8 @@ import numpy as np
 from tinyvit import optim
 from tinyvit.checkpoint import open_checkpoint
 from tinyvit.data import Augment, Data, Split, default_augment
-from tinyvit.settings import TrainConfig
+from tinyvit.finetune import freeze, init_head
+from tinyvit.settings import TrainConfig, UsageError
 from tinyvit.vit import VisionTransformer
 from tinyvit.zoo import create_model
 
@@ -18,8 +19,9 @@ from tinyvit.zoo import create_model
 def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
     """The model that `options` name, for the data's pictures and classes. Raises ValueError where they do not fit.
 
-    With `init` it begins with a checkpoint's weights, and with a head of zeros (as in the paper, section 3.2) unless the
-    checkpoint names the data's own classes. Raises CheckpointError for such that cannot be opened or do not fit.
+    With `init` it begins with a checkpoint's weights, and with a new head unless the checkpoint names the data's own
+    classes. Raises CheckpointError for one that cannot be opened or does not fit, UsageError for parts to freeze that it
+    does not have.
     """
     settings: dict[str, Any] = dict(
         image_size=data.image_size,
@@ -32,18 +34,27 @@ def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
     if options.patch_size is not None:
         settings["patch_size"] = options.patch_size
     if options.init is None:
-        return create_model(options.model, seed=options.seed, **settings)
-    checkpoint = open_checkpoint(options.init)
-    model = checkpoint.build(**settings)
-    if checkpoint.class_names != data.class_names:
-        for head in (model.head, model.head_dist):
-            for p in [] if head is None else head.parameters():
-                p.data = np.zeros_like(p.data)
-    return model.train()
+        model = create_model(options.model, seed=options.seed, **settings)
+        known_classes = False
+    else:
+        checkpoint = open_checkpoint(options.init)
+        model = checkpoint.build(**settings).train()
+        known_classes = checkpoint.class_names == data.class_names
+    if not known_classes:
+        init_head(model, options.head_init, options.seed)
+    if options.freeze is not None:
+        try:
+            freeze(model, options.freeze)
+        except ValueError as error:
+            raise UsageError(f"--freeze: {error}") from None
+    return model
 
 
 def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Optimizer:
-    groups = optim.param_groups(model, options.weight_decay)
+    head_lr_scale = 1.0 if options.head_lr is None else options.head_lr / options.lr
+    groups = optim.param_groups(
+        model, options.weight_decay, layer_decay=options.layer_decay, head_lr_scale=head_lr_scale
+    )
     if options.optimizer == "sgd":
         return optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
     return {"adam": optim.Adam, "adamw": optim.AdamW}[options.optimizer](groups, lr=options.lr)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinyvit import arrays, kernels, shards
+from tinyvit.groups import param_groups as param_groups
 from tinyvit.kernels.reference_optim import adamw, lerp, sgd, sum_of_squares
 
 Array = Any
@@ -214,19 +215,6 @@ class Adam(AdamW):
         if slot.weight_decay:
             g = g + slot.weight_decay * p
         return self._adamw(xp, p, g, slot, weight_decay=0.0)
-
-
-def param_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """The model's parameters that are not frozen in two groups: those to decay, and those to leave alone.
-
-    Biases, norms and layer scale (all of one dimension), tokens and position embeddings get no weight decay.
-    """
-    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, p in model.named_parameters():
-        undecayed = p.data.ndim <= 1 or name.endswith(("_token", "pos_embed"))
-        if p.requires_grad:
-            groups[undecayed]["params"].append(p)
-    return [group for group in groups if group["params"]]
 
 
 def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:

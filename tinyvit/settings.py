@@ -56,8 +56,17 @@ def one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def frozen_part(text: str) -> str | int:
+    """A reader of "all-but-head" or a number of blocks; raises ValueError."""
+    try:
+        return text if text == "all-but-head" else whole(0)(text)
+    except ValueError:
+        raise ValueError(f"expected all-but-head or a number of blocks, got {text!r}") from None
+
+
 positive = number("a number above 0", lambda x: x > 0)
 not_negative = number("a number of at least 0", lambda x: x >= 0)
+positive_share = number("a number above 0 and at most 1", lambda x: 0 < x <= 1)
 share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
 inner_share = number("a number between 0 and 1", lambda x: 0 < x < 1)
 
@@ -81,6 +90,14 @@ class TrainConfig:
     data: str = option("shapes", str, "SRC", "shapes, cifar10 or a directory of pictures", free=True)
     model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
     init: str | None = option(None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes")
+    head_init: str = option("zeros", one_of("zeros", "normal"), "HOW", "weights of a new head: zeros, or normal with 0.02")
+    freeze: str | int | None = option(
+        None, frozen_part, "PART", "keep weights of --init: all-but-head, or N for the embeddings and the first N blocks"
+    )
+    layer_decay: float = option(1.0, positive_share, "X", "each layer learns at this share of the rate of the one above it")
+    head_lr: float | None = option(
+        None, positive, "X", "highest learning rate of the head (default: --lr's); the schedule scales both alike"
+    )
     out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
     epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
     minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")

@@ -68,6 +68,8 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     small = max(data.image_size) <= SMALL
     if options.model and options.init:
         raise UsageError(f"--model {options.model} and --init {options.init} exclude each other: weights bring their model")
+    if options.freeze is not None and not options.init:
+        raise UsageError(f"--freeze {options.freeze} keeps weights of --init, and there is none")
     usual = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
     model = options.model or (Path(options.init).resolve().stem if options.init else usual)
     epochs = options.epochs
