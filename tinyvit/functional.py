@@ -25,6 +25,7 @@ __all__ = [
     "patchify",
     "qkv_attention",
     "softmax",
+    "weighted_targets",
 ]
 
 
@@ -179,13 +180,16 @@ def drop_path(x: Tensor, p: float, training: bool = True) -> Tensor:
     return _tensor(x) if keep is None else multiply(x, keep)
 
 
-def cross_entropy(logits: Tensor, labels: Array | Tensor, label_smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    logits: Tensor, labels: Array | Tensor, label_smoothing: float = 0.0, weight: Array | None = None
+) -> Tensor:
     """Mean cross-entropy over a batch, stable for any finite logits.
 
     Args:
         logits: (B, C).
         labels: class numbers (B,), or probabilities (B, C) of the logits' dtype; no gradient goes to them.
         label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
+        weight: (C,), what each class counts for; see `weighted_targets`.
 
     Returns:
         a tensor without dimensions.
@@ -208,7 +212,39 @@ def cross_entropy(logits: Tensor, labels: Array | Tensor, label_smoothing: float
         labels = arrays.astype(labels, "int64")
     if whole and arrays.on_host(labels) and ((labels < 0).any() or (labels >= logits.shape[1]).any()):
         raise ValueError(f"labels must lie in 0 ... {logits.shape[1] - 1}, got {int(labels.min())} ... {int(labels.max())}")
+    if weight is not None and tuple(weight.shape) != (logits.shape[1],):
+        raise ValueError(f"cross_entropy expects one weight for each of {logits.shape[1]} classes, got shape {_s(weight)}")
+    if weight is not None:
+        labels, label_smoothing = weighted_targets(labels, weight, label_smoothing, like=_array(logits)), 0.0
     return apply(reference.cross_entropy, logits, labels=labels, label_smoothing=label_smoothing)
+
+
+def weighted_targets(labels: Array, weight: Array, label_smoothing: float = 0.0, *, like: Array) -> Array:
+    """Targets whose plain cross-entropy is that of `labels` with weighted classes, as torch's CrossEntropyLoss has it.
+
+    The smoothed target of each class is multiplied by the class's weight. A mean over class numbers is divided by the
+    sum of their weights, and one over probabilities (of mixup, say) by the number of samples, weighted or not. As the
+    division is by the whole batch's sum, parts of the targets are those of the parts of a batch.
+
+    Args:
+        labels: class numbers (B,) or probabilities (B, C).
+        weight: (C,).
+        label_smoothing: as in `cross_entropy`.
+        like: an array of the dtype and library that the targets are to have.
+
+    Returns:
+        (B, C); their rows do not add up to 1.
+    """
+    xp, classes = arrays.namespace(like), weight.shape[0]
+    weight = arrays.astype(arrays.convert(weight, like), like.dtype)
+    labels = arrays.convert(labels, like)
+    whole = labels.ndim == 1
+    if whole:
+        labels = arrays.astype(labels, "int64")[:, None] == xp.arange(classes, dtype=xp.int64, device=labels.device)
+    labels = arrays.astype(labels, like.dtype)
+    counted = xp.sum(labels * weight) if whole else labels.shape[0]
+    smoothed = labels * (1.0 - label_smoothing) + label_smoothing / classes
+    return smoothed * (weight * (labels.shape[0] / counted))
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -34,6 +34,8 @@ class TrainStep:
         ema: an average of the weights to update after each step.
         seed: what dropout masks derive from, together with `step_index`.
         threads, shards: as in `shards.plan`.
+        class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly its
+            mean over the whole batch, however that is cut.
 
     Attributes:
         step_index: how many steps were done; settable, to go on with an interrupted run.
@@ -52,6 +54,7 @@ class TrainStep:
         seed: int = 0,
         threads: int | None = None,
         shards: int | None = None,
+        class_weights: Array | None = None,
     ) -> None:
         keep_freed_memory()
         if accumulate < 1:
@@ -61,6 +64,7 @@ class TrainStep:
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.clip_norm, self.label_smoothing, self.accumulate = clip_norm, label_smoothing, accumulate
         self.seed, self.threads, self.shards = seed, threads, shards
+        self.class_weights = class_weights
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("a training step needs a model with parameters that require a gradient")
@@ -104,12 +108,20 @@ class TrainStep:
     def _differentiate(self, images: Array, labels: Array) -> tuple[Array, int, list[Array]]:
         """Loss, hits and gradients of the batch, summed over its shards in their order."""
         batch = images.shape[0]
+        weighted = None
+        if self.class_weights is not None:  # for the whole batch, since its labels decide what the mean is divided by
+            like = self.parameters[0].data
+            weighted = F.weighted_targets(labels, self.class_weights, self.label_smoothing, like=like)
 
         def shard(start: int, stop: int) -> tuple[Array, Array, list[Array]]:
             with random.scope(self.seed, self.step_index, start):
                 logits = self.model(images[start:stop, ...])
             targets = _labels(labels[start:stop, ...], logits)
-            loss = F.cross_entropy(logits, targets, self.label_smoothing) * ((stop - start) / batch)
+            if weighted is None:
+                loss = F.cross_entropy(logits, targets, self.label_smoothing)
+            else:
+                loss = F.cross_entropy(logits, weighted[start:stop, ...])
+            loss = loss * ((stop - start) / batch)
             return loss.data, _hits(logits.data, targets), grad(loss, self.parameters)
 
         loss, correct, gradients = None, 0, []
