@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import array_api_strict
@@ -18,33 +17,21 @@ from drawing import (
     error,
     host,
     kernel_table,
-    layouts,
     place,
     shapes,
     sides,
-    small_blocks,
     torch_vjp,
     values,
     versions,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from operations import Example, agrees_with_torch, find_version, operations, same_with_fewer_gradients
 
 from tinyvit import functional as F
 from tinyvit import ops, random
-from tinyvit.kernels import numpy_optim, reference
+from tinyvit.kernels import numpy_optim, reference, reference_conv
 from tinyvit.tensor import Tensor, grad
-
-
-@dataclass
-class Example:
-    """One drawn call of an operation of arrays, in float64, and the same computation by torch."""
-
-    inputs: list[np.ndarray | None]
-    theirs: Any
-    params: dict[str, Any] = field(default_factory=dict)  # arrays among them are placed like the inputs
-    condition: float = 1.0  # by how much the function itself enlarges the rounding of its float32 inputs
-
 
 CASES: dict[str, Any] = {}
 
@@ -197,11 +184,7 @@ def _cross_entropy(draw):
 
 
 def test_every_operation_has_a_case_and_every_kernel_a_reference():
-    references = {
-        n
-        for n, f in vars(reference).items()
-        if inspect.isfunction(f) and "needs" in inspect.signature(f).parameters
-    }
+    references = operations(reference)
     assert references == set(CASES)
     elementary = {f.__wrapped__.__name__ for f in vars(ops).values() if hasattr(f, "__wrapped__")} | {
         "_where",
@@ -210,7 +193,7 @@ def test_every_operation_has_a_case_and_every_kernel_a_reference():
     }
     for backend in LIBRARIES:
         for name in set(kernel_table(backend)) - set(numpy_optim.KERNELS):
-            assert name in references | elementary, (
+            assert name in references | elementary | operations(reference_conv), (
                 f"the kernel {name} stands in for no operation that is tested"
             )
             if name in references:
@@ -229,68 +212,15 @@ ALL_VERSIONS = [
 @pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
 @given(data=st.data())
 def test_every_version_agrees_with_torch(name, backend, version, data):
-    """Values and gradients; what the operation saved and returned stays intact when it or its vjp runs once more."""
-    example = CASES[name](data.draw)
-    y, dy, gradients = torch_vjp(example.theirs, example.inputs, data.draw)
-    function = (kernel_table(backend) if version == "kernel" else vars(reference))[name]
-    xp, layout, block = LIBRARIES[backend], data.draw(layouts), data.draw(st.sampled_from([None, 1, 17]))
-    for dtype in TOLERANCE:
-        arrays = [place(x, backend, dtype, layout) for x in example.inputs]
-        params = {
-            key: place(v, backend, dtype if v.dtype.kind == "f" else v.dtype.name, layout)
-            if isinstance(v, np.ndarray)
-            else v
-            for key, v in example.params.items()
-        }
-        needs = tuple(x is not None for x in arrays)
-        seed = place(dy, backend, dtype, data.draw(layouts))
-        with small_blocks(backend, block):
-            result, vjp = function(xp, *arrays, needs=needs, **params)
-            first = vjp(seed)
-            kept = [host(x).copy() for x in (result, *first) if x is not None]
-            again, vjp_again = function(xp, *arrays, needs=needs, **params)
-            second = vjp(seed)
-            vjp_again(seed)
-        tolerance = TOLERANCE[dtype] * (example.condition if dtype == "float32" else 1.0)
-        for got, expected in zip((result, *first), (y, *gradients), strict=True):
-            if expected is not None:
-                check(ops.arrays.as_array(got), expected, backend, dtype, tolerance)
-        for before, once, twice in zip(
-            kept,
-            [x for x in (result, *first) if x is not None],
-            [x for x in (again, *second) if x is not None],
-            strict=True,
-        ):
-            assert np.array_equal(before, host(once)) and np.array_equal(before, host(twice))
-        for x, before in zip(arrays, example.inputs, strict=True):
-            assert x is None or np.array_equal(host(x), before.astype(dtype))
+    agrees_with_torch(find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw)
 
 
 @pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
 @given(data=st.data())
 def test_every_version_gives_the_same_where_fewer_gradients_are_wanted(name, backend, version, data):
-    example = CASES[name](data.draw)
-    function = (kernel_table(backend) if version == "kernel" else vars(reference))[name]
-    arrays = [place(x, backend, "float32") for x in example.inputs]
-    params = {
-        key: place(v, backend, "float32" if v.dtype.kind == "f" else v.dtype.name)
-        if isinstance(v, np.ndarray)
-        else v
-        for key, v in example.params.items()
-    }
-    some = tuple(x is not None and data.draw(st.booleans()) for x in arrays)
-    none, every = (False,) * len(arrays), tuple(x is not None for x in arrays)
-    results = {
-        needs: function(LIBRARIES[backend], *arrays, needs=needs, **params) for needs in (none, some, every)
-    }
-    y, vjp = results[every]
-    dy = place(values(data.draw, host(y).shape), backend, "float32")
-    full = vjp(dy)
-    for needs, (other, other_vjp) in results.items():
-        assert error(host(other), host(y)) < 1e-6
-        for wanted, g, expected in zip(needs, other_vjp(dy) if True in needs else none, full, strict=True):
-            if wanted:
-                assert error(host(g), host(expected)) < 1e-6
+    same_with_fewer_gradients(
+        find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw
+    )
 
 
 # --- the error function -------------------------------------------------------------------------------------------

@@ -7,24 +7,29 @@ defined in `tinyvit.kernels.reference`. Arrays are accepted wherever Tensors are
 from __future__ import annotations
 
 from tinyvit import arrays, random
-from tinyvit.kernels import reference
+from tinyvit.kernels import reference, reference_conv
 from tinyvit.ops import multiply
 from tinyvit.tensor import Array, Tensor, apply
 
 __all__ = [
     "attention",
+    "conv2d",
     "cross_entropy",
     "drop_path",
     "dropout",
     "gelu",
+    "group_norm",
     "layer_norm",
     "linear",
     "linear_gelu",
     "log_softmax",
+    "max_pool2d",
     "patch_embed",
     "patchify",
     "qkv_attention",
+    "relu",
     "softmax",
+    "weight_standardize",
     "weighted_targets",
 ]
 
@@ -168,6 +173,72 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return linear(patches, _tensor(weight).reshape(weight.shape[0], -1), bias)
 
 
+def conv2d(
+    x: Tensor, weight: Tensor, stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0
+) -> Tensor:
+    """A convolution in deep learning's sense (cross-correlation), without bias.
+
+    Args:
+        x: (B, C, H, W).
+        weight: (O, C, h, w).
+        stride: pixels from one window to the next, one number or (down, right).
+        padding: zeros around the picture, one number or (above and below, left and right); or "same", as many as give
+            ceil(H / stride) x ceil(W / stride) windows, the odd one below and right (TensorFlow's rule).
+
+    Returns:
+        (B, O, R, S), R = (H + padding above and below - h) // stride + 1 and S likewise.
+    """
+    if len(x.shape) != 4 or len(weight.shape) != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"conv2d expects x (B, C, H, W) and weight (O, C, h, w), got {_s(x)} and {_s(weight)}")
+    stride, padding = _windows("conv2d", x, tuple(weight.shape[2:]), stride, padding)
+    return apply(reference_conv.conv2d, x, weight, stride=stride, padding=padding)
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+) -> Tensor:
+    """The largest entry of each window of x (B, C, H, W); `stride`, `padding` and result as in `conv2d`."""
+    if len(x.shape) != 4:
+        raise ValueError(f"max_pool2d expects x (B, C, H, W), got {_s(x)}")
+    kernel = _two("kernel", kernel, 1)
+    stride, padding = _windows("max_pool2d", x, kernel, stride, padding)
+    if any(max(pads) >= k for pads, k in zip(padding, kernel, strict=True)):
+        raise ValueError(f"max_pool2d expects less padding than its kernel {kernel}, got {padding}")
+    return apply(reference_conv.max_pool2d, x, kernel=kernel, stride=stride, padding=padding)
+
+
+def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Group normalisation (Wu & He 2018, arXiv:1803.08494).
+
+    Each sample's C channels make `num_groups` groups; (x - mean) / sqrt(var + eps) over group, height and width, then
+    * weight + bias by channel. x (B, C, H, W), weight and bias (C,); returns (B, C, H, W).
+    """
+    if len(x.shape) != 4 or not _s(weight) == _s(bias) == (x.shape[1],):
+        given = f"{_s(x)}, {_s(weight)} and {_s(bias)}"
+        raise ValueError(f"group_norm expects x (B, C, H, W), weight and bias (C,), got {given}")
+    if num_groups < 1 or x.shape[1] % num_groups:
+        raise ValueError(f"group_norm expects groups of equal size, got {x.shape[1]} channels and {num_groups} groups")
+    return apply(reference_conv.group_norm, x, weight, bias, num_groups=num_groups, eps=eps)
+
+
+def weight_standardize(weight: Tensor, eps: float = 1e-8) -> Tensor:
+    """Weight standardization (Qiao et al. 2019, arXiv:1903.10520).
+
+    (w - mean) / sqrt(var + eps) over each output's weights; weight (O, C, h, w), returns the same shape.
+    """
+    if len(weight.shape) != 4:
+        raise ValueError(f"weight_standardize expects weight (O, C, h, w), got {_s(weight)}")
+    return apply(reference_conv.weight_standardize, weight, eps=eps)
+
+
+def relu(x: Tensor) -> Tensor:
+    """x where it is positive, else 0, elementwise; its gradient at 0 is 0."""
+    return apply(reference_conv.relu, x)
+
+
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Zero entries with probability p and divide the others by 1 - p (Srivastava et al. 2014). x (B, ...), B samples."""
     keep = _keep(x, p, training, tuple(x.shape[1:]))
@@ -252,6 +323,28 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"linear expects x (..., in) and weight (out, in), got {_s(x)} and {_s(weight)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"linear expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
+
+
+def _windows(
+    name: str, x: Tensor, kernel: tuple[int, int], stride: int | tuple[int, int], padding: int | tuple[int, int] | str
+) -> tuple[tuple[int, int], reference_conv.Padding]:
+    """Stride and padding, spelt out: (down, right) and ((top, bottom), (left, right))."""
+    size, stride = tuple(x.shape[2:]), _two("stride", stride, 1)
+    if padding == "same":
+        totals = (max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in zip(size, kernel, stride, strict=True))
+        top, left = ((total // 2, total - total // 2) for total in totals)
+    else:
+        top, left = ((pad, pad) for pad in _two("padding", padding, 0))
+    if min(size + kernel + reference_conv.output_size(size, kernel, stride, (top, left))) < 1:
+        raise ValueError(f"{name} finds no place for a kernel {kernel} in {size} with padding {(top, left)}")
+    return stride, (top, left)
+
+
+def _two(name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(n, int) and n >= least for n in pair):
+        raise ValueError(f"{name} must be a whole number of at least {least}, or two of them, got {value!r}")
+    return pair
 
 
 def _check_approximate(approximate: str) -> None:
