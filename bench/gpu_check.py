@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import tinyvit
-from tinyvit.kernels import cuda, cupy_, cupy_attention, cupy_optim, reference, reference_optim
+from tinyvit.kernels import cuda, cupy_, cupy_attention, cupy_linear, cupy_optim, reference, reference_optim
 
 try:
     import array_api_compat.cupy as xp
@@ -374,12 +374,14 @@ def time_others() -> None:
             x, bias, dy = random_array((rows, columns)), random_array(columns), random_array((rows, columns))
             out = cupy.empty((rows, columns), BF16)
             if back:
-                return lambda: cupy_._columns("bias_gelu_backward", x, x, bias, dy, out, cupy_._partial(xp, x))
-            return lambda: cupy_._columns("bias_gelu_forward", x, x, bias, out)
+                return lambda: cupy_linear.columns(
+                    "bias_gelu_backward", x, x, bias, dy, out, cupy_linear.partial_sums(xp, x)
+                )
+            return lambda: cupy_linear.columns("bias_gelu_forward", x, x, bias, out)
 
         def column_sums(rows: int = rows, columns: int = 3 * dim) -> Callable:
             x = random_array((rows, columns))
-            return lambda: cupy_._columns("column_sums", x, x, cupy_._partial(xp, x))
+            return lambda: cupy_linear.columns("column_sums", x, x, cupy_linear.partial_sums(xp, x))
 
         show(f"layer_norm {rows} x {dim}", 2 * size, functools.partial(norm, False))
         show(f"layer_norm backward {rows} x {dim}", 3 * size, functools.partial(norm, True))

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.kernels import cuda
+from tinyvit.kernels import cublas, cuda
 
 SHIM = Path(__file__).parent / "cuda_shim"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -117,13 +117,16 @@ _seed = 0
 
 
 @contextlib.contextmanager
-def device(folder: Path, seed: int = 0, shared_limit: int = 163 << 10, multiprocessors: int = 3) -> Iterator[Namespace]:
+def device(
+    folder: Path, seed: int = 0, shared_limit: int = 163 << 10, multiprocessors: int = 3, library: Any = None
+) -> Iterator[Namespace]:
     """Within this context the wrappers of CuPy's kernels work on NumPy arrays.
 
     Args:
         folder: where compiled kernels are kept.
         seed: shuffles the order of threads; 0 for none.
         shared_limit, multiprocessors: the device's.
+        library: stands for cuBLASLt; None for a machine without it.
     """
     global _seed
     names = {dtype.name: scalar for scalar, dtype in SCALARS.items()}
@@ -133,18 +136,24 @@ def device(folder: Path, seed: int = 0, shared_limit: int = 163 << 10, multiproc
         "address": lambda x: x.ctypes.data,
         "shared_limit": lambda: shared_limit,
         "multiprocessors": lambda: multiprocessors,
+        "device": lambda: 0,
+        "stream": lambda: 0,
     }
-    before = {name: getattr(cuda, name) for name in stand_ins}
+    before = {name: getattr(cuda, name) for name in stand_ins} | {"library": cublas.library}
     _seed = seed
     for name, value in stand_ins.items():
         setattr(cuda, name, value)
+    cublas.library = lambda: library
     try:
         yield Namespace()
         check_margins()
     finally:
         _margins.clear()
+        cublas.library = before.pop("library")
         for name, value in before.items():
             setattr(cuda, name, value)
+        for cached in (cublas._plan, cublas._handle, cublas._workspace):
+            cached.cache_clear()
 
 
 @functools.cache

@@ -16,9 +16,10 @@ import array_api_compat.numpy as numpy_namespace
 import cuda_sim
 import numpy as np
 import pytest
+from cublas_sim import CuBLASLt
 from cuda_sim import SCALARS, decode, encode, guarded
 
-from tinyvit.kernels import cupy_, cupy_attention, cupy_optim, reference, reference_optim
+from tinyvit.kernels import cupy_, cupy_attention, cupy_linear, cupy_optim, reference, reference_optim
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -46,11 +47,11 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def both(
-    folder: Path, name: str, scalar: str, inputs: list, params: dict, seed: int = 0, **limits: int
+    folder: Path, name: str, scalar: str, inputs: list, params: dict, seed: int = 0, **machine: Any
 ) -> tuple[list, list]:
     """Results and gradients of a kernel and of the reference in float64.
 
-    Floating arrays among `inputs` and `params` are rounded to the kernel's numbers first; `limits` are the device's.
+    Floating arrays among `inputs` and `params` are rounded to the kernel's numbers first; `machine`: see `cuda_sim.device`.
     """
 
     def rounded(x: Any) -> Any:
@@ -68,16 +69,16 @@ def both(
         return [np.asarray(y), *vjp(place(draw(9, y.shape)))]
 
     expected = run(getattr(reference, name), numpy_namespace, exact)
-    with cuda_sim.device(folder, seed, **limits) as xp:
+    with cuda_sim.device(folder, seed, **machine) as xp:
         actual = run(cupy_.KERNELS[name], xp, on_device)
     assert all(x is None or x.dtype == SCALARS[scalar] for x in actual)
     return actual, expected
 
 
-def check(folder: Path, name: str, scalar: str, inputs: list, params: dict, **limits: int) -> None:
+def check(folder: Path, name: str, scalar: str, inputs: list, params: dict, **machine: Any) -> None:
     """Values and gradients are right, and the same bits whatever order threads run in."""
-    actual, expected = both(folder, name, scalar, inputs, params, seed=0, **limits)
-    shuffled, _ = both(folder, name, scalar, inputs, params, seed=1, **limits)
+    actual, expected = both(folder, name, scalar, inputs, params, seed=0, **machine)
+    shuffled, _ = both(folder, name, scalar, inputs, params, seed=1, **machine)
     for got, again, right in zip(actual, shuffled, expected, strict=True):
         if right is not None:
             assert error(decode(got), right) < TOLERANCE[scalar]
@@ -237,19 +238,54 @@ def test_linear_and_linear_gelu(folder, scalar, rows, columns):
         check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate})
 
 
+@pytest.mark.parametrize("scalar, rows, inner, columns", [("float", 9, 5, 40), ("bf16", 33, 24, 16), ("f16", 3, 2, 7)])
+def test_products_through_cublas(folder, scalar, rows, inner, columns):
+    """Layouts, transpositions, leading dimensions and epilogues, as the library itself would read them."""
+    rng = np.random.default_rng(columns)
+    x, weight, bias = (rng.standard_normal(shape) for shape in ((2, rows, inner), (columns, inner), columns))
+    library = CuBLASLt()
+    check(folder, "linear", scalar, [x, weight, bias], {}, library=library)
+    check(folder, "linear", scalar, [x, weight, None], {}, library=library)
+    assert set(library.calls) == {"BIAS", "BGRADB", "DEFAULT"}
+    for approximate in ("none", "tanh"):
+        check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate}, library=library)
+    assert ("GELU_AUX_BIAS" in library.calls) == (scalar != "float" and columns % 8 == 0)
+
+
+@pytest.mark.parametrize("without", [("BGRADB",), ("BIAS", "GELU_AUX_BIAS"), ("DEFAULT", "BIAS", "BGRADB")])
+def test_products_without_some_epilogues(folder, without):
+    """Where cuBLASLt has no algorithm for one our own kernels, or CuPy's product, take its place."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape) for shape in ((9, 8), (16, 8), 16)]
+    library = CuBLASLt(without)
+    check(folder, "linear", "f16", inputs, {}, library=library)
+    check(folder, "linear_gelu", "f16", inputs, {"approximate": "tanh"}, library=library)
+    assert not set(without) & set(library.calls)
+
+
+def test_the_stand_in_for_cublas_has_nvidias_numbers():
+    theirs = pytest.importorskip("nvmath.bindings.cublasLt")
+    for name in ("Epilogue", "MatmulDescAttribute", "MatmulPreferenceAttribute"):
+        for ours in getattr(CuBLASLt, name):
+            assert getattr(theirs, name)[ours.name] == ours
+    assert issubclass(theirs.cuBLASLtError, Exception) and theirs.matmul_heuristic_result_dtype.itemsize == 96
+    assert theirs.matmul_heuristic_result_dtype.fields["algo"][1] == 0 and theirs.ReductionScheme.COMPUTE_TYPE == 2
+    assert theirs.MatmulHeuristicResult(1).ptr % 8 == 0
+
+
 @pytest.mark.parametrize("rows, columns", [(37, 264), (5, 9)])
 def test_bias_kernels_in_bf16(folder, rows, columns):
     """Whose matrix products NumPy cannot do: the kernels around them."""
     rng = np.random.default_rng(rows)
     x, bias, dy = (encode(rng.standard_normal(shape), "bf16") for shape in ((rows, columns), columns, (rows, columns)))
     with cuda_sim.device(folder, seed=5) as xp:
-        y, sums, matrix = guarded(x), cupy_._partial(xp, x), guarded(x)
-        cupy_._columns("add_bias", y, y, guarded(bias))
-        cupy_._columns("column_sums", matrix, matrix, sums)
-        out, dx, partial = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype), cupy_._partial(xp, x)
-        cupy_._columns("bias_gelu_forward", matrix, matrix, guarded(bias), out)
-        cupy_._columns("bias_gelu_backward", matrix, matrix, guarded(bias), guarded(dy), dx, partial)
-        (dbias,) = cupy_._sum_partials(xp, partial, x.dtype)
+        y, sums, matrix = guarded(x), cupy_linear.partial_sums(xp, x), guarded(x)
+        cupy_linear.columns("add_bias", y, y, guarded(bias))
+        cupy_linear.columns("column_sums", matrix, matrix, sums)
+        out, dx, partial = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype), cupy_linear.partial_sums(xp, x)
+        cupy_linear.columns("bias_gelu_forward", matrix, matrix, guarded(bias), out)
+        cupy_linear.columns("bias_gelu_backward", matrix, matrix, guarded(bias), guarded(dy), dx, partial)
+        (dbias,) = cupy_linear.sum_partials(xp, partial, x.dtype)
     exact, vjp = reference.gelu(numpy_namespace, decode(x) + decode(bias), approximate="none", needs=(True,))
     (slope,) = vjp(decode(dy))
     assert error(decode(y), decode(x) + decode(bias)) < 1e-2

@@ -21,7 +21,7 @@ _SCALARS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 def scalar(dtype: Any) -> str | None:
     """The kernels' name of a dtype; None if they do not know it, or the device is older than compute capability 8.0."""
-    return _SCALARS.get(arrays.dtype_name(dtype)) if _facts(_device()).capability >= 80 else None
+    return _SCALARS.get(arrays.dtype_name(dtype)) if _facts(device()).capability >= 80 else None
 
 
 def address(x: Array) -> int:
@@ -39,22 +39,30 @@ def kernel(file: str, name: str, **constants: Any) -> Callable:
 
     It is called with grid, block (tuples), arguments (arrays and NumPy scalars) and `shared_mem`, in bytes.
     """
-    return _kernel(_device(), file, name, tuple(constants.items()))
+    return _kernel(device(), file, name, tuple(constants.items()))
 
 
 def shared_limit() -> int:
     """Bytes of shared memory that one block may have on the current device."""
-    return _facts(_device()).shared_limit
+    return _facts(device()).shared_limit
 
 
 def multiprocessors() -> int:
-    return _facts(_device()).multiprocessors
+    return _facts(device()).multiprocessors
 
 
-def _device() -> int:
+def device() -> int:
+    """The current device's number."""
     import cupy
 
     return cupy.cuda.runtime.getDevice()
+
+
+def stream() -> int:
+    """The current stream, as NVIDIA's libraries take it."""
+    import cupy
+
+    return cupy.cuda.get_current_stream().ptr
 
 
 class _Facts(NamedTuple):
@@ -64,10 +72,10 @@ class _Facts(NamedTuple):
 
 
 @functools.cache
-def _facts(device: int) -> _Facts:
+def _facts(number: int) -> _Facts:
     import cupy
 
-    gpu = cupy.cuda.Device(device)
+    gpu = cupy.cuda.Device(number)
     attributes = gpu.attributes
     return _Facts(
         int(gpu.compute_capability), attributes["MaxSharedMemoryPerBlockOptin"], attributes["MultiProcessorCount"]

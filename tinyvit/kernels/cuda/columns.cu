@@ -69,14 +69,14 @@ DEVICE void write_sums(float* partial, const float (&sums)[VECTOR], int columns,
     }
 }
 
-// dx = dy gelu'(x + bias), and the sums of its columns; shared memory: 256 VECTOR floats
+// dx = dy gelu'(x + bias), and the sums of its columns; bias may be null. Shared memory: 256 VECTOR floats
 extern "C" __global__ void __launch_bounds__(256)
     bias_gelu_backward(const T* __restrict__ x, const T* __restrict__ bias, const T* __restrict__ dy,
                        T* __restrict__ dx, float* __restrict__ partial, long long rows, int columns) {
     const int column = first_column();
     float sums[VECTOR] = {};
     if (column < columns) {
-        const V b = load<VECTOR>(bias + column);
+        const V b = bias ? load<VECTOR>(bias + column) : V{};
 #pragma unroll 2
         for (long long row = first_row(); row < rows; row += row_step()) {
             const V v = load<VECTOR>(x + row * columns + column);

@@ -1,0 +1,176 @@
+"""cuBLASLt on the CPU, as documented: raw pointers, descriptions set byte by byte, Fortran order.
+
+`CuBLASLt` stands for the module `nvmath.bindings.cublasLt`. It computes in float64, rounds once, and refuses what
+NVIDIA's library refuses: layouts that do not fit each other, leading dimensions too small, pointers not aligned.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+from cuda_sim import decode, encode
+
+
+class Epilogue(enum.IntEnum):
+    DEFAULT = 1
+    BIAS = 4
+    GELU_BIAS = 36
+    GELU_AUX_BIAS = 164
+    BGRADB = 512
+
+
+class MatmulDescAttribute(enum.IntEnum):
+    TRANSA = 3
+    TRANSB = 4
+    EPILOGUE = 7
+    BIAS_POINTER = 8
+    EPILOGUE_AUX_POINTER = 11
+    EPILOGUE_AUX_LD = 12
+
+
+class MatmulPreferenceAttribute(enum.IntEnum):
+    MAX_WORKSPACE_BYTES = 1
+    REDUCTION_SCHEME_MASK = 3
+    MIN_ALIGNMENT_A_BYTES = 5
+    MIN_ALIGNMENT_B_BYTES = 6
+    MIN_ALIGNMENT_C_BYTES = 7
+    MIN_ALIGNMENT_D_BYTES = 8
+
+
+EIGHT_BYTES = ("BIAS_POINTER", "EPILOGUE_AUX_POINTER", "EPILOGUE_AUX_LD", "MAX_WORKSPACE_BYTES")  # cublasLt.h
+SCALARS = {0: "float", 2: "f16", 14: "bf16"}  # cudaDataType_t
+ITEMSIZE = {"float": 4, "f16": 2, "bf16": 2}
+
+
+class cuBLASLtError(Exception):
+    pass
+
+
+class HeuristicResult:
+    """Room for algorithms, 96 bytes each."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = np.zeros(96 * size, np.uint8)
+        self.ptr = self._memory.ctypes.data
+
+
+class CuBLASLt:
+    """Args: without: epilogues for which there is no algorithm."""
+
+    Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute = Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute
+    MatmulHeuristicResult, cuBLASLtError = HeuristicResult, cuBLASLtError
+
+    def __init__(self, without: tuple[str, ...] = ()) -> None:
+        self._without = without
+        self._numbers = itertools.count(1000)
+        self._objects: dict[int, Any] = {}
+        self.calls: list[str] = []  # the epilogue of each product
+
+    def _new(self, value: Any) -> int:
+        number = next(self._numbers)
+        self._objects[number] = value
+        return number
+
+    def create(self) -> int:
+        return self._new("handle")
+
+    def matmul_desc_create(self, compute_type: int, scale_type: int) -> int:
+        assert compute_type in (68, 77) and scale_type == 0
+        return self._new({})
+
+    def matmul_preference_create(self) -> int:
+        return self._new({})
+
+    def matmul_preference_destroy(self, preference: int) -> None:
+        del self._objects[preference]
+
+    def _set(self, target: int, attribute: enum.IntEnum, pointer: int, size: int) -> None:
+        assert size == (8 if attribute.name in EIGHT_BYTES else 4), attribute
+        self._objects[target][attribute] = int.from_bytes(ctypes.string_at(pointer, size), "little", signed=True)
+
+    def matmul_desc_set_attribute(self, target: int, attribute: int, pointer: int, size: int) -> None:
+        self._set(target, MatmulDescAttribute(attribute), pointer, size)
+
+    def matmul_preference_set_attribute(self, target: int, attribute: int, pointer: int, size: int) -> None:
+        self._set(target, MatmulPreferenceAttribute(attribute), pointer, size)
+
+    def matrix_layout_create(self, kind: int, rows: int, columns: int, leading: int) -> int:
+        assert rows > 0 and columns > 0 and leading >= rows
+        return self._new((SCALARS[kind], rows, columns, leading))
+
+    def matmul_algo_get_heuristic(
+        self, handle: int, description: int, a: int, b: int, c: int, d: int, preference: int, wanted: int, results: int,
+        count: int,
+    ) -> None:  # fmt: skip
+        assert self._objects[handle] == "handle" and wanted == 1 and c == d
+        settings = self._objects[description]
+        self._check_shapes(settings, a, b, d)
+        epilogue, rows = Epilogue(settings[MatmulDescAttribute.EPILOGUE]).name, self._objects[d][1]
+        if epilogue in self._without or ("AUX" in epilogue and rows % 8):
+            raise cuBLASLtError("NOT_SUPPORTED")
+        assert self._objects[preference][MatmulPreferenceAttribute.MIN_ALIGNMENT_A_BYTES] == 16
+        ctypes.memset(results, 7, 96)
+        ctypes.memmove(count, ctypes.byref(ctypes.c_int(1)), 4)
+
+    def _check_shapes(self, settings: dict, a: int, b: int, d: int) -> None:
+        (_, ra, ca, _), (_, rb, cb, _), (_, rd, cd, _) = (self._objects[x] for x in (a, b, d))
+        m, k = (ca, ra) if settings[MatmulDescAttribute.TRANSA] else (ra, ca)
+        inner, n = (cb, rb) if settings[MatmulDescAttribute.TRANSB] else (rb, cb)
+        assert (m, n, k) == (rd, cd, inner), "the matrices do not fit each other"
+
+    def matmul(
+        self, handle: int, description: int, alpha: int, a: int, a_layout: int, b: int, b_layout: int, beta: int,
+        c: int, c_layout: int, d: int, d_layout: int, algorithm: int, workspace: int, workspace_size: int, stream: int,
+    ) -> None:  # fmt: skip
+        assert self._objects[handle] == "handle" and ctypes.string_at(algorithm, 64) == b"\7" * 64
+        ctypes.memset(workspace, 0xFF, workspace_size)
+        settings, attribute = self._objects[description], MatmulDescAttribute
+        self._check_shapes(settings, a_layout, b_layout, d_layout)
+        left, right = self._read(a, a_layout), self._read(b, b_layout)
+        left = left.T if settings[attribute.TRANSA] else left
+        right = right.T if settings[attribute.TRANSB] else right
+        y = _float(alpha) * (left @ right)
+        if _float(beta):
+            y += _float(beta) * self._read(c, c_layout)
+        scalar, rows, columns, _ = self._objects[d_layout]
+        epilogue = Epilogue(settings[attribute.EPILOGUE]).name
+        self.calls.append(epilogue)
+        bias = settings.get(attribute.BIAS_POINTER)
+        if epilogue.endswith("BIAS"):
+            y += decode(_vector(bias, scalar, rows))[:, None]
+        if "AUX" in epilogue:
+            leading = settings[attribute.EPILOGUE_AUX_LD]
+            assert leading % 8 == 0 and leading >= rows
+            self._write(settings[attribute.EPILOGUE_AUX_POINTER], (scalar, rows, columns, leading), y)
+        if "GELU" in epilogue:
+            y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        if epilogue == "BGRADB":  # over k, a sum for each column of D
+            _vector(bias, scalar, columns)[:] = encode(right.sum(axis=0), scalar)
+        self._write(d, self._objects[d_layout], y)
+
+    def _read(self, pointer: int, layout: int) -> np.ndarray:
+        return decode(_matrix(pointer, *self._objects[layout]))
+
+    def _write(self, pointer: int, layout: tuple, y: np.ndarray) -> None:
+        _matrix(pointer, *layout)[...] = encode(y, layout[0])
+
+
+def _float(pointer: int) -> float:
+    return ctypes.c_float.from_address(pointer).value
+
+
+def _vector(pointer: int, scalar: str, size: int) -> np.ndarray:
+    assert pointer % 16 == 0, "a pointer that is not aligned"
+    dtype = encode(np.zeros(1), scalar).dtype
+    memory = (ctypes.c_uint8 * (size * ITEMSIZE[scalar])).from_address(pointer)
+    return np.frombuffer(memory, dtype)
+
+
+def _matrix(pointer: int, scalar: str, rows: int, columns: int, leading: int) -> np.ndarray:
+    """The matrix (rows, columns) in Fortran order."""
+    return _vector(pointer, scalar, leading * columns).reshape(columns, leading)[:, :rows].T

@@ -1,0 +1,196 @@
+"""Matrix products through cuBLASLt, called through NVIDIA's own binding (nvmath-python).
+
+CuPy's binding refuses to work while a CUDA graph is captured, and has no epilogues. cuBLASLt adds a bias, a residual or
+a GELU before the result leaves the chip, and sums a bias's gradient while it computes the weight's.
+
+Matrices here are in C order: rows behind one another. cuBLASLt's are in Fortran order, so each of ours is its transpose
+to it, and y = a b is computed as y^T = b^T a^T: `b` is cuBLASLt's A and `a` its B. A bias, which cuBLASLt adds to
+columns of its result, is then added to our rows.
+
+All sums are fp32. Where nvmath-python is missing, or cuBLASLt has no algorithm, CuPy's product and our own kernels run.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyvit.kernels import cuda
+
+Array = Any
+
+WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for Hopper
+ALIGNMENT = 16  # bytes: where `cuda.ready` arrays start, at least
+_FP32_SUMS = 2  # cublasLtReductionScheme_t COMPUTE_TYPE: parts of a sum are never added up in 16 bits
+_TYPES = {"float": 0, "f16": 2, "bf16": 14}  # cudaDataType_t
+_FP32, _TF32 = 68, 77  # cublasComputeType_t
+_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+
+tf32: ContextVar[bool] = ContextVar("tinyvit_tf32", default=False)  # whether fp32 products may round operands to tf32
+_lock = threading.Lock()  # plans are shared, and each call writes its own pointers into one
+
+
+class _Key(NamedTuple):
+    """What decides how a product is computed: y (rows, columns) is the sum of `inner` products."""
+
+    device: int
+    scalar: str
+    tf32: bool
+    rows: int
+    columns: int
+    inner: int
+    a_transposed: bool
+    b_transposed: bool
+    epilogue: str  # of cublasLtEpilogue_t
+
+
+class _Plan(NamedTuple):
+    description: int
+    layouts: tuple[int, int, int]  # cuBLASLt's A, B and D
+    algorithm: Any
+
+
+@functools.cache
+def library() -> ModuleType | None:
+    """nvmath's cuBLASLt; None where it is not installed, or does not find NVIDIA's library."""
+    try:
+        from nvmath.bindings import cublasLt
+
+        cublasLt.get_version()
+    except Exception:  # nvmath has an error of its own for each thing that may be missing
+        return None
+    return cublasLt
+
+
+def linear(xp: Any, x: Array, weight: Array, bias: Array | None, residual: Array | None = None) -> Array | None:
+    """x W^T + bias + residual: x (R, I), weight (O, I), bias (O,), residual (R, O) -> (R, O); None if not covered."""
+    y = xp.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    epilogue = "DEFAULT" if bias is None else "BIAS"
+    done = _product(xp, x, weight, y, b_transposed=True, epilogue=epilogue, bias=bias, residual=residual)
+    return y if done else None
+
+
+def linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, keep: bool) -> tuple[Array, Array | None] | None:
+    """gelu(x W^T + bias) by the tanh approximation, and where wanted what GELU was taken of; None if not covered."""
+    y = xp.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    hidden = xp.empty(y.shape, dtype=x.dtype) if keep else None
+    epilogue = "GELU_AUX_BIAS" if keep else "GELU_BIAS"
+    done = _product(xp, x, weight, y, b_transposed=True, epilogue=epilogue, bias=bias, hidden=hidden)
+    return (y, hidden) if done else None
+
+
+def input_gradient(xp: Any, dy: Array, weight: Array) -> Array | None:
+    """dy W: dy (R, O), weight (O, I) -> (R, I); None if not covered."""
+    dx = xp.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype)
+    return dx if _product(xp, dy, weight, dx) else None
+
+
+def weight_gradient(xp: Any, dy: Array, x: Array, with_bias: bool) -> tuple[Array, Array | None] | None:
+    """dy^T x, and the sums of dy's columns: dy (R, O), x (R, I) -> (O, I), (O,); None if not covered."""
+    dweight = xp.empty((dy.shape[1], x.shape[1]), dtype=dy.dtype)
+    dbias = xp.empty(dy.shape[1], dtype=dy.dtype) if with_bias else None
+    epilogue = "BGRADB" if with_bias else "DEFAULT"
+    done = _product(xp, dy, x, dweight, a_transposed=True, epilogue=epilogue, bias=dbias)
+    return (dweight, dbias) if done else None
+
+
+def _product(
+    xp: Any,
+    a: Array,
+    b: Array,
+    y: Array,
+    *,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    epilogue: str = "DEFAULT",
+    bias: Array | None = None,
+    residual: Array | None = None,
+    hidden: Array | None = None,
+) -> bool:
+    """y = op(a) op(b), then the epilogue; whether it could be done. All arrays are `cuda.ready`."""
+    lt = library()
+    if lt is None:
+        return False
+    device, inner = cuda.device(), a.shape[0] if a_transposed else a.shape[1]
+    fast = tf32.get() and y.dtype == np.float32
+    key = _Key(device, cuda.scalar(y.dtype), fast, *y.shape, inner, a_transposed, b_transposed, epilogue)
+    with _lock:
+        plan = _plan(key)
+        if plan is None:
+            return False
+        for name, array in (("BIAS_POINTER", bias), ("EPILOGUE_AUX_POINTER", hidden)):
+            if array is not None:
+                _set(lt.matmul_desc_set_attribute, plan.description, lt.MatmulDescAttribute[name], cuda.address(array))
+        stream = cuda.stream()
+        workspace = _workspace(xp, device, stream)
+        a_layout, b_layout, y_layout = plan.layouts
+        start, beta = (y, _ZERO) if residual is None else (residual, _ONE)
+        lt.matmul(
+            _handle(device), plan.description,
+            _ONE.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
+            beta.ctypes.data, cuda.address(start), y_layout, cuda.address(y), y_layout,
+            plan.algorithm.ptr, cuda.address(workspace), WORKSPACE, stream,
+        )  # fmt: skip
+    return True
+
+
+@functools.cache
+def _plan(key: _Key) -> _Plan | None:
+    """How cuBLASLt is to compute such products: its first choice; None if it has none."""
+    lt = library()
+    description = lt.matmul_desc_create(_TF32 if key.tf32 else _FP32, _TYPES["float"])
+    attribute = lt.MatmulDescAttribute
+    _set(lt.matmul_desc_set_attribute, description, attribute.TRANSA, key.b_transposed, np.int32)
+    _set(lt.matmul_desc_set_attribute, description, attribute.TRANSB, key.a_transposed, np.int32)
+    _set(lt.matmul_desc_set_attribute, description, attribute.EPILOGUE, lt.Epilogue[key.epilogue], np.uint32)
+    # The search looks at pointers, too; the true ones come with each call, and are aligned no worse.
+    if key.epilogue != "DEFAULT":
+        _set(lt.matmul_desc_set_attribute, description, attribute.BIAS_POINTER, ALIGNMENT)
+    if "AUX" in key.epilogue:
+        _set(lt.matmul_desc_set_attribute, description, attribute.EPILOGUE_AUX_POINTER, ALIGNMENT)
+        _set(lt.matmul_desc_set_attribute, description, attribute.EPILOGUE_AUX_LD, key.columns)
+
+    shapes = (
+        (key.columns, key.inner) if key.b_transposed else (key.inner, key.columns),
+        (key.inner, key.rows) if key.a_transposed else (key.rows, key.inner),
+        (key.rows, key.columns),
+    )
+    layouts = tuple(lt.matrix_layout_create(_TYPES[key.scalar], c, r, c) for r, c in shapes)
+
+    preference, limit = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
+    _set(lt.matmul_preference_set_attribute, preference, limit.MAX_WORKSPACE_BYTES, WORKSPACE, np.uint64)
+    _set(lt.matmul_preference_set_attribute, preference, limit.REDUCTION_SCHEME_MASK, _FP32_SUMS, np.uint32)
+    for matrix in "ABCD":
+        name = limit[f"MIN_ALIGNMENT_{matrix}_BYTES"]
+        _set(lt.matmul_preference_set_attribute, preference, name, ALIGNMENT, np.uint32)
+    found, count = lt.MatmulHeuristicResult(1), np.zeros(1, np.int32)
+    a, b, y = layouts
+    try:
+        lt.matmul_algo_get_heuristic(
+            _handle(key.device), description, a, b, y, y, preference, 1, found.ptr, count.ctypes.data
+        )
+    except lt.cuBLASLtError:  # an epilogue that it does not have for these types or sizes
+        count[0] = 0
+    lt.matmul_preference_destroy(preference)
+    return _Plan(description, layouts, found) if count[0] else None
+
+
+def _set(function: Any, target: int, attribute: int, value: int, dtype: Any = np.int64) -> None:
+    cell = np.array([value], dtype)
+    function(target, attribute, cell.ctypes.data, cell.nbytes)
+
+
+@functools.cache
+def _handle(device: int) -> int:
+    return library().create()
+
+
+@functools.cache
+def _workspace(xp: Any, device: int, stream: int) -> Array:
+    """One for each stream, so that products on two streams do not meet in it."""
+    return xp.empty(WORKSPACE, dtype=xp.uint8)
