@@ -19,6 +19,7 @@ import pytest
 from cublas_sim import CuBLASLt
 from cuda_sim import SCALARS, decode, encode, guarded
 
+from tinyvit import random
 from tinyvit.kernels import cupy_, cupy_attention, cupy_linear, cupy_optim, reference, reference_optim
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
@@ -51,7 +52,7 @@ def both(
 ) -> tuple[list, list]:
     """Results and gradients of a kernel and of the reference in float64.
 
-    Floating arrays among `inputs` and `params` are rounded to the kernel's numbers first; `machine`: see `cuda_sim.device`.
+    Floating arrays among `inputs` and `params` are rounded to the kernel's numbers first.
     """
 
     def rounded(x: Any) -> Any:
@@ -314,6 +315,39 @@ def test_cross_entropy_of_extreme_logits_and_of_labels_that_are_no_class(folder)
     assert actual[0] == pytest.approx((2e4 + math.log(2)) / 2, rel=1e-6)
     assert actual[1] / dy == pytest.approx(np.array([[0.5, -0.5, 0.0], [0.0, -0.25, 0.25]]), abs=1e-7)
     check(folder, "cross_entropy", "float", [logits], {"labels": np.array([7, -1]), "label_smoothing": 0.0})
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scalar, shape, samples", [("float", (3, 5), 4), ("f16", (1, 1), 7), ("bf16", (2, 24), 3)])
+@pytest.mark.parametrize("seed, step, place, first", [(0, 0, 0, 0), (7, 123456, 3, 5), (2**32 - 1, 1, 40, 1000)])
+def test_dropout_masks_are_the_hosts(folder, scalar, shape, samples, seed, step, place, first):
+    """Bit for bit, whether the step comes as a number or lies on the device."""
+    drop = 0.3
+    right = random.keep_mask(drop, samples, shape, random.Draw(seed, step, place, first))
+    assert 0 < right.sum() < right.size or right.size < 8
+    with cuda_sim.device(folder, seed=4) as xp:
+        like = xp.empty((samples, 2), SCALARS[scalar])
+        for steps in (step, guarded(np.array(step, np.int64))):
+            draw = random.Draw(seed, steps, place, first)
+            mask = cupy_.KERNELS["dropout_mask"](xp, like, drop=drop, shape=shape, draw=draw)
+            assert np.array_equal(mask, encode(right / (1 - drop), scalar))
+
+
+def test_dropout_masks_of_large_seeds_and_of_everything(folder):
+    with cuda_sim.device(folder) as xp:
+        like = xp.empty((4, 2), np.float32)
+        for draw, drop in (
+            (random.Draw(2**40, 1, 0, 0), 0.5),
+            (random.Draw(1, 1, 0, 0), 1.0),
+            (random.Draw(1, 1, 0, 0), 0.0),
+        ):
+            ours, right = (
+                f(numpy_namespace if f is reference.dropout_mask else xp, like, drop=drop, shape=(50,), draw=draw)
+                for f in (cupy_.KERNELS["dropout_mask"], reference.dropout_mask)
+            )
+            assert np.array_equal(ours, right)
 
 
 # --- optimizer --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ defined in `tinyvit.kernels.reference`. Arrays are accepted wherever Tensors are
 
 from __future__ import annotations
 
-from tinyvit import arrays, random
+from tinyvit import arrays, kernels, random
 from tinyvit.kernels import reference, reference_conv
 from tinyvit.ops import multiply
 from tinyvit.tensor import Array, Tensor, apply
@@ -62,7 +62,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
     (x - mean) / sqrt(var + eps) * weight + bias with x (..., D), weight and bias (D,); returns (..., D).
     """
     if len(x.shape) < 1 or tuple(weight.shape) != (x.shape[-1],) or tuple(bias.shape) != (x.shape[-1],):
-        raise ValueError(f"layer_norm expects x (..., D), weight and bias (D,), got {_s(x)}, {_s(weight)} and {_s(bias)}")
+        raise ValueError(
+            f"layer_norm expects x (..., D), weight and bias (D,), got {_s(x)}, {_s(weight)} and {_s(bias)}"
+        )
     return apply(reference.layer_norm, x, weight, bias, eps=eps)
 
 
@@ -168,7 +170,9 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         (B, (H / h)(W / w), embed_dim), patches row by row.
     """
     if len(weight.shape) != 4 or len(images.shape) != 4 or images.shape[1] != weight.shape[1]:
-        raise ValueError(f"patch_embed expects images (B, C, H, W) and weight (D, C, h, w), got {_s(images)} and {_s(weight)}")
+        raise ValueError(
+            f"patch_embed expects images (B, C, H, W) and weight (D, C, h, w), got {_s(images)} and {_s(weight)}"
+        )
     patches = patchify(images, (weight.shape[2], weight.shape[3]))
     return linear(patches, _tensor(weight).reshape(weight.shape[0], -1), bias)
 
@@ -282,9 +286,13 @@ def cross_entropy(
     if whole:  # class numbers may not fit the labels' own dtype
         labels = arrays.astype(labels, "int64")
     if whole and arrays.on_host(labels) and ((labels < 0).any() or (labels >= logits.shape[1]).any()):
-        raise ValueError(f"labels must lie in 0 ... {logits.shape[1] - 1}, got {int(labels.min())} ... {int(labels.max())}")
+        raise ValueError(
+            f"labels must lie in 0 ... {logits.shape[1] - 1}, got {int(labels.min())} ... {int(labels.max())}"
+        )
     if weight is not None and tuple(weight.shape) != (logits.shape[1],):
-        raise ValueError(f"cross_entropy expects one weight for each of {logits.shape[1]} classes, got shape {_s(weight)}")
+        raise ValueError(
+            f"cross_entropy expects one weight for each of {logits.shape[1]} classes, got shape {_s(weight)}"
+        )
     if weight is not None:
         labels, label_smoothing = weighted_targets(labels, weight, label_smoothing, like=_array(logits)), 0.0
     return apply(reference.cross_entropy, logits, labels=labels, label_smoothing=label_smoothing)
@@ -360,8 +368,7 @@ def _keep(x: Tensor | Array, p: float, training: bool, shape: tuple[int, ...]) -
         return None
     x = _array(x)
     xp = arrays.namespace(x)
-    mask = arrays.convert(random.keep_mask(p, x.shape[0], shape), x)
-    return xp.astype(mask, x.dtype) * float(1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    return kernels.best(reference.dropout_mask, xp)(xp, x, drop=p, shape=shape, draw=random.draw())
 
 
 def _mask(mask: Tensor | Array | None, x: Tensor | Array, scores: tuple[int, ...]) -> Array | None:

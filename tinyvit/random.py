@@ -12,14 +12,25 @@ import itertools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Draw(NamedTuple):
+    """What a mask derives from. The step may be an array without dimensions, so that it can change on a device."""
+
+    seed: int
+    step: int | Any
+    place: int
+    first_sample: int
 
 
 @dataclass(frozen=True)
 class _State:
     seed: int = 0
-    step: int = 0
+    step: int | Any = 0
     first_sample: int = 0
     places: Iterator[int] = field(default_factory=itertools.count)
 
@@ -28,14 +39,16 @@ _state: ContextVar[_State] = ContextVar("tinyvit_random", default=_State())
 
 
 @contextlib.contextmanager
-def scope(seed: int, step: int = 0, first_sample: int = 0) -> Iterator[None]:
+def scope(seed: int, step: int | Any = 0, first_sample: int = 0) -> Iterator[None]:
     """Derive every draw in this context from `seed`, `step` and its place; the batch's first sample is `first_sample`.
+
+    `step` may also be an int64 array without dimensions, which draws on its device read there.
 
     Raises:
         ValueError: a negative number.
     """
     for name, value in (("seed", seed), ("step", step), ("first_sample", first_sample)):
-        if value < 0:
+        if isinstance(value, Integral) and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     token = _state.set(_State(seed, step, first_sample))
     try:
@@ -50,17 +63,27 @@ def generator() -> np.random.Generator:
     return np.random.default_rng((state.seed, state.step, next(state.places)))
 
 
-def keep_mask(drop: float, samples: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Booleans (samples, *shape), each True with probability 1 - drop.
+def draw() -> Draw:
+    """The next place's draw, for a mask."""
+    state = _state.get()
+    return Draw(state.seed, state.step, next(state.places), state.first_sample)
+
+
+def keep_mask(drop: float, samples: int, shape: tuple[int, ...], at: Draw | None = None) -> np.ndarray:
+    """Booleans (samples, *shape), each True with probability 1 - drop; of the next place unless one is given.
 
     A counter-based generator (Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is moved
     straight to the first sample of this shard.
     """
-    state = _state.get()
+    at = draw() if at is None else at
     size = int(np.prod(shape, dtype=np.int64))
     blocks = -(-size // 8)  # one block of Philox gives 256 bits: eight 32-bit draws
-    bits = np.random.Philox(np.random.SeedSequence((state.seed, state.step, next(state.places))))
-    bits.advance(state.first_sample * blocks)
+    bits = np.random.Philox(np.random.SeedSequence((at.seed, int(at.step), at.place)))
+    bits.advance(at.first_sample * blocks)
     draws = bits.random_raw(samples * blocks * 4).view(np.uint32).reshape(samples, blocks * 8)[:, :size]
-    threshold = np.uint32(min(round(drop * 2**32), 2**32 - 1))
-    return (draws >= threshold).reshape(samples, *shape)
+    return (draws >= threshold(drop)).reshape(samples, *shape)
+
+
+def threshold(drop: float) -> np.uint32:
+    """32-bit draws from here on are kept."""
+    return np.uint32(min(round(drop * 2**32), 2**32 - 1))

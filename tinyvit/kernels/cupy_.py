@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit import random
 from tinyvit.kernels import cuda, cupy_optim, reference
 from tinyvit.kernels.cupy_attention import qkv_attention
 from tinyvit.kernels.cupy_linear import gelu, linear, linear_gelu, sum_partials
@@ -118,6 +119,24 @@ def cross_entropy(
     return loss, vjp
 
 
+# --- dropout --------------------------------------------------------------------------------------------------------
+
+
+def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
+    scalar, samples, size = cuda.scalar(like.dtype), like.shape[0], math.prod(shape)
+    on_device = not isinstance(draw.step, int)
+    numbers = (draw.seed, 0 if on_device else draw.step, draw.place)
+    if not scalar or not samples * size or max(numbers) >= 2**32:
+        return reference.dropout_mask(xp, like, drop=drop, shape=shape, draw=draw)
+    mask = xp.empty((samples, *shape), dtype=like.dtype)
+    seed, step, place = (np.uint32(n) for n in numbers)
+    blocks = min(math.ceil(samples * math.ceil(size / 8) / 256), 8 * cuda.multiprocessors())
+    arguments = (mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, place)
+    arguments += (np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.kept(drop)))
+    cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
+    return mask
+
+
 KERNELS: dict[str, Callable] = {
-    f.__name__: f for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention, cross_entropy)
+    f.__name__: f for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention, cross_entropy, dropout_mask)
 } | cupy_optim.KERNELS

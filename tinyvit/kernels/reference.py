@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from tinyvit import arrays, random
+
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
 
@@ -44,7 +46,9 @@ def erf(xp: Any, x: Array) -> Array:
     is_near = size <= near_limit
     small = xp.where(is_near, x, xp.zeros_like(x))
     square = small * small
-    near = small + small * (_polynomial(_ERF_P_MINUS_Q, square) / _polynomial(_ERF_Q, square))  # one rounding at the end
+    near = small + small * (
+        _polynomial(_ERF_P_MINUS_Q, square) / _polynomial(_ERF_Q, square)
+    )  # one rounding at the end
     t = xp.where(size > 6.0, xp.ones_like(x) * 6.0, size)  # erf(6) is 1 in float64
     far = 1.0 - xp.exp(-(t * t)) * (_polynomial(_ERFC_P, t) / _polynomial(_ERFC_Q, t))
     return xp.where(is_near, near, far * xp.sign(x))
@@ -70,7 +74,9 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     return xp.reshape(y, (*shape[:-1], weight.shape[0])), vjp
 
 
-def layer_norm(xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+def layer_norm(
+    xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
     centred = x - xp.mean(x, axis=-1, keepdims=True)
     rstd = 1.0 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + eps)
@@ -207,6 +213,17 @@ def qkv_attention(
         return (xp.reshape(xp.permute_dims(packed, (1, 3, 0, 2, 4)), (batch, n, width)),)
 
     return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, asking, width // 3)), vjp
+
+
+def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
+    """For each sample of `like` an array of `shape` and its dtype: 0 with probability `drop`, else 1 / (1 - drop)."""
+    mask = arrays.convert(random.keep_mask(drop, like.shape[0], shape, draw), like)
+    return xp.astype(mask, like.dtype) * kept(drop)
+
+
+def kept(drop: float) -> float:
+    """What dropout multiplies the entries by that it keeps."""
+    return float(1.0 / (1.0 - drop) if drop < 1.0 else 0.0)
 
 
 def patchify(xp: Any, images: Array, *, patch_size: tuple[int, int], needs: tuple[bool, ...]) -> tuple[Array, VJP]:
