@@ -1,5 +1,6 @@
 """TrainStep against the loop that it abbreviates, whatever the shards and threads; and predict."""
 
+import contextlib
 import math
 
 import array_api_strict
@@ -9,7 +10,7 @@ from drawing import error, references_only
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import tinyvit
-from tinyvit import TrainStep, optim, predict, random
+from tinyvit import TrainStep, arrays, optim, predict, random
 from tinyvit import functional as F
 from tinyvit.tensor import Tensor
 
@@ -247,6 +248,49 @@ def test_a_step_in_another_array_library():
             assert error(b, a, floor=1e-2) < 1e-10
 
 
+@contextlib.contextmanager
+def reading_forbidden():
+    """Within this context an array of array_api_strict is like one on a device whose values nobody may wait for."""
+
+    def refuse(self, *_, **__):
+        raise AssertionError("a value was read from the device")
+
+    array = type(array_api_strict.asarray(0.0))
+    names = ("__bool__", "__float__", "__int__", "__index__", "__complex__", "__array__", "__dlpack__", "__buffer__")
+    before = {name: getattr(array, name) for name in names if hasattr(array, name)}
+    for name in before:
+        setattr(array, name, refuse)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(array, name, method)
+
+
+@pytest.mark.parametrize("opt", [optim.AdamW, optim.SGD])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_on_a_device_reads_nothing_back(opt, accumulate):
+    """Clipping, averages and dropout included; the batch may come from the host. What it brought is read afterwards."""
+    x, y = batch(dtype="float64")
+    model = nano("float64", **RATES).to(array_api_strict)
+    step = TrainStep(
+        model, opt(model.parameters(), lr=0.01), clip_norm=0.1, ema=optim.EMA(model, 0.9), accumulate=accumulate, seed=7
+    )
+    with reading_forbidden():
+        with pytest.raises(AssertionError, match="was read"):
+            float(array_api_strict.asarray(1.0))
+        losses = [step(x, y), step(array_api_strict.asarray(x), array_api_strict.asarray(y))]
+        outcome = step.outcome
+    host = nano("float64", **RATES)
+    expected = TrainStep(
+        host, opt(host.parameters(), lr=0.01), clip_norm=0.1, ema=optim.EMA(host, 0.9), accumulate=accumulate, threads=1, seed=7
+    )  # fmt: skip
+    assert [float(z) for z in losses] == pytest.approx([float(expected(x, y)) for _ in range(2)], rel=1e-10)
+    assert error(weights(model), weights(host), floor=1e-2) < 1e-10
+    assert (step.correct, step.grad_norm) == (expected.correct, pytest.approx(expected.grad_norm, rel=1e-9))
+    assert int(outcome.correct) == step.correct and float(outcome.loss) == float(losses[1])
+
+
 # --- predict ------------------------------------------------------------------------------------------------------
 
 
@@ -273,6 +317,16 @@ def test_predict_without_pictures_gives_no_rows_and_an_error_restores_the_mode()
     with pytest.raises(ValueError, match="expected images"):
         predict(model, np.zeros((2, 3, 9, 8), np.float32))
     assert model.training and model.blocks[0].training
+
+
+def test_predict_reads_a_batch_when_the_next_one_is_under_way(monkeypatch):
+    model = nano().to(array_api_strict)
+    forward, events, to_numpy = model.forward, [], arrays.to_numpy
+    model.forward = lambda images: events.append("computed") or forward(images)
+    monkeypatch.setattr(arrays, "to_numpy", lambda x: events.append("read") or to_numpy(x))
+    scores = predict(model, array_api_strict.asarray(batch(5)[0]), batch_size=2)
+    assert scores.shape == (5, 5)
+    assert events == ["computed", "computed", "read", "computed", "read", "read"]
 
 
 def test_predict_records_nothing():

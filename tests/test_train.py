@@ -24,6 +24,7 @@ from tinyvit.plan import Deadline, learning_rate, make_plan, steps_that_fit
 from tinyvit.run import read_config
 from tinyvit.settings import TrainConfig
 from tinyvit.train import train
+from tinyvit.trainer import Trainer, TrainError
 
 KEYS = ["epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "lr"]
 KEYS += ["images_per_second", "seconds"]
@@ -404,6 +405,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(pictures, tmp_path):
     assert all(np.all(np.isfinite(array)) for array in load_file(out / "last.safetensors").values())
 
 
+NEVER = property(lambda self: 1e9, lambda self, value: None)  # for Trainer.read_every: seconds until numbers are read
+
+
+def test_numbers_read_late_from_a_device_are_the_same(pictures, tmp_path, monkeypatch):
+    """Whether each step is read at once or, as from a device, many of them later."""
+    given = dict(data=str(pictures), model="vit_nano_patch8_32", batch_size=8, epochs=2, device="cpu", seed=3)
+    train({**given, "out": str(tmp_path / "at_once")})
+    monkeypatch.setattr(Trainer, "read_every", NEVER, raising=False)
+    train({**given, "out": str(tmp_path / "late")})
+    assert_same_run(tmp_path / "at_once", tmp_path / "late")
+
+
+def test_a_loss_read_late_names_its_step(pictures, tmp_path, monkeypatch):
+    given = dict(data=str(pictures), model="vit_nano_patch8_32", batch_size=8, epochs=2, device="cpu", seed=3)
+    messages = []
+    for late in (False, True):
+        if late:
+            monkeypatch.setattr(Trainer, "read_every", NEVER, raising=False)
+        with np.errstate(all="ignore"), pytest.raises(TrainError) as caught:
+            train({**given, "out": str(tmp_path / str(late)), "optimizer": "sgd", "lr": 1e30, "warmup": 0.0, "clip_norm": 0.0})
+        messages.append(str(caught.value).partition(" (")[0])
+    assert messages[0] == messages[1] and "at step 2" in messages[0]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits a file's size with setrlimit")
 def test_a_full_disk_ends_the_run_in_one_line(pictures, tmp_path):
     import resource
@@ -569,9 +594,9 @@ def test_long_epochs_get_lines_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     display = module.Display()
     display.start(1000, 100)
-    for _ in range(200):
+    for done in range(101, 301):
         now[0] += 1.0
-        display.step(3, 1.5, 0.25, 640.0)
+        display.step(done, 3, 1.5, 0.25, 640.0)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0] == "epoch 3  step 160/1000  loss 1.500  accuracy 25.0%  640 images/s  14:00 left"

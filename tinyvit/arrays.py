@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -129,6 +131,11 @@ def is_view_of(x: Array, y: Array) -> bool:
 def on_host(x: Array) -> bool:
     """Whether looking at values of `x` costs nothing: a NumPy array, not a device's."""
     return type(x) is np.ndarray
+
+
+def on_device_of(x: Array) -> AbstractContextManager:
+    """The context in which CuPy works on the device of `x`: by itself it takes the current one, whatever its arrays' is."""
+    return x.device if array_api_compat.is_cupy_array(x) else contextlib.nullcontext()
 
 
 def mover(target: Any) -> Callable[[Array], Array]:

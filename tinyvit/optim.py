@@ -226,14 +226,29 @@ def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:
         The norm before. A norm that is not finite is returned as it is, with the gradients left as they are,
         so that the caller can see what is wrong with them.
     """
+    return float(limit_grad_norm(params, max_norm))
+
+
+def limit_grad_norm(params: Iterable[Parameter], max_norm: float) -> Array | float:
+    """`clip_grad_norm` that reads nothing from a device: the norm (float64) comes as an array without dimensions."""
     max_norm = max_norm if max_norm == math.inf else _number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
     gradients = [p.grad for p in with_grad]
-    norm = math.sqrt(float(sum(_each(_sum_of_squares, gradients, gradients))))
-    scale = max_norm / (norm + 1e-6)
-    if math.isfinite(norm) and scale < 1:
+    squares = sum(_each(_sum_of_squares, gradients, gradients))
+    if isinstance(squares, (Real, np.ndarray)):
+        norm = math.sqrt(float(squares))
+        scale = max_norm / (norm + 1e-6)
+        if math.isfinite(norm) and scale < 1:
+            for p in with_grad:
+                p.grad *= scale
+        return norm
+    xp = arrays.namespace(squares)
+    norm = xp.sqrt(squares)
+    if max_norm < math.inf:
+        scale = max_norm / (norm + 1e-6)
+        scale = xp.where(xp.isfinite(norm) & (scale < 1), scale, xp.ones_like(scale))
         for p in with_grad:
-            p.grad *= scale
+            p.grad *= xp.astype(scale, p.grad.dtype)
     return norm
 
 

@@ -33,15 +33,15 @@ class Display:
             size = {"dynamic_ncols": True} if columns else {"ncols": 100, "nrows": 20}  # some do not say, and tqdm
             self._bar = tqdm(total=total_steps, initial=done, unit="step", file=sys.stderr, **size)  # would be silent
 
-    def step(self, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show one more step with this epoch's figures so far."""
-        self._done += 1
+    def step(self, done: int, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Show that so many steps are done, with this epoch's figures so far."""
+        more, self._done = done - self._done, done
         now = time.monotonic()
         if self._bar is not None:
             self._bar.set_description(f"epoch {epoch}", refresh=False)
             figures = f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_second:.0f} images/s"
             self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update()
+            self._bar.update(more)
         elif now - self._spoken >= SILENCE:
             left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
             self.line(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,6 +17,17 @@ class Averaged(Protocol):
     """What follows the weights after each update, such as `optim.EMA`."""
 
     def update(self) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """What one step brought, as arrays without dimensions where the model lives (NumPy: numbers).
+
+    Reading one from a device waits until the step is done; until then the next ones can be started.
+    """
+
+    loss: Any
+    correct: Any
+    grad_norm: Any
 
 
 class TrainStep:
@@ -37,10 +48,12 @@ class TrainStep:
         class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly its
             mean over the whole batch, however that is cut.
 
+    A batch may lie on the host wherever the model is. On a device a step is only started: nothing waits for its end but
+    reading one of its numbers.
+
     Attributes:
         step_index: how many steps were done; settable, to go on with an interrupted run.
-        correct: how many pictures of the last batch were classified correctly (by their likeliest label).
-        grad_norm: global norm of the last gradient before clipping.
+        outcome: loss, hits and norm of the last step, not yet read from the device.
     """
 
     def __init__(
@@ -69,8 +82,7 @@ class TrainStep:
         if not self.parameters:
             raise ValueError("a training step needs a model with parameters that require a gradient")
         self.step_index = 0
-        self.correct = 0
-        self.grad_norm = math.nan
+        self.outcome = Outcome(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
@@ -88,16 +100,30 @@ class TrainStep:
             raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
         if not self.model.training:
             self.model.train()
-        loss, self.correct, self._gradients = self._differentiate(images, labels)
-        for p, g in zip(self.parameters, self._gradients, strict=True):
-            p.grad = g
-        self.grad_norm = optim.clip_grad_norm(self.parameters, math.inf if self.clip_norm is None else self.clip_norm)
-        self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update()
-        self.optimizer.zero_grad()
+        like = self.parameters[0].data
+        with arrays.on_device_of(like):
+            images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
+            loss, correct, self._gradients = self._differentiate(images, labels)
+            for p, g in zip(self.parameters, self._gradients, strict=True):
+                p.grad = g
+            limit = math.inf if self.clip_norm is None else self.clip_norm
+            self.outcome = Outcome(loss, correct, optim.limit_grad_norm(self.parameters, limit))
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update()
+            self.optimizer.zero_grad()
         self.step_index += 1
         return Tensor(loss)
+
+    @property
+    def correct(self) -> int:
+        """How many pictures of the last batch were classified correctly (by their likeliest label)."""
+        return int(self.outcome.correct)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last gradient before clipping."""
+        return float(self.outcome.grad_norm)
 
     @property
     def largest_grad(self) -> float:
@@ -105,7 +131,7 @@ class TrainStep:
         largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
         return float(np.max(largest)) if largest else math.nan
 
-    def _differentiate(self, images: Array, labels: Array) -> tuple[Array, int, list[Array]]:
+    def _differentiate(self, images: Array, labels: Array) -> tuple[Array, Array, list[Array]]:
         """Loss, hits and gradients of the batch, summed over its shards in their order."""
         batch = images.shape[0]
         weighted = None
@@ -132,7 +158,7 @@ class TrainStep:
             else:
                 loss = loss + part_loss
                 gradients = _add(gradients, part)
-        return loss, int(correct), gradients
+        return loss, correct, gradients
 
     def _run(self, shard: Any, batch: int) -> Any:
         if not arrays.on_host(self.parameters[0].data):  # a device runs its own threads
@@ -160,15 +186,23 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     count = images.shape[0]
-    if not arrays.on_host(next(iter(model.parameters())).data):
+    like = next(iter(model.parameters())).data
+    if not arrays.on_host(like):
         threads = 1
-    with no_grad(), nn.evaluating(model):
-        parts = []
+    with no_grad(), nn.evaluating(model), arrays.on_device_of(like):
+        parts: list[np.ndarray] = []
+        unread: list[Array] = []
         for first in range(0, max(count, 1), batch_size):
-            batch = images[first : min(first + batch_size, count), ...]
+            batch = arrays.convert(_array(images[first : min(first + batch_size, count), ...]), like)
             plan = shards.plan(batch.shape[0], threads, shards_per_batch)
-            parts += shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).numpy())
-        return np.concatenate(parts)
+            computed = list(shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).data))
+            parts += map(arrays.to_numpy, unread)  # the batch before: reading it waits for nothing but itself
+            unread = computed
+        return np.concatenate([*parts, *map(arrays.to_numpy, unread)])
+
+
+def _array(x: Tensor | Array) -> Array:
+    return x.data if isinstance(x, Tensor) else x
 
 
 def _add(a: list[Array], b: list[Array]) -> list[Array]:
@@ -180,8 +214,7 @@ def _add(a: list[Array], b: list[Array]) -> list[Array]:
 
 
 def _labels(labels: Array, logits: Tensor) -> Array:
-    """Labels beside the logits; probabilities in their dtype."""
-    labels = arrays.convert(labels, logits.data)
+    """Probabilities in the logits' dtype, class numbers as they are."""
     return arrays.astype(labels, logits.dtype) if arrays.is_floating(labels) else labels
 
 

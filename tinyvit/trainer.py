@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit import optim, run
+from tinyvit import arrays, optim, run
 from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
 from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
 from tinyvit.data import Data, Loader, Split
@@ -25,7 +25,9 @@ from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
 from tinyvit.plan import Deadline, Plan, learning_rate
 from tinyvit.progress import Display, clock
 from tinyvit.settings import TrainConfig
-from tinyvit.step import TrainStep
+from tinyvit.step import Outcome, TrainStep
+
+READ_EVERY = 1.0  # seconds: reading a step's numbers from a device waits for it, and the device then waits for the next one
 
 Stop = Callable[[], int | None]  # tells which signal asked the run to stop, if one did
 
@@ -82,6 +84,8 @@ class Trainer:
         self.drawn = time.monotonic()  # when curves.png was drawn last
         self.deadline: Deadline | None = None
         self.end_seconds = 0.0  # spent on the ends of epochs
+        self.unread: list[tuple[Outcome, int]] = []  # what the latest steps brought, with their pictures
+        self.read_at = time.monotonic()
         self.model = make_model(options, data).to(pick_device(options.device))
         self.opt = make_optimizer(options, self.model)
         self.ema = optim.EMA(self.model, options.ema) if options.ema else None
@@ -95,6 +99,7 @@ class Trainer:
             seed=options.seed,
             threads=options.threads,
         )
+        self.read_every = 0.0 if arrays.on_host(self.step.parameters[0].data) else READ_EVERY
         self.loader = Loader(
             data.train if options.augment else Unvaried(data.train),
             options.batch_size,
@@ -114,6 +119,7 @@ class Trainer:
         return tensors, self.description() | {"progress": dataclasses.asdict(self.position)}
 
     def save_last(self) -> None:
+        self.read_outcomes()
         save(self.out / LAST, *self.state())
 
     def restore(self) -> None:
@@ -176,22 +182,38 @@ class Trainer:
             if p.step >= self.plan.total_steps:
                 break
             self.opt.lr = rate(p.step)
-            loss = float(self.step(images, labels))
-            self.check_finite(loss)
-            p.step, p.batch, p.seen = p.step + 1, p.batch + 1, p.seen + len(labels)
-            p.correct, p.loss_sum = p.correct + int(self.step.correct), p.loss_sum + loss * len(labels)
+            self.step(images, labels)
+            self.unread.append((self.step.outcome, len(labels)))
+            p.step, p.batch = p.step + 1, p.batch + 1
+            if read := time.monotonic() - self.read_at >= self.read_every:
+                self.read_outcomes()
             begun, seconds = time.monotonic(), time.monotonic() - begun
             p.epoch_seconds, p.seconds = p.epoch_seconds + seconds, p.seconds + seconds
             if self.deadline is not None and p.step in self.deadline.due:
                 self.correct_plan(self.deadline)
                 rate = learning_rate(self.options, self.plan)
-            self.display.step(p.epoch + 1, p.loss_sum / p.seen, p.correct / p.seen, p.seen / p.epoch_seconds)
+            if read:
+                speed = p.seen / p.epoch_seconds
+                self.display.step(p.step, p.epoch + 1, p.loss_sum / p.seen, p.correct / p.seen, speed)
             if signum := stop():
                 self.save_last()
                 raise Stopped(signum, self.out)
 
+    def read_outcomes(self) -> None:
+        """Take up what the steps since the last time brought. Raises TrainError where it is not finite."""
+        p = self.position
+        while self.unread:
+            outcome, pictures = self.unread[0]
+            loss = float(outcome.loss)
+            self.check_finite(loss, float(outcome.grad_norm))
+            p.seen, p.correct = p.seen + pictures, p.correct + int(outcome.correct)
+            p.loss_sum += loss * pictures
+            del self.unread[0]
+        self.read_at = time.monotonic()
+
     def correct_plan(self, deadline: Deadline) -> None:
         """Fix the number of steps, now that their time is known better. Warm-up stays as it was."""
+        self.read_outcomes()  # which waits until the steps are done
         p = self.position
         end_seconds = self.end_seconds / p.epoch if p.epoch else None
         self.plan = deadline.corrected(p.step, p.batch, p.seconds - self.end_seconds, end_seconds)
@@ -199,15 +221,15 @@ class Trainer:
         self.save_last()  # a killed run must not repeat steps of the old plan under the new one
         self.display.lengthen(self.plan.total_steps)
 
-    def check_finite(self, loss: float) -> None:
+    def check_finite(self, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss):
             raise self.failure(f"the loss is {loss}")
-        if not math.isfinite(self.step.grad_norm):
+        if not math.isfinite(grad_norm):
             raise self.failure("the gradient is not finite")
 
     def failure(self, what: str) -> TrainError:
         return TrainError(
-            f"{what} at step {self.position.step + 1} (learning rate {self.opt.lr:g}, largest gradient "
+            f"{what} at step {self.position.step - len(self.unread) + 1} (learning rate {self.opt.lr:g}, largest gradient "
             f"{self.step.largest_grad:g}): try a lower --lr; {self.out / LAST} holds the last good weights"
         )
 
@@ -221,6 +243,7 @@ class Trainer:
     def finish_epoch(self, stop: Stop) -> None:
         """Evaluate, and write what the epoch brought, in an order that leaves a sound run wherever it is killed."""
         p, begun = self.position, time.monotonic()
+        self.read_outcomes()
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
             try:
                 scores = self.evaluate(self.data.test, stop)
