@@ -1,16 +1,17 @@
 """Fine-tuning: learning rates layer by layer, frozen parts, new heads."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from running import NANO, assert_one_line_error, make_pictures, tinyvit
+from running import NANO, assert_one_line_error, make_pictures, start, stop_when, tinyvit
 from safetensors.numpy import load_file
 
 import tinyvit as package
 from tinyvit import TrainStep, optim, tensor
 from tinyvit import functional as F
-from tinyvit.finetune import freeze, init_head
+from tinyvit.finetune import Backbone, Head, class_weights, freeze, init_head
 from tinyvit.groups import layer_number
 
 
@@ -221,3 +222,139 @@ def test_freezing_needs_weights_to_keep(trained, tmp_path):
     assert "--freeze 1 keeps weights of --init" in assert_one_line_error(result, 2)
     result = tinyvit("train", "--data", trained / "other", *NANO, "--head-lr", 0.01, "--epochs", 1, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
+
+
+# --- features that are computed once ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, {"distilled": True}, {"representation_size": 8}, {"global_pool": "avg"},
+                                       {"distilled": True, "representation_size": 8, "drop_rate": 0.3}])  # fmt: skip
+def test_the_head_on_features_is_the_model(overrides):
+    """Three steps on features end where three steps on pictures do, and so do evaluations."""
+    weights = []
+    for on_features in (False, True):
+        net = model(**overrides).to("float64")
+        init_head(net, "normal", seed=1)
+        freeze(net, "all-but-head")
+        x = images().astype(np.float64)
+        inputs, part = (package.predict(Backbone(net), x), Head(net)) if on_features else (x, net)
+        step = TrainStep(part, optim.AdamW(optim.param_groups(net, 0.05), lr=0.01), threads=1, shards=2, seed=5)
+        for _ in range(3):
+            step(inputs, np.arange(6) % 5)
+        assert np.allclose(package.predict(part, inputs), package.predict(net, x), rtol=1e-10, atol=1e-12)
+        weights.append(net.state_dict())
+    plain, ours = weights
+    assert all(np.allclose(plain[name], ours[name], rtol=1e-9, atol=1e-12) for name in plain)
+
+
+def test_a_run_computes_features_once(trained, tmp_path, monkeypatch):
+    """Every picture goes once through the blocks, whatever the epochs; augmentation asks for them every time."""
+    from tinyvit import vit
+    from tinyvit.train import train
+
+    seen = []
+    original = vit.VisionTransformer.read_tokens
+    monkeypatch.setattr(vit.VisionTransformer, "read_tokens", lambda self, x: (seen.append(len(x)), original(self, x))[1])
+    given = {"data": str(trained / "other"), "init": str(trained / "run"), "epochs": 3, "freeze": "all-but-head", "threads": 1}
+    train(given | {"out": str(tmp_path / "a")})
+    assert sum(seen) == 72 + 18
+    seen.clear()
+    train(given | {"out": str(tmp_path / "b"), "augment": True, "batch_size": 9})
+    assert sum(seen) == 3 * (72 + 18)
+
+
+def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
+    options = ["--freeze", "all-but-head", "--lr", 0.01, "--ema", 0.5]
+    printed = finetune(trained, tmp_path / "a", *options, epochs=6)
+    assert "computing the features of 90 pictures once" in printed
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    scores = json.loads(tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--json").stdout)
+    assert scores["accuracy"] == best["val_accuracy"] and scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    before, after = (load_file(run / "best.safetensors") for run in (trained / "run", tmp_path / "a"))
+    assert {name for name in before if not np.array_equal(before[name], after[name])} == {"head.weight", "head.bias"}
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["augment"] is False
+
+
+@pytest.mark.parametrize("options", [["--freeze", "all-but-head"], ["--freeze", 1, "--class-weights", "balanced", "--ema", 0.9]])
+def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, options):
+    options = [*options, "--patience", 9, "--batch-size", 9]
+    finetune(trained, tmp_path / "a", *options, epochs=30)
+    process = start("train", "--data", trained / "other", "--init", trained / "run", "--epochs", 30, "--out", tmp_path / "b", *options)
+    stop_when(process, lambda: (tmp_path / "b" / "metrics.jsonl").exists() and (tmp_path / "b" / "metrics.jsonl").read_text())
+    result = tinyvit("train", "--out", tmp_path / "b", "--resume")
+    assert result.returncode == 0, result.stderr
+    whole, resumed = (load_file(tmp_path / run / "last.safetensors") for run in "ab")
+    assert whole.keys() == resumed.keys()
+    assert all(whole[name].tobytes() == resumed[name].tobytes() for name in whole)
+
+
+def test_minutes_count_features_in(trained, tmp_path):
+    out = tmp_path / "a"
+    result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--freeze", "all-but-head",
+                     "--minutes", 0.04, "--out", out)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    config = json.loads((out / "config.json").read_text())
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == config["plan"]["total_steps"] > 9
+
+
+# --- early stopping, weighted classes -----------------------------------------------------------------------------
+
+
+def test_patience_ends_a_run_that_gets_no_better(trained, tmp_path):
+    """A learning rate of nothing: the first epoch stays the best."""
+    printed = finetune(trained, tmp_path / "a", "--patience", 2, "--lr", 1e-30, "--weight-decay", 0, "--no-augment", epochs=50)
+    rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 3 and "stopping early: 2 epochs without a better validation accuracy" in printed
+    again = tinyvit("train", "--out", tmp_path / "a", "--resume")
+    assert "is finished: its 3 epochs are done" in again.stdout
+    printed = finetune(trained, tmp_path / "b", "--patience", 50, epochs=2)
+    assert "stopping early" not in printed
+
+
+def test_class_weights_balance():
+    labels = np.array([0] * 90 + [1] * 9 + [2])
+    weights = class_weights(labels, 4)
+    assert weights.dtype == np.float32 and np.allclose(weights[:3] * [90, 9, 1], 25)
+    assert np.isfinite(weights).all(), "a class without pictures has some weight, too"
+
+
+def test_weighted_classes_reach_the_steps(trained, tmp_path):
+    """Eight of ten pictures are red; weighted, the classes' gradients cancel in a head of zeros, so its bias stays small."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(trained / "other", pictures)
+    for name in ("azure", "green"):
+        for path in sorted((pictures / "train" / name).iterdir())[3:]:
+            path.unlink()
+    biases = {}
+    for how in ("none", "balanced"):
+        out = tmp_path / how
+        result = tinyvit("train", "--data", pictures, "--init", trained / "run", "--freeze", "all-but-head", "--batch-size", 30,
+                         "--epochs", 1, "--optimizer", "sgd", "--label-smoothing", 0, "--class-weights", how, "--out", out)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        biases[how] = load_file(out / "last.safetensors")["head.bias"]
+    assert biases["none"].max() > 0.005 and np.abs(biases["balanced"]).max() < 1e-3 * biases["none"].max()
+
+
+# --- how pictures are prepared ------------------------------------------------------------------------------------
+
+
+def test_a_fine_tuned_run_prepares_pictures_as_its_weights_were_used_to(trained, tmp_path):
+    from tinyvit.checkpoint import BEST, open_checkpoint, read, save
+
+    tensors, metadata = read(trained / "run" / BEST)
+    unusual = {"crop_pct": 0.5, "crop_mode": "squash", "interpolation": "nearest", "mean": [0.1] * 3, "std": [0.7] * 3}
+    (tmp_path / "odd").mkdir()
+    save(tmp_path / "odd" / BEST, tensors, metadata | unusual)
+    result = tinyvit("train", "--data", trained / "other", "--init", tmp_path / "odd", "--epochs", 2, "--out", tmp_path / "a")
+    assert result.returncode == 0, result.stderr
+    ours = open_checkpoint(tmp_path / "a")
+    assert ours.preprocessing == open_checkpoint(tmp_path / "odd").preprocessing
+    assert ours.preprocessing.crop_pct == 0.5
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    scores = json.loads(tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--json").stdout)
+    assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    shutil.rmtree(tmp_path / "odd")
+    assert "finished" in tinyvit("train", "--out", tmp_path / "a", "--resume").stdout

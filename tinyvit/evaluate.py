@@ -57,19 +57,20 @@ def evaluate(
     mean: Sequence[float],
     std: Sequence[float],
     *,
+    transform: Callable[..., Any] | None = None,
     threads: int | None = None,
     stop: Callable[[], Any] = lambda: False,
 ) -> Scores | None:
     """Run `model` over all of `split`, whose pictures have the classes `labels` (N,) in the model's order.
 
-    Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
+    A `transform` other than scaling by `mean` and `std` is as for `data.Loader`. Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
     from tinyvit.data import Augment, Loader
     from tinyvit.step import predict
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
-    loader = Loader(split, BATCH_SIZE, transform=Augment(tuple(mean), tuple(std)), shuffle=False)
+    loader = Loader(split, BATCH_SIZE, transform=transform or Augment(tuple(mean), tuple(std)), shuffle=False)
     for images, _ in loader.epoch(0):
         if stop():
             return None

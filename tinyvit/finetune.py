@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
 
-from tinyvit import nn, random
+import numpy as np
+from tqdm import tqdm
+
+from tinyvit import arrays, nn, random
+from tinyvit.data import Augment, Data, Loader, Split
+from tinyvit.data.splits import ArraySplit
 from tinyvit.groups import in_head, layer_number
+from tinyvit.ops import concat
+from tinyvit.settings import TrainConfig
+from tinyvit.step import predict
+from tinyvit.tensor import Array, Tensor
 from tinyvit.vit import VisionTransformer
 
 ALL_BUT_HEAD = "all-but-head"
+BATCH_SIZE = 256
 
 
 def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
@@ -52,3 +62,69 @@ def freeze(model: VisionTransformer, part: str | int) -> None:
     for name, module in model.named_modules():
         if name and frozen(name):
             module.training = False
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(num_classes,) float32: N / (num_classes count) for each class of the labels (N,), so that all weigh the same."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return (len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32)
+
+
+# --- features that are computed once ------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """All but the head: pictures (B, C, H, W) -> what the head reads, (B, D); a distilled model's two inputs side by side."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    def forward(self, images: Array) -> Tensor:
+        tokens = self.model.read_tokens(images)
+        pooled = self.model.pool(tokens)
+        return pooled if self.model.head_dist is None else concat([pooled, tokens[:, 1, :]], axis=1)
+
+
+class Head(nn.Module):
+    """The rest of the model: features of `Backbone` -> logits (B, num_classes)."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    def forward(self, features: Array) -> Tensor:
+        weight = self.model.head.weight.data
+        x = Tensor(arrays.astype(arrays.convert(features, weight), weight.dtype))
+        if self.model.head_dist is None:
+            return self.model.classify(x)
+        width = weight.shape[1]
+        return self.model.classify(x[:, :width], x[:, width:])
+
+
+class FeatureSplit(ArraySplit):
+    """A split with features (N, D) float32 in place of its pictures."""
+
+
+def reuses_features(options: TrainConfig) -> bool:
+    """Whether a run sees the same pictures in every epoch, and trains nothing but the head."""
+    return options.freeze == ALL_BUT_HEAD and not (options.augment or options.mixup or options.cutmix)
+
+
+def with_features(model: VisionTransformer, data: Data, threads: int | None = None) -> Data:
+    """`data` with what the model's head reads in place of the pictures, for training and evaluating the head alone."""
+    with tqdm(total=len(data.train) + len(data.test), desc="features", leave=False, disable=None) as bar:
+        train, test = (_features(model, split, data, threads, bar) for split in (data.train, data.test))
+    return dataclasses.replace(data, train=train, test=test)
+
+
+def _features(model: VisionTransformer, split: Split, data: Data, threads: int | None, bar: tqdm) -> FeatureSplit:
+    loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False)
+    parts = []
+    for images, _ in loader.epoch(0):
+        parts.append(predict(Backbone(model), images, threads=threads))
+        bar.update(len(parts[-1]))
+    return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)
+
+
+def as_they_are(features: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """What happens to a batch of features before a step: nothing."""
+    return features, labels

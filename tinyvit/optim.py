@@ -325,14 +325,14 @@ class WarmupCosine:
 
 
 class EMA:
-    """An exponential moving average of a model's parameters, which starts as a copy of them.
+    """An exponential moving average of a model's parameters that are not frozen, which starts as a copy of them.
 
     Each `update` does average = decay average + (1 - decay) parameter (Polyak & Juditsky 1992).
     """
 
     def __init__(self, model: Any, decay: float) -> None:
         self._decay = _number("decay", decay, below=1.0)
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {
             name: arrays.namespace(p.data).asarray(p.data, copy=True) for name, p in self._parameters.items()
         }

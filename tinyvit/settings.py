@@ -111,11 +111,21 @@ class TrainConfig:
     dropout: float = option(0.0, share, "X", "dropout after the position embedding, the projections and in the MLP")
     mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
     cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none")
-    augment: bool = option(True, bool, "", "flip, shift and vary the training pictures")
+    augment: bool | None = option(
+        None,
+        bool,
+        "",
+        "flip, shift and vary the training pictures (default: yes; with --freeze all-but-head no, so that the features "
+        "before the head are computed once)",
+    )
     optimizer: str = option("adamw", one_of(*RATES), "NAME", "adamw, adam or sgd (with Nesterov momentum 0.9)")
     schedule: str = option("cosine", one_of("cosine", "step", "constant"), "NAME", "course of the learning rate")
     accumulate: int = option(1, whole(1), "N", "parts in which a batch is computed, to save memory")
     ema: float = option(0.0, share, "DECAY", "decay of a moving average of the weights, used to evaluate; 0: none")
+    class_weights: str = option("none", one_of("none", "balanced"), "HOW", "balanced: rare classes count for more in the loss")
+    patience: int | None = option(
+        None, whole(1), "N", "end after N epochs without a better validation accuracy (or, where equal, loss)"
+    )
     seed: int = option(0, whole(0), "S", "decides every random choice")
     device: str = option("auto", one_of("auto", "cpu", "cuda"), "NAME", "auto, cpu or cuda", free=True)
     threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)

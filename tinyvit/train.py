@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit import arrays, machine, run
+from tinyvit.build import make_model
 from tinyvit.checkpoint import BEST, LAST, open_checkpoint
 from tinyvit.data import Data, load_data
 from tinyvit.data.folder import SMALL
+from tinyvit.evaluate import pick_device
+from tinyvit.finetune import ALL_BUT_HEAD, reuses_features, with_features
 from tinyvit.plan import Deadline, Plan, make_plan
 from tinyvit.progress import Display, clock
 from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError
@@ -46,7 +49,7 @@ def train(given: dict[str, Any], *, resume: bool = False, started: float | None 
 
 
 def load(options: TrainConfig) -> Data:
-    """The data set, in the size asked for, else the model's own, else the pictures'; scaled as `init` is used to."""
+    """The data set, in the size asked for, else the model's own, else the pictures'; prepared as `init` is used to."""
     checkpoint = None if options.init is None else open_checkpoint(options.init)
     size = options.image_size
     if size is None and checkpoint is not None:
@@ -59,6 +62,7 @@ def load(options: TrainConfig) -> Data:
         val_fraction=options.val_fraction,
         seed=options.seed,
         skip_corrupt=options.skip_corrupt,
+        fit_options=None if checkpoint is None else checkpoint.preprocessing.fit,
     )
     return data if checkpoint is None else dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std)
 
@@ -80,9 +84,11 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     batch_size = options.batch_size or min(64, math.ceil(pictures / 8))
     if batch_size > pictures:
         raise UsageError(f"--batch-size {batch_size} is larger than the {pictures} training pictures of {data.name}")
+    augment = options.freeze != ALL_BUT_HEAD if options.augment is None else options.augment
     return dataclasses.replace(
         options,
         model=model,
+        augment=augment,
         out=options.out or str(Path("runs") / f"{data.name}-{model}"),
         epochs=epochs,
         batch_size=batch_size,
@@ -98,6 +104,7 @@ def start_run(options: TrainConfig, data: Data, started: float) -> Position:
     steps_per_epoch = len(data.train) // options.batch_size
     plan = make_plan((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
     display = Display()
+    data = prepare(options, data, display)
     trainer = Trainer(options, data, plan, display)
     introduce(trainer)
     out.mkdir(parents=True, exist_ok=True)
@@ -126,11 +133,19 @@ def resume_run(out: Path, given: dict[str, Any]) -> Position:
     if position.finished:
         display.line(f"{out} is finished: its {position.epoch} epochs are done, nothing was changed")
         return position
-    trainer = Trainer(options, data, Plan(**config["plan"]), display)
+    trainer = Trainer(options, prepare(options, data, display), Plan(**config["plan"]), display)
     trainer.restore()
     display.line(f"going on with {out} after step {position.step} of {trainer.plan.total_steps}")
     run.write_metrics(out, position.history)  # lines of epochs after the checkpoint will come again
     return finish(trainer)
+
+
+def prepare(options: TrainConfig, data: Data, display: Display) -> Data:
+    """The data that the steps see: features before the head, where nothing else changes from epoch to epoch."""
+    if not reuses_features(options):
+        return data
+    display.line(f"only the head learns: computing the features of {len(data.train) + len(data.test)} pictures once")
+    return with_features(make_model(options, data).to(pick_device(options.device)), data, options.threads)
 
 
 def introduce(trainer: Trainer) -> None:

@@ -20,9 +20,11 @@ import numpy as np
 from tinyvit import arrays, optim, run
 from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
 from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
-from tinyvit.data import Data, Loader, Split
+from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
+from tinyvit.finetune import FeatureSplit, Head, as_they_are, class_weights
 from tinyvit.plan import Deadline, Plan, learning_rate
+from tinyvit.preprocessing import Preprocessing
 from tinyvit.progress import Display, clock
 from tinyvit.settings import TrainConfig
 from tinyvit.step import Outcome, TrainStep
@@ -88,9 +90,15 @@ class Trainer:
         self.read_at = time.monotonic()
         self.model = make_model(options, data).to(pick_device(options.device))
         self.opt = make_optimizer(options, self.model)
+        # What the steps compute: all of the model, or the head alone on features that were computed before.
+        on_features = isinstance(data.train, FeatureSplit)
+        self.trained = Head(self.model) if on_features else self.model
+        self.scaling = as_they_are if on_features else Augment(data.mean, data.std)
         self.ema = optim.EMA(self.model, options.ema) if options.ema else None
+        weighted = options.class_weights == "balanced"
+        balanced = class_weights(data.train.labels, len(data.class_names)) if weighted else None
         self.step = TrainStep(
-            self.model,
+            self.trained,
             self.opt,
             clip_norm=options.clip_norm or None,
             label_smoothing=options.label_smoothing,
@@ -98,12 +106,13 @@ class Trainer:
             ema=self.ema,
             seed=options.seed,
             threads=options.threads,
+            class_weights=balanced,
         )
         self.read_every = 0.0 if arrays.on_host(self.step.parameters[0].data) else READ_EVERY
         self.loader = Loader(
             data.train if options.augment else Unvaried(data.train),
             options.batch_size,
-            transform=make_augmentation(options, data),
+            transform=as_they_are if on_features else make_augmentation(options, data),
             seed=options.seed,
             drop_last=True,
         )
@@ -148,7 +157,9 @@ class Trainer:
     def description(self) -> dict[str, Any]:
         """What the weights mean, for whoever opens them."""
         split = {"val_fraction": self.options.val_fraction, "seed": self.options.seed}
-        return describe(self.model.config, self.data.class_names, self.data.mean, self.data.std, split)
+        data = self.data
+        preprocessing = Preprocessing(data.mean, data.std, **data.fit_options).to_dict()
+        return describe(self.model.config, data.class_names, data.mean, data.std, split) | preprocessing
 
     def config(self) -> dict[str, Any]:
         """What config.json says."""
@@ -237,8 +248,9 @@ class Trainer:
         """Scores of the model as it is; None when asked to stop meanwhile."""
         data, threads = self.data, self.options.threads
         return evaluate(
-            self.model, split, split.labels, data.class_names, data.mean, data.std, threads=threads, stop=stop
-        )
+            self.trained, split, split.labels, data.class_names, data.mean, data.std,
+            transform=self.scaling, threads=threads, stop=stop,
+        )  # fmt: skip
 
     def finish_epoch(self, stop: Stop) -> None:
         """Evaluate, and write what the epoch brought, in an order that leaves a sound run wherever it is killed."""
@@ -258,15 +270,19 @@ class Trainer:
         p.epoch, p.seconds = p.epoch + 1, before + time.monotonic() - begun
         row = self.row(scores)
         p.history.append(row)
-        p.finished = p.step >= self.plan.total_steps
         p.batch, p.seen, p.correct, p.loss_sum, p.epoch_seconds = 0, 0, 0, 0.0, 0.0
         if is_best:
             p.best_accuracy, p.best_loss, p.best_epoch = scores.accuracy, scores.loss, p.epoch
             save(self.out / BEST, best_weights, self.description())
+        in_vain = p.epoch - p.best_epoch
+        given_up = self.options.patience is not None and in_vain >= self.options.patience
+        p.finished = given_up or p.step >= self.plan.total_steps
         run.write_metrics(self.out, p.history)
         self.save_last()
         self.draw_curves()
         self.display.line(epoch_line(row, math.ceil(self.plan.epochs)))
+        if given_up and p.step < self.plan.total_steps:
+            self.display.line(f"stopping early: {in_vain} epochs without a better validation accuracy")
         self.end_seconds += time.monotonic() - begun
         p.seconds = before + time.monotonic() - begun
 

@@ -301,10 +301,14 @@ class VisionTransformer(nn.Module):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Tokens (B, prefix + patches, D) -> logits (B, num_classes); a distilled model gives the mean of its two heads."""
-        logits = self.head(self.head_drop(self.pool(x)))
-        if self.head_dist is None or self.config.num_classes == 0:
+        return self.classify(self.pool(x), None if self.head_dist is None else x[:, 1, :])
+
+    def classify(self, pooled: Tensor, distilled: Tensor | None = None) -> Tensor:
+        """The feature of `pool` (B, D), and a distilled model's distillation token (B, D) -> logits (B, num_classes)."""
+        logits = self.head(self.head_drop(pooled))
+        if distilled is None or self.config.num_classes == 0:
             return logits
-        return (logits + self.head_dist(self.head_drop(x[:, 1, :]))) * 0.5
+        return (logits + self.head_dist(self.head_drop(distilled))) * 0.5
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens (B, prefix + patches, D) -> the feature before the head, (B, D) or (B, representation_size)."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Data:
 
     `mean` and `std` are those of the training pictures, one per channel, in units of 0..1. `image_size` is
     (height, width). `fingerprint` identifies the data: the same pictures give the same string, wherever they lie.
+    `fit_options` say how pictures were resized and cut: arguments of `read_picture` that differ from its defaults.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Data:
     image_size: tuple[int, int]
     in_chans: int
     fingerprint: str
+    fit_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:

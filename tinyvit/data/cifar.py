@@ -47,7 +47,7 @@ def load_cifar10(
     )
     mean, std = mean_and_std(in_batches(train[0]))
     size = pair(image_size or SIDE)
-    options = fit_options or {}
+    options = {"crop_pct": 1.0, **(fit_options or {})}
     splits = [
         ArraySplit(images, labels, []) if size == (SIDE, SIDE) else ResizedSplit(images, labels, [], size, options)
         for images, labels in (train, test)
@@ -55,7 +55,7 @@ def load_cifar10(
     digest = hashlib.sha256(repr(names).encode())
     for array in train + test:
         digest.update(array)
-    return Data("cifar10", *splits, names, mean, std, size, 3, f"cifar10-{digest.hexdigest()[:16]}")
+    return Data("cifar10", *splits, names, mean, std, size, 3, f"cifar10-{digest.hexdigest()[:16]}", options)
 
 
 def class_names(directory: Path) -> tuple[str, ...]:

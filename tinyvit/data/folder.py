@@ -65,7 +65,7 @@ def load_folder(
     if missing := classes_without(train, names):
         raise DataError(f"class {missing[0]} of {root} has no readable picture to train on")
     digest = hashlib.sha256(repr((names, train.sizes(), test.sizes())).encode()).hexdigest()
-    return Data(root.resolve().name, train_split, test_split, names, mean, std, size, 3, f"folder-{digest[:16]}")
+    return Data(root.resolve().name, train_split, test_split, names, mean, std, size, 3, f"folder-{digest[:16]}", options)
 
 
 def find_pictures(root: Path, val_fraction: float, seed: int) -> tuple[tuple[str, ...], Listing, Listing]:
