@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyvit.data import DataError, folder, load_data
+from tinyvit.data import DataError, listing, load_data
 from tinyvit.data.picture_transforms import random_rotation
 from tinyvit.data.splits import ArraySplit, FileSplit
 
@@ -232,9 +232,9 @@ def test_archives_are_refused(tmp_path, name):
 
 def test_no_such_source(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.png is a file, expected shapes, cifar10 or a directory"):
+    with pytest.raises(DataError, match=r"a\.png is a file, expected shapes, cifar10, a directory, or"):
         load_data(tmp_path / "a.png")
-    with pytest.raises(DataError, match="no data at shape: expected shapes, cifar10 or a directory"):
+    with pytest.raises(DataError, match="no data at shape: expected shapes, cifar10, a directory, or"):
         load_data("shape")
 
 
@@ -322,7 +322,7 @@ def test_small_pictures_are_kept_in_memory(tmp_path, monkeypatch):
     data = load_data(tree(tmp_path, size=(20, 30)), image_size=16)
     expected = data.train.read(np.arange(10))
     assert isinstance(data.train, ArraySplit)
-    monkeypatch.setattr(folder, "MEMORY", 10 * 3 * 16 * 16 - 1)
+    monkeypatch.setattr(listing, "MEMORY", 10 * 3 * 16 * 16 - 1)
     larger = load_data(tmp_path, image_size=16)
     assert isinstance(larger.train, FileSplit) and isinstance(larger.test, ArraySplit)
     assert np.array_equal(larger.train.read(np.arange(10)), expected)
@@ -365,7 +365,7 @@ def test_transform_of_the_callers_choice(tmp_path):
 def test_only_a_sample_of_a_huge_split_is_decoded_beforehand(tmp_path, monkeypatch):
     tree(tmp_path)
     whole = load_data(tmp_path, image_size=80)
-    monkeypatch.setattr(folder, "SAMPLE", 5)
+    monkeypatch.setattr(listing, "SAMPLE", 5)
     spoil(tmp_path, "train/cat/1.png")  # not among positions 0, 2, 4, 6 and 9
     data = load_data(tmp_path, image_size=80)
     assert len(data.train) == len(whole.train) and data.mean != whole.mean

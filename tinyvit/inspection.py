@@ -88,4 +88,6 @@ class FeaturesAndLogits(nn.Module):
     def forward(self, images: Tensor | Array) -> Tensor:
         tokens = self.model.read_tokens(images)
         features = self.model.pool(tokens)
-        return concat([features, self.model.forward_head(tokens)], axis=1) if self.model.config.num_classes else features
+        if not self.model.config.num_classes:
+            return features
+        return concat([features, self.model.forward_head(tokens)], axis=1)

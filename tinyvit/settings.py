@@ -87,7 +87,7 @@ EPOCHS, SHAPES_EPOCHS = 20, 4
 class TrainConfig:
     """The options of one training run; None means: chosen from the data when the run starts, and then recorded."""
 
-    data: str = option("shapes", str, "SRC", "shapes, cifar10 or a directory of pictures", free=True)
+    data: str = option("shapes", str, "SRC", "shapes, cifar10, a directory of pictures or of parquet files, or a .csv file", free=True)
     model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
     init: str | None = option(None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes")
     head_init: str = option("zeros", one_of("zeros", "normal"), "HOW", "weights of a new head: zeros, or normal with 0.02")

@@ -170,7 +170,11 @@ class TrainStep:
 
 
 def predict(
-    model: nn.Module, images: Array, batch_size: int = 256, threads: int | None = None, shards_per_batch: int | None = None
+    model: nn.Module,
+    images: Array,
+    batch_size: int = 256,
+    threads: int | None = None,
+    shards_per_batch: int | None = None,
 ) -> np.ndarray:
     """The model's outputs for any number of pictures, in evaluation mode and with nothing recorded.
 

@@ -18,7 +18,7 @@ from tinyvit import arrays, machine, run
 from tinyvit.build import make_model
 from tinyvit.checkpoint import BEST, LAST, open_checkpoint
 from tinyvit.data import Data, load_data
-from tinyvit.data.folder import SMALL
+from tinyvit.data.listing import SMALL
 from tinyvit.evaluate import pick_device
 from tinyvit.finetune import ALL_BUT_HEAD, reuses_features, with_features
 from tinyvit.plan import Deadline, Plan, make_plan

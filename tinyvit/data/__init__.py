@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.cifar import find_cifar10, load_cifar10
 from tinyvit.data.download import cache_directory, fetch_cifar10
-from tinyvit.data.folder import SMALL, load_folder
+from tinyvit.data.folder import find_in_folder
+from tinyvit.data.listing import SMALL, Listing, load_listings
 from tinyvit.data.loader import Loader
+from tinyvit.data.parquet import find_in_parquet, parquet_files
 from tinyvit.data.picture import read_picture
 from tinyvit.data.shapes import load_shapes
 from tinyvit.data.splits import PictureTransform
+from tinyvit.data.table import find_in_csv
 from tinyvit.data.transforms import Augment
 
 __all__ = ["Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_picture"]
@@ -40,6 +43,9 @@ def load_data(
     - a directory in CIFAR-10's binary or Python layout, or one that holds it under its usual name.
     - an image folder: `train/CLASS/*` with `test/CLASS/*` (or val, validation, valid), or just `CLASS/*`, of which
       `val_fraction` of each class, drawn from `seed`, becomes the test split.
+    - a CSV file whose header names the columns path (relative to the file) and label (the class's name), and a
+      directory of parquet files as Hugging Face's `datasets` writes them, or one such file. Their test split is the
+      rows of the column split, or the files, called test, val, validation or valid; else it is drawn as above.
 
     `image_size` (one number or height and width) defaults to the pictures' own if all of them share one of at most
     64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
@@ -53,15 +59,19 @@ def load_data(
         if src == "cifar10":
             cache = Path(cache_dir) if cache_dir is not None else cache_directory()
             return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size, fit_options)
-        path = directory(src)
+        path = existing(src)
         batches = find_cifar10(path)
         if batches == path or (batches and not (path / "train").is_dir()):
             return load_cifar10(batches, image_size, fit_options)
-        return load_folder(
+        kind, find = layout(path)
+        names, train, test = find(path, val_fraction, seed)
+        return load_listings(
+            kind,
             path,
+            names,
+            train,
+            test,
             image_size=image_size,
-            val_fraction=val_fraction,
-            seed=seed,
             skip_corrupt=skip_corrupt,
             picture_transform=picture_transform,
             fit_options=fit_options,
@@ -70,16 +80,24 @@ def load_data(
         raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error
 
 
-def directory(src: str | os.PathLike[str]) -> Path:
-    """`src` as the path of a directory. Raises DataError saying what it is instead."""
+def existing(src: str | os.PathLike[str]) -> Path:
+    """`src` as the path of a directory or a table. Raises DataError saying what it is instead."""
     path = Path(src).expanduser()
+    expected = "expected shapes, cifar10, a directory, or a .csv or .parquet file"
     if not path.exists():
-        raise DataError(f"no data at {src}: expected shapes, cifar10 or a directory")
+        raise DataError(f"no data at {src}: {expected}")
     if path.is_file() and path.suffix.lower() in ARCHIVES:
         raise DataError(f"{src} is an archive: unpack it and give the directory")
-    if not path.is_dir():
-        raise DataError(f"{src} is a file, expected shapes, cifar10 or a directory")
+    if not path.is_dir() and path.suffix.lower() not in (".csv", ".parquet"):
+        raise DataError(f"{src} is a file, {expected}")
     return path
+
+
+def layout(path: Path) -> tuple[str, Callable[[Path, float, int], tuple[tuple[str, ...], Listing, Listing]]]:
+    """What kind of source lies at `path`, and the function that finds its pictures."""
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return "csv", find_in_csv
+    return ("parquet", find_in_parquet) if parquet_files(path) else ("folder", find_in_folder)
 
 
 def default_augment(data: Data) -> Augment:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -28,8 +30,28 @@ UPRIGHT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """A picture file's bytes that lie inside another file; `name` is what error messages call it."""
+
+    name: str
+    content: bytes
+
+
+Source = str | os.PathLike[str] | BinaryIO | StoredPicture
+
+
+def decodable(source: Source) -> str | os.PathLike[str] | BinaryIO:
+    """What Pillow can open. Raises ValueError for a picture without bytes."""
+    if not isinstance(source, StoredPicture):
+        return source
+    if not source.content:
+        raise ValueError("it has no bytes")
+    return io.BytesIO(source.content)
+
+
 def read_picture(
-    source: str | os.PathLike[str] | BinaryIO,
+    source: Source,
     image_size: int | tuple[int, int],
     *,
     crop_pct: float | None = None,
@@ -47,14 +69,14 @@ def read_picture(
     return to_array(picture)
 
 
-def open_rgb(source: str | os.PathLike[str] | BinaryIO) -> Image.Image:
+def open_rgb(source: Source) -> Image.Image:
     """Decode `source` into an upright RGB picture (of an animation, the first frame).
 
     Transparency is laid on white; 16-bit, 32-bit and float greys are scaled, not clipped.
     Raises DataError, naming the file, when it cannot be decoded.
     """
     try:
-        with Image.open(source) as picture:
+        with Image.open(decodable(source)) as picture:
             picture.load()
             orientation = exif_orientation(picture)
             rgb = to_rgb(picture)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tinyvit.data.base import DataError
-from tinyvit.data.picture import fit, open_rgb, to_array
+from tinyvit.data.picture import StoredPicture, fit, open_rgb, to_array
 from tinyvit.shards import available_cores
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -64,12 +64,12 @@ class ResizedSplit:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Pictures read from `files` whenever they are asked for, at `size` (height, width).
+    """Pictures decoded from `files` whenever they are asked for, at `size` (height, width).
 
     They are resized and cut by `fit` with `fit_options`; for training (with `rng`) each goes through `transform` first.
     """
 
-    files: list[Path]
+    files: list[Path | StoredPicture]
     labels: np.ndarray
     skipped: list[str]
     size: tuple[int, int]

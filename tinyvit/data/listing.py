@@ -1,0 +1,193 @@
+"""Labelled pictures by name, before they are decoded, and what every list of them goes through to become a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tinyvit.data.base import Data, DataError, Split, mean_and_std, pair
+from tinyvit.data.picture import StoredPicture, decodable, fit, open_rgb, to_array
+from tinyvit.data.picture_transforms import random_resized_crop
+from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, in_threads, stack
+
+TEST_NAMES = ("test", "val", "validation", "valid")  # in the order of preference
+SMALL = 64  # pictures up to this side are kept at their size and trained on whole
+LARGE_SIZE = 224
+MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
+SAMPLE = 20_000  # pictures of a larger split that are decoded beforehand, for the mean and std
+CHUNK = 1 << 20  # bytes that a thread decodes at a time
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The pictures of one split: `files` relative to `root`, and their classes, `labels` (N,) int64.
+
+    `contents` are the bytes of pictures that are no files of their own; their names then only tell them apart.
+    """
+
+    root: Path
+    files: list[str]
+    labels: np.ndarray
+    contents: list[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        """What error messages call the picture."""
+        return str(self.root / self.files[i])
+
+    def picture(self, i: int) -> Path | StoredPicture:
+        """Where its bytes are."""
+        return self.root / self.files[i] if self.contents is None else StoredPicture(self.name(i), self.contents[i])
+
+    def identity(self) -> list[tuple[str | int, ...]]:
+        """What tells the split from others: each picture's name, class, and size or digest."""
+        if self.contents is None:
+            marks: list[Any] = [(self.root / file).stat().st_size for file in self.files]
+        else:
+            marks = [hashlib.sha256(content).hexdigest() for content in self.contents]
+        return list(zip(self.files, self.labels.tolist(), marks, strict=True))
+
+    def take(self, positions: np.ndarray) -> Self:
+        """The pictures at `positions`, in that order."""
+        contents = None if self.contents is None else [self.contents[i] for i in positions]
+        return type(self)(self.root, [self.files[i] for i in positions], self.labels[positions], contents)
+
+
+def load_listings(
+    kind: str,
+    source: Path,
+    names: tuple[str, ...],
+    train: Listing,
+    test: Listing,
+    *,
+    image_size: int | tuple[int, int] | None,
+    skip_corrupt: bool,
+    picture_transform: PictureTransform | None,
+    fit_options: Mapping[str, Any] | None,
+) -> Data:
+    """The labelled pictures of `source`, in the classes `names`, as a data set; options as in tinyvit.data.load_data.
+
+    `kind` begins the fingerprint. Raises DataError.
+    """
+    size = pair(image_size or common_size(train, test) or LARGE_SIZE)
+    if picture_transform is None and max(size) > SMALL:
+        picture_transform = partial(random_resized_crop, size=size)
+    options = fit_options or {}
+    train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train", options)
+    test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test", options)
+    if missing := classes_without(train, names):
+        raise DataError(f"class {missing[0]} of {source} has no readable picture to train on")
+    digest = hashlib.sha256(repr((names, train.identity(), test.identity())).encode()).hexdigest()
+    name = source.resolve().stem if source.is_file() else source.resolve().name
+    return Data(name, train_split, test_split, names, mean, std, size, 3, f"{kind}-{digest[:16]}", options)
+
+
+def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:
+    """The classes of which `listing` has no picture."""
+    return [names[i] for i in np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)]
+
+
+def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
+    """Training and test pictures: of each class a random `val_fraction`, at least one, is kept for the test."""
+    if not 0 < val_fraction < 1:
+        raise DataError(f"val_fraction {val_fraction} given, expected more than 0 and less than 1")
+    rng = np.random.default_rng(seed)
+    test = np.zeros(len(listing), dtype=bool)
+    for label, name in enumerate(names):
+        members = np.flatnonzero(listing.labels == label)
+        if len(members) < 2:
+            raise DataError(f"class {name} of {listing.root} has one picture, at least two are needed to split it")
+        held_out = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
+        test[rng.permutation(members)[:held_out]] = True
+    return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test))
+
+
+def common_size(*listings: Listing) -> tuple[int, int] | None:
+    """(height, width) shared by all readable pictures, if they do and it is small."""
+    found = None
+    for listing in listings:
+        for i in range(len(listing)):
+            try:
+                with Image.open(decodable(listing.picture(i))) as picture:
+                    size = picture.size[::-1]
+            except Exception:  # unreadable: reported when it is decoded
+                continue
+            if max(size) > SMALL or size != (found or size):
+                return None
+            found = size
+    return found
+
+
+def load_split(
+    listing: Listing,
+    size: tuple[int, int],
+    skip_corrupt: bool,
+    transform: PictureTransform | None,
+    title: str,
+    fit_options: Mapping[str, Any],
+) -> tuple[Listing, Split, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """The pictures that can be read, as a split, with their mean and std.
+
+    Pictures that training reads like evaluation and that fit in MEMORY are decoded once and kept. Others are decoded
+    here too, to find corrupt ones and the mean and std; but of a split of more than SAMPLE pictures only so
+    many, unless corrupt ones are to be skipped.
+    """
+    count = len(listing)
+    keep = transform is None and count * 3 * size[0] * size[1] <= MEMORY
+    everything = keep or skip_corrupt or count <= SAMPLE
+    positions = np.arange(count) if everything else np.linspace(0, count - 1, SAMPLE).astype(int)
+    images = np.empty((count if keep else 0, 3, *size), np.uint8)
+    readable: list[int] = []
+    skipped: list[str] = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for chunk, pixels, failures in decode(listing, positions, size, title, fit_options):
+            if failures and not skip_corrupt:
+                raise DataError(f"{next(iter(failures.values()))}{SKIP_HINT}")
+            skipped.extend(map(listing.name, failures))
+            if keep:
+                images[len(readable) : len(readable) + len(pixels)] = pixels
+            readable.extend(i for i in chunk if i not in failures)
+            yield pixels
+        if not readable:
+            raise DataError(f"none of the {count} pictures of {listing.root} can be read")
+
+    statistics = mean_and_std(batches())
+    if everything:
+        listing = listing.take(np.array(readable, dtype=int))
+    if keep:
+        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
+    pictures = [listing.picture(i) for i in range(len(listing))]
+    return listing, FileSplit(pictures, listing.labels, skipped, size, transform, fit_options), statistics
+
+
+def decode(
+    listing: Listing, positions: np.ndarray, size: tuple[int, int], title: str, fit_options: Mapping[str, Any]
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, DataError]]]:
+    """Decode pictures in threads: chunks of positions, the readable ones' pixels (n, 3, H, W), the others' errors."""
+
+    def work(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, DataError]]:
+        pictures, failures = [], {}
+        for i in chunk:
+            try:
+                pictures.append(to_array(fit(open_rgb(listing.picture(i)), size, **fit_options)))
+            except DataError as error:
+                failures[i] = error
+        return chunk, stack(pictures, size), failures
+
+    step = max(1, CHUNK // (3 * size[0] * size[1]))
+    chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
+    with tqdm(total=len(positions), desc=title, unit="picture", leave=False, disable=None) as bar:
+        for result in in_threads(work, chunks):
+            yield result
+            bar.update(len(result[0]))
