@@ -173,7 +173,7 @@ def test_the_table_lines_up_and_adds_up(name):
     assert figures(total)[1] == pytest.approx(summary.flops, rel=1e-3)
     assert [depth * sum(p for p, _ in inner)] == [p for p, _ in folded]
     assert depth * sum(f for _, f in inner) == pytest.approx(folded[0][1], rel=1e-3)
-    assert f"blocks.0-{depth - 1} (x{depth})" in lines[3 + summary.config.distilled]
+    assert f"blocks.0-{depth - 1} (x{depth})" in lines[2 + summary.config.class_token + summary.config.distilled]
     assert len(inner) == sum(row.name.startswith("blocks.0.") for row in summary.rows)
     assert "estimate" in notes[-1] and "attention" in notes[2]
 

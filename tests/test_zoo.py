@@ -50,7 +50,7 @@ def test_every_listed_model_has_a_sound_configuration():
         patch, size = name.split("patch")[1].split("_")
         assert config.patch_size == (int(patch),) * 2 and config.image_size == (int(size),) * 2, name
         assert config.distilled == ("distilled" in name)
-        assert config.num_classes == (10 if size == "32" else 1000)
+        assert config.num_classes == (10 if size in ("32", "72") else 1000)
     names.clear()
     assert tinyvit.list_models()
 

@@ -23,7 +23,7 @@ from tinyvit.evaluate import pick_device
 from tinyvit.finetune import ALL_BUT_HEAD, reuses_features, with_features
 from tinyvit.plan import Deadline, Plan, make_plan
 from tinyvit.progress import Display, clock
-from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError
+from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError, with_recipe
 from tinyvit.trainer import Position, Stop, Trainer, read_position
 from tinyvit.zoo import model_config
 
@@ -40,7 +40,7 @@ def train(given: dict[str, Any], *, resume: bool = False, started: float | None 
         return resume_run(Path(given["out"]), given)
     if not resume and given.get("out"):
         run.check_unused(Path(given["out"]))
-    options = TrainConfig(**given)
+    options = TrainConfig(**with_recipe(given))
     data = load(options)
     options = complete(options, data)
     if resume:  # the run to resume goes by its usual name; it may have been started with options of its own

@@ -31,14 +31,19 @@ for _infix, _distilled in (("", False), ("_distilled", True)):
     _MODELS[f"deit_base{_infix}_patch16_384"] = ViTConfig(image_size=384, **_SIZES["base"], distilled=_distilled)
 # Sizes for 32x32 pictures such as CIFAR-10's.
 _MODELS |= {
-    name: ViTConfig(image_size=32, num_classes=10, **settings)
+    name: ViTConfig(**{"image_size": 32, "num_classes": 10, **settings})
     for name, settings in {
         "vit_nano_patch8_32": dict(patch_size=8, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.0),
         "vit_micro_patch4_32": dict(patch_size=4, embed_dim=128, depth=6, num_heads=4, mlp_ratio=2.0),
         "vit_tiny_patch4_32": dict(patch_size=4, **_SIZES["tiny"]),
         "vit_small_patch4_32": dict(patch_size=4, **_SIZES["small"]),
+        # As in Keras's example of a ViT on CIFAR-10, up to its head: every patch is read, but as a mean.
+        "vit_keras_patch6_72": dict(
+            image_size=72, patch_size=6, embed_dim=64, depth=8, num_heads=4, mlp_ratio=2.0,
+            class_token=False, global_pool="avg",
+        ),
     }.items()
-}
+}  # fmt: skip
 
 
 def list_models() -> list[str]:
