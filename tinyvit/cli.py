@@ -84,6 +84,8 @@ def make_parser() -> Parser:
     predict.add_argument("checkpoint", metavar="RUN|CKPT")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
+    predict.add_argument("--attention", metavar="DIR", help="draw into DIR where in each picture the model looks")
+    predict.add_argument("--embed", metavar="FILE.npz", help="write the features before the head, to search by likeness")
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     for sub in (evaluate, predict):
         device = FIELDS["device"].metadata
@@ -142,24 +144,28 @@ def run_eval(args: argparse.Namespace) -> None:
 
 def run_predict(args: argparse.Namespace) -> None:
     from tinyvit.checkpoint import open_checkpoint
-    from tinyvit.evaluate import classify, pick_device
+    from tinyvit.evaluate import check_head, look_at, pick_device
+    from tinyvit.exhibits import check_features_path, overlay_paths, write_features, write_overlays
 
     checkpoint = open_checkpoint(args.checkpoint)
+    overlays = overlay_paths(Path(args.attention), args.images) if args.attention else []
+    if args.embed:
+        check_features_path(Path(args.embed), Path(args.checkpoint))
+    if not (args.attention or args.embed):
+        check_head(checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
-    probabilities = classify(checkpoint, model, args.images)
+    seen = look_at(checkpoint, model, args.images)
+    if args.embed:
+        write_features(Path(args.embed), seen, args.images, checkpoint, args.checkpoint)
+    write_overlays(overlays, args.images[: len(overlays)], checkpoint, model)
+
     predictions = []
-    for path, p in zip(args.images, probabilities, strict=True):
+    for i, (path, p) in enumerate(zip(args.images, seen.probabilities, strict=True)):
         order = (-p).argsort(kind="stable")[: args.top]
         classes = [{"name": checkpoint.class_names[k], "probability": float(p[k])} for k in order]
-        predictions.append({"image": path, "classes": classes})
-    if args.json:
-        print_json({"predictions": predictions})
-        return
-    width = max(len(c["name"]) for prediction in predictions for c in prediction["classes"])
-    for prediction in predictions:
-        print(prediction["image"])
-        for c in prediction["classes"]:
-            print(f"  {c['name']:{width}}  {c['probability']:7.2%}")
+        overlay = {"attention": str(overlays[i])} if overlays else {}
+        predictions.append({"image": path, "classes": classes, **overlay})
+    print_json({"predictions": predictions}) if args.json else print_predictions(predictions)
 
 
 def run_summary(args: argparse.Namespace) -> None:
@@ -221,6 +227,16 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
         print("  ".join(cells).rstrip())
+
+
+def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
+    width = max((len(c["name"]) for prediction in predictions for c in prediction["classes"]), default=0)
+    for prediction in predictions:
+        print(prediction["image"])
+        for c in prediction["classes"]:
+            print(f"  {c['name']:{width}}  {c['probability']:7.2%}")
+        if "attention" in prediction:
+            print(f"  attention in {prediction['attention']}")
 
 
 def scores_dict(scores: Scores) -> dict[str, Any]:

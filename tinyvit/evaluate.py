@@ -124,20 +124,38 @@ def check_head(checkpoint: Checkpoint) -> None:
         raise EvaluationError(f"{checkpoint.path}: the model has no head, so it gives features and names no classes")
 
 
-def classify(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path]) -> np.ndarray:
-    """Class probabilities (N, K) in float64 for picture files. Raises DataError for one that cannot be read."""
-    from tinyvit.data import read_picture
-    from tinyvit.data.transforms import normalise
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a model makes of pictures: features (N, D) float32 and class probabilities (N, num_classes) float64."""
+
+    features: np.ndarray
+    probabilities: np.ndarray
+
+
+def look_at(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path]) -> Seen:
+    """What the checkpoint's `model` sees in picture files. Raises DataError for one that cannot be read."""
+    from tinyvit.data.splits import in_threads
+    from tinyvit.inspection import FeaturesAndLogits
     from tinyvit.step import predict
 
-    check_head(checkpoint)
-    parts = []
+    both = FeaturesAndLogits(model)
+    outputs = []
     for start in range(0, len(paths), BATCH_SIZE):
-        batch = paths[start : start + BATCH_SIZE]
-        pictures = [read_picture(path, checkpoint.image_size, **checkpoint.preprocessing.fit) for path in batch]
-        logits = predict(model, normalise(np.stack(pictures), checkpoint.mean, checkpoint.std)).astype(np.float64)
-        if not np.all(np.isfinite(logits)):
-            raise EvaluationError("the model's outputs are not finite")
-        exp = np.exp(logits - logits.max(axis=1, keepdims=True))
-        parts.append(exp / exp.sum(axis=1, keepdims=True))
-    return np.concatenate(parts)
+        batch = in_threads(lambda path: model_input(checkpoint, path), paths[start : start + BATCH_SIZE])
+        outputs.append(predict(both, np.concatenate(list(batch))))
+    output = np.concatenate(outputs)  # (N, D + num_classes)
+    if not np.all(np.isfinite(output)):
+        raise EvaluationError("the model's outputs are not finite")
+    width = output.shape[1] - checkpoint.config.num_classes
+    features, logits = output[:, :width], output[:, width:].astype(np.float64)
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return Seen(features.astype(np.float32), exp / exp.sum(axis=1, keepdims=True))
+
+
+def model_input(checkpoint: Checkpoint, path: str | Path) -> np.ndarray:
+    """A picture file as the checkpoint's model takes it: (1, C, H, W) float32. Raises DataError."""
+    from tinyvit.data import read_picture
+    from tinyvit.data.transforms import normalise
+
+    picture = read_picture(path, checkpoint.image_size, **checkpoint.preprocessing.fit)
+    return normalise(picture[None], checkpoint.mean, checkpoint.std)

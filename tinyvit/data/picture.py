@@ -12,7 +12,14 @@ import numpy as np
 from PIL import Image
 
 from tinyvit.data.base import DataError, pair
-from tinyvit.data.picture_transforms import centre_crop, resize, resize_to_cover
+from tinyvit.data.picture_transforms import (
+    centre_crop,
+    covering_size,
+    margin,
+    resize,
+    resize_to_cover,
+    trimmed_size,
+)
 
 # A picture of more than Image.MAX_IMAGE_PIXELS (89 million) pixels is an error here, not a warning followed by
 # gigabytes of memory. The filter is process-wide because threads cannot have their own.
@@ -131,15 +138,45 @@ def fit(
     interpolation: str = "bicubic",
 ) -> Image.Image:
     """Resize and centre-crop an RGB picture to `size` (height, width), as read_picture describes."""
+    larger = size_before_crop(size, crop_pct, crop_mode)
+    resized = (resize if crop_mode == "squash" else resize_to_cover)(picture, larger, interpolation)
+    return centre_crop(resized, size)
+
+
+def size_before_crop(size: tuple[int, int], crop_pct: float | None, crop_mode: str) -> tuple[int, int]:
+    """The size that a picture is resized to (or to cover), before the middle `size` is cut out. Raises DataError."""
     if crop_mode not in ("center", "squash"):
         raise DataError(f"crop mode {crop_mode!r} given, expected 'center' or 'squash'")
     if crop_pct is None:
         crop_pct = usual_crop(size)
     if not 0 < crop_pct <= 1:
         raise DataError(f"crop_pct {crop_pct} given, expected more than 0 and at most 1")
-    larger = (int(size[0] / crop_pct), int(size[1] / crop_pct))
-    resized = (resize if crop_mode == "squash" else resize_to_cover)(picture, larger, interpolation)
-    return centre_crop(resized, size)
+    return int(size[0] / crop_pct), int(size[1] / crop_pct)
+
+
+def seen_part(
+    picture_size: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where in a picture of `picture_size` (height, width) lies what `fit` keeps of it, given the same arguments.
+
+    Returns:
+        (top, bottom) and (left, right) in the picture's pixels.
+    """
+    larger = size_before_crop(size, crop_pct, crop_mode)
+    trimmed = picture_size if crop_mode == "squash" else trimmed_size(*picture_size)
+    resized = larger if crop_mode == "squash" else covering_size(*trimmed, larger)
+
+    def span(whole: int, trimmed: int, resized: int, kept: int) -> tuple[float, float]:
+        start, scale = margin(resized, kept), trimmed / resized
+        return margin(whole, trimmed) + scale * start, margin(whole, trimmed) + scale * (start + kept)
+
+    rows, columns = map(span, picture_size, trimmed, resized, size)
+    return rows, columns
 
 
 def usual_crop(size: tuple[int, int]) -> float:

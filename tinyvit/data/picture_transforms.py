@@ -34,14 +34,21 @@ def resize(picture: Image.Image, size: tuple[int, int], interpolation: str = "bi
 
 def resize_to_cover(picture: Image.Image, size: tuple[int, int], interpolation: str = "bicubic") -> Image.Image:
     """Resize, keeping the aspect ratio, to the smallest picture that covers `size`."""
-    short = min(picture.size)
-    picture = centre_crop(picture, (min(picture.height, LONGEST * short), min(picture.width, LONGEST * short)))
-    height, width = size
-    if height * picture.width >= width * picture.height:
-        width = max(width, height * picture.width // picture.height)
-    else:
-        height = max(height, width * picture.height // picture.width)
-    return resize(picture, (height, width), interpolation)
+    picture = centre_crop(picture, trimmed_size(picture.height, picture.width))
+    return resize(picture, covering_size(picture.height, picture.width, size), interpolation)
+
+
+def trimmed_size(height: int, width: int) -> tuple[int, int]:
+    """What is left of a picture of this size once a very long one is trimmed."""
+    longest = LONGEST * min(height, width)
+    return min(height, longest), min(width, longest)
+
+
+def covering_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size with the aspect ratio of `height` x `width` that covers `size`."""
+    if size[0] * width >= size[1] * height:
+        return size[0], max(size[1], size[0] * width // height)
+    return max(size[0], size[1] * height // width), size[1]
 
 
 def centre_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -51,8 +58,13 @@ def centre_crop(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         raise DataError(f"cannot crop {height}x{width} from a picture of {picture.height}x{picture.width}")
     if (width, height) == picture.size:
         return picture
-    top, left = round((picture.height - height) / 2), round((picture.width - width) / 2)
+    top, left = margin(picture.height, height), margin(picture.width, width)
     return picture.crop((left, top, left + width, top + height))
+
+
+def margin(outer: int, inner: int) -> int:
+    """What a centre crop of length `inner` leaves out before it."""
+    return round((outer - inner) / 2)
 
 
 def random_resized_crop(
