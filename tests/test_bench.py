@@ -1,0 +1,241 @@
+"""The benchmarks run, say what they should, and notice wrong results. Nothing here depends on how fast anything is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyvit import arrays
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import attention_bench
+import attention_contenders
+import devices
+from matplotlib import image
+
+SMALL = ["--device", "cpu", "--cases", "cifar-p8", "--batches", "3", "--rounds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(devices.Host, "settle", 0.0)
+    monkeypatch.setattr(devices.Host, "turn", 0.0)
+    monkeypatch.setattr(devices.Host, "matmul_rate", lambda self, dtype: 1e11)
+    monkeypatch.setattr(devices.Host, "copy_rate", lambda self: 1e10)
+
+
+# --- attention_bench ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    """What a run of all contenders on the CPU writes and prints."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = ["--json", str(folder / "a.json"), "--plot", str(folder / "a.png")]
+    said = folder / "said.txt"
+    with pytest.MonkeyPatch.context() as patch, said.open("w") as file, contextlib.redirect_stdout(file):
+        hurry.__wrapped__(patch)
+        everybody = ["--contenders", *attention_bench.CONTENDERS]
+        attention_bench.main([*SMALL, "--cases", "cifar-p8", "cifar-p4", *everybody, *files])
+    return json.loads((folder / "a.json").read_text()), said.read_text(), folder / "a.png"
+
+
+def test_attention_record(record):
+    written, _, _ = record
+    shapes = [(r["case"], r["batch"], r["tokens"]) for r in written["results"]]
+    assert shapes == [("cifar-p8", 3, 17), ("cifar-p4", 3, 65)]
+    for result in written["results"]:
+        for kind in ("forward", "forward_backward"):
+            rows = result[kind]["contenders"]
+            assert list(rows) == list(attention_bench.CONTENDERS)
+            for name in ("tinyvit", "reference", "torch flash", "torch math"):
+                row = rows[name]
+                assert 0 < row["error"] < 1e-6
+                assert row["seconds"] == np.median(row["all_seconds"]) > 0
+                assert row["flops_per_second"] * row["seconds"] == pytest.approx(result[kind]["flops"])
+                assert row["roofline"] * row["seconds"] == pytest.approx(result[kind]["floor_seconds"])
+            for name in ("torch cudnn", "torch efficient"):  # those of GPUs alone
+                assert list(rows[name]) == ["refused"] and "backend" in rows[name]["refused"]
+            best = min(rows["torch flash"]["seconds"], rows["torch math"]["seconds"])
+            assert result[kind]["ratio"] == pytest.approx(best / rows["tinyvit"]["seconds"])
+
+
+def test_attention_tables_line_up(record):
+    _, said, _ = record
+    blocks = said.split("\n\n")
+    tables = [b.splitlines() for b in blocks if "GFLOP/s" in b and "|" in b]
+    assert len(tables) == 2 and all(len(t) == 3 + len(attention_bench.CONTENDERS) for t in tables)
+    for lines in tables:
+        assert max(map(len, lines)) <= 110
+        assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines[1:]}) == 1
+    assert blocks[-1].count(" x (") == 4  # two shapes, two kinds
+
+
+def test_attention_chart(record):
+    pixels = image.imread(record[2])
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 500
+    red, green, blue = np.moveaxis(pixels[..., :3], -1, 0)
+    assert ((red > 0.8) & (green < 0.2) & (blue < 0.2)).mean() > 0.005  # our bars
+
+
+def test_attention_notices_wrong_results_and_refusals(monkeypatch, capsys):
+    def wrong(inputs, backward):
+        call = attention_contenders.tinyvit_calls(inputs, backward)
+        return lambda i: [part * (1.0 if backward else 1.01) for part in call(i)]
+
+    def nan(inputs, backward):
+        call = attention_contenders.tinyvit_calls(inputs, backward)
+        return lambda i: [np.where(np.arange(len(part))[:, None, None] > 0, np.nan, part) for part in call(i)]
+
+    def broken(inputs, backward):
+        raise MemoryError
+
+    for name, function in (("tinyvit", wrong), ("torch flash", nan), ("torch math", broken)):
+        monkeypatch.setitem(attention_bench.CONTENDERS, name, function)
+    monkeypatch.setattr(devices.shards, "available_cores", lambda: 1)
+    attention_bench.main([*SMALL, "--contenders", "tinyvit", "torch flash", "torch math"])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if "|" in line]
+    rows = {name.strip(): cells for name, *cells in lines}
+    assert "1.0e-02" in rows["tinyvit"][0] and "1.0e-02" not in rows["tinyvit"][1]
+    assert "nan" in rows["torch flash"][0] and "nan" in rows["torch flash"][1]
+    assert rows["torch math"][0].strip() == "MemoryError"
+
+
+def test_attention_says_why_a_backend_refuses():
+    """As torch 2.13 puts it for flash attention in float32."""
+    at = " (Triggered internally at /pytorch/aten/src/ATen/native/transformers/cuda/sdp_utils.cpp:1.)"
+    wanted = "Expected query, key and value to all be of dtype: {Half, BFloat16}. Got Query dtype: float"
+    told = ["Memory efficient kernel not used because:", "Memory Efficient attention has been runtime disabled."]
+    told += ["Flash attention kernel not used because:", wanted]
+    said = [text + at for text in told]
+    assert attention_bench.reason(RuntimeError("No available kernel. Aborting execution."), said) == wanted
+    assert attention_bench.reason(MemoryError("first line\nsecond")) == "first line"
+
+
+@pytest.mark.parametrize(
+    "case, batch, forward, both",
+    [("cifar-p4", 1024, (3.3e9, 103e6), (11.6e9, 308e6)), ("base-224", 256, (30.5e9, 312e6), (106.5e9, 934e6))],
+)
+def test_attention_work(case, batch, forward, both):
+    """bf16; worked out by hand: 4 B H N^2 D and 10 B H N^2 D operations, 4 and 8 arrays of B N H D numbers."""
+    config = attention_bench.CASES[case]
+    assert attention_bench.work(config, batch, 2, False) == pytest.approx(forward, rel=0.01)
+    assert attention_bench.work(config, batch, 2, True) == pytest.approx(both, rel=0.01)
+
+
+def test_attention_cases():
+    """Tokens, heads and their width, from the papers' tables."""
+    shapes = {k: (c.num_tokens, c.num_heads, c.embed_dim // c.num_heads) for k, c in attention_bench.CASES.items()}
+    assert shapes == {
+        "cifar-p4": (65, 3, 64), "cifar-p8": (17, 3, 64), "tiny-224": (197, 3, 64), "small-224": (197, 6, 64),
+        "base-224": (197, 12, 64), "large-224": (197, 16, 64), "huge-224": (257, 16, 80), "tiny-384": (577, 3, 64),
+        "small-384": (577, 6, 64), "base-384": (577, 12, 64), "large-384": (577, 16, 64), "huge-378": (730, 16, 80),
+    }  # fmt: skip
+
+
+def test_inputs_overflow_the_cache(monkeypatch):
+    monkeypatch.setattr(devices.Host, "cache", 1 << 20)
+    inputs = attention_bench.make_inputs(devices.Host(), attention_bench.CASES["cifar-p8"], 2, "float32")
+    assert sum(x.nbytes for x in inputs.qkvs) >= 2 << 20
+    assert len({x.ctypes.data for x in inputs.qkvs}) == len(inputs.qkvs)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--batches", "0"], "--batches must be at least 1"),
+        (["--json", "nowhere/at/all.json"], "no directory"),
+        (["--cases", "vit"], "invalid choice"),
+    ],
+)
+def test_attention_bad_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        attention_bench.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_attention_without_what_it_needs(monkeypatch):
+    def no_gpu(target):
+        raise RuntimeError("device cuda needs CuPy")
+
+    monkeypatch.setattr(arrays, "mover", no_gpu)
+    with pytest.raises(SystemExit, match=r"^attention_bench: error: device cuda needs CuPy$"):
+        attention_bench.main(["--device", "cuda"])
+    with pytest.raises(SystemExit, match="device cpu expected float32, got bfloat16"):
+        attention_bench.main(["--dtypes", "bfloat16"])  # auto: the CPU
+
+
+# --- devices --------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """Of CuPy: as far as the timing needs it."""
+
+    def __init__(self, non_blocking):
+        self.capturing, self.work = False, []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def synchronize(self):
+        assert not self.capturing
+
+    def begin_capture(self):
+        self.capturing = True
+
+    def end_capture(self):
+        self.capturing = False
+        return types.SimpleNamespace(launch=lambda stream: self.work.append("graph"))
+
+
+class Event:
+    clock = 0.0
+
+    def record(self, stream):
+        self.at = Event.clock = Event.clock + 1.0
+
+    def synchronize(self):
+        pass
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    cuda = types.SimpleNamespace(Stream=Stream, Event=Event, get_elapsed_time=lambda a, b: 1e3 * (b.at - a.at))
+    cuda.Device = lambda: types.SimpleNamespace(synchronize=lambda: None)
+    pool = types.SimpleNamespace(free_all_blocks=lambda: None)
+    torch_cuda = types.SimpleNamespace(empty_cache=lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", types.SimpleNamespace(bfloat16=np.float16))
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=torch_cuda))
+    return devices.Gpu()
+
+
+def test_gpu_times_graphs_and_what_cannot_be_captured(gpu):
+    numbers = []
+
+    def refuses(i):
+        if gpu.stream.capturing:
+            raise NotImplementedError
+
+    def fails(i):
+        raise MemoryError("out of it")
+
+    times = gpu.times({"captured": numbers.append, "refuses": refuses, "fails": fails}, sets=3, rounds=4)
+    second = [1.0 / gpu.calls] * 4  # between the events, shared by the calls
+    assert times["captured"] == times["refuses"] == second
+    assert str(times["fails"]) == "out of it"
+    assert gpu.eager == {"refuses"}
+    gpu.times({"refuses": lambda i: None}, sets=1, rounds=1)  # captured this time
+    assert not gpu.eager
+    assert numbers == [0, 1, 2] + [i % 3 for i in range(gpu.calls)]  # to warm up, and to be captured once
+    assert gpu.stream.work == ["graph"] * (6 + 3)  # two more than are counted
+    assert not gpu.stream.capturing
