@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from reference_resnet import torch_backbone
 from torch import nn
 
 from tinyvit.vit import VisionTransformer, ViTConfig
@@ -70,12 +71,18 @@ class TorchViT(nn.Module):
         ):
             setattr(self, name, nn.Parameter(torch.zeros(1, int(count), dim)) if count else None)
         prefix = 0 if c.no_embed_class else int(c.class_token) + int(c.distilled) + c.reg_tokens
-        patches = (c.image_size[0] // c.patch_size[0]) * (c.image_size[1] // c.patch_size[1])
-        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + patches, dim))
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(c.in_chans, dim, c.patch_size, stride=c.patch_size)
+        self.patch_embed, features = nn.Module(), torch.zeros(1, c.in_chans, *c.image_size)
+        self.patch_embed.backbone = nn.Identity()
+        if c.resnet_layers is not None:
+            self.patch_embed.backbone = torch_backbone(c.in_chans, c.resnet_layers)
+            with torch.no_grad():
+                features = self.patch_embed.backbone(features)
+        self.patch_embed.proj = nn.Conv2d(features.shape[1], dim, c.patch_size, stride=c.patch_size)
+        rows, columns = (n // p for n, p in zip(features.shape[2:], c.patch_size, strict=True))
+        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
         self.blocks = nn.ModuleList(TorchBlock(c) for _ in range(c.depth))
-        if c.global_pool == "avg":
+        self.pools_first = c.global_pool == "avg" and c.fc_norm is not False
+        if self.pools_first:
             self.fc_norm = nn.LayerNorm(dim, c.norm_eps)
         else:
             self.norm = nn.LayerNorm(dim, c.norm_eps)
@@ -87,7 +94,7 @@ class TorchViT(nn.Module):
             self.head_dist = nn.Linear(dim, c.num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = self.patch_embed.proj(self.patch_embed.backbone(images)).flatten(2).transpose(1, 2)  # (B, N, D)
         tokens = [
             t.expand(len(x), -1, -1)
             for t in (self.cls_token, self.dist_token, self.reg_token)
@@ -99,11 +106,13 @@ class TorchViT(nn.Module):
             x = torch.cat([*tokens, x], dim=1) + self.pos_embed
         for block in self.blocks:
             x = block(x)
-        if self.c.global_pool == "avg":
-            pooled = self.fc_norm(x[:, sum(t.shape[1] for t in tokens) :].mean(dim=1))
-        else:
+        if not self.pools_first:
             x = self.norm(x)
-            pooled = x[:, 0]
+        pooled = x[:, 0]
+        if self.c.global_pool == "avg":
+            pooled = x[:, sum(t.shape[1] for t in tokens) :].mean(dim=1)
+        if self.pools_first:
+            pooled = self.fc_norm(pooled)
         if self.c.representation_size:
             pooled = torch.tanh(self.pre_logits.fc(pooled))
         if self.c.distilled and self.c.num_classes:

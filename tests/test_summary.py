@@ -5,8 +5,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from reference_resnet import torch_backbone
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinyvit.summary import summarise
 from tinyvit.vit import VisionTransformer, ViTConfig
@@ -24,6 +27,9 @@ VARIANTS = {
     "mean of patches": dict(distilled=False, class_token=False, global_pool="avg", reg_tokens=0),
     "mean with tokens": dict(distilled=False, global_pool="avg", act="gelu_tanh"),
     "fixed positions": dict(pos_embed="sincos2d"),
+    "norm before the mean": dict(distilled=False, global_pool="avg", fc_norm=False),
+    "hybrid": dict(resnet_layers=(1, 2), patch_size=(3, 1)),
+    "hybrid of a stem": dict(resnet_layers=(), patch_size=(3, 2)),
 }
 
 
@@ -40,6 +46,11 @@ VARIANTS = {
         ("vit_huge_patch14_224", 632_045_800),
         ("deit_base_distilled_patch16_224", 87_338_192),
         ("deit_tiny_distilled_patch16_224", 5_910_800),
+        # timm 1.0.31 with 1000 classes.
+        ("vit_tiny_r_s16_p8_224", 6_337_704),
+        ("vit_small_r26_s32_224", 36_431_912),
+        ("vit_base_r50_s16_224", 98_659_112),
+        ("vit_large_r50_s32_384", 329_092_136),
     ],
 )
 def test_published_parameter_counts(name, parameters):
@@ -59,6 +70,19 @@ def test_published_parameter_counts(name, parameters):
 )
 def test_published_multiply_adds(name, size, giga):
     assert summarise(model_config(name), image_size=size).flops / 2e9 == pytest.approx(giga, abs=0.005)
+
+
+@pytest.mark.parametrize("layers, size, patch", [((), (64, 48), 2), ((1, 2), (45, 64), 2), ((2, 1, 1, 1), (64, 96), 1)])
+def test_multiply_adds_of_a_resnet_are_those_that_torch_counts(layers, size, patch):
+    config = ViTConfig(image_size=size, resnet_layers=layers, patch_size=patch, embed_dim=8, depth=1, num_heads=1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = torch_backbone(3, layers)(torch.zeros(1, 3, *size))
+    rows = {row.name: row for row in summarise(config).rows}
+    backbone = [row for name, row in rows.items() if name.startswith("patch_embed.backbone.")]
+    assert sum(row.flops for row in backbone) == counter.get_total_flops()
+    assert backbone[-1].output == tuple(features.shape)
+    tokens = features.shape[2] * features.shape[3] // patch**2
+    assert rows["patch_embed.proj"].flops == 2 * 8 * patch**2 * features.shape[1] * tokens
 
 
 def flops_by_hand(depth, tokens, patches, patch_values, dim, hidden, classes):
@@ -173,7 +197,11 @@ def test_the_table_lines_up_and_adds_up(name):
     assert figures(total)[1] == pytest.approx(summary.flops, rel=1e-3)
     assert [depth * sum(p for p, _ in inner)] == [p for p, _ in folded]
     assert depth * sum(f for _, f in inner) == pytest.approx(folded[0][1], rel=1e-3)
-    assert f"blocks.0-{depth - 1} (x{depth})" in lines[2 + summary.config.class_token + summary.config.distilled]
+    layers = summary.config.resnet_layers
+    before = 2 + summary.config.class_token + summary.config.distilled + (0 if layers is None else 3 + len(layers))
+    assert f"blocks.0-{depth - 1} (x{depth})" in lines[before]
+    for i, count in enumerate(layers or ()):
+        assert f"backbone.stages.{i}  " in lines[3 + i] and f" (x{count}) " in lines[3 + i]
     assert len(inner) == sum(row.name.startswith("blocks.0.") for row in summary.rows)
     assert "estimate" in notes[-1] and "attention" in notes[2]
 

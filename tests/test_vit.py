@@ -30,6 +30,10 @@ VARIANTS = {
     "average": dict(global_pool="avg"),
     "average without a class token": dict(global_pool="avg", class_token=False),
     "average with register tokens": dict(global_pool="avg", reg_tokens=3),
+    "norm before the average": dict(global_pool="avg", fc_norm=False, reg_tokens=1),
+    "a stem before the patches": dict(resnet_layers=(), image_size=(33, 24), patch_size=(3, 2)),
+    "a stem before the only patch": dict(resnet_layers=(), patch_size=2),
+    "a ResNet before the patches": dict(resnet_layers=(2, 1), image_size=(30, 41), patch_size=(2, 1), in_chans=2),
     "register tokens": dict(reg_tokens=2),
     "register tokens outside the embedding": dict(reg_tokens=2, no_embed_class=True),
     "distilled": dict(distilled=True),
@@ -95,7 +99,9 @@ def test_a_model_of_real_size_agrees_with_torch(dtype):
     compare(model, images, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ["plain", "average with register tokens", "distilled", "pre-logits"])
+@pytest.mark.parametrize(
+    "name", ["plain", "average with register tokens", "distilled", "pre-logits", "a stem before the only patch"]
+)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_the_same_model_in_every_array_library(backend, dtype, name):
@@ -276,10 +282,10 @@ def test_fixed_positions_are_saved_but_not_trained():
 
 
 def test_a_config_survives_json():
-    config = SMALL.replace(image_size=(8, 12), init_values=1e-5)
+    config = SMALL.replace(image_size=(32, 64), init_values=1e-5, resnet_layers=(1, np.int64(2)))
     assert ViTConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert ViTConfig(image_size=8, patch_size=4).image_size == (8, 8)
-    assert (config.grid_size, config.num_patches, config.num_tokens, config.mlp_dim) == ((2, 3), 6, 7, 24)
+    assert (config.grid_size, config.num_patches, config.num_tokens, config.mlp_dim) == ((1, 2), 2, 3, 24)
     assert SMALL.replace(distilled=True, reg_tokens=3).num_prefix_tokens == 5
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.depth = 3
@@ -291,6 +297,14 @@ def test_a_config_survives_json():
         (dict(image_size=33), "image size 33x33 is not divisible by patch size 4"),
         (dict(image_size=(32, 33)), "image size 32x33 is not divisible by patch size 4"),
         (dict(image_size=(32, 33), patch_size=(4, 2)), "image size 32x33 is not divisible by patch size 4x2"),
+        (
+            dict(image_size=33, resnet_layers=(1, 1)),
+            "image size 33x33 makes a feature map of 5x5, which is not divisible by patch size 4",
+        ),
+        (dict(resnet_layers=(1, 0)), "resnet_layers must be up to 4 numbers of blocks, or None, got (1, 0)"),
+        (dict(resnet_layers=50), "resnet_layers must be up to 4 numbers of blocks, or None, got 50"),
+        (dict(resnet_layers=(1,) * 5), f"resnet_layers must be up to 4 numbers of blocks, or None, got {(1,) * 5}"),
+        (dict(fc_norm=True), """fc_norm=True needs global_pool="avg", got 'token'"""),
         (dict(image_size=0), "image_size and patch_size must be positive, got 0x0 and 4x4"),
         (dict(image_size=32.0), "image_size must be a whole number or a pair (height, width), got 32.0"),
         (dict(patch_size=(4,)), "patch_size must be a whole number or a pair (height, width), got (4,)"),
@@ -344,6 +358,7 @@ def test_any_sound_config_makes_a_model_of_the_promised_shape(data):
         image_size=(grid[0] * patch[0], grid[1] * patch[1]), patch_size=patch, embed_dim=4 * heads, num_heads=heads,
         in_chans=data.draw(st.integers(1, 4)), num_classes=data.draw(st.integers(0, 4)),
         depth=data.draw(st.integers(1, 2)), mlp_ratio=data.draw(st.sampled_from([0.3, 1, 4.0])),
+        fc_norm=None if pool == "token" else data.draw(st.sampled_from([None, False, True])),
         global_pool=pool, distilled=pool == "token" and data.draw(st.booleans()),
         class_token=pool == "token" or data.draw(st.booleans()), reg_tokens=data.draw(st.integers(0, 2)),
         no_embed_class=data.draw(st.booleans()), pos_embed=data.draw(st.sampled_from(["learn", "sincos2d"])),

@@ -1,6 +1,7 @@
 """Model names, their sizes, and what create_model promises."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ PUBLISHED = {
     "deit_tiny_distilled_patch16_224": 5_910_800,
     "deit_small_distilled_patch16_224": 22_436_432,
     "deit_base_distilled_patch16_224": 87_338_192,
+    "vit_tiny_r_s16_p8_224": 6_337_704,
+    "vit_small_r26_s32_224": 36_431_912,
+    "vit_base_r50_s16_224": 98_659_112,
+    "vit_large_r50_s32_224": 328_994_856,
 }
 
 
@@ -47,8 +52,12 @@ def test_every_listed_model_has_a_sound_configuration():
     for name in names:
         config = tinyvit.model_config(name)
         assert isinstance(config, ViTConfig)
-        patch, size = name.split("patch")[1].split("_")
-        assert config.patch_size == (int(patch),) * 2 and config.image_size == (int(size),) * 2, name
+        patch = re.search(r"patch(\d+)|_p(\d+)|$", name)
+        assert config.patch_size == (int(patch[1] or patch[2] or 1),) * 2, name
+        size = name.rpartition("_")[2]
+        assert config.image_size == (int(size),) * 2, name
+        if pixels := re.search(r"_r\d+_s(\d+)_", name):
+            assert config.grid_size == (int(size) // int(pixels[1]),) * 2, name
         assert config.distilled == ("distilled" in name)
         assert config.num_classes == (10 if size in ("32", "72") else 1000)
     names.clear()

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tinyvit import resnet
 from tinyvit.vit import Size, VisionTransformer, ViTConfig
+
+BACKBONE = "patch_embed.backbone"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Summary:
         }
 
     def as_table(self) -> str:
-        """The layers as aligned columns, with the blocks, which are all alike, folded into one."""
+        """The layers as aligned columns; the blocks, which are all alike, and each ResNet stage are folded into one."""
         cells = [("layer", "kind", "output", "parameters", "FLOPs")]
         cells += [_cells(row) for row in self._folded()]
         cells.append(("total", "", "", f"{self.parameters:,}", _short(self.flops)))
@@ -101,19 +104,18 @@ class Summary:
     __str__ = as_table
 
     def _folded(self) -> list[Row]:
-        """The rows with all blocks as one, followed by the layers of a single block, indented."""
+        """The rows with all blocks as one, followed by the layers of a single block, indented; and a row a stage."""
         depth = self.config.depth
         blocks = [row for row in self.rows if row.name.startswith("blocks.")]
-        one = [replace(row, name="  " + row.name.removeprefix("blocks.0.")) for row in blocks[: len(blocks) // depth]]
-        title = Row(
-            f"blocks.0-{depth - 1} (x{depth})" if depth > 1 else "blocks.0",
-            "transformer blocks" if depth > 1 else "transformer block",
-            blocks[-1].output,
-            sum(row.parameters for row in blocks),
-            sum(row.flops for row in blocks),
-        )
         first = self.rows.index(blocks[0])
-        return [*self.rows[:first], title, *one, *self.rows[first + len(blocks) :]]
+        one = [replace(row, name="  " + row.name.removeprefix("blocks.0.")) for row in blocks[: len(blocks) // depth]]
+        name = f"blocks.0-{depth - 1} (x{depth})" if depth > 1 else "blocks.0"
+        title = _together(name, "transformer blocks" if depth > 1 else "transformer block", blocks)
+        before = [row for row in self.rows[:first] if ".stages." not in row.name]
+        for i, count in enumerate(self.config.resnet_layers or ()):
+            stage = [row for row in self.rows if row.name.startswith(f"{BACKBONE}.stages.{i}.")]
+            before.insert(3 + i, _together(f"{BACKBONE}.stages.{i}", f"residual blocks (x{count})", stage))
+        return [*before, title, *one, *self.rows[first + len(blocks) :]]
 
 
 def summarise(model: VisionTransformer | ViTConfig, image_size: Size | None = None) -> Summary:
@@ -135,8 +137,15 @@ def summarise(model: VisionTransformer | ViTConfig, image_size: Size | None = No
     return Summary(config, tuple(_rows(config)))
 
 
+def _together(name: str, kind: str, rows: list[Row]) -> Row:
+    """Several rows as one."""
+    return Row(name, kind, rows[-1].output, sum(row.parameters for row in rows), sum(row.flops for row in rows))
+
+
 def _rows(c: ViTConfig) -> Iterator[Row]:
-    dim, patch_values = c.embed_dim, c.in_chans * math.prod(c.patch_size)
+    dim, patch_values = c.embed_dim, c.feature_chans * math.prod(c.patch_size)
+    if c.resnet_layers is not None:
+        yield from _resnet(c.in_chans, c.image_size, c.resnet_layers)
     yield _linear("patch_embed.proj", (1, c.num_patches), patch_values, dim, kind="patch embedding")
     tokens = {"cls_token": int(c.class_token), "dist_token": int(c.distilled), "reg_token": c.reg_tokens}
     for name, count in tokens.items():
@@ -148,11 +157,10 @@ def _rows(c: ViTConfig) -> Iterator[Row]:
     for i in range(c.depth):
         for row in _block(c):
             yield replace(row, name=f"blocks.{i}.{row.name}")
-    if c.global_pool == "token":
+    if not c.norm_after_pool:
         yield _layer_norm("norm", (1, c.num_tokens, dim))
-        yield Row("pool", "class token", (1, dim))
-    else:
-        yield Row("pool", "mean of patches", (1, dim))
+    yield Row("pool", "class token" if c.global_pool == "token" else "mean of patches", (1, dim))
+    if c.norm_after_pool:
         yield _layer_norm("fc_norm", (1, dim))
     if c.representation_size:
         yield _linear("pre_logits.fc", (1,), dim, c.representation_size, kind="linear, tanh")
@@ -177,6 +185,35 @@ def _block(c: ViTConfig) -> Iterator[Row]:
     yield _linear("mlp.fc2", (1, n), c.mlp_dim, dim)
     if c.init_values is not None:
         yield Row("ls2", "layer scale", (1, n, dim), dim)
+
+
+def _resnet(in_chans: int, image_size: tuple[int, int], layers: tuple[int, ...]) -> Iterator[Row]:
+    """The layers of a hybrid's ResNet, as `resnet` builds them."""
+
+    def at(stride: int) -> tuple[int, int]:
+        return -(-image_size[0] // stride), -(-image_size[1] // stride)
+
+    def unit(name: str, number: str, inputs: int, outputs: int, kernel: int, size: tuple[int, int]) -> Iterator[Row]:
+        weights, output = inputs * outputs * kernel**2, (1, outputs, *size)
+        flops = 2 * weights * math.prod(size)
+        yield Row(f"{name}.conv{number}", f"convolution {kernel}x{kernel}", output, weights, flops)
+        yield Row(f"{name}.norm{number}", "group norm", output, 2 * outputs)
+
+    stem = BACKBONE + ".stem" if layers else BACKBONE
+    width = resnet.channels(())
+    yield from unit(stem, "", in_chans, width, 7, at(2))
+    yield Row(f"{stem}.pool", "max-pooling", (1, width, *at(resnet.stride(()))))
+    for i, depth in enumerate(layers):
+        inputs, outputs = resnet.channels(layers[:i]), resnet.channels(layers[: i + 1])
+        before, size = at(resnet.stride(layers[:i])), at(resnet.stride(layers[: i + 1]))
+        inner = outputs // resnet.BOTTLENECK
+        for j in range(depth):
+            name = f"{BACKBONE}.stages.{i}.blocks.{j}"
+            if j == 0:
+                yield from unit(f"{name}.downsample", "", inputs, outputs, 1, size)
+            yield from unit(name, "1", outputs if j else inputs, inner, 1, size if j else before)
+            yield from unit(name, "2", inner, inner, 3, size)
+            yield from unit(name, "3", inner, outputs, 1, size)
 
 
 def _linear(name: str, rows: tuple[int, ...], n_in: int, n_out: int, *, bias: bool = True, kind: str = "linear") -> Row:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tinyvit import arrays, inspection, nn
+from tinyvit import arrays, inspection, nn, resnet
 from tinyvit import functional as F
 from tinyvit.ops import broadcast_to, concat, tanh
 from tinyvit.preprocessing import Preprocessing
@@ -22,6 +23,9 @@ class ViTConfig:
 
     Attributes:
         image_size, patch_size: pixels, one number or (height, width); kept as pairs.
+        resnet_layers: blocks in each stage of a ResNet before the patches (at most 4), () for its stem alone, None for no
+            ResNet. `patch_size` then counts pixels of its feature map, one for 4, 4, 8, 16 or 32 pixels of the picture
+            with 0, 1, 2, 3 or 4 stages, rounded up.
         in_chans: channels of a picture.
         num_classes: outputs; 0 gives the feature before the head.
         embed_dim, depth, num_heads: width of a token, number of blocks, heads of each attention.
@@ -33,6 +37,7 @@ class ViTConfig:
         no_embed_class: position embeddings for the patches only.
         pos_embed: "learn", or "sincos2d" for fixed sines and cosines (Chen et al. 2021, arXiv:2104.02057).
         global_pool: "token" takes the class token, "avg" the mean of the patches.
+        fc_norm: whether the last layer norm stands behind the pooling; None: if that is "avg", as in timm.
         act: "gelu" (exact) or "gelu_tanh".
         norm_eps: epsilon of all layer norms.
         init_values: start value of layer scale, None for none.
@@ -44,6 +49,7 @@ class ViTConfig:
 
     image_size: Size = 224
     patch_size: Size = 16
+    resnet_layers: tuple[int, ...] | None = None
     in_chans: int = 3
     num_classes: int = 1000
     embed_dim: int = 768
@@ -57,6 +63,7 @@ class ViTConfig:
     no_embed_class: bool = False
     pos_embed: str = "learn"
     global_pool: str = "token"
+    fc_norm: bool | None = None
     act: str = "gelu"
     norm_eps: float = 1e-6
     init_values: float | None = None
@@ -78,10 +85,18 @@ class ViTConfig:
             object.__setattr__(self, name, int(value))  # JSON does not know NumPy's
         if self.representation_size is not None and self.representation_size < 1:
             raise ValueError(f"representation_size must be at least 1, or None for none, got {self.representation_size}")
+        if self.resnet_layers is not None:
+            object.__setattr__(self, "resnet_layers", _stages(self.resnet_layers))
+        if self.fc_norm and self.global_pool != "avg":
+            raise ValueError(f'fc_norm=True needs global_pool="avg", got {self.global_pool!r}')
         if min(height, width, h, w) < 1:
             raise ValueError(f"image_size and patch_size must be positive, got {height}x{width} and {h}x{w}")
-        if height % h or width % w:
-            raise ValueError(f"image size {height}x{width} is not divisible by patch size {h if h == w else f'{h}x{w}'}")
+        rows, columns = self.feature_size
+        if rows % h or columns % w:
+            image, patch = f"image size {height}x{width}", f"patch size {h if h == w else f'{h}x{w}'}"
+            if self.resnet_layers is not None:
+                image += f" makes a feature map of {rows}x{columns}, which"
+            raise ValueError(f"{image} is not divisible by {patch}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         for name, choices in (("pos_embed", ("learn", "sincos2d")), ("global_pool", ("token", "avg")), ("act", ("gelu", "gelu_tanh"))):  # fmt: skip
@@ -100,9 +115,26 @@ class ViTConfig:
             raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
 
     @property
+    def feature_size(self) -> tuple[int, int]:
+        """Height and width of what is cut into patches: the picture's, or those of the ResNet's feature map."""
+        stride = 1 if self.resnet_layers is None else resnet.stride(self.resnet_layers)
+        return -(-self.image_size[0] // stride), -(-self.image_size[1] // stride)  # rounded up
+
+    @property
+    def feature_chans(self) -> int:
+        """Channels of what is cut into patches."""
+        return self.in_chans if self.resnet_layers is None else resnet.channels(self.resnet_layers)
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1]
+        (rows, columns), (h, w) = self.feature_size, self.patch_size
+        return rows // h, columns // w
+
+    @property
+    def norm_after_pool(self) -> bool:
+        """Whether the last layer norm is `fc_norm`, behind the pooling, and not `norm`, before it."""
+        return self.global_pool == "avg" if self.fc_norm is None else self.fc_norm
 
     @property
     def num_patches(self) -> int:
@@ -145,21 +177,30 @@ def _pair(name: str, size: Size) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
+def _stages(layers: Sequence[int]) -> tuple[int, ...]:
+    known = isinstance(layers, (tuple, list)) and len(layers) <= resnet.MOST_STAGES
+    if not known or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in layers):
+        raise ValueError(f"resnet_layers must be up to {resnet.MOST_STAGES} numbers of blocks, or None, got {layers!r}")
+    return tuple(map(int, layers))
+
+
 class PatchEmbed(nn.Module):
-    """Pictures (B, C, H, W) -> patch tokens (B, N, D)."""
+    """Pictures (B, C, H, W) -> patch tokens (B, N, D), of a hybrid through a ResNet's feature map."""
 
     def __init__(self, config: ViTConfig) -> None:
+        layers = config.resnet_layers
+        self.backbone = nn.Identity() if layers is None else resnet.backbone(config.in_chans, layers)
         self.proj = PatchProjection(config)
 
     def forward(self, images: Tensor) -> Tensor:
-        return F.patch_embed(images, self.proj.weight, self.proj.bias)
+        return F.patch_embed(self.backbone(images), self.proj.weight, self.proj.bias)
 
 
 class PatchProjection(nn.Module):
     """The weight (D, C, h, w) and bias (D,) of the patch embedding."""
 
     def __init__(self, config: ViTConfig) -> None:
-        self.weight = nn.Parameter(nn.lecun_normal((config.embed_dim, config.in_chans, *config.patch_size)))
+        self.weight = nn.Parameter(nn.lecun_normal((config.embed_dim, config.feature_chans, *config.patch_size)))
         self.bias = nn.Parameter(np.zeros(config.embed_dim, np.float32))
 
 
@@ -242,11 +283,9 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
         self.patch_embed = PatchEmbed(config)
         self.blocks = [Block(config, rate) for rate in np.linspace(0.0, config.drop_path, config.depth).tolist()]
-        # As in timm: tokens are normalised before pooling, unless their mean is taken.
-        norm = nn.LayerNorm(dim, config.norm_eps)
-        pooled = config.global_pool == "avg"
-        self.norm = nn.Identity() if pooled else norm
-        self.fc_norm = norm if pooled else nn.Identity()
+        norm, after = nn.LayerNorm(dim, config.norm_eps), config.norm_after_pool
+        self.norm = nn.Identity() if after else norm
+        self.fc_norm = norm if after else nn.Identity()
         self.pre_logits = PreLogits(dim, config.representation_size) if config.representation_size else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head = _head(config.representation_size or dim, config.num_classes)
@@ -256,7 +295,7 @@ class VisionTransformer(nn.Module):
         return self.forward_head(self.read_tokens(images))
 
     def forward_features(self, images: Tensor | Array) -> Tensor:
-        """Pictures (B, C, H, W) -> tokens (B, prefix + patches, D), normalised unless they are pooled by their mean."""
+        """Pictures (B, C, H, W) -> tokens (B, prefix + patches, D), normalised unless `fc_norm` is to do it."""
         return self._tokens(images, None)
 
     def read_tokens(self, images: Tensor | Array) -> Tensor:

@@ -29,6 +29,18 @@ for _size in ("tiny", "small", "base"):
         _MODELS[f"deit_{_size}{_infix}_patch16_224"] = ViTConfig(**_SIZES[_size], distilled=_distilled)
 for _infix, _distilled in (("", False), ("_distilled", True)):
     _MODELS[f"deit_base{_infix}_patch16_384"] = ViTConfig(image_size=384, **_SIZES["base"], distilled=_distilled)
+# Hybrids: the paper's R50+ViT-B/16 (its ResNet without the fourth stage), and AugReg's (Steiner et al. 2021,
+# arXiv:2106.10270, section 3.3).
+for _name, _size, _layers, _patch in (
+    ("vit_tiny_r_s16_p8", "tiny", (), 8),
+    ("vit_small_r26_s32", "small", (2, 2, 2, 2), 1),
+    ("vit_base_r50_s16", "base", (3, 4, 9), 1),
+    ("vit_large_r50_s32", "large", (3, 4, 6, 3), 1),
+):
+    for _image in (224, 384):
+        _MODELS[f"{_name}_{_image}"] = ViTConfig(
+            image_size=_image, patch_size=_patch, resnet_layers=_layers, **_SIZES[_size]
+        )
 # Sizes for 32x32 pictures such as CIFAR-10's.
 _MODELS |= {
     name: ViTConfig(**{"image_size": 32, "num_classes": 10, **settings})

@@ -1,7 +1,8 @@
 """Google's .npz files: the original models of the paper and those of AugReg (Steiner et al. 2021, arXiv:2106.10270).
 
 The layout is that of github.com/google-research/vision_transformer: Flax kernels are (in, out), those of attention are
-split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w).
+split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w). Hybrids run with
+timm's constants in their ResNet (`tinyvit.resnet`), as all models here run with timm's GELU.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Collection
 
 import numpy as np
 
+from .. import resnet
 from ..checkpoint import Checkpoint, CheckpointError
 from ..preprocessing import Preprocessing
 from ..vit import ViTConfig
-from .parts import mlp_ratio, names_of_classes, pack_qkv, renamed
+from .parts import mlp_ratio, names_of_classes, pack_qkv, renamed, resnet_layers, stem
 from .reading import reason
 from .sources import Source
 
@@ -39,6 +41,14 @@ BLOCK = {  # the same within a block
     "MlpBlock_3/Dense_0": "mlp.fc1",
     "MlpBlock_3/Dense_1": "mlp.fc2",
 }
+RESNET = {  # the same before the patches
+    "conv_root": "stem.conv",
+    "gn_root": "stem.norm",
+    "conv_proj": "downsample.conv",
+    "gn_proj": "downsample.norm",
+    **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
+    **{f"gn{i}": f"norm{i}" for i in (1, 2, 3)},
+}
 KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -48,9 +58,9 @@ def recognises(names: Collection[str]) -> bool:
 
 def read(source: Source) -> Checkpoint:
     """The model of an .npz file; its config follows from names and shapes. Raises CheckpointError."""
-    if found := next((name for name in source.arrays if "conv_root" in name), None):
-        raise CheckpointError(f"{source.path}: the model has a convolutional stem, which is not supported ({found})")
     state = renamed(source, our_name)
+    if resnet_layers(state) == ():  # a stem without stages has no name of its own
+        state = {name.replace(".backbone.stem.", ".backbone."): array for name, array in state.items()}
     try:
         config = read_config(state)
         for name in state:
@@ -77,19 +87,27 @@ def our_name(name: str) -> str:
     block = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)", module)
     if block and block[2] in BLOCK and kind in KINDS:
         return f"blocks.{block[1]}.{BLOCK[block[2]]}.{KINDS[kind]}"
+    unit = re.fullmatch(r"(?:block([1-9]\d*)/unit([1-9]\d*)/)?(\w+)", module)
+    if unit and unit[3] in RESNET and kind in KINDS and (unit[1] is None) == unit[3].endswith("_root"):
+        place = f"stages.{int(unit[1]) - 1}.blocks.{int(unit[2]) - 1}." if unit[1] else ""
+        return f"patch_embed.backbone.{place}{RESNET[unit[3]]}.{KINDS[kind]}"
     return f"{NAMES[module]}.{KINDS[kind]}" if module in NAMES and kind in KINDS else name
 
 
 def read_config(state: dict[str, np.ndarray]) -> ViTConfig:
     """The config that the still untransposed weights have. Raises KeyError, IndexError, TypeError or ValueError."""
     height, width, in_chans, embed_dim = state["patch_embed.proj.weight"].shape
+    layers, stride = resnet_layers(state), 1
+    if layers is not None:
+        in_chans, stride = stem(state).shape[2], resnet.stride(layers)
     patches = state["pos_embed"].shape[1] - 1
     side = math.isqrt(patches)
     if side * side != patches or not side:
         raise ValueError(f"{patches + 1} position embeddings do not fit a square of patches and a class token")
     return ViTConfig(
-        image_size=(side * height, side * width),
+        image_size=(side * height * stride, side * width * stride),
         patch_size=(height, width),
+        resnet_layers=layers,
         in_chans=in_chans,
         num_classes=len(state["head.bias"]) if "head.bias" in state else 0,
         embed_dim=embed_dim,
@@ -102,7 +120,9 @@ def read_config(state: dict[str, np.ndarray]) -> ViTConfig:
 
 def ours(name: str, array: np.ndarray) -> np.ndarray:
     """An array in our layout."""
-    if name == "patch_embed.proj.weight":
+    if re.search(r"^patch_embed\..*norm\d?\.", name):  # some are (1, 1, 1, C)
+        return array.reshape(-1)
+    if name.startswith("patch_embed.") and name.endswith("weight"):
         return array.transpose(3, 2, 0, 1)
     if re.search(r"attn\.(query|key|value)\.", name):
         return array.reshape(len(array), -1).T if name.endswith("weight") else array.reshape(-1)

@@ -222,6 +222,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 def unsupported(config: ViTConfig) -> str | None:
     """What the model has and theirs do not."""
     problems = {
+        "ResNet before the patches (resnet_layers)": config.resnet_layers is not None,
         "layer scale (init_values)": config.init_values is not None,
         "average pooling": config.global_pool == "avg",
         f"{config.reg_tokens} register tokens": config.reg_tokens > (0 if config.distilled else 1),

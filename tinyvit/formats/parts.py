@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,22 @@ def split_qkv(state: dict[str, np.ndarray]) -> None:
     for packed in [name for name in state if ".attn.qkv." in name]:
         parts = np.split(state.pop(packed), 3)
         state |= {packed.replace(".qkv.", f".{p}."): a for p, a in zip(("query", "key", "value"), parts, strict=True)}
+
+
+def resnet_layers(state: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
+    """Blocks in each stage of the ResNet before the patches; None without one."""
+    if not any(name.startswith("patch_embed.backbone.") for name in state):
+        return None
+    found = {re.match(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.", name) for name in state} - {None}
+    blocks = {tuple(map(int, match.groups())) for match in found}
+    stages = 1 + max((stage for stage, _ in blocks), default=-1)
+    return tuple(sum(stage == i for stage, _ in blocks) for i in range(stages))
+
+
+def stem(state: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The first kernel of the ResNet before the patches. Raises KeyError."""
+    short = "patch_embed.backbone.conv.weight"
+    return state[short] if short in state else state["patch_embed.backbone.stem.conv.weight"]
 
 
 def mlp_ratio(hidden: int, dim: int) -> float:

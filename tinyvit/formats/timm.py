@@ -1,4 +1,4 @@
-"""timm's ViT and DeiT: state dicts in .safetensors and .pth files, and hub directories. Their names are ours.
+"""timm's ViT, DeiT and hybrids: state dicts in .safetensors and .pth files, and hub directories. Their names are ours.
 
 A state dict alone says nearly everything by its names and shapes; what it cannot say is taken from config.json in a
 hub directory, from a model's name in the file name, or from what timm does by default.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import zoo
+from .. import resnet, zoo
 from ..checkpoint import Checkpoint, CheckpointError
 from ..preprocessing import Preprocessing
 from ..vit import ViTConfig
@@ -26,6 +26,8 @@ from .parts import (
     mlp_ratio,
     names_of_classes,
     renamed,
+    resnet_layers,
+    stem,
     write_directory,
     write_weights,
 )
@@ -34,13 +36,16 @@ from .sources import CONFIG, Source
 
 PATCHES = "patch_embed.proj.weight"
 HEAD_WIDTH = 64  # of an attention head in nearly all published models
-GIANTS = {1408: 16, 1664: 16}  # heads of vit_giant and vit_gigantic (Zhai et al. 2021, arXiv:2106.04560, table 2)
+# Heads of vit_giant and vit_gigantic (Zhai et al. 2021, arXiv:2106.04560, table 2), and SigLIP's so400m and giantopt.
+GIANTS = {1408: 16, 1664: 16, 1152: 16, 1536: 16}
+GIANT_NAMES = re.compile(r"giant|gigantic|so400m")
+# Models to which timm gives the tanh GELU by their names alone.
+TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_gap_512")
 LAYER_SCALE = 1e-5  # its usual start value
 NORM_EPS = 1e-6
 FOREIGN = {  # parts of timm's other models, and what they are
     "norm_pre.": "a layer norm before the blocks",
     "attn_pool.": "attention pooling",
-    "patch_embed.backbone.": "a convolutional stem",
     "rel_pos": "relative positions",
     "relative_position": "relative positions",
     "attn.q_norm.": "normalised queries and keys",
@@ -50,6 +55,15 @@ FOREIGN = {  # parts of timm's other models, and what they are
     "mlp.w12.": "a gated MLP",
     "mlp.fc1_g.": "a gated MLP",
     "decoder_": "a decoder",
+}
+RESNET = re.compile(  # the parts of the ResNet that ours is, with stages or without
+    r"patch_embed\.backbone\.((stem\.)?(conv|norm)|stages\.\d+\.blocks\.\d+\.(downsample\.(conv|norm)|(conv|norm)[123]))\.\w+"
+)
+# The stages of blocks that timm has models with, and one of those models each: it takes all but these from model_args.
+HYBRIDS = {
+    config.resnet_layers: name
+    for name, config in ((name, zoo.model_config(name)) for name in zoo.list_models())
+    if config.resnet_layers is not None
 }
 IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
@@ -90,12 +104,12 @@ def foreign(state: dict[str, np.ndarray], name: str) -> str | None:
     for part, what in FOREIGN.items():
         if found := next((key for key in state if key.startswith(part) or f".{part}" in key), None):
             return f"{what} ({found})"
+    if found := next((key for key in state if "patch_embed.backbone." in key and not RESNET.fullmatch(key)), None):
+        return f"a convolutional stem of another kind ({found})"
     if "_rpn_" in name:
         return "its norms behind attention and MLP (rpn)"
     if "norm.weight" in state and "fc_norm.weight" in state:
         return "layer norms before and after pooling (norm, fc_norm)"
-    if "norm.weight" in state and "cls_token" not in state:
-        return "a layer norm before its mean is taken (norm without cls_token)"
     first, second = (state.get(f"blocks.0.mlp.fc{i}.weight", np.empty(0)) for i in (1, 2))
     if first.ndim == second.ndim == 2 and len(first) == 2 * second.shape[1]:
         return "a gated MLP (blocks.0.mlp.fc1 is twice as wide as fc2)"
@@ -121,16 +135,23 @@ def labels(card: dict[str, Any]) -> tuple[str, ...]:
 def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, source: Source) -> ViTConfig:
     """The config of the model. Raises KeyError, IndexError, TypeError or ValueError."""
     embed_dim, in_chans, *patch = state[PATCHES].shape
+    layers, stride = resnet_layers(state), 1
+    if layers is not None:
+        in_chans, stride = stem(state).shape[1], resnet.stride(layers)
     blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
-    pooling = "avg" if "fc_norm.weight" in state else "token"
+    after = "fc_norm.weight" in state
+    told = card.get("fc_norm") is False and card.get("global_pool") == "avg"
+    mean = after or told or "cls_token" not in state
+    pooling = "avg" if mean else "token"
     if card.get("global_pool", "") not in ("", pooling):
         raise ValueError(f"global_pool is {card['global_pool']!r}, but the norm is that of {pooling!r}")
-    act = card.get("act_layer", "gelu")
+    act = card.get("act_layer", "gelu_tanh" if TANH_NAMES.search(name) else "gelu")
     if act not in ACTIVATIONS:
         raise ValueError(f"act_layer is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     pre_logits = state.get("pre_logits.fc.weight")
     fields: dict[str, Any] = dict(
         patch_size=tuple(patch),
+        resnet_layers=layers,
         in_chans=in_chans,
         num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
         embed_dim=embed_dim,
@@ -142,13 +163,14 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, s
         reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
         distilled="dist_token" in state,
         global_pool=pooling,
+        fc_norm=False if mean and not after else None,
         act=ACTIVATIONS[act],
         norm_eps=card.get("norm_eps", NORM_EPS),  # timm itself cannot say
         init_values=LAYER_SCALE if any(key.endswith(".gamma") for key in state) else None,
         representation_size=None if pre_logits is None else len(pre_logits),
     )
     prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
-    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), image_sizes(card, name), source)
+    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), stride, image_sizes(card, name), source)
     return ViTConfig(**fields, **grid)
 
 
@@ -162,7 +184,7 @@ def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int)
     for config in map(zoo.model_config, by_name + by_size):
         if config.embed_dim == embed_dim:
             return config.num_heads
-    if embed_dim in GIANTS and re.search(r"giant|gigantic", name):
+    if embed_dim in GIANTS and GIANT_NAMES.search(name):
         return GIANTS[embed_dim]
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
     if "num_heads" not in source.hints:
@@ -174,22 +196,25 @@ def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int)
 
 
 def find_grid(
-    embedded: int, prefix: int, patch: tuple[int, int], told: list[tuple[int, int]], source: Source
+    embedded: int, prefix: int, patch: tuple[int, int], stride: int, told: list[tuple[int, int]], source: Source
 ) -> dict[str, Any]:
     """image_size and no_embed_class for `embedded` position embeddings, of patches alone or with `prefix` other tokens.
 
-    A size told of is preferred, then a square of patches. Raises ValueError when nothing fits.
+    A size told of is preferred, then a square of patches. `stride` is that of the ResNet before the patches, 1 without.
+    Raises ValueError when nothing fits.
     """
 
     def square(patches: int) -> tuple[int, int]:
-        return math.isqrt(max(patches, 0)) * patch[0], math.isqrt(max(patches, 0)) * patch[1]
+        side = math.isqrt(max(patches, 0)) * stride
+        return side * patch[0], side * patch[1]
 
     tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in told]
     tries += [(square(embedded - prefix), False), *((size, False) for size in pairs(source.hints.get("image_size")))]
     for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
-        rows, columns = height // patch[0], width // patch[1]
+        features = -(-height // stride), -(-width // stride)  # rounded up
+        rows, columns = features[0] // patch[0], features[1] // patch[1]
         count = rows * columns + (0 if no_embed_class else prefix)
-        if rows and count == embedded and (rows * patch[0], columns * patch[1]) == (height, width):
+        if rows and count == embedded and (rows * patch[0], columns * patch[1]) == features:
             if no_embed_class and prefix and (height, width) not in told:
                 taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
                 warnings.warn(f"{source.path}: {taken}: give image_size if that is wrong", stacklevel=2)
@@ -199,7 +224,7 @@ def find_grid(
 
 def image_sizes(card: dict[str, Any], name: str) -> list[tuple[int, int]]:
     """Picture sizes that the config and the name tell of."""
-    in_name = map(int, re.findall(r"patch\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
+    in_name = map(int, re.findall(r"(?:patch|_[sp])\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
     return pairs(card.get("img_size"), (card.get("input_size") or [None])[1:], *in_name)
 
 
@@ -241,6 +266,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         warnings.warn(f"timm's layer norms have epsilon {NORM_EPS:g}, this model's {config.norm_eps:g}", stacklevel=2)
     if path.suffix == ".safetensors":
         write_weights(path, checkpoint.state)
+    elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
+        what = "a distilled hybrid" if config.distilled else f"stages of {config.resnet_layers} blocks before its patches"
+        raise CheckpointError(f"{path}: timm has no model with {what}; write a .safetensors file")
     else:
         write_directory(path, checkpoint.state, {CONFIG: json.dumps(write_card(checkpoint), indent=2)})
 
@@ -250,6 +278,9 @@ def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
     from ..data.picture import usual_crop
 
     c, p = checkpoint.config, checkpoint.preprocessing
+    hybrid = c.resnet_layers is not None
+    architecture = HYBRIDS[c.resnet_layers] if hybrid else "vit_base_patch16_224"
+    first = f"patch_embed.{'backbone.stem.conv' if c.resnet_layers else 'backbone.conv' if hybrid else 'proj'}"
     model_args = {
         "img_size": list(c.image_size),
         "patch_size": list(c.patch_size),
@@ -265,10 +296,9 @@ def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "no_embed_class": c.no_embed_class,
         "reg_tokens": c.reg_tokens,
     }
-    if c.init_values is not None:
-        model_args["init_values"] = c.init_values
+    model_args |= {name: getattr(c, name) for name in ("init_values", "fc_norm") if getattr(c, name) is not None}
     return {
-        "architecture": "deit_base_distilled_patch16_224" if c.distilled else "vit_base_patch16_224",
+        "architecture": "deit_base_distilled_patch16_224" if c.distilled else architecture,
         "num_classes": c.num_classes,
         "num_features": c.embed_dim,
         "global_pool": c.global_pool,
@@ -283,7 +313,7 @@ def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
             "crop_mode": p.crop_mode,
             "interpolation": p.interpolation,
             "num_classes": c.num_classes,
-            "first_conv": "patch_embed.proj",
+            "first_conv": first,
             "classifier": ["head", "head_dist"] if c.distilled else "head",
         },
     }
