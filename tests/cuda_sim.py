@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import array_api_compat.numpy as numpy_namespace
 import numpy as np
 
+from tinyvit import kernels
 from tinyvit.kernels import cublas, cuda
 
 SHIM = Path(__file__).parent / "cuda_shim"
@@ -113,6 +115,14 @@ class Kernel:
             raise RuntimeError(f"{self._name}: {message.decode()}")
 
 
+def _upload(to: np.ndarray, values: np.ndarray) -> None:
+    work = functools.partial(np.copyto, to, values)
+    if kernels.capturing():
+        kernels.after_capture(work)
+    else:
+        work()
+
+
 _seed = 0
 
 
@@ -136,6 +146,7 @@ def device(
         "address": lambda x: x.ctypes.data,
         "shared_limit": lambda: shared_limit,
         "multiprocessors": lambda: multiprocessors,
+        "upload": _upload,
         "device": lambda: 0,
         "stream": lambda: 0,
     }
@@ -154,6 +165,26 @@ def device(
             setattr(cuda, name, value)
         for cached in (cublas._plan, cublas._handle, cublas._workspace):
             cached.cache_clear()
+
+
+@contextlib.contextmanager
+def everything_on_device(folder: Path, **machine: Any) -> Iterator[None]:
+    """Within this context whole models of NumPy arrays run on the CUDA kernels (for what `device` takes)."""
+    name = numpy_namespace.__name__
+    before = kernels._MODULES[name]
+    kernels._MODULES[name] = "tinyvit.kernels.cupy_"
+    try:
+        with device(folder, **machine):
+            _forget_kernels()
+            yield
+    finally:
+        kernels._MODULES[name] = before
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    kernels.best.cache_clear()
+    kernels.together.cache_clear()
 
 
 @functools.cache

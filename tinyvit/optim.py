@@ -90,7 +90,24 @@ class Optimizer:
             _check_like(f"the gradient of parameter {i}", slot.parameter.grad, p)
             for name, value in slot.state.items():
                 _check_like(f"the optimizer's {name} of parameter {i}", value, p)
+        if self.step_together() is not None:
+            return
+        if kernels.capturing():
+            raise kernels.NotCapturable(f"{type(self).__name__} updates one parameter after the other")
         _each(self._step, [slot for _, slot in pending], [slot.parameter.data for _, slot in pending])
+
+    def step_together(self, max_norm: float = math.inf, loss_scale: Any = None) -> Array | None:
+        """`limit_grad_norm` and `step` in a few launches that read nothing from the host, where kernels for that exist.
+
+        Args:
+            max_norm: as in `limit_grad_norm`.
+            loss_scale: what the gradients are to be divided by, a `precision.LossScale`; it is kept up to date, and a
+                gradient that is not finite updates nothing.
+
+        Returns:
+            the gradients' norm, an array without dimensions; None, with nothing done, where there are no such kernels.
+        """
+        return None
 
     def _step(self, slot: _Slot) -> None:
         slot.steps += 1
@@ -182,7 +199,52 @@ class AdamW(Optimizer):
             raise ValueError(f"betas must be two numbers, got {betas!r}")
         self._beta1, self._beta2 = (_number(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
         self._eps = _number("eps", eps)
+        self._many: Any = None  # what updates all parameters together, with numbers of its own on the device
+        self._told: tuple[float, int] | None = None  # the learning rate and the steps done, as they are there
+        self._together: list[_Slot] = []
         super().__init__(params, lr, weight_decay, ("m", "v"))
+
+    def step_together(self, max_norm: float = math.inf, loss_scale: Any = None) -> Array | None:
+        slots = [slot for slot in self._slots if slot.parameter.grad is not None]
+        parameters, gradients = [slot.parameter.data for slot in slots], [slot.parameter.grad for slot in slots]
+        make = kernels.together("adamw", arrays.namespace(parameters[0])) if slots else None
+        m, v = ([slot.state[name] for slot in slots] for name in ("m", "v"))
+        same_steps = len({slot.steps for slot in slots}) == 1
+        if make is None or not same_steps or not make.covers(parameters, gradients, m, v):
+            return None
+        if self._many is None:
+            self._many = make(arrays.namespace(parameters[0]), beta1=self._beta1, beta2=self._beta2, eps=self._eps)
+        self._together = slots
+        self.count_step()
+        self._many.update(
+            parameters, gradients, m, v,
+            lr_scales=[slot.lr_scale for slot in slots], weight_decays=[slot.weight_decay for slot in slots],
+            max_norm=max_norm, loss_scale=loss_scale,
+        )  # fmt: skip
+        return self._many.get("norm")
+
+    def count_step(self) -> None:
+        """The host's share of `step_together`, which a captured graph leaves to its caller each time it is replayed."""
+        steps = self._together[0].steps
+        if self._told is None or self._told[0] != self.lr:
+            self._many.set("lr", self.lr)
+        if self._told is None or self._told[1] != steps:
+            self._many.set("step", steps)
+        for slot in self._together:
+            slot.steps += 1
+            slot.parameter.changed()
+        self._told = self.lr, steps + 1
+
+    def state_dict(self) -> State:
+        if self._many is not None:  # which has not counted steps whose gradients overflowed
+            for slot in self._together:
+                slot.steps = int(self._many.get("step"))
+            self._told = None
+        return super().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        super().load_state_dict(state)
+        self._told = None
 
     def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
         return self._adamw(xp, p, g, slot, slot.weight_decay)
@@ -210,6 +272,9 @@ class Adam(AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
+
+    def step_together(self, max_norm: float = math.inf, loss_scale: Any = None) -> None:
+        return None  # the kernels' decay is decoupled
 
     def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
         if slot.weight_decay:
@@ -337,15 +402,28 @@ class EMA:
             name: arrays.namespace(p.data).asarray(p.data, copy=True) for name, p in self._parameters.items()
         }
         self._applied = False
+        self._many: Any = None
 
     def update(self) -> None:
         """Move the average towards the present parameters."""
         self._refuse_if_applied("update")
+        if self._update_together():
+            return
         for name, p in self._parameters.items():
             _check_like(f"the average of {name}", self._average[name], p.data)
             xp = arrays.namespace(p.data)
             average = kernels.best(lerp, xp)(xp, self._average[name], p.data, weight=1 - self._decay)
             self._average[name] = average
+
+    def _update_together(self) -> bool:
+        """Update all averages in one go; False, and nothing done, where that cannot be."""
+        averages, targets = list(self._average.values()), [p.data for p in self._parameters.values()]
+        make = kernels.together("lerp", arrays.namespace(targets[0])) if targets else None
+        if make is None or not make.covers(averages, targets):
+            return False
+        self._many = self._many or make(arrays.namespace(targets[0]))
+        self._many.update(averages, targets, 1 - self._decay)
+        return True
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -137,6 +137,7 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
     return mask
 
 
+TOGETHER = cupy_optim.TOGETHER
 KERNELS: dict[str, Callable] = {
     f.__name__: f for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention, cross_entropy, dropout_mask)
 } | cupy_optim.KERNELS

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit import kernels
 from tinyvit.kernels import cuda, reference_optim
 
 Array = Any
 
+CONTROL = ("lr", "step", "correction", "rate_over_lr", "gradient_scale", "norm", "skip")  # struct Control in adamw.cu
 PIECE = 4096  # numbers of a parameter that a block takes, as in adamw.cu
 TABLE = np.dtype(
     [(name, np.uint64) for name in ("p", "m", "v", "g", "copy")]
@@ -57,78 +59,142 @@ def _sum_squares(scalar: str, partial: Array, total: Array) -> None:
     kernel((1,), (256,), (partial, np.int32(partial.size), total), shared_mem=8 * 256)
 
 
+class _Table:
+    """Where the arrays of a model's parameters lie, on the device, for kernels that go over all of them."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self._rows, self._on_device = np.zeros(0, TABLE), None
+
+    def fill(self, sizes: Sequence[int], **columns: Sequence) -> tuple[Array, np.int32, int]:
+        """The table's address, rows, and pieces of all; nothing is copied there if nothing has changed.
+
+        A graph that is being captured gets a table of its own, which later steps do not write over.
+        """
+        rows = np.zeros(len(sizes), TABLE)
+        rows["size"] = sizes
+        pieces = -(-rows["size"] // PIECE)
+        rows["first_piece"] = np.cumsum(pieces) - pieces
+        for name, values in columns.items():
+            rows[name] = values
+        if self._on_device is None or kernels.capturing() or not np.array_equal(rows, self._rows):
+            self._rows, self._on_device = rows, self._xp.empty(rows.nbytes, dtype=self._xp.uint8)
+            cuda.upload(self._on_device, rows.view(np.uint8))
+        return self._on_device, np.int32(len(rows)), int(pieces.sum())
+
+
+def _writable(parameters: Sequence[Array], others: Sequence[Array]) -> bool:
+    """Whether `others` are like the parameters, and kernels can change them in place as fp32 in vectors of 16 bytes."""
+    return all(
+        type(x) is type(p) and x.shape == p.shape and cuda.scalar(x.dtype) == "float" and cuda.is_ready(x)
+        for x, p in zip(others, parameters, strict=True)
+    )
+
+
+def _addresses(arrays: Sequence[Array | None]) -> list[int]:
+    return [0 if x is None else cuda.address(x) for x in arrays]
+
+
 class ManyAdamW:
-    """AdamW for all parameters of a model in two launches, all of whose changing numbers lie on the device.
+    """AdamW for all parameters of a model in a few launches, all of whose changing numbers lie on the device.
 
     Args:
         xp: the array namespace.
-        parameters, m, v: fp32 arrays in C order, updated in place.
-        dtype: of the gradients, and of `copies`.
-        copies: None, or for each parameter an array of its shape that follows it in the low precision (or None).
-        lr_scales, weight_decays: for each parameter.
         beta1, beta2, eps: as in `reference_optim.adamw`.
 
     Attributes:
-        control: float64 (6,) on the device: learning rate, steps done, two corrections, factor of the gradients, norm.
+        control: float64 numbers on the device, named by `CONTROL`.
     """
 
-    def __init__(
+    def __init__(self, xp: Any, *, beta1: float, beta2: float, eps: float) -> None:
+        self._xp, self._betas, self._eps = xp, (beta1, beta2), eps
+        self._table = _Table(xp)
+        self.control = xp.zeros(len(CONTROL), dtype=xp.float64)
+
+    @staticmethod
+    def covers(parameters: Sequence[Array], gradients: Sequence[Array], m: Sequence[Array], v: Sequence[Array]) -> bool:
+        """Whether `update` can do it."""
+        one_type = len({g.dtype for g in gradients}) == 1
+        return (
+            one_type
+            and cuda.scalar(gradients[0].dtype) is not None
+            and all(_writable(parameters, others) for others in (parameters, m, v))
+            and all(type(g) is type(p) and g.shape == p.shape for g, p in zip(gradients, parameters, strict=True))
+        )
+
+    def set(self, name: str, value: float) -> None:
+        """Give one of the numbers in `control` a value, without waiting for the device."""
+        i = CONTROL.index(name)
+        cuda.upload(self.control[i : i + 1], np.array([value]))
+
+    def get(self, name: str) -> Array:
+        """One of the numbers in `control`: a copy without dimensions, which is not waited for."""
+        return self.control[CONTROL.index(name)].copy()
+
+    def update(
         self,
-        xp: Any,
         parameters: Sequence[Array],
+        gradients: Sequence[Array],
         m: Sequence[Array],
         v: Sequence[Array],
         *,
-        dtype: Any,
         copies: Sequence[Array | None] | None = None,
         lr_scales: Sequence[float],
         weight_decays: Sequence[float],
-        beta1: float,
-        beta2: float,
-        eps: float,
+        max_norm: float,
+        loss_scale: Any = None,
     ) -> None:
-        self._xp, self._scalar = xp, cuda.scalar(dtype)
-        self._kept = (parameters, m, v, copies)  # the table holds their addresses
-        self._betas, self._eps = (beta1, beta2), eps
-        table = np.zeros(len(parameters), TABLE)
-        for name, arrays in (("p", parameters), ("m", m), ("v", v), ("copy", copies or [None] * len(parameters))):
-            table[name] = [0 if x is None else cuda.address(x) for x in arrays]
-        table["size"] = [x.size for x in parameters]
-        pieces = -(-table["size"] // PIECE)
-        table["first_piece"] = np.cumsum(pieces) - pieces
-        table["lr_scale"], table["weight_decay"] = lr_scales, weight_decays
-        self._pieces = int(pieces.sum())
-        self._table, self._on_device = table, None
-        self._partial, self._total = xp.empty(self._pieces, dtype=xp.float64), xp.empty((), dtype=xp.float64)
-        self.control = xp.asarray(np.array([0.0, 0.0, 0.0, 0.0, 1.0, 0.0]))
+        """One step with the learning rate in `control`, of gradients that are limited to `max_norm` together.
 
-    def set_gradients(self, gradients: Sequence[Array]) -> None:
-        """Take these arrays as the gradients; nothing goes to the device if they lie where the last ones did."""
-        gradients = [cuda.ready(g) for g in gradients]
-        addresses = np.array([cuda.address(g) for g in gradients], np.uint64)
-        if self._on_device is None or not np.array_equal(addresses, self._table["g"]):
-            self._table["g"] = addresses
-            self._on_device = self._xp.asarray(self._table.view(np.uint8).copy())
-        self._gradients = gradients
+        Args:
+            parameters, m, v: fp32 arrays in C order, updated in place.
+            gradients: of one dtype.
+            copies: None, or for each parameter an array of the gradients' dtype that follows it (or None).
+            lr_scales, weight_decays: for each parameter.
+            loss_scale: what the gradients are divided by first, a `precision.LossScale`, which follows them.
+        """
+        scalar, gradients = cuda.scalar(gradients[0].dtype), [cuda.ready(g) for g in gradients]
+        table, count, pieces = self._table.fill(
+            [x.size for x in parameters],
+            p=_addresses(parameters), m=_addresses(m), v=_addresses(v), g=_addresses(gradients),
+            copy=_addresses(copies or [None] * len(parameters)), lr_scale=lr_scales, weight_decay=weight_decays,
+        )  # fmt: skip
+        partial, total = self._xp.empty(pieces, dtype=self._xp.float64), self._xp.empty((), dtype=self._xp.float64)
+        squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
+        squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
+        _sum_squares(scalar, partial, total)
+        clip = cuda.kernel("adamw", "clip_gradient", SCALAR=scalar)
+        scaling = (cuda.NULL, cuda.NULL, np.int32(0), np.float32(0))
+        if loss_scale is not None:
+            limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
+            scaling = (loss_scale.value, loss_scale.good, *limits)
+        clip((1,), (32,), (total, np.float64(max_norm), *scaling, self.control))
 
-    def clip(self, largest_norm: float) -> None:
-        """Measure the gradients' norm (`control[5]`) and set the factor (`control[4]`) that limits it."""
-        count = np.int32(len(self._table))
-        squares = self._kernel("squares_many")
-        squares((self._pieces,), (256,), (self._on_device, count, self._partial), shared_mem=8 * 256)
-        _sum_squares(self._scalar, self._partial, self._total)
-        self._kernel("clip_gradient")((1,), (32,), (self._total, np.float64(largest_norm), self.control))
-
-    def step(self) -> None:
-        """Update all parameters with the learning rate in `control[0]`."""
         beta1, beta2 = self._betas
-        self._kernel("prepare_adamw")((1,), (32,), (self.control, np.float64(beta1), np.float64(beta2)))
+        prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=scalar)
+        prepare((1,), (32,), (self.control, np.float64(beta1), np.float64(beta2)))
         numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, self._eps))
-        arguments = (self._on_device, np.int32(len(self._table)), self.control, *numbers)
-        self._kernel("adamw_many")((self._pieces,), (256,), arguments)
-
-    def _kernel(self, name: str) -> Callable:
-        return cuda.kernel("adamw", name, SCALAR=self._scalar)
+        adamw = cuda.kernel("adamw", "adamw_many", SCALAR=scalar)
+        adamw((pieces,), (256,), (table, count, self.control, *numbers))
 
 
+class ManyLerp:
+    """`reference_optim.lerp` for many fp32 arrays at once."""
+
+    def __init__(self, xp: Any) -> None:
+        self._table = _Table(xp)
+
+    @staticmethod
+    def covers(a: Sequence[Array], b: Sequence[Array]) -> bool:
+        """Whether `update` can bring these together."""
+        return _writable(b, a) and _writable(b, b)
+
+    def update(self, a: Sequence[Array], b: Sequence[Array], weight: float) -> None:
+        """a += weight (b - a)."""
+        table, count, pieces = self._table.fill([x.size for x in a], p=_addresses(a), m=_addresses(b))
+        lerp = cuda.kernel("adamw", "lerp_many", SCALAR="float")
+        lerp((pieces,), (256,), (table, count, np.float32(weight)))
+
+
+TOGETHER = {"adamw": ManyAdamW, "lerp": ManyLerp}
 KERNELS: dict[str, Callable] = {f.__name__: f for f in (adamw, sum_of_squares)}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit import arrays
+from tinyvit import arrays, kernels
 
 Array = Any
 
@@ -31,7 +31,22 @@ def address(x: Array) -> int:
 
 def ready(x: Array) -> Array:
     """`x` as the kernels read it: C order, from a 16-byte boundary on."""
-    return x if x.flags.c_contiguous and address(x) % 16 == 0 else x.copy()
+    return x if is_ready(x) else x.copy()
+
+
+def is_ready(x: Array) -> bool:
+    return x.flags.c_contiguous and address(x) % 16 == 0
+
+
+def upload(to: Array, values: np.ndarray) -> None:
+    """Copy host numbers into a device array, in its place among the stream's work and without waiting for it.
+
+    While a graph is captured the copy is left for its end: what is captured is repeated, with the same numbers.
+    """
+    if kernels.capturing():
+        kernels.after_capture(lambda: to.set(values))
+    else:
+        to.set(values)
 
 
 def kernel(file: str, name: str, **constants: Any) -> Callable:

@@ -25,11 +25,12 @@ struct Parameter {  // 64 bytes; the table's layout in Python is TABLE in cupy_o
     float lr_scale, weight_decay;
 };
 
-struct Control {                      // doubles, so that Python can hold them in one array
+struct Control {                      // doubles, so that Python can hold them in one array: CONTROL in cupy_optim.py
     double lr, step;                  // set by the caller; prepare_adamw counts the step
     double correction, rate_over_lr;  // of this step: sqrt(1 - beta2^step), and that over 1 - beta1^step
-    double gradient_scale;            // the gradients are multiplied by it: clipping
-    double norm;                      // of the gradient, before that
+    double gradient_scale;            // the gradients are multiplied by it: 1 / loss_scale, and clipping
+    double norm;                      // of the gradient (without the loss scale), before clipping
+    double skip;                      // 1: the gradient overflowed, nothing is to be updated
 };
 
 // The parameter that a piece belongs to: the last one whose first piece is not beyond it.
@@ -47,7 +48,7 @@ DEVICE const Parameter& parameter_of(const Parameter* table, int count, long lon
 
 // One thread. Counts the step and prepares what all parameters share.
 extern "C" __global__ void prepare_adamw(Control* control, double beta1, double beta2) {
-    if (threadIdx.x > 0) return;
+    if (threadIdx.x > 0 || control->skip != 0.0) return;
     control->step += 1.0;
     control->correction = sqrt(1.0 - pow(beta2, control->step));
     control->rate_over_lr = control->correction / (1.0 - pow(beta1, control->step));
@@ -69,6 +70,7 @@ DEVICE void update(float& p, float& m, float& v, float g, const Step& s) {
 extern "C" __global__ void __launch_bounds__(256, 4)
     adamw_many(const Parameter* __restrict__ table, int count, const Control* __restrict__ control, float new1,
                float beta2, float new2, float eps) {
+    if (control->skip != 0.0) return;
     const Parameter& parameter = parameter_of(table, count, blockIdx.x);
     const double lr = control->lr * parameter.lr_scale;
     const Step step = {new1,
@@ -163,10 +165,39 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // One thread: the norm, and the factor that clips it (1 where the norm is not finite, as torch leaves such gradients
-// alone).
-extern "C" __global__ void clip_gradient(const double* __restrict__ total, double largest_norm, Control* control) {
+// alone). Where the loss was multiplied by `loss_scale` (else null) the gradients are divided by it, and it finds its
+// size: a gradient that is not finite is skipped and halves it, grow_after good ones in a row double it
+// (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2; LossScale in precision.py).
+extern "C" __global__ void clip_gradient(const double* __restrict__ total, double largest_norm, float* loss_scale,
+                                         int* good, int grow_after, float largest_scale, Control* control) {
     if (threadIdx.x > 0) return;
-    const double norm = sqrt(*total), factor = largest_norm / (norm + 1e-6);
+    const double scale = loss_scale ? *loss_scale : 1.0f;
+    const double norm = sqrt(*total) / scale, factor = largest_norm / (norm + 1e-6);
+    const bool finite = norm * 0.0 == 0.0;
     control->norm = norm;
-    control->gradient_scale = factor < 1.0 && norm * 0.0 == 0.0 ? factor : 1.0;
+    control->gradient_scale = (factor < 1.0 && finite ? factor : 1.0) / scale;
+    control->skip = loss_scale && !finite ? 1.0 : 0.0;
+    if (!loss_scale) return;
+    *good = finite ? *good + 1 : 0;
+    const bool grown = *good >= grow_after;
+    if (grown) *good = 0;
+    const float next = float(scale) * (grown ? 2.0f : finite ? 1.0f : 0.5f);
+    *loss_scale = fminf(fmaxf(next, 1.0f), largest_scale);
+}
+
+// p += weight (m - p) for all rows of a table, of which it reads p and m: an average p that follows m. Reads 8
+// bytes a number and writes 4. grid: all pieces.
+extern "C" __global__ void __launch_bounds__(256, 4)
+    lerp_many(const Parameter* __restrict__ table, int count, float weight) {
+    const Parameter& parameter = parameter_of(table, count, blockIdx.x);
+    const long long start = (blockIdx.x - parameter.first_piece) * PIECE;
+    const long long end = start + PIECE < parameter.size ? start + PIECE : parameter.size;
+    long long i = start + threadIdx.x * 4;
+    for (; i + 4 <= end; i += blockDim.x * 4) {
+        Vector<float, 4> average = load<4>(parameter.p + i), target = load<4>(parameter.m + i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) average.x[j] = fmaf(weight, target.x[j] - average.x[j], average.x[j]);
+        store(parameter.p + i, average);
+    }
+    for (; i < end; i++) parameter.p[i] = fmaf(weight, parameter.m[i] - parameter.p[i], parameter.p[i]);
 }
