@@ -39,7 +39,7 @@ def test_keras_s_model():
 
 
 def test_keras_s_recipe_trains_on_pictures_of_any_size(tmp_path):
-    pictures = make_pictures(tmp_path / "pictures", train=4, test=2, size=20)
+    pictures = make_pictures(tmp_path / "pictures", train=8, test=2, size=20)
     (tmp_path / "more.toml").write_text('recipe = "keras-cifar10"\nbatch-size = 12\n')
     out = tmp_path / "run"
     command = ["train", "--config", tmp_path / "more.toml", "--data", pictures, "--epochs", 2, "--out", out]

@@ -111,9 +111,9 @@ def reuses_features(options: TrainConfig) -> bool:
 
 def with_features(model: VisionTransformer, data: Data, threads: int | None = None) -> Data:
     """`data` with what the model's head reads in place of the pictures, for training and evaluating the head alone."""
-    with tqdm(total=len(data.train) + len(data.test), desc="features", leave=False, disable=None) as bar:
-        train, test = (_features(model, split, data, threads, bar) for split in (data.train, data.test))
-    return dataclasses.replace(data, train=train, test=test)
+    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
+        train, val = (_features(model, split, data, threads, bar) for split in (data.train, data.validation))
+    return dataclasses.replace(data, train=train, val=val)
 
 
 def _features(model: VisionTransformer, split: Split, data: Data, threads: int | None, bar: tqdm) -> FeatureSplit:

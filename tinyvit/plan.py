@@ -125,11 +125,11 @@ def time_steps(trainer: Trainer, seconds: float) -> float:
 
 def time_epoch_end(trainer: Trainer, step_seconds: float, seconds: float) -> float:
     """Seconds that evaluating, saving and drawing take at the end of an epoch."""
-    test = trainer.data.test
-    n = min(len(test), 1 + int(trainer.options.batch_size * seconds / step_seconds))
+    split = trainer.data.validation
+    n = min(len(split), 1 + int(trainer.options.batch_size * seconds / step_seconds))
     began = time.monotonic()
-    trainer.evaluate(FirstOf(test, test.labels[:n]))
-    evaluating = (time.monotonic() - began) * len(test) / n
+    trainer.evaluate(FirstOf(split, split.labels[:n]))
+    evaluating = (time.monotonic() - began) * len(split) / n
     throwaway = trainer.out / ".rehearsal.safetensors"
     try:
         began = time.monotonic()

@@ -82,6 +82,8 @@ def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str
 RATES = {"adamw": (1e-3, 0.05), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
 # Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
 EPOCHS, SHAPES_EPOCHS = 20, 4
+# The share that is held out of data without a test part.
+VAL_FRACTION = 0.1
 
 # Options that go together under a name; those given beside it count more.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -91,7 +93,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "keras-cifar10": {
         "data": "cifar10", "model": "vit_keras_patch6_72", "epochs": 100, "batch_size": 256, "optimizer": "adamw",
         "lr": 1e-3, "weight_decay": 1e-4, "schedule": "constant", "warmup": 0.0, "clip_norm": 0.0,
-        "label_smoothing": 0.0, "dropout": 0.1,
+        "label_smoothing": 0.0, "dropout": 0.1, "val_fraction": 0.1,
     },
 }  # fmt: skip
 
@@ -147,7 +149,13 @@ class TrainConfig:
     threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)
     image_size: int | None = option(None, whole(1), "S", "side of the pictures (default: the data's or the model's)")
     patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
-    val_fraction: float = option(0.1, inner_share, "X", "share held out of a folder that has no test part")
+    val_fraction: float | None = option(
+        None,
+        inner_share,
+        "X",
+        "share of the training pictures that is held out to choose the best epoch "
+        f"(default: {VAL_FRACTION} where the data has no test part, otherwise the test part chooses)",
+    )
     skip_corrupt: bool = option(False, bool, "", "go on without pictures that cannot be read")
 
 

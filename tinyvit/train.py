@@ -19,11 +19,12 @@ from tinyvit.build import make_model
 from tinyvit.checkpoint import BEST, LAST, open_checkpoint
 from tinyvit.data import Data, load_data
 from tinyvit.data.listing import SMALL
+from tinyvit.data.splits import hold_out
 from tinyvit.evaluate import pick_device
 from tinyvit.finetune import ALL_BUT_HEAD, reuses_features, with_features
 from tinyvit.plan import Deadline, Plan, make_plan
 from tinyvit.progress import Display, clock
-from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, TrainConfig, UsageError, with_recipe
+from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, VAL_FRACTION, TrainConfig, UsageError, with_recipe
 from tinyvit.trainer import Position, Stop, Trainer, read_position
 from tinyvit.zoo import model_config
 
@@ -59,11 +60,13 @@ def load(options: TrainConfig) -> Data:
     data = load_data(
         options.data,
         image_size=size,
-        val_fraction=options.val_fraction,
+        val_fraction=VAL_FRACTION if options.val_fraction is None else options.val_fraction,
         seed=options.seed,
         skip_corrupt=options.skip_corrupt,
         fit_options=None if checkpoint is None else checkpoint.preprocessing.fit,
     )
+    if options.val_fraction is not None and data.own_test:
+        data = hold_out(data, options.val_fraction, options.seed)
     return data if checkpoint is None else dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std)
 
 
@@ -84,6 +87,8 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     batch_size = options.batch_size or min(64, math.ceil(pictures / 8))
     if batch_size > pictures:
         raise UsageError(f"--batch-size {batch_size} is larger than the {pictures} training pictures of {data.name}")
+    if options.val_fraction is None and not data.own_test:
+        options = dataclasses.replace(options, val_fraction=VAL_FRACTION)
     augment = options.freeze != ALL_BUT_HEAD if options.augment is None else options.augment
     return dataclasses.replace(
         options,
@@ -144,7 +149,7 @@ def prepare(options: TrainConfig, data: Data, display: Display) -> Data:
     """The data that the steps see: features before the head, where nothing else changes from epoch to epoch."""
     if not reuses_features(options):
         return data
-    display.line(f"only the head learns: computing the features of {len(data.train) + len(data.test)} pictures once")
+    display.line(f"only the head learns: computing the features of {len(data.train) + len(data.validation)} pictures once")
     return with_features(make_model(options, data).to(pick_device(options.device)), data, options.threads)
 
 
@@ -154,11 +159,11 @@ def introduce(trainer: Trainer) -> None:
     height, width = data.image_size
     trainer.display.line(
         f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} "
-        f"training and {len(data.test)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
+        f"training and {len(data.validation)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
     )
     if arrays.on_host(trainer.model.parameters()[0].data):
         trainer.display.line(machine.one_line(machine.examine()))
-    if skipped := [*data.train.skipped, *data.test.skipped]:
+    if skipped := [*data.train.skipped, *data.validation.skipped]:
         trainer.display.line(f"left out {len(skipped)} pictures that cannot be read, the first is {skipped[0]}")
 
 

@@ -26,7 +26,7 @@ from tinyvit.finetune import FeatureSplit, Head, as_they_are, class_weights
 from tinyvit.plan import Deadline, Plan, learning_rate
 from tinyvit.preprocessing import Preprocessing
 from tinyvit.progress import Display, clock
-from tinyvit.settings import TrainConfig
+from tinyvit.settings import VAL_FRACTION, TrainConfig
 from tinyvit.step import Outcome, TrainStep
 
 READ_EVERY = 1.0  # seconds: reading a step's numbers from a device waits for it, and the device then waits for the next one
@@ -156,7 +156,7 @@ class Trainer:
 
     def description(self) -> dict[str, Any]:
         """What the weights mean, for whoever opens them."""
-        split = {"val_fraction": self.options.val_fraction, "seed": self.options.seed}
+        split = {"val_fraction": self.options.val_fraction or VAL_FRACTION, "seed": self.options.seed}
         data = self.data
         preprocessing = Preprocessing(data.mean, data.std, **data.fit_options).to_dict()
         return describe(self.model.config, data.class_names, data.mean, data.std, split) | preprocessing
@@ -164,7 +164,7 @@ class Trainer:
     def config(self) -> dict[str, Any]:
         """What config.json says."""
         data = self.data
-        sizes = {"train": len(data.train), "test": len(data.test)}
+        sizes = {"train": len(data.train), "val": len(data.validation), "test": len(data.test)}
         return {
             "options": dataclasses.asdict(self.options),
             "plan": dataclasses.asdict(self.plan),
@@ -258,7 +258,7 @@ class Trainer:
         self.read_outcomes()
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
             try:
-                scores = self.evaluate(self.data.test, stop)
+                scores = self.evaluate(self.data.validation, stop)
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
             is_best = scores is not None and self.is_best(scores)

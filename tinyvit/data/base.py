@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -25,6 +25,10 @@ class Split(Protocol):
         """Pictures (B, C, H, W) uint8 at `indices`; with `rng`, as training wants them (random crops)."""
         ...
 
+    def take(self, indices: np.ndarray) -> Self:
+        """The part of the split at `indices`, in that order."""
+        ...
+
 
 @dataclass(frozen=True)
 class Data:
@@ -33,6 +37,7 @@ class Data:
     `mean` and `std` are those of the training pictures, one per channel, in units of 0..1. `image_size` is
     (height, width). `fingerprint` identifies the data: the same pictures give the same string, wherever they lie.
     `fit_options` say how pictures were resized and cut: arguments of `read_picture` that differ from its defaults.
+    `own_test` is false where the test pictures were drawn from the training ones; `val` are those that `hold_out` drew.
     """
 
     name: str
@@ -45,6 +50,13 @@ class Data:
     in_chans: int
     fingerprint: str
     fit_options: Mapping[str, Any] = field(default_factory=dict)
+    own_test: bool = True
+    val: Split | None = None
+
+    @property
+    def validation(self) -> Split:
+        """The pictures that choose the best epoch."""
+        return self.test if self.val is None else self.val
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tinyvit.data.base import Data, DataError, Split, mean_and_std, pair
 from tinyvit.data.picture import StoredPicture, decodable, fit, open_rgb, to_array
 from tinyvit.data.picture_transforms import random_resized_crop
-from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, in_threads, stack
+from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, draw_share, in_threads, stack
 
 TEST_NAMES = ("test", "val", "validation", "valid")  # in the order of preference
 SMALL = 64  # pictures up to this side are kept at their size and trained on whole
@@ -31,12 +31,14 @@ class Listing:
     """The pictures of one split: `files` relative to `root`, and their classes, `labels` (N,) int64.
 
     `contents` are the bytes of pictures that are no files of their own; their names then only tell them apart.
+    `drawn` is true of a test split that was drawn from the training pictures.
     """
 
     root: Path
     files: list[str]
     labels: np.ndarray
     contents: list[bytes] | None = None
+    drawn: bool = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -60,7 +62,7 @@ class Listing:
     def take(self, positions: np.ndarray) -> Self:
         """The pictures at `positions`, in that order."""
         contents = None if self.contents is None else [self.contents[i] for i in positions]
-        return type(self)(self.root, [self.files[i] for i in positions], self.labels[positions], contents)
+        return type(self)(self.root, [self.files[i] for i in positions], self.labels[positions], contents, self.drawn)
 
 
 def load_listings(
@@ -89,7 +91,8 @@ def load_listings(
         raise DataError(f"class {missing[0]} of {source} has no readable picture to train on")
     digest = hashlib.sha256(repr((names, train.identity(), test.identity())).encode()).hexdigest()
     name = source.resolve().stem if source.is_file() else source.resolve().name
-    return Data(name, train_split, test_split, names, mean, std, size, 3, f"{kind}-{digest[:16]}", options)
+    fingerprint = f"{kind}-{digest[:16]}"
+    return Data(name, train_split, test_split, names, mean, std, size, 3, fingerprint, options, not test.drawn)
 
 
 def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:
@@ -99,17 +102,11 @@ def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:
 
 def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
     """Training and test pictures: of each class a random `val_fraction`, at least one, is kept for the test."""
-    if not 0 < val_fraction < 1:
-        raise DataError(f"val_fraction {val_fraction} given, expected more than 0 and less than 1")
-    rng = np.random.default_rng(seed)
-    test = np.zeros(len(listing), dtype=bool)
+    test = draw_share(listing.labels, val_fraction, seed)
     for label, name in enumerate(names):
-        members = np.flatnonzero(listing.labels == label)
-        if len(members) < 2:
+        if np.count_nonzero(listing.labels == label) < 2:
             raise DataError(f"class {name} of {listing.root} has one picture, at least two are needed to split it")
-        held_out = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
-        test[rng.permutation(members)[:held_out]] = True
-    return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test))
+    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True)
 
 
 def common_size(*listings: Listing) -> tuple[int, int] | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from tinyvit.data.base import DataError
+from tinyvit.data.base import Data, DataError
 from tinyvit.data.picture import StoredPicture, fit, open_rgb, to_array
 from tinyvit.shards import available_cores
 
@@ -34,6 +34,10 @@ class ArraySplit:
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Pictures (B, C, H, W) uint8; the same with and without `rng`."""
         return self.images[indices]
+
+    def take(self, indices: np.ndarray) -> Self:
+        """The pictures at `indices`, in that order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class ResizedSplit:
 
         return stack(in_threads(resized, indices), self.size)
 
+    def take(self, indices: np.ndarray) -> Self:
+        """The pictures at `indices`, in that order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
 
 @dataclass(frozen=True)
 class FileSplit:
@@ -84,6 +92,10 @@ class FileSplit:
         rngs = [None] * len(indices) if rng is None else rng.spawn(len(indices))
         return stack(in_threads(self._picture, zip(indices, rngs, strict=True)), self.size)
 
+    def take(self, indices: np.ndarray) -> Self:
+        """The pictures at `indices`, in that order."""
+        return replace(self, files=[self.files[i] for i in indices], labels=self.labels[indices])
+
     def _picture(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
         index, rng = task
         try:
@@ -93,6 +105,28 @@ class FileSplit:
         if rng is None or self.transform is None:
             return to_array(fit(picture, self.size, **self.fit_options))
         return to_array(fit(self.transform(picture, rng), self.size, crop_pct=1.0))
+
+
+def draw_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which of the pictures with these labels (N,) are held out, (N,) booleans: of each class a random `share`, at least one
+    and not all. Raises DataError for a share that is none."""
+    if not 0 < share < 1:
+        raise DataError(f"val_fraction {share} given, expected more than 0 and less than 1")
+    rng = np.random.default_rng(seed)
+    drawn = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        drawn[rng.permutation(members)[: min(max(round(len(members) * share), 1), len(members) - 1)]] = True
+    return drawn
+
+
+def hold_out(data: Data, share: float, seed: int) -> Data:
+    """`data` with a random `share` of each class's training pictures as `val`, so that the test part need not choose."""
+    drawn = draw_share(data.train.labels, share, seed)
+    if not drawn.any():
+        raise DataError(f"{data.name} has one training picture a class, so none can be held out")
+    val = replace(data.train.take(np.flatnonzero(drawn)), skipped=[])
+    return replace(data, train=data.train.take(np.flatnonzero(~drawn)), val=val)
 
 
 SKIP_HINT = " (--skip-corrupt leaves such pictures out)"

@@ -1,0 +1,80 @@
+"""Pictures held out of a data set that has a test part of its own."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import NANO, make_pictures, tinyvit
+
+from tinyvit.data import DataError, load_data
+from tinyvit.data.splits import draw_share, hold_out
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 9))
+def test_each_class_gives_its_share(labels, share, seed):
+    labels = np.array(labels)
+    drawn = draw_share(labels, share, seed)
+    for label in np.unique(labels):
+        count, held = np.sum(labels == label), np.sum(drawn[labels == label])
+        assert held == min(max(round(count * share), 1), count - 1)
+    assert np.array_equal(drawn, draw_share(labels, share, seed))
+
+
+@pytest.mark.parametrize("size", [None, 70])
+def test_training_and_held_out_pictures_are_the_training_pictures(tmp_path, size):
+    """Of pictures that are kept in memory, and of files."""
+    whole = load_data(make_pictures(tmp_path / "pictures", train=10, test=3), image_size=size)
+    data = hold_out(whole, 0.3, 5)
+    assert whole.own_test and whole.validation is whole.test
+    assert data.validation is data.val and data.test is whole.test
+    assert np.bincount(data.train.labels).tolist() == [7] * 3 and np.bincount(data.val.labels).tolist() == [3] * 3
+    pixels = [split.read(np.arange(len(split))) for split in (whole.train, data.train, data.val)]
+    known = [picture.tobytes() for picture in pixels[0]]
+    labels = {picture: label for picture, label in zip(known, whole.train.labels, strict=True)}
+    parts = [(p.tobytes(), label) for part, split in zip(pixels[1:], (data.train, data.val), strict=True)
+             for p, label in zip(part, split.labels, strict=True)]  # fmt: skip
+    assert sorted(p for p, _ in parts) == sorted(known) and all(labels[p] == label for p, label in parts)
+    other = hold_out(whole, 0.3, 6).val
+    assert not np.array_equal(other.read(np.arange(9)), pixels[2])
+
+
+def test_one_picture_a_class_cannot_be_held_out(tmp_path):
+    data = load_data(make_pictures(tmp_path / "pictures", train=1, test=1))
+    with pytest.raises(DataError, match="none can be held out"):
+        hold_out(data, 0.5, 0)
+
+
+def test_the_test_part_is_left_for_the_end(tmp_path):
+    """A run that holds pictures out never sees the test part: what it records are scores of those held out."""
+    pictures = make_pictures(tmp_path / "pictures", train=20, test=5)
+    command = ["train", "--data", pictures, *NANO, "--epochs", 2, "--val-fraction", 0.25, "--out", tmp_path / "run"]
+    result = tinyvit(*command)
+    assert result.returncode == 0, result.stderr
+    assert "45 training and 15 validation pictures" in result.stdout
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"] | {"train": 45, "val": 15, "test": 15} == config["data"]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["val_accuracy"] * 15 == pytest.approx(round(row["val_accuracy"] * 15)) for row in rows)
+    scores = json.loads(tinyvit("eval", tmp_path / "run", "--data", pictures, "--json").stdout)
+    assert scores["accuracy"] * 15 == pytest.approx(round(scores["accuracy"] * 15))
+    assert min(abs(scores["loss"] - row["val_loss"]) for row in rows) > 1e-6, "the test part has other pictures"
+    assert "finished" in tinyvit("train", "--out", tmp_path / "run", "--resume", "--val-fraction", 0.25).stdout
+    refused = tinyvit("train", "--out", tmp_path / "run", "--resume", "--val-fraction", 0.5)
+    assert "--val-fraction 0.25, not --val-fraction 0.5" in refused.stderr
+
+
+def test_a_folder_without_a_test_part_is_divided_once(tmp_path):
+    """--val-fraction decides its test part, and is recorded when it was not given."""
+    pictures = make_pictures(tmp_path / "pictures", train=20, test=1) / "train"
+    assert not load_data(pictures).own_test
+    for name, given_share, sizes in (("a", [], (54, 6)), ("b", ["--val-fraction", 0.25], (45, 15))):
+        result = tinyvit("train", "--data", pictures, *NANO, "--epochs", 1, *given_share, "--out", tmp_path / name)
+        assert "{} training and {} validation".format(*sizes) in result.stdout, result.stderr
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["data"]["train"], config["data"]["val"]) == sizes
+        assert config["options"]["val_fraction"] == config["split"]["val_fraction"] == (given_share or [0, 0.1])[1]
+        scores = json.loads(tinyvit("eval", tmp_path / name, "--data", pictures, "--json").stdout)
+        row = json.loads((tmp_path / name / "metrics.jsonl").read_text())
+        assert scores["accuracy"] == row["val_accuracy"] and scores["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
