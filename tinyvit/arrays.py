@@ -12,6 +12,8 @@ import array_api_compat
 import array_api_compat.numpy as numpy_namespace
 import numpy as np
 
+from tinyvit import kernels
+
 Array = Any
 
 
@@ -85,6 +87,8 @@ def convert(x: Array, like: Array) -> Array:
             return x
         device = array_api_compat.device(like)
         return x if array_api_compat.device(x) == device else array_api_compat.to_device(x, device)
+    if kernels.capturing():
+        raise kernels.NotCapturable(f"an array {tuple(x.shape)} would be copied to the device each time")
     return namespace(like).asarray(to_numpy(x), device=array_api_compat.device(like))
 
 

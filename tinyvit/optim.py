@@ -142,6 +142,10 @@ class Optimizer:
             slot.steps = int(state["steps"][i])
             slot.state = {name: _copy_like(state[f"{i}.{name}"], value) for name, value in slot.state.items()}
 
+    def arrays(self) -> list[Array]:
+        """What it keeps about the parameters, arrays that `step` changes in place."""
+        return list(self._arrays().values())
+
     def _arrays(self) -> dict[str, Array]:
         return {f"{i}.{name}": x for i, slot in enumerate(self._slots) for name, x in slot.state.items()}
 
@@ -215,7 +219,10 @@ class AdamW(Optimizer):
         if self._many is None:
             self._many = make(arrays.namespace(parameters[0]), beta1=self._beta1, beta2=self._beta2, eps=self._eps)
         self._together = slots
-        self.count_step()
+        if kernels.capturing():
+            kernels.after_capture(self.count_step)
+        else:
+            self.count_step()
         self._many.update(
             parameters, gradients, m, v,
             lr_scales=[slot.lr_scale for slot in slots], weight_decays=[slot.weight_decay for slot in slots],

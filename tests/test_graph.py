@@ -1,0 +1,203 @@
+"""Calls that are captured and replayed: on the CPU with a stand-in for CuPy's streams, on a GPU with CuPy itself."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import cuda_sim
+import numpy as np
+import pytest
+
+from tinyvit import functional as F
+from tinyvit import kernels, nn, optim, random
+from tinyvit.graph import Graphed
+from tinyvit.kernels import reference
+
+
+class Driver:
+    """Records launches while a stream captures, and otherwise runs them."""
+
+    def __init__(self) -> None:
+        self.captured: list[Callable[[], None]] | None = None
+        self.replays = 0
+
+    def launch(self, work: Callable[[], None]) -> None:
+        work() if self.captured is None else self.captured.append(work)
+
+
+class Stream:
+    def __init__(self, driver: Driver, **_: Any) -> None:
+        self._driver = driver
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def wait_event(self, event: None) -> None:
+        pass
+
+    def begin_capture(self) -> None:
+        self._driver.captured = []
+
+    def end_capture(self) -> SimpleNamespace:
+        work, self._driver.captured = self._driver.captured, None
+
+        def launch(stream: Stream) -> None:
+            self._driver.replays += 1
+            for each in work:
+                each()
+
+        return SimpleNamespace(launch=launch)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """Stands for CuPy's streams and pools; arrays are NumPy's."""
+    driver = Driver()
+    stream = Stream(driver)
+    cuda = SimpleNamespace(
+        Stream=lambda **options: Stream(driver, **options),
+        get_current_stream=lambda: stream,
+        MemoryPool=lambda: SimpleNamespace(malloc=None),
+        using_allocator=lambda _: contextlib.nullcontext(),
+    )
+    pool = SimpleNamespace(free_all_blocks=lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
+    return driver
+
+
+@pytest.fixture
+def adding(driver: Driver) -> Iterator[tuple[Graphed, np.ndarray, list]]:
+    """total += x, twice x; the function, what it writes into, and how often Python ran it and the host its share."""
+    total, counts, surroundings = np.zeros(()), [0, 0], [()]
+
+    def function(x: np.ndarray) -> tuple[np.ndarray]:
+        counts[0] += 1
+        twice = np.empty_like(x)
+        driver.launch(lambda: np.add(total, x.sum(), out=total))
+        driver.launch(lambda: np.multiply(x, 2, out=twice))
+        return (twice,)
+
+    def count() -> None:
+        counts[1] += 1
+
+    yield Graphed(function, lambda: surroundings[0], count), total, [counts, surroundings]
+
+
+def test_the_first_call_is_run_the_second_captured_and_the_others_replayed(driver, adding):
+    graphed, total, (counts, _) = adding
+    results = [graphed(np.full(3, float(i)))[0] for i in range(5)]
+    assert [list(r) for r in results] == [[2.0 * i] * 3 for i in range(5)]  # copies: no replay writes over another's
+    assert total == 3 * (0 + 1 + 2 + 3 + 4)
+    assert counts == [2, 3] and driver.replays == 4 and graphed.reason is None
+
+
+def test_another_shape_runs_in_single_launches_and_leaves_the_graph(driver, adding):
+    graphed, total, (counts, _) = adding
+    for size in (4, 4, 4, 3, 4):
+        assert list(graphed(np.ones(size))[0]) == [2.0] * size
+        assert (graphed.reason is not None) == (counts[0] + driver.replays == 1 or size == 3)
+    assert counts[0] == 3 and driver.replays == 3 and total == 19
+    graphed(np.ones(3)), graphed(np.ones(3)), graphed(np.ones(3))
+    assert counts[0] == 5 and driver.replays == 5  # the new shape came twice in a row: it has the graph now
+
+
+def test_a_graph_is_not_used_with_other_arrays_than_it_was_captured_with(driver, adding):
+    graphed, total, (counts, surroundings) = adding
+    for place in (1, 1, 1, 2, 2, 2):
+        surroundings[0] = place
+        graphed(np.ones(2))
+    assert counts[0] == 4 and driver.replays == 4 and total == 12
+
+
+def test_what_cannot_be_captured_runs_in_single_launches_and_says_so_once(driver):
+    calls = []
+
+    def function(x: np.ndarray) -> tuple[np.ndarray]:
+        if driver.captured is not None:
+            raise NotImplementedError("cuBLAS calls are not supported during capture\nand so on")
+        calls.append(x)
+        return (x + 1,)
+
+    graphed = Graphed(function)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            assert list(graphed(np.zeros(2))[0]) == [1.0, 1.0]
+    assert len(calls) == 4 and len(caught) == 1 and driver.replays == 0
+    assert graphed.reason == "NotImplementedError: cuBLAS calls are not supported during capture"
+    assert graphed.reason in str(caught[0].message)
+
+
+@pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
+def test_a_step_of_the_kernels_replays_like_single_launches(driver, tmp_path, monkeypatch):
+    """Dropout masks, clipping, AdamW and EMA: other masks, learning rates and gradients each time, the same bits."""
+    call = cuda_sim.Kernel.__call__
+    monkeypatch.setattr(cuda_sim.Kernel, "__call__", lambda *a, **k: driver.launch(lambda: call(*a, **k)))
+
+    def run(wrap: Callable) -> list[np.ndarray]:
+        parameters = [nn.Parameter(np.ones(shape, np.float32)) for shape in ((5, 8), (3,))]
+        model = SimpleNamespace(named_parameters=lambda: enumerate(parameters))
+        opt, ema, masks = optim.AdamW(parameters, weight_decay=0.1), optim.EMA(model, 0.9), []
+
+        def step(a: np.ndarray, b: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, ...]:
+            with random.scope(5, number):
+                mask = kernels.best(reference.dropout_mask, np_namespace())(
+                    np_namespace(), a, drop=0.4, shape=(8,), draw=random.draw()
+                )
+            for p, g in zip(parameters, (a, b), strict=True):
+                p.grad = g
+            norm = opt.step_together(1.5)
+            ema.update()
+            opt.zero_grad()
+            return mask, norm
+
+        call_step = wrap(step, opt)
+        rng = np.random.default_rng(0)
+        for i in range(6):
+            opt.lr = 0.1 / (i + 1)
+            a, b = (rng.standard_normal(p.shape).astype(np.float32) for p in parameters)
+            masks.append(call_step(a, b, np.array(i, np.int64))[0])
+            if i == 3:  # an evaluation, or a checkpoint
+                opt.load_state_dict(opt.state_dict())
+        assert all((x != y).any() for x, y in itertools.pairwise(masks))
+        return [*masks, *(p.data for p in parameters), *ema.state_dict().values(), *opt.state_dict().values()]
+
+    with cuda_sim.everything_on_device(tmp_path):
+        expected = run(lambda step, opt: step)
+        assert driver.replays == 0
+        # load_state_dict puts other arrays into the optimizer, so that the graph is captured anew
+        addresses = lambda opt: tuple(x.ctypes.data for x in opt.arrays())
+        ours = run(lambda step, opt: Graphed(step, lambda: addresses(opt), opt.count_step))
+        assert driver.replays == 4
+    for actual, right in zip(ours, expected, strict=True):
+        assert np.array_equal(actual, right)
+
+
+def np_namespace() -> Any:
+    import array_api_compat.numpy
+
+    return array_api_compat.numpy
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_takes_its_step_from_an_array(masked):
+    """The same masks, whether the step is a number or an array."""
+    x = np.ones((40, 6), np.float32)
+
+    def drop(step: Any) -> np.ndarray:
+        with random.scope(3, step):
+            return (F.dropout(x, 0.5) if masked else F.drop_path(x, 0.5)).data
+
+    assert np.array_equal(drop(7), drop(np.array(7))) and not np.array_equal(drop(7), drop(np.array(9)))

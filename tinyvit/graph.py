@@ -1,0 +1,113 @@
+"""CUDA graphs: the launches of a function on a GPU, captured once and then repeated by a single call.
+
+A small model's training step is hundreds of launches, each of which costs Python more time than it keeps the GPU busy.
+A graph repeats them, with the same addresses and the same numbers, without Python: so what changes from one time to the
+next must lie in device memory, and nothing may be read from the host or by it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from tinyvit import kernels
+
+Array = Any
+
+
+class Graphed:
+    """A function of CuPy arrays that runs as a CUDA graph where it can.
+
+    The first call of a kind runs in single launches, which compiles kernels and finds plans; the second one in a row is
+    captured, and later ones repeat it. Calls of other kinds (the last, short batch) run in single launches, too; two of
+    them in a row replace the graph. A function that cannot be captured always does, after one warning that says why.
+
+    Args:
+        function: takes arrays, gives a tuple of arrays. May change arrays that live on, always in place.
+        depends_on: what of a graph's surroundings makes its kind, beside the shapes and dtypes of the inputs: settings,
+            and addresses of arrays that it uses.
+        on_replay: the host's share of a call that is repeated.
+
+    Attributes:
+        reason: why the last call ran in single launches; None if it did not.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., tuple[Array, ...]],
+        depends_on: Callable[[], Hashable] = tuple,
+        on_replay: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._function, self._depends_on, self._on_replay = function, depends_on, on_replay
+        self._graph: _Graph | None = None
+        self._kind: Hashable = None  # the graph's
+        self._last_kind: Hashable = None
+        self._failure: str | None = None
+        self.reason: str | None = None
+
+    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+        kind = (tuple((x.shape, x.dtype.str, x.dtype.name) for x in inputs), self._depends_on())
+        again, self._last_kind = kind == self._last_kind, kind
+        self.reason = self._failure
+        if self._failure is None:
+            if self._graph is not None and kind == self._kind:
+                return self._graph.replay(inputs, self._on_replay)
+            if again and self._capture(kind, inputs):
+                return self._graph.replay(inputs, lambda: None)  # the host did its share while capturing
+            self.reason = self._failure or "the first call with arrays of these shapes and addresses"
+        return self._function(*inputs)
+
+    def _capture(self, kind: Hashable, inputs: tuple[Array, ...]) -> bool:
+        self._graph = None  # frees its memory
+        try:
+            self._graph, self._kind = _Graph(self._function, inputs), kind
+        except Exception as error:  # whatever a library says to a call that cannot be captured
+            self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"the GPU runs without CUDA graphs: {self._failure}", stacklevel=4)
+        return self._graph is not None
+
+
+class _Graph:
+    """One captured call, with all memory that it works in: a pool of its own, which nothing else allocates from."""
+
+    def __init__(self, function: Callable[..., tuple[Array, ...]], inputs: tuple[Array, ...]) -> None:
+        import cupy
+
+        cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
+        self._inputs = [x.copy() for x in inputs]
+        self._pool = cupy.cuda.MemoryPool()
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        with self._after_current(), kernels.capture() as self._waiting, cupy.cuda.using_allocator(self._pool.malloc):
+            self._stream.begin_capture()
+            try:
+                self._outputs = function(*self._inputs)
+            except BaseException:
+                with contextlib.suppress(Exception):  # the capture may have broken off already
+                    self._stream.end_capture()
+                raise
+            self._graph = self._stream.end_capture()
+        with self._after_current():
+            for work in self._waiting:
+                work()
+
+    def replay(self, inputs: tuple[Array, ...], on_replay: Callable[[], None]) -> tuple[Array, ...]:
+        """Repeat the call with other inputs; the results are copies, which the next one does not write over."""
+        with self._after_current():
+            for own, x in zip(self._inputs, inputs, strict=True):
+                own[...] = x
+            on_replay()
+            self._graph.launch(self._stream)
+            return tuple(x.copy() for x in self._outputs)
+
+    @contextlib.contextmanager
+    def _after_current(self) -> Any:
+        """Within this context work goes to the graph's stream, in its place among that of the current one."""
+        import cupy
+
+        current = cupy.cuda.get_current_stream()
+        self._stream.wait_event(current.record())
+        with self._stream:
+            yield
+        current.wait_event(self._stream.record())
