@@ -336,7 +336,8 @@ def test_clipping_agrees_with_torch(dtype, tolerance, shapes, layout, scale, lim
     assert all(p.grad is g for p, g in zip(params[1:], before, strict=True))
     assert optim.clip_grad_norm(params, limit) == norm
     assert isinstance(norm, float)
-    assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(references, limit)), rel=1e-12)
+    rounding = 1e-12 if dtype == np.float64 else 1e-6  # float32's products, summed in float64
+    assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(references, limit)), rel=rounding)
     for p, r in zip(params[1:], references[1:], strict=True):
         assert p.grad.dtype == dtype
         assert error(p.grad, r.grad.numpy()) < tolerance

@@ -100,6 +100,7 @@ class TrainStep:
             raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
         if not self.model.training:
             self.model.train()
+        self._gradients = []  # the last step's: their memory is this one's
         like = self.parameters[0].data
         with arrays.on_device_of(like):
             images, labels = (arrays.convert(_array(x), like) for x in (images, labels))

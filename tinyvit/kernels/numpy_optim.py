@@ -9,21 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
+from tinyvit.kernels import reference_optim
+
+ROW = 1 << 12  # elements of one dot product: few enough for float32's sums, and for BLAS to call no threads
+TINY = 1e-20  # a sum of squares that is certain to have lost nothing to underflow
 BLOCK = 1 << 18  # elements: measured; smaller pieces sit deeper in the cache, but threads then wait for Python's lock
 
 
-def _blocks(*arrays: np.ndarray, scratch_dtype: Any = None) -> Iterator[tuple[np.ndarray, ...]]:
+def _blocks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     """Matching pieces of equally shaped arrays, as views, each time followed by scratch space of the same shape."""
     rows = BLOCK
     if all(a.flags.c_contiguous for a in arrays):
         arrays = tuple(a.reshape(-1) for a in arrays)
     else:  # pieces along the first axis are views whatever the memory layout
         rows = max(1, BLOCK * arrays[0].shape[0] // arrays[0].size)
-    scratch = np.empty_like(arrays[0][:rows], dtype=scratch_dtype)
+    scratch = np.empty_like(arrays[0][:rows])
     for start in range(0, len(arrays[0]), rows):
         pieces = [a[start : start + rows] for a in arrays]
         yield *pieces, scratch[: len(pieces[0])]
@@ -87,12 +90,15 @@ def lerp(xp: ModuleType, a: np.ndarray, b: np.ndarray, *, weight: float) -> np.n
 
 
 def sum_of_squares(xp: ModuleType, x: np.ndarray) -> float:
-    total = 0.0
-    for piece, wide in _blocks(x, scratch_dtype=np.float64):
-        np.copyto(wide, piece)
-        np.multiply(wide, wide, out=wide)  # not BLAS's dot, which waits for its own threads on a busy machine
-        total += float(np.sum(wide))
-    return total
+    if x.dtype in (np.float32, np.float64):
+        flat = x.reshape(-1)
+        whole = flat.size - flat.size % ROW
+        rows, rest = flat[:whole].reshape(-1, ROW), flat[whole:]
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = float(np.sum(np.vecdot(rows, rows), dtype=np.float64)) + float(np.vecdot(rest, rest))
+        if TINY < total < math.inf:
+            return total
+    return float(reference_optim.sum_of_squares(xp, x))  # float32's squares may have overflowed or vanished
 
 
 KERNELS = {f.__name__: f for f in (sgd, adamw, lerp, sum_of_squares)}
