@@ -81,12 +81,17 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleave(contenders: list[peers.Peer], kind: str, steps: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of every step of every contender, taken in turn."""
+def interleave(contenders: list[peers.Peer], kind: str, steps: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of every counted step of every contender.
+
+    They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of the
+    caches, so that what is counted is the pace of a run of steps, as in a training.
+    """
     times: dict[str, list[float]] = {peer.name: [] for peer in contenders}
     for i in range(warm_up + steps):
         for peer in contenders:
             time.sleep(SETTLE)
+            getattr(peer, kind)()
             seconds = timed(getattr(peer, kind))
             if i >= warm_up:
                 times[peer.name].append(seconds)
