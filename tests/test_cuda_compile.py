@@ -76,7 +76,7 @@ def attention_variants() -> list[tuple[str, dict]]:
     for scalar, dim in (("bf16", 64), ("f16", 80), ("bf16", 128), ("float", 64)):
         for n in (65, 197, 577) if (scalar, dim) == ("bf16", 64) else (197,):
             size = 4 if scalar == "float" else 2
-            common = {"SCALAR": scalar, "HEAD_DIM": dim}
+            common = {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": int(scalar == "f16")}
             found.append(("attention_forward", common | cupy_attention.forward_plan(n, n, dim, size).constants))
             found.append(("attention_backward", common | cupy_attention.backward_plan(n, n, dim, size).constants))
     return [v for i, v in enumerate(found) if v not in found[:i]]

@@ -132,6 +132,14 @@ def test_attention_of_the_first_tokens(folder, scalar, n, queries):
     check(folder, "qkv_attention", scalar, [qkv], {"num_heads": 2, "queries": queries})
 
 
+@pytest.mark.parametrize("scalar, n, queries", [("bf16", 65, None), ("float", 33, 17), ("f16", 17, 1)])
+def test_attention_with_dropout(folder, scalar, n, queries):
+    rng = np.random.default_rng(n)
+    qkv, kept = rng.standard_normal((2, n, 3 * 2 * 16)), rng.random((2, 2, queries or n, n)) > 0.3
+    params = {"num_heads": 2, "queries": queries, "keep": kept / 0.7}
+    check(folder, "qkv_attention", scalar, [qkv], params)
+
+
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize("scalar", SCALARS)
 def test_attention_of_large_logits(folder, scalar, negative):
@@ -315,7 +323,10 @@ def test_cross_entropy_of_extreme_logits_and_of_labels_that_are_no_class(folder)
     dy = draw(9, ())
     assert actual[0] == pytest.approx((2e4 + math.log(2)) / 2, rel=1e-6)
     assert actual[1] / dy == pytest.approx(np.array([[0.5, -0.5, 0.0], [0.0, -0.25, 0.25]]), abs=1e-7)
-    check(folder, "cross_entropy", "float", [logits], {"labels": np.array([7, -1]), "label_smoothing": 0.0})
+    for label in (3, -1, 2**32):
+        params = {"labels": np.array([label, 1]), "label_smoothing": 0.0}
+        for loss, gradient in both(folder, "cross_entropy", "float", [logits], params):
+            assert np.isnan(loss) and np.isnan(gradient[0]).all() and np.isfinite(gradient[1]).all()
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

@@ -27,28 +27,28 @@ def qkv_attention(
     batch, n, width = qkv.shape
     dim = width // (3 * num_heads)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
-    covered = mask is None and keep is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
+    covered = mask is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
     asking = n if queries is None else queries
     plan = covered and n * width < 2**31 and backward_plan(n, asking, dim, size)
     if not plan:
         return reference.qkv_attention(xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs)
-    qkv = cuda.ready(qkv)
+    qkv, kept = cuda.ready(qkv), cuda.NULL if keep is None else cuda.ready(keep)
     y = xp.empty((batch, asking, width // 3), dtype=qkv.dtype)
     row_log = xp.empty((batch, num_heads, asking), dtype=xp.float32) if needs[0] else cuda.NULL
     shape, scale = (np.int32(num_heads), np.int32(n), np.int32(asking)), np.float32(1.0 / math.sqrt(dim))
-    heads, type_and_dim = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim}
+    heads, variant = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": int(keep is not None)}
 
     constants, blocks, shared = forward_plan(n, asking, dim, size)
-    forward = cuda.kernel("attention_forward", "attention_forward", **type_and_dim, **constants)
-    arguments = (qkv, y, row_log, *shape, np.int32(blocks), scale)
+    forward = cuda.kernel("attention_forward", "attention_forward", **variant, **constants)
+    arguments = (qkv, kept, y, row_log, *shape, np.int32(blocks), scale)
     forward((heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
 
     def vjp(dy: Array) -> tuple[Array]:
         constants, portions, shared = plan
         dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
         dq_sum = xp.empty((batch, num_heads, asking, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
-        backward = cuda.kernel("attention_backward", "attention_backward", **type_and_dim, **constants)
-        arguments = (qkv, y, cuda.ready(dy), row_log, dqkv, dq_sum, *shape, scale)
+        backward = cuda.kernel("attention_backward", "attention_backward", **variant, **constants)
+        arguments = (qkv, kept, y, cuda.ready(dy), row_log, dqkv, dq_sum, *shape, scale)
         backward((heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
         return (dqkv,)
 

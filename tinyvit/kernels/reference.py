@@ -245,11 +245,14 @@ def cross_entropy(
     xp: Any, logits: Array, *, labels: Array, label_smoothing: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     """Mean of -sum(target * log softmax(logits)) over the batch, with the target mixed with a uniform one
-    (Szegedy et al. 2016, arXiv:1512.00567, section 7). logits (B, C), labels integers (B,) or probabilities (B, C)."""
+    (Szegedy et al. 2016, arXiv:1512.00567, section 7). logits (B, C), labels integers (B,) or probabilities (B, C).
+    A number that is no class makes the loss NaN: on a device nobody looks at the labels."""
     batch, classes = logits.shape
     if labels.ndim == 1:
         index = xp.arange(classes, dtype=labels.dtype, device=labels.device)
-        labels = xp.astype(labels[:, None] == index[None, :], logits.dtype)
+        chosen = xp.astype(labels[:, None] == index[None, :], logits.dtype)
+        is_class = (labels >= 0) & (labels < classes)
+        labels = xp.where(is_class[:, None], chosen, chosen * math.nan)
     target = labels * (1.0 - label_smoothing) + label_smoothing / classes if label_smoothing else labels
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     log_p = shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))

@@ -157,6 +157,11 @@ DEVICE int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); 
 DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int tiles_of(int rows) { return (rows + 15) / 16; }
 
+// The factor of a weight that dropout keeps or drops; 0 beyond the ends.
+DEVICE float kept(const T* keep, int query, int key, int queries, int keys) {
+    return query < queries && key < keys ? to_float(keep[1LL * query * keys + key]) : 0.0f;
+}
+
 // Starts copying rows first ... first + count of a matrix of n rows into shared memory, zeros where there are none.
 DEVICE void copy_rows(T* to, const T* from, int stride, int first, int count, int n) {
     constexpr int chunks = 16 * DEPTH / CHUNK;

@@ -13,7 +13,9 @@
 // the queries once for each portion of keys and adds up dq in fp32 (`dq_sum`), always in the same order: no atomics
 // anywhere.
 //
-// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), QUERIES (a multiple of 16) and
+// With KEEP = 1 the weights were multiplied by `keep` (B, H, Q, N), dropout's mask, and so are their gradients.
+//
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), QUERIES (a multiple of 16), KEEP and
 // RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
@@ -51,8 +53,8 @@ DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, i
 // SCORES_STRIDE numbers, and 2 floats for each of Q rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, Q, D)
 // fp32, scratch, is only touched if N > WARPS * ROWS.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    attention_backward(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
-                       const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
+    attention_backward(const T* __restrict__ qkv, const T* __restrict__ keep, const T* __restrict__ y,
+                       const T* __restrict__ dy, const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
                        int asking, float scale) {
     DYNAMIC_SHARED(memory);
     const int warp = warp_index();
@@ -73,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     y += sample * asking * out_stride + head * D;
     dy += sample * asking * out_stride + head * D;
     dq_sum += 1LL * blockIdx.x * asking * D;
+    keep += 1LL * blockIdx.x * asking * n;
     const float exponent = scale * LOG2_E;
 
     auto copy_queries = [&](int query, T* stage) {
@@ -142,7 +145,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                         const int c = i % 2 + 2 * (i / 4);
                         const bool is_key = row + 16 * t + tile_row(i) < n;
                         p[t][i] = is_key ? exp2_fast(fmaf(p[t][i], exponent, -log_of[c])) : 0.0f;
-                        ds[t][i] = p[t][i] * (ds[t][i] - delta_of[c]);
+                        float factor = 1.0f;
+                        if constexpr (KEEP)
+                            factor = kept(keep, query + j + tile_column(i), row + 16 * t + tile_row(i), asking, n);
+                        ds[t][i] = p[t][i] * (ds[t][i] * factor - delta_of[c]);
+                        p[t][i] *= factor;
                     }
                     as_left(left_p[t], p[t]);
                     as_left(left_ds[t], ds[t]);

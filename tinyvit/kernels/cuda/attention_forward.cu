@@ -9,7 +9,9 @@
 // time, the next ones on their way while these are computed with; of the last ones whole tiles beyond N are left out,
 // so N = 65 costs 80. A row is shared by four lanes: they exchange its maximum in each step, its sum only at the end.
 //
-// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16) and
+// With KEEP = 1 each weight is multiplied by a number of `keep` (B, H, Q, N), dropout's mask: N^2 numbers a head more.
+//
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16), KEEP and
 // RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
@@ -19,8 +21,8 @@ static_assert(KEYS % 16 == 0, "keys come in whole tiles");
 // KEYS if N <= KEYS. out (B, N, H, D); row_log (B, H, N), the base-2 logarithm of each row's sum of exponentials, may
 // be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    attention_forward(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ row_log, int heads, int n,
-                      int asking, int blocks_per_head, float scale) {
+    attention_forward(const T* __restrict__ qkv, const T* __restrict__ keep, T* __restrict__ out,
+                      float* __restrict__ row_log, int heads, int n, int asking, int blocks_per_head, float scale) {
     DYNAMIC_SHARED(memory);
     const int warp = warp_index();
     T* own_rows = reinterpret_cast<T*>(memory);    // the block's queries, in the end its results
@@ -36,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int block_row = blockIdx.x % blocks_per_head * WARPS * ROWS;
     const int row = block_row + warp * ROWS;  // this warp's first query
     const float exponent = scale * LOG2_E;
+    keep += (sample * heads + head) * asking * n;
 
     auto copy_keys = [&](int key, T* stage) {
         const int count = least(KEYS, 16 * tiles_of(n - key));
@@ -111,6 +114,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                             float& s = score[t][j][2 * half + i % 2 + 4 * (i / 2)];
                             s = exp2_fast(fmaf(s, exponent, -offset));
                             sum[t][half] += s;
+                            if constexpr (KEEP) {
+                                const int query = row + 16 * t + tile_row(2 * half);
+                                const int column = key + 16 * j + tile_column(i % 2 + 4 * (i / 2));
+                                s *= kept(keep, query, column, asking, n);
+                            }
                         }
             }
 

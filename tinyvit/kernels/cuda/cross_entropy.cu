@@ -10,19 +10,22 @@
 
 using T = SCALAR;
 
+DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
+
 #if SOFT
 using Label = T;
 #else
 using Label = long long;
 #endif
 
-// What a row is to be: (1 - smoothing) label + smoothing / C. A class number that is no class leaves the first term
-// out.
+// What a row is to be: (1 - smoothing) label + smoothing / C. A class number that is no class makes it NaN, and so the
+// loss: nothing on the way here has looked at the labels.
 DEVICE float target(const Label* labels, long long row, int c, int classes, float smoothing) {
 #if SOFT
     const float label = to_float(labels[row * classes + c]);
 #else
-    const float label = labels[row] == c ? 1.0f : 0.0f;
+    const long long number = labels[row];
+    const float label = number == c ? 1.0f : number >= 0 && number < classes ? 0.0f : not_a_number();
 #endif
     return fmaf(label, 1.0f - smoothing, smoothing / classes);
 }
