@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 import platform
 import re
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 import tinyvit
-from tinyvit import arrays, memory, shards
+from tinyvit import memory, shards
+from tinyvit.evaluate import EvaluationError, pick_device
 
 Call = Callable[[int], Any]  # does the work on the inputs of this number and gives its results
 Times = list[float]  # seconds of one call each
@@ -28,15 +30,10 @@ def choose(name: str) -> Host | Gpu:
     Raises:
         RuntimeError: "cuda" without CuPy, its driver or a GPU.
     """
-    if name == "cpu":
-        return Host()
     try:
-        arrays.mover("cuda")
-        return Gpu()
-    except RuntimeError:
-        if name == "cuda":
-            raise
-        return Host()
+        return Host() if pick_device(name) == "cpu" else Gpu()
+    except EvaluationError as problem:
+        raise RuntimeError(str(problem)) from None
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -259,9 +256,11 @@ def machine(device: Host | Gpu | None = None) -> dict:
     from threadpoolctl import threadpool_info
 
     versions = {"python": platform.python_version(), "numpy": np.__version__, "tinyvit": tinyvit.__version__}
-    for name in ("cupy", "torch", "jax"):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
+    for name in ("torch", "jax"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    if "cupy" in sys.modules:
+        versions["cupy"] = sys.modules["cupy"].__version__
     libraries = [b for b in threadpool_info() if b["user_api"] == "blas"]
     blas = [f"{b['internal_api']} {b['version']} {b.get('architecture')}" for b in libraries]
     forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS_", "OMP_", "MKL_"))}

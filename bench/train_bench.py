@@ -1,10 +1,12 @@
 """Training and inference speed of tinyvit beside PyTorch and JAX on this machine.
 
 All contenders start from the same weights and take turns, step by step, in one process, so that a machine whose speed
-drifts treats them alike. Each row gives the median over the steps.
+drifts treats them alike. Each row gives the median over the steps. On a CPU they compute in float32, on a GPU in
+bfloat16 (weights and optimizer in float32) on a batch that lies there already; logits go to the host on both.
 
     python bench/train_bench.py                                  # every case, every contender that is installed
     python bench/train_bench.py --cases tiny-cifar --peers torch --steps 20 --json out.json
+    python bench/train_bench.py --device cuda --json gpu.json    # torch.compile takes minutes to tune itself
 
 Unset OPENBLAS_CORETYPE and the like first: a forced core type slows NumPy down.
 """
@@ -12,23 +14,30 @@ Unset OPENBLAS_CORETYPE and the like first: a forced core type slows NumPy down.
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
+import importlib
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import tinyvit
+from tinyvit import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
+import devices
+import isolation
 import peers
+from devices import sgemm_rate, timed
 
 # name: (model, overrides, batch)
 CASES = {
@@ -37,16 +46,29 @@ CASES = {
     "vit-small": ("vit_small_patch16_224", {}, 8),
     "vit-base": ("vit_base_patch16_224", {}, 8),
 }
+GPU_BATCHES = {"tiny-cifar": 1024, "vit-small": 256, "vit-base": 256}
+
+
+def peer_of(module: str, function: str, **options: bool) -> Callable[..., peers.Peer]:
+    """A builder of contenders that imports its library only when it is called."""
+
+    def build(*arguments: object) -> peers.Peer:
+        return getattr(importlib.import_module(module), function)(*arguments, **options)
+
+    return build
+
+
 PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, builder)
     "tinyvit": (None, peers.tinyvit_peer),
-    "torch": ("torch", peers.torch_peer),
-    "torch.compile": ("torch", lambda *case: peers.torch_peer(*case, compiled=True)),
-    "torch bf16": ("torch", lambda *case: peers.torch_peer(*case, bf16=True)),
-    "JAX": ("jax", peers.jax_peer),
+    "torch": ("torch", peer_of("peers_torch", "torch_peer")),
+    "torch.compile": ("torch", peer_of("peers_torch", "torch_peer", compiled=True)),
+    "torch bf16": ("torch", peer_of("peers_torch", "torch_peer", bf16=True)),
+    "JAX": ("jax", peer_of("peers_jax", "jax_peer")),
 }
-
+CPU_ONLY = {"torch bf16"}  # on a GPU all are
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
+GPU_STEPS = 10  # in one reading: the device is never left waiting for Python
 
 
 def flops(config: tinyvit.ViTConfig) -> int:
@@ -57,8 +79,10 @@ def flops(config: tinyvit.ViTConfig) -> int:
     return 2 * (patches + config.depth * block + d * config.num_classes)
 
 
-def build(case: str, seed: int = 0) -> tuple[tinyvit.VisionTransformer, np.ndarray, np.ndarray]:
+def build(case: str, seed: int = 0, device: str = "cpu") -> tuple[tinyvit.VisionTransformer, np.ndarray, np.ndarray]:
+    """A model and its batch."""
     name, overrides, batch = CASES[case]
+    batch = batch if device == "cpu" else GPU_BATCHES[case]
     model = tinyvit.create_model(name, **overrides)
     rng = np.random.default_rng(seed)
     # The paper's head of zeros would make most gradients zero.
@@ -68,38 +92,31 @@ def build(case: str, seed: int = 0) -> tuple[tinyvit.VisionTransformer, np.ndarr
     return model, images, rng.integers(0, config.num_classes, batch)
 
 
-def sgemm_rate(size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of NumPy's float32 matrix product, the best of several."""
-    a, b = np.random.default_rng(0).standard_normal((2, size, size), dtype=np.float32)
-    a @ b
-    return max(2 * size**3 / timed(lambda: a @ b) for _ in range(repeats))
+def make_peer(case: str, name: str, device: str) -> peers.Peer:
+    """A contender with its batch; all have the same weights."""
+    return PEERS[name][1](*build(case, device=device), device)
 
 
-def timed(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def interleave(contenders: list[peers.Peer], kind: str, steps: int, warm_up: int = 1) -> dict[str, list[float]]:
+def interleave(contenders: dict[str, Any], kind: str, steps: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every counted step of every contender.
 
     They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of the
     caches, so that what is counted is the pace of a run of steps, as in a training.
     """
-    times: dict[str, list[float]] = {peer.name: [] for peer in contenders}
+    warm_up, repeats, settle = (1, 1, SETTLE) if device == "cpu" else (3, GPU_STEPS, 0.0)
+    times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warm_up + steps):
-        for peer in contenders:
-            time.sleep(SETTLE)
-            getattr(peer, kind)()
-            seconds = timed(getattr(peer, kind))
+        for name, peer in contenders.items():
+            time.sleep(settle)
+            peer.run(kind)
+            seconds = timed(functools.partial(peer.run, kind, repeats)) / repeats
             if i >= warm_up:
-                times[peer.name].append(seconds)
+                times[name].append(seconds)
     return times
 
 
 def difference(a: peers.Peer, b: peers.Peer) -> dict[str, float]:
-    """Relative differences of loss and gradients (the largest over the parameters, each against its own largest entry)."""
+    """Relative differences of loss and gradients (the worst parameter's, against its own largest entry)."""
     loss_a, grads_a = a.gradients()
     loss_b, grads_b = b.gradients()
     worst = max(
@@ -108,41 +125,88 @@ def difference(a: peers.Peer, b: peers.Peer) -> dict[str, float]:
     return {"loss": abs(loss_a - loss_b) / abs(loss_b), "gradients": worst}
 
 
-def peak_memory(case: str, peer: str) -> float | None:
-    """Peak resident memory in MiB of a process of its own that trains three steps with this contender alone."""
-    command = [sys.executable, __file__, "--cases", case, "--peers", peer, "--memory-of", peer]
+def peak_memory(case: str, peer: str, device: str = "cpu") -> float | None:
+    """Memory in MiB of a process of its own that trains three steps with this contender alone.
+
+    On a CPU it is the peak of what is resident, on a GPU what is held afterwards, for the pools give nothing back.
+    """
+    command = [sys.executable, __file__, "--cases", case, "--peers", peer, "--device", device, "--memory-of", peer]
     result = subprocess.run(command, capture_output=True, text=True)
     return float(result.stdout) if result.returncode == 0 else None
 
 
-def run_case(case: str, names: list[str], steps: int, memory: bool) -> dict:
-    model, images, labels = build(case)
-    contenders = [PEERS[name][1](build(case)[0], images, labels) for name in names]  # the same weights for each
-    result: dict = {"case": case, "model": CASES[case][0], "batch": len(images), "peers": {}}
-    if "tinyvit" in names and "torch" in names:
-        result["difference"] = difference(contenders[names.index("tinyvit")], contenders[names.index("torch")])
-    rates = [sgemm_rate()]
+def print_memory(case: str, name: str, device: str) -> None:
+    """What `peak_memory` reads."""
+    if device == "cuda":
+        import cupy
+
+        free = cupy.cuda.runtime.memGetInfo()[0]
+    peer = make_peer(case, name, device)
+    for _ in range(3):
+        peer.run("step")
+    if device == "cuda":
+        print((free - cupy.cuda.runtime.memGetInfo()[0]) / 2**20)
+        return
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+
+
+def attempt(name: str, function: Callable[[], Any]) -> Any:
+    """What the function gives, or None after a line on standard error: the other contenders go on."""
+    try:
+        return function()
+    except Exception as problem:
+        print(f"{name}: {type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}", file=sys.stderr)
+        return None
+
+
+def gather(case: str, names: list[str], device: str, isolate: bool) -> dict[str, Any]:
+    """The contenders of a case by name, without those that cannot be made."""
+    start = functools.partial(isolation.start, make_peer) if isolate else make_peer
+    made = {name: attempt(name, functools.partial(start, case, name, device)) for name in names}
+    return {name: peer for name, peer in made.items() if peer is not None}
+
+
+def run_case(case: str, names: list[str], device: devices.Host | devices.Gpu, args: argparse.Namespace) -> dict:
+    model, images, _ = build(case, device=device.name)
+    contenders = gather(case, names, device.name, args.isolate)
+    result: dict = {"case": case, "model": CASES[case][0], "batch": len(images), "device": device.name, "peers": {}}
+    if "tinyvit" in contenders and "torch" in contenders:
+        result["difference"] = difference(contenders["tinyvit"], contenders["torch"])
+    if device.name == "cuda":  # compiles; where that fails the others go on
+        losses = {name: attempt(name, peer.loss) for name, peer in contenders.items()}
+        result["first_loss"] = {name: loss for name, loss in losses.items() if loss is not None}
+        contenders = {name: contenders[name] for name in result["first_loss"]}
+    rate_of = sgemm_rate if device.name == "cpu" else functools.partial(device.matmul_rate, "bfloat16")
+    rates = [rate_of()]
     for kind in ("step", "infer"):
-        for name, seconds in interleave(contenders, kind, steps).items():
+        for name, seconds in interleave(contenders, kind, args.steps, device.name).items():
             rate = len(images) / statistics.median(seconds)
             work = flops(model.config) * (3 if kind == "step" else 1)
             row = result["peers"].setdefault(name, {})
             row[kind] = {"images_per_second": rate, "gflops": rate * work / 1e9, "seconds": seconds}
-        rates.append(sgemm_rate())
-    result["sgemm_gflops"] = statistics.median(rates) / 1e9
-    if memory:
-        for name in names:
-            result["peers"][name]["peak_mib"] = peak_memory(case, name)
+        rates.append(rate_of())
+    result["sgemm_gflops" if device.name == "cpu" else "bf16_gflops"] = statistics.median(rates) / 1e9
+    del contenders
+    gc.collect()
+    device.free()
+    if not args.no_memory:
+        for name in result["peers"]:
+            result["peers"][name]["peak_mib"] = peak_memory(case, name, device.name)
     return result
 
 
 def table(result: dict) -> str:
-    lines = [f"{result['case']}: {result['model']}, batch {result['batch']}; sgemm {result['sgemm_gflops']:.0f} GFLOP/s"]
+    cpu = result["device"] == "cpu"
+    unit, scale, share = ("GFLOP/s", 1, "sgemm") if cpu else ("TFLOP/s", 1e3, "bf16")
+    top = result["sgemm_gflops" if cpu else "bf16_gflops"]
+    lines = [f"{result['case']}: {result['model']}, batch {result['batch']}; {share} {top / scale:.0f} {unit}"]
     if "difference" in result:
         d = result["difference"]
         lines[0] += f"; from torch: loss {d['loss']:.1e}, gradients {d['gradients']:.1e}"
-    lines.append(f"{'':14}|{'training':^31}|{'inference':^31}| peak")
-    head = f"{'img/s':>8} {'ours x':>7} {'GFLOP/s':>8} {'sgemm':>5} "
+    lines.append(f"{'':14}|{'training':^32}|{'inference':^32}| {'peak' if cpu else 'held'}")
+    head = f"{'img/s':>8} {'ours x':>7} {unit:>8} {share:>5} "
     lines.append(f"{'':14}|{head}|{head}|  MiB")
     own = result["peers"].get("tinyvit")
     for name, row in result["peers"].items():
@@ -150,54 +214,56 @@ def table(result: dict) -> str:
         for kind in ("step", "infer"):
             rate, gflops = row[kind]["images_per_second"], row[kind]["gflops"]
             ratio = f"{own[kind]['images_per_second'] / rate:.2f}" if own else ""
-            cells.append(f"{rate:8.1f} {ratio:>7} {gflops:8.0f} {gflops / result['sgemm_gflops']:5.0%} ")
+            cells.append(f"{rate:8.1f} {ratio:>7} {gflops / scale:8.0f} {gflops / top:5.0%} ")
         peak = row.get("peak_mib")
         lines.append(f"{name:14}|{cells[0]}|{cells[1]}|{peak:5.0f}" if peak else f"{name:14}|{cells[0]}|{cells[1]}|")
+    if "first_loss" in result:
+        losses = ", ".join(f"{name} {loss:.5f}" for name, loss in result["first_loss"].items())
+        lines.append(f"loss of the first step: {losses}")
     return "\n".join(lines)
 
 
-def machine() -> dict:
-    from threadpoolctl import threadpool_info
-
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "tinyvit": tinyvit.__version__}
-    for name in ("torch", "jax"):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
-    blas = [f"{b['internal_api']} {b['version']} {b.get('architecture')}" for b in threadpool_info() if b["user_api"] == "blas"]
-    forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS_", "OMP_", "MKL_"))}
-    return {"cores": tinyvit.shards.available_cores(), "blas": blas, "versions": versions, "environment": forced,
-            "processor": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
-
-
-def main() -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--steps", type=int, default=10, help="counted steps of each contender")
+    parser.add_argument("--steps", type=int, default=10, help="readings of each: a step on a CPU, ten on a GPU")
+    parser.add_argument("--isolate", action="store_true", help="each contender in a process of its own, still in turn")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process per contender)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--memory-of", choices=PEERS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would take most of a GPU's memory at once
+    try:
+        device = devices.choose(args.device)
+    except RuntimeError as problem:
+        sys.exit(f"train_bench: error: {problem}")
+    cases = args.cases or list(CASES if device.name == "cpu" else GPU_BATCHES)
     if args.memory_of:
-        peer = PEERS[args.memory_of][1](*build(args.cases[0]))
-        for _ in range(3):
-            peer.step()
-        # Not getrusage: its maximum is inherited from the process that started this one.
-        status = Path("/proc/self/status").read_text()
-        print(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+        print_memory(cases[0], args.memory_of, device.name)
         return
     names = [name for name in args.peers if PEERS[name][0] is None or importlib.util.find_spec(PEERS[name][0])]
     if missing := [name for name in args.peers if name not in names]:
         print(f"not installed: {', '.join(missing)}", file=sys.stderr)
+    if device.name == "cuda":
+        names = [name for name in names if name not in CPU_ONLY]
+    if unknown := [case for case in cases if device.name == "cuda" and case not in GPU_BATCHES]:
+        sys.exit(f"train_bench: error: device cuda has the cases {', '.join(GPU_BATCHES)}, not {', '.join(unknown)}")
     results = []
-    for case in args.cases:
-        results.append(run_case(case, names, args.steps, not args.no_memory))
+    for case in cases:
+        results.append(run_case(case, names, device, args))
         print(table(results[-1]), flush=True)
         print()
-    record = {"machine": machine(), "command": " ".join(sys.argv), "results": results}
+    record = {"machine": devices.machine(device), "command": " ".join(sys.argv), "results": results}
     print("machine:", json.dumps(record["machine"]))
     if args.json:
-        args.json.write_text(json.dumps(record, indent=1))
+        with checkpoint.atomic_write(args.json) as file:
+            file.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

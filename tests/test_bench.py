@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -11,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyvit import arrays
+from tinyvit import evaluate, zoo
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import attention_bench
+import attention_chart
 import attention_contenders
 import devices
+import isolation
+import peers
+import train_bench
 from matplotlib import image
+from matplotlib.colors import to_rgb
 
 SMALL = ["--device", "cpu", "--cases", "cifar-p8", "--batches", "3", "--rounds", "1"]
 
@@ -77,11 +84,24 @@ def test_attention_tables_line_up(record):
     assert blocks[-1].count(" x (") == 4  # two shapes, two kinds
 
 
-def test_attention_chart(record):
-    pixels = image.imread(record[2])
-    assert pixels.shape[0] > 500 and pixels.shape[1] > 500
-    red, green, blue = np.moveaxis(pixels[..., :3], -1, 0)
-    assert ((red > 0.8) & (green < 0.2) & (blue < 0.2)).mean() > 0.005  # our bars
+def test_attention_chart(record, tmp_path):
+    """The area of each contender's colour is in proportion to its rates."""
+    written, _, drawn = record
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    written = copy.deepcopy(written)
+    speeds = {name: i + 1 for i, name in enumerate(attention_bench.CONTENDERS)}
+    for result in written["results"]:
+        for kind in attention_bench.KINDS:
+            for name, row in result[kind]["contenders"].items():
+                row["flops_per_second"] = 1e10 * speeds[name]
+    attention_chart.draw(written, attention_bench.TITLES, tmp_path / "chart.png")
+    pixels = image.imread(tmp_path / "chart.png")[..., :3]
+    colours = {name: np.array(to_rgb(colour), np.float32) for name, colour in attention_chart.COLOURS.items()}
+    areas = {name: (np.abs(pixels - colour).max(-1) < 0.01).sum() for name, colour in colours.items()}
+    assert areas["reference"] < areas["torch flash"] < areas["torch cudnn"] < areas["torch efficient"]
+    assert areas["torch math"] / areas["torch flash"] == pytest.approx(
+        speeds["torch math"] / speeds["torch flash"], rel=0.1
+    )
 
 
 def test_attention_notices_wrong_results_and_refusals(monkeypatch, capsys):
@@ -160,15 +180,129 @@ def test_attention_bad_usage(arguments, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_attention_without_what_it_needs(monkeypatch):
+@pytest.mark.parametrize("program", [attention_bench, train_bench])
+def test_without_a_gpu(program, monkeypatch):
     def no_gpu(target):
         raise RuntimeError("device cuda needs CuPy")
 
-    monkeypatch.setattr(arrays, "mover", no_gpu)
-    with pytest.raises(SystemExit, match=r"^attention_bench: error: device cuda needs CuPy$"):
-        attention_bench.main(["--device", "cuda"])
+    monkeypatch.setattr(evaluate.arrays, "mover", no_gpu)
+    with pytest.raises(SystemExit, match=rf"^{program.__name__}: error: [^\n]*device cuda needs CuPy[^\n]*$"):
+        program.main(["--device", "cuda"])
+
+
+def test_attention_on_a_cpu_is_in_float32():
     with pytest.raises(SystemExit, match="device cpu expected float32, got bfloat16"):
-        attention_bench.main(["--dtypes", "bfloat16"])  # auto: the CPU
+        attention_bench.main(["--device", "cpu", "--dtypes", "bfloat16"])
+
+
+# --- train_bench ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    monkeypatch.setitem(train_bench.CASES, "micro", ("vit_nano_patch8_32", {"num_classes": 7}, 5))
+    monkeypatch.setattr(train_bench, "SETTLE", 0.0)
+    monkeypatch.setattr(train_bench, "sgemm_rate", lambda: 1e11)
+
+
+def test_training_on_the_cpu(nano, tmp_path, capsys):
+    names = ["tinyvit", "torch", "torch bf16"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--cases",
+        "micro",
+        "--steps",
+        "3",
+        "--no-memory",
+        "--json",
+        str(tmp_path / "t.json"),
+    ]
+    train_bench.main([*arguments, "--peers", *names])
+    (result,) = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert (result["batch"], list(result["peers"])) == (5, names)
+    assert result["difference"]["loss"] < 1e-6 and 0 < result["difference"]["gradients"] < 1e-4
+    for row in result["peers"].values():
+        for kind in ("step", "infer"):
+            assert len(row[kind]["seconds"]) == 3
+            assert row[kind]["images_per_second"] == pytest.approx(5 / np.median(row[kind]["seconds"]))
+    lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert len(lines) == 3 + len(names) and all("%" in line for line in lines[3:])
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines[1:]}) == 1
+
+
+def test_training_peers_begin_alike_and_learn(nano):
+    """The losses of the first steps agree; whoever did not update its weights would stay behind."""
+    ours, torch = (train_bench.make_peer("micro", name, "cpu") for name in ("tinyvit", "torch"))
+    losses = [[peer.loss() for _ in range(4)] for peer in (ours, torch)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert losses[0][-1] < losses[0][0] - 0.01
+
+
+def test_training_goes_on_without_a_contender_that_fails(nano, monkeypatch, capsys):
+    def broken(*arguments):
+        raise RuntimeError("no such thing\nand more")
+
+    monkeypatch.setitem(train_bench.PEERS, "JAX", (None, broken))
+    arguments = ["--device", "cpu", "--cases", "micro", "--steps", "1", "--no-memory"]
+    train_bench.main([*arguments, "--peers", "tinyvit", "JAX"])
+    said = capsys.readouterr()
+    assert said.err == "JAX: RuntimeError: no such thing\n"
+    assert "tinyvit  " in said.out and "JAX" not in said.out.partition("machine:")[0]
+
+
+def test_training_memory(nano, capsys):
+    train_bench.main(["--device", "cpu", "--cases", "micro", "--memory-of", "tinyvit"])
+    assert 20 < float(capsys.readouterr().out) < 1 << 20  # MiB
+
+
+def test_training_flops():
+    """Published figures count one multiply-add as one: 17.6 G for ViT-B/16 (DeiT's table 5), 1.26 G for DeiT-Ti."""
+    for name, published in (("vit_base_patch16_224", 17.58e9), ("vit_tiny_patch16_224", 1.26e9)):
+        assert train_bench.flops(zoo.model_config(name)) == pytest.approx(2 * published, rel=0.02)
+
+
+def test_readings_on_a_gpu_are_of_many_steps():
+    done = []
+    peer = peers.Peer("x", lambda: done.append("s"), None, None, wait=lambda: done.append("|"))
+    times = train_bench.interleave({"x": peer}, "step", 2, "cuda")
+    assert "".join(done) == ("s|" + "s" * train_bench.GPU_STEPS + "|") * 5  # three of them to warm up
+    assert len(times["x"]) == 2
+
+
+def test_training_table_of_a_gpu():
+    row = {kind: {"images_per_second": 117000.0, "gflops": 250e3} for kind in ("step", "infer")} | {"peak_mib": 81234.0}
+    result = {"case": "tiny-cifar", "model": "m", "batch": 1024, "device": "cuda", "bf16_gflops": 790e3}
+    result |= {"peers": {"tinyvit": row, "torch.compile": row}, "first_loss": {"tinyvit": 2.3, "torch.compile": 2.31}}
+    lines = train_bench.table(result).splitlines()
+    assert lines[0].endswith("bf16 790 TFLOP/s") and lines[-1].endswith("tinyvit 2.30000, torch.compile 2.31000")
+    assert all("32%" in line and "250" in line and line.endswith("|81234") for line in lines[3:5])
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines[1:5]}) == 1
+
+
+class Counter:
+    """A contender of another process."""
+
+    count = 0
+
+    def run(self, kind, repeats=1):
+        self.count += repeats
+
+    def loss(self):
+        if not self.count:
+            raise ValueError("nothing done yet")
+        return float(self.count)
+
+
+def test_isolated_contender():
+    peer = isolation.start(Counter)
+    with pytest.raises(RuntimeError, match="ValueError: nothing done yet"):
+        peer.loss()
+    peer.run("step", 3)
+    peer.run("infer")
+    assert peer.loss() == 4.0
+    with pytest.raises(RuntimeError, match="ended before it answered"):
+        isolation.start(os._exit, 3)
 
 
 # --- devices --------------------------------------------------------------------------------------------------------
