@@ -100,8 +100,8 @@ def make_peer(case: str, name: str, device: str) -> peers.Peer:
 def interleave(contenders: dict[str, Any], kind: str, steps: int, device: str = "cpu") -> dict[str, list[float]]:
     """Seconds of every counted step of every contender.
 
-    They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of the
-    caches, so that what is counted is the pace of a run of steps, as in a training.
+    They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of
+    the caches, so that what is counted is the pace of a run of steps, as in a training.
     """
     warm_up, repeats, settle = (1, 1, SETTLE) if device == "cpu" else (3, GPU_STEPS, 0.0)
     times: dict[str, list[float]] = {name: [] for name in contenders}
