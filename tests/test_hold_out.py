@@ -65,6 +65,23 @@ def test_the_test_part_is_left_for_the_end(tmp_path):
     assert "--val-fraction 0.25, not --val-fraction 0.5" in refused.stderr
 
 
+def test_a_validation_part_beside_a_test_part_chooses(tmp_path):
+    """In folders and tables alike; the test part is what `eval` reads."""
+    pictures = make_pictures(tmp_path / "pictures", train=8, test=2)
+    make_pictures(tmp_path / "more", train=8, test=3, seed=1)
+    before = load_data(pictures)
+    (tmp_path / "more" / "test").rename(pictures / "val")
+    lines = ["path,label,split", *(f"{p.relative_to(tmp_path)},{p.parent.name},{p.parent.parent.name}" for p in sorted(pictures.glob("*/*/*.png")))]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    for src in (pictures, tmp_path / "list.csv"):
+        data = load_data(src)
+        assert (len(data.train), len(data.test), len(data.val)) == (24, 6, 9) and data.own_test
+        assert np.array_equal(data.test.read(np.arange(6)), before.test.read(np.arange(6)))
+        assert data.fingerprint != before.fingerprint and data.validation is data.val
+    result = tinyvit("train", "--data", pictures, *NANO, "--epochs", 1, "--out", tmp_path / "run")
+    assert "24 training and 9 validation pictures" in result.stdout, result.stderr
+
+
 def test_a_folder_without_a_test_part_is_divided_once(tmp_path):
     """--val-fraction decides its test part, and is recorded when it was not given."""
     pictures = make_pictures(tmp_path / "pictures", train=20, test=1) / "train"

@@ -154,7 +154,7 @@ class TrainConfig:
         inner_share,
         "X",
         "share of the training pictures that is held out to choose the best epoch "
-        f"(default: {VAL_FRACTION} where the data has no test part, otherwise the test part chooses)",
+        f"(default: {VAL_FRACTION} where the data has neither validation nor test part; otherwise that chooses)",
     )
     skip_corrupt: bool = option(False, bool, "", "go on without pictures that cannot be read")
 

@@ -11,7 +11,7 @@ from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.cifar import find_cifar10, load_cifar10
 from tinyvit.data.download import cache_directory, fetch_cifar10
 from tinyvit.data.folder import find_in_folder
-from tinyvit.data.listing import SMALL, Listing, load_listings
+from tinyvit.data.listing import SMALL, Found, load_listings
 from tinyvit.data.loader import Loader
 from tinyvit.data.parquet import find_in_parquet, parquet_files
 from tinyvit.data.picture import read_picture
@@ -47,6 +47,7 @@ def load_data(
       directory of parquet files as Hugging Face's `datasets` writes them, or one such file. Their test split is the
       rows of the column split, or the files, called test, val, validation or valid; else it is drawn as above.
 
+    Of two such parts, test pictures and validation pictures, the latter become `val`.
     `image_size` (one number or height and width) defaults to the pictures' own if all of them share one of at most
     64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
     `picture_transform(picture, rng)` on Pillow pictures; others are resized and cut as `read_picture` does it, with
@@ -64,13 +65,14 @@ def load_data(
         if batches == path or (batches and not (path / "train").is_dir()):
             return load_cifar10(batches, image_size, fit_options)
         kind, find = layout(path)
-        names, train, test = find(path, val_fraction, seed)
+        names, train, test, val = find(path, val_fraction, seed)
         return load_listings(
             kind,
             path,
             names,
             train,
             test,
+            val,
             image_size=image_size,
             skip_corrupt=skip_corrupt,
             picture_transform=picture_transform,
@@ -93,7 +95,7 @@ def existing(src: str | os.PathLike[str]) -> Path:
     return path
 
 
-def layout(path: Path) -> tuple[str, Callable[[Path, float, int], tuple[tuple[str, ...], Listing, Listing]]]:
+def layout(path: Path) -> tuple[str, Callable[[Path, float, int], Found]]:
     """What kind of source lies at `path`, and the function that finds its pictures."""
     if path.suffix.lower() == ".csv" and path.is_file():
         return "csv", find_in_csv

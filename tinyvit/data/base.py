@@ -37,7 +37,8 @@ class Data:
     `mean` and `std` are those of the training pictures, one per channel, in units of 0..1. `image_size` is
     (height, width). `fingerprint` identifies the data: the same pictures give the same string, wherever they lie.
     `fit_options` say how pictures were resized and cut: arguments of `read_picture` that differ from its defaults.
-    `own_test` is false where the test pictures were drawn from the training ones; `val` are those that `hold_out` drew.
+    `own_test` is false where the test pictures were drawn from the training ones; `val` are
+    validation pictures apart from them, if there are any.
     """
 
     name: str

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.listing import TEST_NAMES, Listing, classes_without, split_classes
+from tinyvit.data.listing import TEST_NAMES, Found, Listing, classes_without, split_classes
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
 
-def find_in_folder(root: Path, val_fraction: float, seed: int) -> tuple[tuple[str, ...], Listing, Listing]:
-    """Class names, training and test pictures of an image folder; see tinyvit.data.load_data. Raises DataError."""
-    train_root, test_root = find_splits(root)
+def find_in_folder(root: Path, val_fraction: float, seed: int) -> Found:
+    """The pictures of an image folder; see tinyvit.data.load_data. Raises DataError."""
+    train_root, test_roots = find_splits(root)
     classes = class_folders(train_root)
     if len(classes) < 2:
         found = f"only {classes[0].name}" if classes else "none"
@@ -24,25 +24,27 @@ def find_in_folder(root: Path, val_fraction: float, seed: int) -> tuple[tuple[st
     listing = list_pictures(train_root, names)
     if missing := classes_without(listing, names):
         raise DataError(f"class folder {train_root / missing[0]} has no pictures (looked for {' '.join(ENDINGS)})")
-    if test_root is None:
-        return names, *split_classes(listing, names, val_fraction, seed)
-    if strangers := [folder for folder in class_folders(test_root) if folder.name not in names]:
-        raise DataError(f"{strangers[0]} is a class that {train_root} does not have (it has {', '.join(names)[:200]})")
-    test = list_pictures(test_root, names)
-    if not test.files:
-        raise DataError(f"the class folders of {test_root} have no pictures (looked for {' '.join(ENDINGS)})")
-    return names, listing, test
+    if not test_roots:
+        return names, *split_classes(listing, names, val_fraction, seed), None
+    for folder in (folder for root in test_roots for folder in class_folders(root)):
+        if folder.name not in names:
+            raise DataError(f"{folder} is a class that {train_root} does not have (it has {', '.join(names)[:200]})")
+    tests = [list_pictures(root, names) for root in test_roots]
+    for test in tests:
+        if not test.files:
+            raise DataError(f"the class folders of {test.root} have no pictures (looked for {' '.join(ENDINGS)})")
+    return names, listing, tests[0], tests[1] if tests[1:] else None
 
 
-def find_splits(root: Path) -> tuple[Path, Path | None]:
-    """The folder of the training classes, and the one of the test classes where there is one."""
+def find_splits(root: Path) -> tuple[Path, list[Path]]:
+    """The folder of the training classes, and those of test and validation classes, the preferred one first."""
     folders = {folder.name.lower(): folder for folder in class_folders(root)}
     tests = [folders[name] for name in TEST_NAMES if name in folders and class_folders(folders[name])]
     if "train" in folders:
-        return folders["train"], tests[0] if tests else None
+        return folders["train"], tests
     if tests and set(folders) <= set(TEST_NAMES):
         raise DataError(f"{root} has {tests[0].name}/ but no train/")
-    return root, None
+    return root, []
 
 
 def class_folders(folder: Path) -> list[Path]:

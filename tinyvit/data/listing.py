@@ -18,12 +18,16 @@ from tinyvit.data.picture import StoredPicture, decodable, fit, open_rgb, to_arr
 from tinyvit.data.picture_transforms import random_resized_crop
 from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, draw_share, in_threads, stack
 
-TEST_NAMES = ("test", "val", "validation", "valid")  # in the order of preference
+TEST_NAMES = ("test", "val", "validation", "valid")  # the first there is; with a second, that one chooses the best epoch
 SMALL = 64  # pictures up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
 MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
 SAMPLE = 20_000  # pictures of a larger split that are decoded beforehand, for the mean and std
 CHUNK = 1 << 20  # bytes that a thread decodes at a time
+
+
+# Class names, training pictures, test pictures and, where they are apart from those, validation pictures.
+Found = tuple[tuple[str, ...], "Listing", "Listing", "Listing | None"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def load_listings(
     names: tuple[str, ...],
     train: Listing,
     test: Listing,
+    val: Listing | None,
     *,
     image_size: int | tuple[int, int] | None,
     skip_corrupt: bool,
@@ -87,12 +92,14 @@ def load_listings(
     options = fit_options or {}
     train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train", options)
     test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test", options)
+    val_split = None if val is None else load_split(val, size, skip_corrupt, None, "reading val", options)[1]
     if missing := classes_without(train, names):
         raise DataError(f"class {missing[0]} of {source} has no readable picture to train on")
-    digest = hashlib.sha256(repr((names, train.identity(), test.identity())).encode()).hexdigest()
+    identities = [part.identity() for part in (train, test, val) if part is not None]
+    digest = hashlib.sha256(repr((names, *identities)).encode()).hexdigest()
     name = source.resolve().stem if source.is_file() else source.resolve().name
     fingerprint = f"{kind}-{digest[:16]}"
-    return Data(name, train_split, test_split, names, mean, std, size, 3, fingerprint, options, not test.drawn)
+    return Data(name, train_split, test_split, names, mean, std, size, 3, fingerprint, options, not test.drawn, val_split)
 
 
 def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:

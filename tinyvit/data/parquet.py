@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvit.data.base import DataError
-from tinyvit.data.listing import TEST_NAMES, Listing
+from tinyvit.data.listing import TEST_NAMES, Found
 from tinyvit.data.table import SPLIT_NAMES, Rows, number_classes
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def parquet_files(path: Path) -> list[Path]:
     return [file for file in found if file.is_file() and file.stem != "metadata"]  # the name of image folders' notes
 
 
-def find_in_parquet(path: Path, val_fraction: float, seed: int) -> tuple[tuple[str, ...], Listing, Listing]:
-    """Class names, training and test pictures of parquet files; see tinyvit.data.load_data.
+def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Found:
+    """The pictures of parquet files; see tinyvit.data.load_data.
 
     The pictures' bytes are kept in memory as they are stored. Raises DataError, also without pyarrow.
     """
@@ -38,11 +38,11 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> tuple[tuple[s
     train = read_split(path, parts["train"])
     if train is None:
         raise DataError(f"{path}: the training pictures have no labels (all are null or -1)")
-    tests = (read_split(path, parts[name]) for name in TEST_NAMES if name in parts)
-    test = next((rows for rows in tests if rows is not None), None)  # published test splits may lack their labels
+    parts_read = [read_split(path, parts[name]) for name in TEST_NAMES if name in parts]
+    tests = [rows for rows in parts_read if rows is not None]  # published test splits may lack their labels
     if not order and all(name.isdecimal() for name in train.classes):
         order = sorted(set(train.classes), key=int)
-    return number_classes(path, train, test, order, val_fraction, seed)
+    return number_classes(path, train, tests, order, val_fraction, seed)
 
 
 def by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Shard]]:

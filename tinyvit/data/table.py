@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.listing import TEST_NAMES, Listing, split_classes
+from tinyvit.data.listing import TEST_NAMES, Found, Listing, split_classes
 
 SPLIT_NAMES = ("train", *TEST_NAMES)
 
@@ -30,12 +30,12 @@ class Rows:
 
 
 def number_classes(
-    source: Path, train: Rows, test: Rows | None, order: Sequence[str], val_fraction: float, seed: int
-) -> tuple[tuple[str, ...], Listing, Listing]:
-    """Class names, training and test pictures of the table(s) at `source`.
+    source: Path, train: Rows, tests: Sequence[Rows], order: Sequence[str], val_fraction: float, seed: int
+) -> Found:
+    """The pictures of the table(s) at `source`, with test and validation pictures in the order of preference.
 
     The classes are those of the training pictures: first those in `order`, then the others by the alphabet. Without
-    `test`, `val_fraction` of each class is kept for it. Raises DataError.
+    `tests`, `val_fraction` of each class is kept for one. Raises DataError.
     """
     present = set(train.classes)
     names = tuple(dict.fromkeys([*(name for name in order if name in present), *sorted(present)]))
@@ -44,24 +44,25 @@ def number_classes(
         raise DataError(f"{source} must hold training pictures of at least two classes, found {found}")
     root = source if source.is_dir() else source.parent
     listing = train.numbered(root, names)
-    if test is None:
-        return names, *split_classes(listing, names, val_fraction, seed)
-    if strangers := sorted(set(test.classes) - present):
+    if not tests:
+        return names, *split_classes(listing, names, val_fraction, seed), None
+    if strangers := sorted({name for test in tests for name in test.classes} - present):
         raise DataError(
             f"{source}: {strangers[0]!r} is a class of test pictures that no training picture has "
             f"(they have {', '.join(names)[:200]})"
         )
-    return names, listing, test.numbered(root, names)
+    test, *others = (test.numbered(root, names) for test in tests)
+    return names, listing, test, others[0] if others else None
 
 
-def find_in_csv(path: Path, val_fraction: float, seed: int) -> tuple[tuple[str, ...], Listing, Listing]:
-    """Class names, training and test pictures of a CSV file; see tinyvit.data.load_data. Raises DataError."""
+def find_in_csv(path: Path, val_fraction: float, seed: int) -> Found:
+    """The pictures of a CSV file; see tinyvit.data.load_data. Raises DataError."""
     parts = read_csv(path)
     if "train" not in parts:
         found = f"only {', '.join(parts)}" if parts else "no row at all"
         raise DataError(f"{path} has no row with the split train, found {found}")
-    test = next((parts[name] for name in TEST_NAMES if name in parts), None)
-    return number_classes(path, parts["train"], test, (), val_fraction, seed)
+    tests = [parts[name] for name in TEST_NAMES if name in parts]
+    return number_classes(path, parts["train"], tests, (), val_fraction, seed)
 
 
 def read_csv(path: Path) -> dict[str, Rows]:
