@@ -215,6 +215,11 @@ def test_a_directory_with_one_file_of_weights(plain, tmp_path):
         ("flexivit_small.bin", 384, 6),
         ("vit_huge_patch14_gap_224.pt", 1280, 16),
         ("vit_giant_patch14_224.safetensors", 1408, 16),
+        ("vit_so400m_patch14_siglip_gap_224.safetensors", 1152, 16),
+        ("vit_giantopt_patch16_siglip_gap_256.safetensors", 1536, 16),
+        ("vit_base_patch16_gap_224.safetensors", 768, 16),
+        ("vit_small_r26_s32_384.augreg_in21k.safetensors", 384, 6),
+        ("jx_vit_base_resnet50_384-9fd3c705.pth", 768, 12),
         ("vit_nano_patch8_32.safetensors", 64, 2),
         ("vit_micro_patch4_32.safetensors", 128, 4),
     ],
@@ -226,6 +231,23 @@ def test_heads_by_name(name, dim, heads):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert count_heads(Source(name, {}), {}, name, dim) == heads
+
+
+@pytest.mark.parametrize(
+    ("name", "act"),
+    [
+        ("vit_base_patch32_siglip_gap_256", "gelu_tanh"),
+        ("vit_so400m_patch16_siglip_gap_512", "gelu_tanh"),
+        ("vit_giantopt_patch16_siglip_gap_384", "gelu_tanh"),
+        ("vit_large_patch16_siglip_gap_512", "gelu_tanh"),
+        ("vit_large_patch16_siglip_gap_384", "gelu"),
+        ("vit_so400m_patch14_siglip_gap_224", "gelu"),
+    ],
+)
+def test_activations_by_name(tmp_path, name, act):
+    """timm gives these models the tanh GELU without a word in their files."""
+    save_file(weights(FAMILIES["gap"][0]), tmp_path / f"{name}.safetensors")
+    assert load_model(tmp_path / f"{name}.safetensors", num_heads=2, image_size=SIDE).config.act == act
 
 
 def test_heads_that_nothing_tells_are_warned_of(plain, tmp_path):

@@ -1,8 +1,8 @@
 """Google's .npz files: the original models of the paper and those of AugReg (Steiner et al. 2021, arXiv:2106.10270).
 
-The layout is that of github.com/google-research/vision_transformer: Flax kernels are (in, out), those of attention are
-split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w). Hybrids run with
-timm's constants in their ResNet (`tinyvit.resnet`), as all models here run with timm's GELU.
+The layout is that of github.com/google-research/vision_transformer: Flax kernels are (in, out), those of attention
+are split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w). A hybrid's
+ResNet runs with timm's epsilons (`tinyvit.resnet`), as all models here run with timm's GELU.
 """
 
 from __future__ import annotations

@@ -36,9 +36,13 @@ from .sources import CONFIG, Source
 
 PATCHES = "patch_embed.proj.weight"
 HEAD_WIDTH = 64  # of an attention head in nearly all published models
-# Heads of vit_giant and vit_gigantic (Zhai et al. 2021, arXiv:2106.04560, table 2), and SigLIP's so400m and giantopt.
-GIANTS = {1408: 16, 1664: 16, 1152: 16, 1536: 16}
-GIANT_NAMES = re.compile(r"giant|gigantic|so400m")
+NAMED_HEADS = (  # what a model's name says, its width, and its heads where they are not HEAD_WIDTH wide
+    ("giant_", 1408, 16),  # Zhai et al. 2021, arXiv:2106.04560, table 2
+    ("gigantic_", 1664, 16),
+    ("so400m_", 1152, 16),
+    ("giantopt_", 1536, 16),
+    ("base_patch16_gap_", 768, 16),
+)
 # Models to which timm gives the tanh GELU by their names alone.
 TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_gap_512")
 LAYER_SCALE = 1e-5  # its usual start value
@@ -61,9 +65,9 @@ RESNET = re.compile(  # the parts of the ResNet that ours is, with stages or wit
 )
 # The stages of blocks that timm has models with, and one of those models each: it takes all but these from model_args.
 HYBRIDS = {
-    config.resnet_layers: name
-    for name, config in ((name, zoo.model_config(name)) for name in zoo.list_models())
-    if config.resnet_layers is not None
+    layers: name
+    for name in reversed(zoo.list_models())
+    if (layers := zoo.model_config(name).resnet_layers) is not None
 }
 IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
@@ -178,14 +182,15 @@ def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int)
     """How many heads: from the config, else from a model's name (or size) in `name`, else from the width, warned of."""
     if "num_heads" in card:
         return card["num_heads"]
+    for part, width, heads in NAMED_HEADS:
+        if part in name and width == embed_dim:
+            return heads
     models = zoo.list_models()
     by_name = [model for model in models if model in name]
     by_size = [model for model in models if re.search(rf"(?<![a-z]){model.split('_')[1]}(?![a-z])", name)]
     for config in map(zoo.model_config, by_name + by_size):
         if config.embed_dim == embed_dim:
             return config.num_heads
-    if embed_dim in GIANTS and GIANT_NAMES.search(name):
-        return GIANTS[embed_dim]
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
     if "num_heads" not in source.hints:
         warnings.warn(
