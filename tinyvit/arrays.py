@@ -29,9 +29,18 @@ def namespace(x: Array) -> Any:
 
 
 def is_floating(x: Array) -> bool:
-    if type(x) is np.ndarray:
-        return x.dtype.kind == "f"
-    return namespace(x).isdtype(x.dtype, "real floating")
+    dtype = x.dtype
+    if isinstance(dtype, np.dtype):  # NumPy's and CuPy's arrays; to both, bfloat16 is a foreign dtype of kind "V"
+        return dtype.kind == "f" or dtype.name == "bfloat16"
+    return namespace(x).isdtype(dtype, "real floating")
+
+
+def is_half(x: Array) -> bool:
+    """Whether `x` holds float16 or bfloat16."""
+    dtype = x.dtype
+    if isinstance(dtype, np.dtype):
+        return dtype.itemsize == 2 and dtype.name in ("float16", "bfloat16")
+    return str(dtype).rpartition(".")[2] in ("float16", "bfloat16")
 
 
 def common_namespace(name: str, values: list[Any]) -> Any:
@@ -114,11 +123,22 @@ def dtype_name(dtype: Any) -> str:
 
 
 def resolve_dtype(xp: Any, dtype: Any) -> Any:
+    """A dtype of the library `xp`, given as a name, a NumPy dtype or the library's own. Raises TypeError."""
     name = dtype_name(dtype)
     try:
         return getattr(xp, name)
     except AttributeError:
+        if name == "bfloat16" and xp.__name__ in ("array_api_compat.numpy", "array_api_compat.cupy"):
+            return _bfloat16()
         raise TypeError(f"unknown dtype {dtype!r}") from None
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise TypeError("bfloat16 needs ml_dtypes: pip install ml_dtypes (cuda12 and cuda13 bring it)") from None
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def owns_memory(x: Array) -> bool:
@@ -137,8 +157,24 @@ def on_host(x: Array) -> bool:
     return type(x) is np.ndarray
 
 
+def is_cupy(x: Array) -> bool:
+    return array_api_compat.is_cupy_array(x)
+
+
+def device(x: Array) -> Any:
+    """Where `x` lives, in the words of its library."""
+    return array_api_compat.device(x)
+
+
+def device_name(x: Array) -> Any:
+    """What `mover` knows the place of `x` by: "cpu", "cuda:N" or the namespace of another library."""
+    if on_host(x):
+        return "cpu"
+    return f"cuda:{x.device.id}" if is_cupy(x) else namespace(x)
+
+
 def on_device_of(x: Array) -> AbstractContextManager:
-    """The context in which CuPy works on the device of `x`: by itself it takes the current one, whatever its arrays' is."""
+    """The context in which CuPy works on the device of `x`: by itself it takes the current one."""
     return x.device if array_api_compat.is_cupy_array(x) else contextlib.nullcontext()
 
 
@@ -164,25 +200,54 @@ def mover(target: Any) -> Callable[[Array], Array]:
 
 
 def _to_cuda(target: str) -> Callable[[Array], Array]:
-    try:
-        import cupy
-    except ImportError:
-        raise RuntimeError(
-            f'device {target} needs CuPy: pip install "tinyvit[cuda12]" or "tinyvit[cuda13]" (the CUDA version of the driver)'
-        ) from None
-    try:
-        number = int(target.partition(":")[2] or 0)
-    except ValueError:
-        raise ValueError(f'expected "cuda" or "cuda:N", got {target!r}') from None
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RuntimeError(f"device {target} cannot be used: CuPy finds no working GPU ({error})") from None
-    if not 0 <= number < count:
-        raise RuntimeError(f"device {target} does not exist: there are {count} GPUs")
+    number = target.partition(":")[2] if ":" in target else "0"
+    if not number.isdecimal():
+        raise ValueError(f'expected "cuda" or "cuda:N", got {target!r}')
+    cupy, count = _cupy(f"device {target}")
+    if int(number) >= count:
+        there = "is one GPU, cuda:0" if count == 1 else f"are {count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise RuntimeError(f"device {target} does not exist: there {there}")
 
     def move(x: Array) -> Array:
-        with cupy.cuda.Device(number):
-            return cupy.asarray(x if array_api_compat.is_cupy_array(x) else to_numpy(x))
+        with cupy.cuda.Device(int(number)):
+            return cupy.asarray(x if is_cupy(x) else to_numpy(x))
 
     return move
+
+
+def _cupy(wanted: str) -> tuple[ModuleType, int]:
+    """CuPy and how many GPUs it finds, at least one. Raises RuntimeError, in one line that begins with `wanted`."""
+    bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise RuntimeError(f"{wanted} needs CuPy, which misses {error.name}: {bring}") from None
+        raise RuntimeError(f"{wanted} needs CuPy: {bring} (the CUDA version of the driver)") from None
+    except Exception as error:  # CuPy is installed, but not what it is built for
+        raise RuntimeError(f"{wanted} needs CuPy, which cannot be imported ({_one_line(error)}): {bring}") from None
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        if not driver:
+            problem = f"there is no NVIDIA driver; with one installed, {bring} (its CUDA version)"
+        elif driver // 1000 < needed // 1000:
+            known, made_for = cuda_version(driver), cuda_version(needed)
+            problem = f"the driver knows CUDA {known}, CuPy is made for {made_for}: {bring}, whichever fits"
+        else:
+            problem = f"CuPy finds no GPU ({_one_line(error)})"
+        raise RuntimeError(f"{wanted} cannot be used: {problem}") from None
+    if not count:
+        raise RuntimeError(f"{wanted} cannot be used: the driver finds no GPU")
+    return cupy, count
+
+
+def cuda_version(number: int) -> str:
+    """12090 -> "12.9"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

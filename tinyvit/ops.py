@@ -1,8 +1,8 @@
 """Elementary differentiable operations on Tensors: arithmetic, reductions, shape.
 
 Each is written once, forward and backward together, against the array API standard; `operation` turns the
-function of arrays into a function of Tensors. Inputs must share one dtype (numbers go with any) and broadcast
-as in NumPy.
+function of arrays into a function of Tensors, and what adds up or has fractions in its formula is computed `in_fp32`.
+Inputs must share one dtype (numbers go with any) and broadcast as in NumPy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import array_api_compat
 
 from tinyvit import arrays
 from tinyvit.kernels import reference
+from tinyvit.kernels.half import in_fp32, numbers_in_fp32, sum_in_fp32
 from tinyvit.tensor import Array, Tensor, apply
 
 VJP = Callable[..., tuple[Array | None, ...]]
@@ -59,7 +60,7 @@ def _unbroadcast(xp: Any, g: Array, shape: tuple[int, ...]) -> Array:
         return g
     extra = g.ndim - len(shape)
     repeated = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(shape) if n == 1)
-    return xp.reshape(xp.sum(g, axis=repeated), shape)
+    return xp.reshape(sum_in_fp32(xp, g, repeated), shape)
 
 
 def _binary(xp: Any, a: Array, b: Array, needs: tuple[bool, ...], da: Callable, db: Callable) -> VJP:
@@ -76,24 +77,28 @@ def _binary(xp: Any, a: Array, b: Array, needs: tuple[bool, ...], da: Callable, 
 
 
 @operation
+@numbers_in_fp32
 def add(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """a + b."""
     return a + b, _binary(xp, a, b, needs, lambda dy: dy, lambda dy: dy)
 
 
 @operation
+@numbers_in_fp32
 def subtract(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """a - b."""
     return a - b, _binary(xp, a, b, needs, lambda dy: dy, lambda dy: -dy)
 
 
 @operation
+@numbers_in_fp32
 def multiply(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """a * b."""
     return a * b, _binary(xp, a, b, needs, lambda dy: dy * b, lambda dy: dy * a)
 
 
 @operation
+@in_fp32
 def divide(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """a / b of floating arrays."""
     y = a / b
@@ -101,6 +106,7 @@ def divide(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Arr
 
 
 @operation
+@in_fp32
 def power(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """a ** b, where the gradient of a ** 0 is 0 and that of 0 ** b with respect to b is 0 for b >= 0 (as PyTorch's)."""
     y = a**b
@@ -119,12 +125,14 @@ def power(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Arra
 
 
 @operation
+@in_fp32
 def maximum(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The larger of a and b, elementwise; equal entries share the gradient."""
     return xp.maximum(a, b), _binary(xp, a, b, needs, _share(xp, a, b), _share(xp, b, a))
 
 
 @operation
+@in_fp32
 def minimum(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The smaller of a and b, elementwise; equal entries share the gradient."""
     return xp.minimum(a, b), _binary(xp, a, b, needs, _share(xp, b, a), _share(xp, a, b))
@@ -148,6 +156,7 @@ def abs(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
 
 
 @operation
+@in_fp32
 def exp(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """e ** x."""
     y = xp.exp(x)
@@ -155,12 +164,14 @@ def exp(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
 
 
 @operation
+@in_fp32
 def log(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The natural logarithm."""
     return xp.log(x), lambda dy: (dy / x,)
 
 
 @operation
+@in_fp32
 def sqrt(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The square root."""
     y = xp.sqrt(x)
@@ -168,6 +179,7 @@ def sqrt(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
 
 
 @operation
+@in_fp32
 def tanh(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The hyperbolic tangent."""
     y = xp.tanh(x)
@@ -175,12 +187,14 @@ def tanh(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
 
 
 @operation
+@in_fp32
 def erf(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The error function 2/sqrt(pi) * integral of exp(-t^2) from 0 to x."""
     return reference.erf(xp, x), lambda dy: (dy * (1.1283791670955126 * xp.exp(-x * x)),)
 
 
 @operation
+@in_fp32
 def clip(
     xp: Any, x: Array, *, low: float | None = None, high: float | None = None, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -213,6 +227,7 @@ def _where(xp: Any, a: Array, b: Array, *, condition: Array, needs: tuple[bool, 
 
 
 @operation
+@in_fp32
 def matmul(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The matrix product over the last two axes, the others broadcast; a vector is a row on the left, a column on the right."""
     if not _shape(a) or not _shape(b):
@@ -250,6 +265,7 @@ def _keepdims(xp: Any, y: Array, shape: tuple[int, ...], axis: Axis) -> Array:
 
 
 @operation
+@in_fp32
 def sum(xp: Any, x: Array, *, axis: Axis = None, keepdims: bool = False, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The sum over some axes, all if None."""
     shape = tuple(x.shape)
@@ -258,6 +274,7 @@ def sum(xp: Any, x: Array, *, axis: Axis = None, keepdims: bool = False, needs: 
 
 
 @operation
+@in_fp32
 def mean(xp: Any, x: Array, *, axis: Axis = None, keepdims: bool = False, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The mean over some axes, all if None."""
     shape = tuple(x.shape)
@@ -267,6 +284,7 @@ def mean(xp: Any, x: Array, *, axis: Axis = None, keepdims: bool = False, needs:
 
 
 @operation
+@in_fp32
 def var(
     xp: Any, x: Array, *, axis: Axis = None, correction: float = 0.0, keepdims: bool = False, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -283,6 +301,7 @@ def var(
 
 
 @operation
+@in_fp32
 def max(xp: Any, x: Array, *, axis: Axis = None, keepdims: bool = False, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The largest entry over some axes, all if None; entries that tie share the gradient."""
     shape = tuple(x.shape)

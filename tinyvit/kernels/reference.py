@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tinyvit import arrays, random
+from tinyvit.kernels.half import in_fp32
 
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
@@ -54,6 +55,7 @@ def erf(xp: Any, x: Array) -> Array:
     return xp.where(is_near, near, far * xp.sign(x))
 
 
+@in_fp32
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """y = x W^T + b on the last axis. x (..., I), weight (O, I), bias (O,) -> (..., O)."""
     rows = xp.reshape(x, (-1, x.shape[-1]))  # one product of two matrices, however many axes x has
@@ -74,6 +76,7 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     return xp.reshape(y, (*shape[:-1], weight.shape[0])), vjp
 
 
+@in_fp32
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -91,6 +94,7 @@ def layer_norm(
     return normal * weight + bias, vjp
 
 
+@in_fp32
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x Phi(x), or its tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
     if approximate == "tanh":
@@ -110,6 +114,7 @@ def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tup
     return x * phi, vjp
 
 
+@in_fp32
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -119,6 +124,7 @@ def linear_gelu(
     return y, lambda dy: linear_vjp(*gelu_vjp(dy))
 
 
+@in_fp32
 def softmax(xp: Any, x: Array, *, axis: int, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """exp(x) / sum(exp(x)) along one axis, with the largest entry subtracted first."""
     e = xp.exp(x - xp.max(x, axis=axis, keepdims=True))
@@ -130,6 +136,7 @@ def softmax(xp: Any, x: Array, *, axis: int, needs: tuple[bool, ...]) -> tuple[A
     return y, vjp
 
 
+@in_fp32
 def log_softmax(xp: Any, x: Array, *, axis: int, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x - log(sum(exp(x))) along one axis."""
     y = x - xp.max(x, axis=axis, keepdims=True)
@@ -141,6 +148,7 @@ def log_softmax(xp: Any, x: Array, *, axis: int, needs: tuple[bool, ...]) -> tup
     return y, vjp
 
 
+@in_fp32
 def attention(
     xp: Any,
     q: Array,
@@ -182,6 +190,7 @@ def attention(
     return kept @ v, vjp
 
 
+@in_fp32
 def qkv_attention(
     xp: Any,
     qkv: Array,
@@ -218,7 +227,8 @@ def qkv_attention(
 def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
     """For each sample of `like` an array of `shape` and its dtype: 0 with probability `drop`, else 1 / (1 - drop)."""
     mask = arrays.convert(random.keep_mask(drop, like.shape[0], shape, draw), like)
-    return xp.astype(mask, like.dtype) * kept(drop)
+    wide = xp.float32 if arrays.is_half(like) else like.dtype
+    return xp.astype(xp.astype(mask, wide) * kept(drop), like.dtype, copy=False)
 
 
 def kept(drop: float) -> float:
@@ -241,6 +251,7 @@ def patchify(xp: Any, images: Array, *, patch_size: tuple[int, int], needs: tupl
     return xp.reshape(x, (batch, rows * columns, channels * h * w)), vjp
 
 
+@in_fp32
 def cross_entropy(
     xp: Any, logits: Array, *, labels: Array, label_smoothing: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tinyvit.kernels.half import in_fp32
+
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]  # (top, bottom), (left, right)
 
 
+@in_fp32
 def conv2d(
     xp: Any, x: Array, weight: Array, *, stride: Pair, padding: Padding, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -71,6 +74,7 @@ def max_pool2d(
     return xp.asarray(y, copy=True) if len(places) == 1 else y, vjp
 
 
+@in_fp32
 def group_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, num_groups: int, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -94,6 +98,7 @@ def group_norm(
     return normal * scale + bias[:, None, None], vjp
 
 
+@in_fp32
 def weight_standardize(xp: Any, weight: Array, *, eps: float, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """Each output's weights with mean 0 and variance 1 (Qiao et al. 2019, arXiv:1903.10520). weight (O, C, h, w)."""
     outputs, channels, h, w = weight.shape
