@@ -211,7 +211,7 @@ BAD_USAGE = [
     (["train", "--val-fraction", "0"], "--val-fraction: expected a number between 0 and 1"),
     (["train", "--optimizer", "lion"], "--optimizer: expected adamw, adam or sgd, got 'lion'"),
     (["train", "--schedule", "linear"], "--schedule: expected cosine, step or constant, got 'linear'"),
-    (["train", "--device", "tpu"], "--device: expected auto, cpu or cuda, got 'tpu'"),
+    (["train", "--device", "tpu"], "--device: expected auto, cpu, cuda or cuda:N (a GPU's number), got 'tpu'"),
     (["train", "--seed", "-1"], "--seed: expected a whole number of at least 0"),
     (["train", "--threads", "0"], "--threads: expected a whole number of at least 1"),
     (["train", "--model", "vit_bas_patch16_224"], "did you mean vit_base_patch16_224?"),
@@ -324,7 +324,7 @@ def test_a_toml_file_gives_options_and_the_command_line_counts_more(pictures, tm
         ("epochs = 3\nminutes = 4", "give epochs or minutes, not both"),
         ("epochs = ", "not TOML"),
         ("[train]\nepochs = 3", "there is no option 'train'"),
-        ("device = 'tpu'", "device: expected auto, cpu or cuda"),
+        ("device = 'tpu'", "device: expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_a_toml_file_is_checked_like_the_command_line(tmp_path, text, message):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tinyvit.vit import VisionTransformer, ViTConfig
 
 BEST, LAST = "best.safetensors", "last.safetensors"
-TRAINING_PREFIXES = ("optimizer.", "ema.")
+TRAINING_PREFIXES = ("optimizer.", "ema.", "step.")
 
 
 class CheckpointError(Exception):

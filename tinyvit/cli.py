@@ -90,6 +90,8 @@ def make_parser() -> Parser:
     for sub in (evaluate, predict):
         device = FIELDS["device"].metadata
         sub.add_argument("--device", type=typed(device["parse"]), default="auto", help=device["help"])
+        precision = FIELDS["precision"].metadata["parse"]
+        sub.add_argument("--precision", type=typed(precision), default="fp32", help="fp32, tf32, bf16 or fp16")
 
     summary = command("summary", run_summary, "List a model's layers, parameters, FLOPs and memory.")
     summary.add_argument("model", metavar="NAME|RUN|CKPT")
@@ -138,7 +140,8 @@ def run_eval(args: argparse.Namespace) -> None:
     )
     split = data.test if args.split == "test" else data.train
     labels = labels_for(checkpoint, split.labels, data.class_names)
-    scores = evaluate(model, split, labels, checkpoint.class_names, checkpoint.mean, checkpoint.std)
+    names, mean, std = checkpoint.class_names, checkpoint.mean, checkpoint.std
+    scores = evaluate(model, split, labels, names, mean, std, precision=args.precision)
     print_json(scores_dict(scores)) if args.json else print_scores(scores, f"{args.split} split of {data.name}")
 
 
@@ -154,7 +157,7 @@ def run_predict(args: argparse.Namespace) -> None:
     if not (args.attention or args.embed):
         check_head(checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
-    seen = look_at(checkpoint, model, args.images)
+    seen = look_at(checkpoint, model, args.images, args.precision)
     if args.embed:
         write_features(Path(args.embed), seen, args.images, checkpoint, args.checkpoint)
     write_overlays(overlays, args.images[: len(overlays)], checkpoint, model)

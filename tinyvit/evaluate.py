@@ -24,13 +24,15 @@ class EvaluationError(Exception):
 
 
 def pick_device(name: str) -> str:
-    """"cpu" or "cuda" for "auto", "cpu" or "cuda": auto takes a GPU where one works. Raises EvaluationError."""
+    """"cpu", "cuda" or "cuda:N" for the same or "auto", which takes a GPU where one works. Raises EvaluationError."""
     if name == "cpu":
         return "cpu"
+    device = "cuda" if name == "auto" else name
     try:
-        probe = arrays.mover("cuda")(np.ones(1, np.float32))
-        float((probe + probe)[0])
-        return "cuda"
+        probe = arrays.mover(device)(np.ones(1, np.float32))
+        with arrays.on_device_of(probe):
+            float((probe + probe)[0])  # compiles a kernel, for which CUDA's headers and compiler must be there
+        return device
     except Exception as error:  # a driver or GPU is missed in many ways, and CuPy's errors have no names without CuPy
         if name == "auto":
             return "cpu"
@@ -59,11 +61,13 @@ def evaluate(
     *,
     transform: Callable[..., Any] | None = None,
     threads: int | None = None,
+    precision: str = "fp32",
     stop: Callable[[], Any] = lambda: False,
 ) -> Scores | None:
     """Run `model` over all of `split`, whose pictures have the classes `labels` (N,) in the model's order.
 
-    A `transform` other than scaling by `mean` and `std` is as for `data.Loader`. Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
+    A `transform` other than scaling by `mean` and `std` is as for `data.Loader`; `threads` and `precision` are as for
+    `predict`. Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
     from tinyvit.data import Augment, Loader
     from tinyvit.step import predict
@@ -74,7 +78,7 @@ def evaluate(
     for images, _ in loader.epoch(0):
         if stop():
             return None
-        logits = predict(model, images, threads=threads).astype(np.float64)  # (B, K)
+        logits = predict(model, images, threads=threads, precision=precision).astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
         part = slice(done, done + len(logits))
@@ -132,7 +136,9 @@ class Seen:
     probabilities: np.ndarray
 
 
-def look_at(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path]) -> Seen:
+def look_at(
+    checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path], precision: str = "fp32"
+) -> Seen:
     """What the checkpoint's `model` sees in picture files. Raises DataError for one that cannot be read."""
     from tinyvit.data.splits import in_threads
     from tinyvit.inspection import FeaturesAndLogits
@@ -142,7 +148,7 @@ def look_at(checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[st
     outputs = []
     for start in range(0, len(paths), BATCH_SIZE):
         batch = in_threads(lambda path: model_input(checkpoint, path), paths[start : start + BATCH_SIZE])
-        outputs.append(predict(both, np.concatenate(list(batch))))
+        outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
     output = np.concatenate(outputs)  # (N, D + num_classes)
     if not np.all(np.isfinite(output)):
         raise EvaluationError("the model's outputs are not finite")

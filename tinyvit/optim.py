@@ -301,24 +301,30 @@ def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:
     return float(limit_grad_norm(params, max_norm))
 
 
-def limit_grad_norm(params: Iterable[Parameter], max_norm: float) -> Array | float:
-    """`clip_grad_norm` that reads nothing from a device: the norm (float64) comes as an array without dimensions."""
+def limit_grad_norm(params: Iterable[Parameter], max_norm: float, divisor: Array | None = None) -> Array | float:
+    """`clip_grad_norm` that reads nothing from a device: the norm (float64) comes as an array without dimensions.
+
+    The gradients are divided by `divisor` (an array without dimensions) before anything else.
+    """
     max_norm = max_norm if max_norm == math.inf else _number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
     gradients = [p.grad for p in with_grad]
     squares = sum(_each(_sum_of_squares, gradients, gradients))
     if isinstance(squares, (Real, np.ndarray)):
-        norm = math.sqrt(float(squares))
+        unit = 1.0 if divisor is None else float(divisor)
+        norm = math.sqrt(float(squares)) / unit
         scale = max_norm / (norm + 1e-6)
-        if math.isfinite(norm) and scale < 1:
+        scale = (scale if math.isfinite(norm) and scale < 1 else 1.0) / unit
+        if scale != 1:
             for p in with_grad:
                 p.grad *= scale
         return norm
     xp = arrays.namespace(squares)
-    norm = xp.sqrt(squares)
-    if max_norm < math.inf:
+    unit = xp.ones_like(squares) if divisor is None else xp.astype(divisor, squares.dtype)
+    norm = xp.sqrt(squares) / unit
+    if max_norm < math.inf or divisor is not None:
         scale = max_norm / (norm + 1e-6)
-        scale = xp.where(xp.isfinite(norm) & (scale < 1), scale, xp.ones_like(scale))
+        scale = xp.where(xp.isfinite(norm) & (scale < 1), scale, xp.ones_like(scale)) / unit
         for p in with_grad:
             p.grad *= xp.astype(scale, p.grad.dtype)
     return norm

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from tinyvit.precision import PRECISIONS
 
 
 class UsageError(Exception):
@@ -63,6 +66,13 @@ def frozen_part(text: str) -> str | int:
         return text if text == "all-but-head" else whole(0)(text)
     except ValueError:
         raise ValueError(f"expected all-but-head or a number of blocks, got {text!r}") from None
+
+
+def device(text: str) -> str:
+    """A reader of a device's name; raises ValueError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N (a GPU's number), got {text!r}")
+    return text
 
 
 positive = number("a number above 0", lambda x: x > 0)
@@ -145,7 +155,8 @@ class TrainConfig:
         None, whole(1), "N", "end after N epochs without a better validation accuracy (or, where equal, loss)"
     )
     seed: int = option(0, whole(0), "S", "decides every random choice")
-    device: str = option("auto", one_of("auto", "cpu", "cuda"), "NAME", "auto, cpu or cuda", free=True)
+    device: str = option("auto", device, "NAME", "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
+    precision: str = option("fp32", one_of(*PRECISIONS), "NAME", "fp32, tf32, bf16 or fp16; weights are kept in fp32")
     threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)
     image_size: int | None = option(None, whole(1), "S", "side of the pictures (default: the data's or the model's)")
     patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")

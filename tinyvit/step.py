@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from tinyvit import arrays, nn, optim, random, shards
 from tinyvit import functional as F
 from tinyvit.memory import keep_freed_memory
+from tinyvit.precision import LossScale, Precision
 from tinyvit.tensor import Array, Tensor, grad, no_grad
 
 
@@ -47,6 +49,10 @@ class TrainStep:
         threads, shards: as in `shards.plan`.
         class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly its
             mean over the whole batch, however that is cut.
+        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
+
+    In fp16 the loss is scaled while the gradient is computed, and a step whose gradient overflows changes nothing but
+    the scale. Whether it does is the one thing that a step reads from a device.
 
     A batch may lie on the host wherever the model is. On a device a step is only started: nothing waits for its end but
     reading one of its numbers.
@@ -68,6 +74,7 @@ class TrainStep:
         threads: int | None = None,
         shards: int | None = None,
         class_weights: Array | None = None,
+        precision: str = "fp32",
     ) -> None:
         keep_freed_memory()
         if accumulate < 1:
@@ -81,6 +88,8 @@ class TrainStep:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("a training step needs a model with parameters that require a gradient")
+        self.precision = Precision(precision, model)
+        self._scale = LossScale(self.parameters[0].data) if precision == "fp16" else None
         self.step_index = 0
         self.outcome = Outcome(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
@@ -108,10 +117,13 @@ class TrainStep:
             for p, g in zip(self.parameters, self._gradients, strict=True):
                 p.grad = g
             limit = math.inf if self.clip_norm is None else self.clip_norm
-            self.outcome = Outcome(loss, correct, optim.limit_grad_norm(self.parameters, limit))
-            self.optimizer.step()
-            if self.ema is not None:
-                self.ema.update()
+            scale = None if self._scale is None else self._scale.value
+            norm = optim.limit_grad_norm(self.parameters, limit, divisor=scale)
+            self.outcome = Outcome(loss, correct, norm)
+            if self._scale is None or self._scale.update(norm):
+                self.optimizer.step()
+                if self.ema is not None:
+                    self.ema.update()
             self.optimizer.zero_grad()
         self.step_index += 1
         return Tensor(loss)
@@ -125,6 +137,22 @@ class TrainStep:
     def grad_norm(self) -> float:
         """Global norm of the last gradient before clipping."""
         return float(self.outcome.grad_norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by while its gradient is computed: 1 except in fp16."""
+        return 1.0 if self._scale is None else float(self._scale.value)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What an interrupted run needs besides weights, optimizer, average and `step_index`: fp16's loss scale."""
+        return {} if self._scale is None else self._scale.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from `state`, as `state_dict` gave it in the same precision. Raises ValueError."""
+        if self._scale is not None:
+            self._scale.load_state_dict(state)
+        elif state:
+            raise ValueError(f"precision {self.precision.name} has no state, got {', '.join(sorted(state))}")
 
     @property
     def largest_grad(self) -> float:
@@ -143,22 +171,28 @@ class TrainStep:
         def shard(start: int, stop: int) -> tuple[Array, Array, list[Array]]:
             with random.scope(self.seed, self.step_index, start):
                 logits = self.model(images[start:stop, ...])
+            if self.precision.dtype is not None:
+                logits = logits.astype("float32")
             targets = _labels(labels[start:stop, ...], logits)
             if weighted is None:
                 loss = F.cross_entropy(logits, targets, self.label_smoothing)
             else:
                 loss = F.cross_entropy(logits, weighted[start:stop, ...])
             loss = loss * ((stop - start) / batch)
-            return loss.data, _hits(logits.data, targets), grad(loss, self.parameters)
+            part = grad(loss, self.parameters, None if self._scale is None else self._scale.value)
+            if self.precision.dtype is not None:
+                part = [arrays.astype(g, "float32") for g in part]
+            return loss.data, _hits(logits.data, targets), part
 
         loss, correct, gradients = None, 0, []
-        for part_loss, hits, part in self._run(shard, batch):
-            correct += hits
-            if loss is None:
-                loss, gradients = part_loss, part
-            else:
-                loss = loss + part_loss
-                gradients = _add(gradients, part)
+        with self.precision.applied():
+            for part_loss, hits, part in self._run(shard, batch):
+                correct += hits
+                if loss is None:
+                    loss, gradients = part_loss, part
+                else:
+                    loss = loss + part_loss
+                    gradients = _add(gradients, part)
         return loss, correct, gradients
 
     def _run(self, shard: Any, batch: int) -> Any:
@@ -176,6 +210,7 @@ def predict(
     batch_size: int = 256,
     threads: int | None = None,
     shards_per_batch: int | None = None,
+    precision: str = "fp32",
 ) -> np.ndarray:
     """The model's outputs for any number of pictures, in evaluation mode and with nothing recorded.
 
@@ -184,9 +219,10 @@ def predict(
         images: (N, C, H, W), floating.
         batch_size: how many pictures are computed at a time.
         threads, shards_per_batch: as in `shards.plan`.
+        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
 
     Returns:
-        (N, num_classes), NumPy.
+        (N, num_classes), NumPy; float32 also where the model computes in 16 bits for it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -194,13 +230,19 @@ def predict(
     like = next(iter(model.parameters())).data
     if not arrays.on_host(like):
         threads = 1
-    with no_grad(), nn.evaluating(model), arrays.on_device_of(like):
+    mode = Precision(precision, model)
+
+    def compute(images: Array) -> Array:
+        logits = model(images).data
+        return logits if mode.dtype is None else arrays.astype(logits, "float32")
+
+    with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
         parts: list[np.ndarray] = []
         unread: list[Array] = []
         for first in range(0, max(count, 1), batch_size):
             batch = arrays.convert(_array(images[first : min(first + batch_size, count), ...]), like)
             plan = shards.plan(batch.shape[0], threads, shards_per_batch)
-            computed = list(shards.run(plan, lambda start, stop, batch=batch: model(batch[start:stop, ...]).data))
+            computed = list(shards.run(plan, lambda start, stop, batch=batch: compute(batch[start:stop, ...])))
             parts += map(arrays.to_numpy, unread)  # the batch before: reading it waits for nothing but itself
             unread = computed
         return np.concatenate([*parts, *map(arrays.to_numpy, unread)])

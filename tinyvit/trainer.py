@@ -19,7 +19,7 @@ import numpy as np
 
 from tinyvit import arrays, optim, run
 from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
-from tinyvit.checkpoint import BEST, LAST, CheckpointError, describe, read, read_metadata, save
+from tinyvit.checkpoint import BEST, LAST, TRAINING_PREFIXES, CheckpointError, describe, read, read_metadata, save
 from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
 from tinyvit.finetune import FeatureSplit, Head, as_they_are, class_weights
@@ -29,7 +29,7 @@ from tinyvit.progress import Display, clock
 from tinyvit.settings import VAL_FRACTION, TrainConfig
 from tinyvit.step import Outcome, TrainStep
 
-READ_EVERY = 1.0  # seconds: reading a step's numbers from a device waits for it, and the device then waits for the next one
+READ_EVERY = 1.0  # seconds: reading a step's numbers from a device waits for it, and the device then for the next one
 
 Stop = Callable[[], int | None]  # tells which signal asked the run to stop, if one did
 
@@ -107,6 +107,7 @@ class Trainer:
             seed=options.seed,
             threads=options.threads,
             class_weights=balanced,
+            precision=options.precision,
         )
         self.read_every = 0.0 if arrays.on_host(self.step.parameters[0].data) else READ_EVERY
         self.loader = Loader(
@@ -125,6 +126,7 @@ class Trainer:
         tensors |= {f"optimizer.{name}": array for name, array in self.opt.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": array for name, array in self.ema.state_dict().items()}
+        tensors |= {f"step.{name}": array for name, array in self.step.state_dict().items()}
         return tensors, self.description() | {"progress": dataclasses.asdict(self.position)}
 
     def save_last(self) -> None:
@@ -135,12 +137,12 @@ class Trainer:
         """Take up the state in last.safetensors. Raises CheckpointError."""
         path = self.out / LAST
         tensors, _ = read(path)
-        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "ema": {}}
+        parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}, "ema": {}, "step": {}}
         for name, array in tensors.items():
             if not np.all(np.isfinite(array)):
                 raise CheckpointError(f"{path}: {name} holds values that are not finite")
             prefix, _, rest = name.partition(".")
-            if prefix in ("optimizer", "ema"):
+            if f"{prefix}." in TRAINING_PREFIXES:
                 parts[prefix][rest] = array
             else:
                 parts["model"][name] = array
@@ -149,6 +151,7 @@ class Trainer:
             self.opt.load_state_dict(parts["optimizer"])
             if self.ema is not None:
                 self.ema.load_state_dict(parts["ema"])
+            self.step.load_state_dict(parts["step"])
         except ValueError as error:
             raise CheckpointError(f"{path} does not fit the run: {error}") from None
         self.position = read_position(path)
@@ -170,6 +173,7 @@ class Trainer:
             "plan": dataclasses.asdict(self.plan),
             "data": {"name": data.name, "fingerprint": data.fingerprint, **sizes},
             "versions": run.versions(),
+            "device": arrays.device_name(self.step.parameters[0].data),
             **self.description(),
         }
 
@@ -235,7 +239,7 @@ class Trainer:
     def check_finite(self, loss: float, grad_norm: float) -> None:
         if not math.isfinite(loss):
             raise self.failure(f"the loss is {loss}")
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm) and self.step.loss_scale <= 1:  # else it is halved, and the step left out
             raise self.failure("the gradient is not finite")
 
     def failure(self, what: str) -> TrainError:
@@ -249,7 +253,7 @@ class Trainer:
         data, threads = self.data, self.options.threads
         return evaluate(
             self.trained, split, split.labels, data.class_names, data.mean, data.std,
-            transform=self.scaling, threads=threads, stop=stop,
+            transform=self.scaling, threads=threads, precision=self.options.precision, stop=stop,
         )  # fmt: skip
 
     def finish_epoch(self, stop: Stop) -> None:
