@@ -86,15 +86,19 @@ def make_inputs(device: Any, config: Any, batch: int, dtype: str) -> Inputs:
 
 def exact(inputs: Inputs, backward: bool) -> np.ndarray:
     """Results of the first set's first and last picture, in float64."""
-    ends = [attention_contenders.to_numpy(x[0][[0, -1], ...]) for x in (inputs.qkvs, inputs.dys)]
-    y, vjp = reference.qkv_attention(array_api_compat.numpy, ends[0], num_heads=inputs.heads, needs=(backward,))
-    return vjp(ends[1])[0] if backward else y
+    qkv, dy = ends([inputs.qkvs[0]]), ends([inputs.dys[0]])
+    y, vjp = reference.qkv_attention(array_api_compat.numpy, qkv, num_heads=inputs.heads, needs=(backward,))
+    return vjp(dy)[0] if backward else y
 
 
 def error(results: list[Any], expected: np.ndarray) -> float:
     """Relative error of the first and the last picture; NaN where there is one."""
-    ends = np.stack([attention_contenders.to_numpy(x) for x in (results[0][0], results[-1][-1])])
-    return float(np.linalg.norm(ends - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(ends(results) - expected) / np.linalg.norm(expected))
+
+
+def ends(parts: list[Any]) -> np.ndarray:
+    """The first and the last picture of a batch in parts."""
+    return np.stack([attention_contenders.to_numpy(x) for x in (parts[0][0], parts[-1][-1])])
 
 
 def attempt(make: Callable, inputs: Inputs, backward: bool, expected: np.ndarray) -> tuple[Callable | None, dict]:
@@ -215,7 +219,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def contenders(chosen: list[str] | None, device: str) -> list[str]:
     names = chosen or DEFAULT[device]
-    if importlib.util.find_spec("torch") is None and any(name.startswith("torch") for name in names):
+    if any(name.startswith("torch") for name in names) and importlib.util.find_spec("torch") is None:
         print("not installed: torch", file=sys.stderr)
         return [name for name in names if not name.startswith("torch")]
     return names

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tinyvit import evaluate, zoo
 
@@ -25,6 +26,8 @@ import peers
 import train_bench
 from matplotlib import image
 from matplotlib.colors import to_rgb
+
+torch.set_num_threads(1)  # the shapes are tiny
 
 SMALL = ["--device", "cpu", "--cases", "cifar-p8", "--batches", "3", "--rounds", "1"]
 
@@ -233,8 +236,8 @@ def test_training_on_the_cpu(nano, tmp_path, capsys):
 
 def test_training_peers_begin_alike_and_learn(nano):
     """The losses of the first steps agree; whoever did not update its weights would stay behind."""
-    ours, torch = (train_bench.make_peer("micro", name, "cpu") for name in ("tinyvit", "torch"))
-    losses = [[peer.loss() for _ in range(4)] for peer in (ours, torch)]
+    both = [train_bench.make_peer("micro", name, "cpu") for name in ("tinyvit", "torch")]
+    losses = [[peer.loss() for _ in range(4)] for peer in both]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert losses[0][-1] < losses[0][0] - 0.01
 
@@ -344,12 +347,16 @@ class Event:
 @pytest.fixture
 def gpu(monkeypatch):
     cuda = types.SimpleNamespace(Stream=Stream, Event=Event, get_elapsed_time=lambda a, b: 1e3 * (b.at - a.at))
-    cuda.Device = lambda: types.SimpleNamespace(synchronize=lambda: None)
+    cuda.Device = lambda: types.SimpleNamespace(id=0, synchronize=lambda: None, attributes={"L2CacheSize": 1 << 17})
+    cuda.runtime = types.SimpleNamespace(getDeviceProperties=lambda number: {"name": b"a GPU"})
     pool = types.SimpleNamespace(free_all_blocks=lambda: None)
     torch_cuda = types.SimpleNamespace(empty_cache=lambda: None)
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
+    numpy = {name: getattr(np, name) for name in ("asarray", "copyto", "empty_like", "resize")}
+    cupy = types.SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool, __version__="0", **numpy)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "ml_dtypes", types.SimpleNamespace(bfloat16=np.float16))
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=torch_cuda))
+    monkeypatch.setattr(devices, "pick_device", lambda name: "cuda")
     return devices.Gpu()
 
 
@@ -373,3 +380,20 @@ def test_gpu_times_graphs_and_what_cannot_be_captured(gpu):
     assert numbers == [0, 1, 2] + [i % 3 for i in range(gpu.calls)]  # to warm up, and to be captured once
     assert gpu.stream.work == ["graph"] * (6 + 3)  # two more than are counted
     assert not gpu.stream.capturing
+
+
+def test_attention_on_a_gpu(gpu, monkeypatch, tmp_path, capsys):
+    """NumPy stands for CuPy, and every graph takes a second: what the script itself does on a GPU."""
+    monkeypatch.setattr(devices.Gpu, "matmul_rate", lambda self, dtype: 8e14)
+    monkeypatch.setattr(devices.Gpu, "copy_rate", lambda self: 4e12)
+    arguments = ["--cases", "cifar-p8", "--batches", "2", "--dtypes", "float32", "float16", "--rounds", "2"]
+    files = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    attention_bench.main([*arguments, "--contenders", "tinyvit", "reference", *files])
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert (written["device"], written["machine"]["gpu"]) == ("cuda", "a GPU")
+    calls = max(16, len(attention_bench.make_inputs(gpu, attention_bench.CASES["cifar-p8"], 2, "float32").qkvs))
+    assert [r["dtype"] for r in written["results"]] == ["float32", "float16"]
+    row = written["results"][0]["forward"]["contenders"]["tinyvit"]
+    assert row["all_seconds"] == [1 / calls] * 2 and not row["eager"]
+    said = capsys.readouterr().out
+    assert said.startswith("a GPU: copies") and "TFLOP/s   GB/s" in said and f"{1e6 / calls:9.3f}" in said
