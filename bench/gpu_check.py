@@ -5,7 +5,7 @@
 
 Compares every kernel with the reference in float64 on many shapes, twice, to see the same bits; outputs are full of NaN
 before. Then times them on the device alone (CUDA graphs of launches over inputs that do not fit the cache, median):
-kernels bound by memory as a share of the device's own copy rate, attention beside torch's where torch is installed.
+kernels bound by memory as a share of the device's own copy rate.
 `--tune` times attention under other plans than our own. The exit status is 1 if any comparison failed.
 """
 
@@ -227,87 +227,14 @@ def attention_calls(batch: int, heads: int, n: int, backward: bool, dtype: Any =
     return [lambda vjp=vjp, dy=dy: vjp(dy) for vjp, dy in zip(vjps, dys, strict=True)]
 
 
-def torch_attention(batch: int, heads: int, n: int) -> dict[str, tuple[float, float]]:
-    """torch's times for forward and forward + backward with each of its backends, from the packed activation too."""
-    try:
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:
-        return {}
-    if not torch.cuda.is_available():
-        return {}
-    nbytes = batch * n * heads * 64 * 2 * 8
-    qkvs = [
-        torch.randn(batch, n, 3, heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for _ in sets(nbytes)
-    ]
-    dys = [torch.randn(batch, n, heads * 64, device="cuda", dtype=torch.bfloat16) for _ in qkvs]
-
-    def forward(qkv: Any) -> Any:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return y.transpose(1, 2).reshape(batch, n, heads * 64)
-
-    def time_graph(body: Callable) -> float:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                body()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            body()
-        times = []
-        for _ in range(15):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / len(qkvs))
-        return float(np.median(times))
-
-    def only_forward() -> None:
-        with torch.no_grad():
-            for qkv in qkvs:
-                forward(qkv)
-
-    def both() -> None:
-        for qkv, dy in zip(qkvs, dys, strict=True):
-            torch.autograd.grad(forward(qkv), qkv, dy)
-
-    times = {}
-    for backend in (
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ):
-        try:
-            with sdpa_kernel(backend):
-                times[backend.name] = (time_graph(only_forward), time_graph(both))
-        except RuntimeError as problem:
-            print(f"  torch {backend.name}: {str(problem).splitlines()[0][:90]}")
-    return times
-
-
 def time_attention() -> None:
-    print("\nattention, bf16, D = 64: microseconds forward, backward and both; best torch backend over ours")
+    print("\nattention, bf16, D = 64: microseconds forward, backward, both (beside torch's: attention_bench)")
     for batch, heads, n in ATTENTION:
         forward, backward = (microseconds(attention_calls(batch, heads, n, back)) for back in (False, True))
         flops, shape = 4 * batch * heads * n * n * 64, f"{batch} x {heads} x {n}"
         rates = f"{flops / forward / 1e6:4.0f} and {2.5 * flops / backward / 1e6:4.0f} TFLOP/s"
-        print(f"  {shape:16} ours {forward:7.1f} {backward:7.1f} {forward + backward:7.1f}   {rates}")
-        torch_times = torch_attention(batch, heads, n)
-        for name, (one, both) in torch_times.items():
-            print(f"  {'':16} torch {name.lower():20} {one:7.1f} {'':7} {both:7.1f}")
-        if torch_times:
-            best = [min(t[i] for t in torch_times.values()) for i in (0, 1)]
-            print(
-                f"  {'':16} ratio {best[0] / forward:.2f} forward, {best[1] / (forward + backward):.2f} with backward"
-            )
-        results.append({"time": f"attention {shape}", "ours": [forward, backward], "torch": torch_times})
+        print(f"  {shape:16} {forward:7.1f} {backward:7.1f} {forward + backward:7.1f}   {rates}")
+        results.append({"time": f"attention {shape}", "microseconds": [forward, backward]})
 
 
 def tune_attention() -> None:
