@@ -40,6 +40,54 @@ def fixture(*, classes=5, pre_logits=None, blocks=2, patch=PATCH, prefix="", see
     return {prefix + name: rng.standard_normal(shape, dtype=np.float32) * 0.3 for name, shape in shapes.items()}
 
 
+def big_vision(*, pool="gap", posemb="learn", stacked=False, head=True, prefix="params/", blocks=2):
+    """The arrays of big_vision's vit.Model, made of those of the older code by its names."""
+    old = fixture(pre_logits=D, blocks=blocks, classes=5 if head else 0)
+    names = {"MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0", "MlpBlock_3": "MlpBlock_0"}
+    names |= {"LayerNorm_2": "LayerNorm_1", "Transformer/posembed_input/": ""}
+    arrays = {}
+    for name, array in old.items():
+        for theirs, new in names.items():
+            name = name.replace(theirs, new)
+        arrays[name] = array
+    arrays["pos_embedding"] = arrays["pos_embedding"][:, 1:]
+    if posemb != "learn":
+        del arrays["pos_embedding"]
+    if pool == "gap":
+        del arrays["cls"]
+    if stacked:
+        first = "Transformer/encoderblock_0/"
+        for name in [name for name in arrays if name.startswith(first)]:
+            each = [arrays.pop(name.replace("_0/", f"_{i}/", 1)) for i in range(blocks)]
+            arrays[name.replace(first, "Transformer/encoderblock/")] = np.stack(each)
+    return {prefix + name: a for name, a in arrays.items()}
+
+
+def big_vision_forward(arrays, images, pool, posemb):
+    """The forward pass of big_vision's vit.py through that of the older code, which differs in tokens and pooling."""
+    w = {name.rpartition("params/")[2].removeprefix("img/"): a for name, a in arrays.items()}
+    names = {"MultiHeadDotProductAttention_0": "MultiHeadDotProductAttention_1", "MlpBlock_0": "MlpBlock_3"}
+    names |= {"LayerNorm_1": "LayerNorm_2"}
+    old = {}
+    for name, array in w.items():
+        for theirs, new in names.items():
+            name = name.replace(theirs, new)
+        if "/encoderblock/" in name:
+            old |= {name.replace("/encoderblock/", f"/encoderblock_{i}/"): a for i, a in enumerate(array)}
+        else:
+            old[name] = array
+    if posemb == "learn":
+        positions = old.pop("pos_embedding")[0]
+    else:  # as its docstring has it: "Follows the MoCo v3 logic"
+        y, x = np.mgrid[:SIDE, :SIDE]
+        omega = 1.0 / 10_000.0 ** (np.arange(D // 4) / (D // 4 - 1))
+        y, x = y.reshape(-1, 1) * omega, x.reshape(-1, 1) * omega
+        positions = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    if pool == "tok":
+        positions = np.concatenate([np.zeros((1, D)), positions])
+    return jax_forward(old | {"Transformer/posembed_input/pos_embedding": positions[None]}, images)
+
+
 def jax_forward(arrays, images, approximate="none"):
     """The forward pass of vit_jax/models_vit.py, in torch, from the arrays as they are; images (B, H, W, C)."""
     w = {name.removeprefix("opt/target/"): torch.from_numpy(a.astype(np.float64)) for name, a in arrays.items()}
@@ -62,14 +110,17 @@ def jax_forward(arrays, images, approximate="none"):
     ph, pw, _, _ = w["embedding/kernel"].shape
     x = x.unfold(1, ph, ph).unfold(2, pw, pw)  # (B, rows, columns, C, h, w)
     x = torch.einsum("brschw,hwcd->brsd", x, w["embedding/kernel"]).flatten(1, 2) + w["embedding/bias"]
-    x = torch.cat([w["cls"].expand(len(x), -1, -1), x], dim=1) + w["Transformer/posembed_input/pos_embedding"]
+    if "cls" in w:
+        x = torch.cat([w["cls"].expand(len(x), -1, -1), x], dim=1)
+    x = x + w["Transformer/posembed_input/pos_embedding"]
     for i in range(len({name.split("/")[1] for name in w if "encoderblock_" in name})):
         block = f"Transformer/encoderblock_{i}"
         x = x + attention(layer_norm(x, f"{block}/LayerNorm_0"), f"{block}/MultiHeadDotProductAttention_1")
         y = dense(layer_norm(x, f"{block}/LayerNorm_2"), f"{block}/MlpBlock_3/Dense_0")
         y = torch.nn.functional.gelu(y, approximate=approximate)
         x = x + dense(y, f"{block}/MlpBlock_3/Dense_1")
-    x = layer_norm(x, "Transformer/encoder_norm")[:, 0]
+    x = layer_norm(x, "Transformer/encoder_norm")
+    x = x[:, 0] if "cls" in w else x.mean(dim=1)  # the classifiers "token" and "gap"
     if "pre_logits/kernel" in w:
         x = torch.tanh(dense(x, "pre_logits"))
     return (dense(x, "head") if "head/kernel" in w else x).numpy()
@@ -104,6 +155,33 @@ def test_outputs_are_those_of_the_original_code(tmp_path, options):
         for to in ("timm", "huggingface"):
             convert(tmp_path / "a.npz", tmp_path / to, to)
             assert_equal(load_model(tmp_path / to)(images).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": "tok"},
+        {"posemb": "sincos2d", "stacked": True},
+        {"stacked": True, "head": False, "prefix": "params/img/"},
+    ],
+)
+def test_big_vision_s_models(tmp_path, options):
+    arrays = big_vision(**options)
+    np.savez(tmp_path / "a.npz", **arrays)
+    pool, posemb = options.get("pool", "gap"), options.get("posemb", "learn")
+    model = load_model(tmp_path / "a.npz", image_size=SIDE * PATCH[0])
+    expected = big_vision_forward(arrays, pictures().transpose(0, 2, 3, 1), pool, posemb)
+    assert_equal(model(pictures()).numpy(), expected)
+    assert (model.config.fc_norm, model.config.no_embed_class) == ((False, False) if pool == "gap" else (None, True))
+    assert model.preprocessing.crop_mode == ("squash" if posemb == "learn" else "center")
+    convert(tmp_path / "a.npz", tmp_path / "own", "tinyvit")
+    assert_equal(load_model(tmp_path / "own", image_size=SIDE * PATCH[0])(pictures()).numpy(), expected)
+
+
+def test_attention_pooling_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", **big_vision(), **{"params/MAPHead_0/probe": np.ones((1, 1, D), np.float32)})
+    assert "attention pooling (params/MAPHead_0/probe), which is not supported" in refusal(tmp_path / "a.npz")
 
 
 def test_the_name_of_the_file_does_not_matter(tmp_path):
@@ -142,7 +220,8 @@ def test_every_array_is_accounted_for(tmp_path):
     for name in arrays:
         np.savez(path, **{key: array for key, array in arrays.items() if key != name})
         message = refusal(path)
-        assert any(problem in message for problem in ("missing", "there is no", "known layout", "unexpected")), message
+        problems = "missing", "there is no", "known layout", "unexpected", "17 position embeddings do not fit"
+        assert any(problem in message for problem in problems), message
         np.savez(path, **arrays | {name: np.ones(())})
         refusal(path)
     np.savez(path, **arrays, extra=np.ones(2))
