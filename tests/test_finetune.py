@@ -217,6 +217,18 @@ def test_nonsense_is_refused_in_one_line(trained, tmp_path, options, status, nam
     assert not (tmp_path / "a").exists()
 
 
+def test_a_toml_file_says_the_same(trained, tmp_path):
+    (tmp_path / "o.toml").write_text('freeze = "all-but-head"\nlayer-decay = 1\nhead_lr = 1e-2\nclass-weights = "balanced"\naugment = true')
+    finetune(trained, tmp_path / "a", "--config", tmp_path / "o.toml", "--freeze", 1, epochs=1)
+    options = json.loads((tmp_path / "a" / "config.json").read_text())["options"]
+    given = {"freeze": 1, "layer_decay": 1.0, "head_lr": 0.01, "class_weights": "balanced", "augment": True, "patience": None}
+    assert {name: options[name] for name in given} == given
+    for line, named in (("freeze = true", "expected one value"), ('freeze = "all"', "expected all-but-head"), ("patience = 0", "at least 1")):
+        (tmp_path / "o.toml").write_text(line)
+        result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--config", tmp_path / "o.toml")
+        assert named in assert_one_line_error(result, 2)
+
+
 def test_freezing_needs_weights_to_keep(trained, tmp_path):
     result = tinyvit("train", "--data", trained / "other", *NANO, "--freeze", 1, "--out", tmp_path / "a")
     assert "--freeze 1 keeps weights of --init" in assert_one_line_error(result, 2)
