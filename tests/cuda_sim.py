@@ -139,6 +139,7 @@ def device(
         library: stands for cuBLASLt; None for a machine without it.
     """
     global _seed
+    ready = cuda.ready
     names = {dtype.name: scalar for scalar, dtype in SCALARS.items()}
     stand_ins = {
         "kernel": lambda file, name, **constants: _kernel(folder, file, name, tuple(constants.items())),
@@ -146,6 +147,7 @@ def device(
         "address": lambda x: x.ctypes.data,
         "shared_limit": lambda: shared_limit,
         "multiprocessors": lambda: multiprocessors,
+        "ready": lambda x: ready(np.asarray(x)),  # NumPy makes scalars of arrays without dimensions
         "upload": _upload,
         "device": lambda: 0,
         "stream": lambda: 0,

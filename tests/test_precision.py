@@ -183,6 +183,7 @@ def test_the_scale_has_limits():
 @pytest.mark.parametrize("backend", CARRIERS)
 def test_the_scale_saves_small_gradients_and_is_taken_out_again(backend):
     """A head that is sure of the right class: the others' probabilities are below float16's smallest number."""
+
     def sure(backend="numpy"):
         model = nano(backend)
         model.head.bias.data = arrays.convert(np.array([21.0, 0, 0, 0, 0], np.float32), model.head.bias.data)

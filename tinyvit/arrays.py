@@ -195,7 +195,9 @@ def mover(target: Any) -> Callable[[Array], Array]:
     if isinstance(target, ModuleType):
         return lambda x: target.asarray(to_numpy(x))
     if dtype_name(target) not in ("float16", "float32", "float64", "bfloat16"):
-        raise ValueError(f'expected "cpu", "cuda", "cuda:N", an array-API namespace or a floating dtype, got {target!r}')
+        raise ValueError(
+            f'expected "cpu", "cuda", "cuda:N", an array-API namespace or a floating dtype, got {target!r}'
+        )
     return lambda x: astype(x, target)
 
 

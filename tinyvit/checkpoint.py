@@ -175,8 +175,13 @@ class Checkpoint:
         return model.eval()
 
 
-def describe(config: ViTConfig, class_names: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...],
-             split: dict[str, Any]) -> dict[str, Any]:
+def describe(
+    config: ViTConfig,
+    class_names: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    split: dict[str, Any],
+) -> dict[str, Any]:
     """The metadata from which a Checkpoint is read back."""
     return {
         "config": config.to_dict(),

@@ -85,7 +85,9 @@ def make_parser() -> Parser:
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
     predict.add_argument("--attention", metavar="DIR", help="draw into DIR where in each picture the model looks")
-    predict.add_argument("--embed", metavar="FILE.npz", help="write the features before the head, to search by likeness")
+    predict.add_argument(
+        "--embed", metavar="FILE.npz", help="write the features before the head, to search by likeness"
+    )
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     for sub in (evaluate, predict):
         device = FIELDS["device"].metadata

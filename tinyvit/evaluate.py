@@ -24,7 +24,7 @@ class EvaluationError(Exception):
 
 
 def pick_device(name: str) -> str:
-    """"cpu", "cuda" or "cuda:N" for the same or "auto", which takes a GPU where one works. Raises EvaluationError."""
+    """ "cpu", "cuda" or "cuda:N" for the same or "auto", which takes a GPU where one works. Raises EvaluationError."""
     if name == "cpu":
         return "cpu"
     device = "cuda" if name == "auto" else name

@@ -218,7 +218,9 @@ def where(condition: Tensor | Array, a: Tensor | Array | float, b: Tensor | Arra
 
 def _where(xp: Any, a: Array, b: Array, *, condition: Array, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     template = b if isinstance(a, (int, float)) else a
-    y = xp.where(condition, *(xp.asarray(v, dtype=template.dtype) if isinstance(v, (int, float)) else v for v in (a, b)))
+    y = xp.where(
+        condition, *(xp.asarray(v, dtype=template.dtype) if isinstance(v, (int, float)) else v for v in (a, b))
+    )
     return y, _binary(
         xp, a, b, needs,
         lambda dy: xp.where(condition, dy, xp.zeros_like(dy)),

@@ -96,13 +96,16 @@ class Optimizer:
             raise kernels.NotCapturable(f"{type(self).__name__} updates one parameter after the other")
         _each(self._step, [slot for _, slot in pending], [slot.parameter.data for _, slot in pending])
 
-    def step_together(self, max_norm: float = math.inf, loss_scale: Any = None) -> Array | None:
+    def step_together(
+        self, max_norm: float = math.inf, loss_scale: Any = None, copies: Mapping[int, Array] | None = None
+    ) -> Array | None:
         """`limit_grad_norm` and `step` in a few launches that read nothing from the host, where kernels for that exist.
 
         Args:
             max_norm: as in `limit_grad_norm`.
             loss_scale: what the gradients are to be divided by, a `precision.LossScale`; it is kept up to date, and a
                 gradient that is not finite updates nothing.
+            copies: arrays of the gradients' dtype that follow the parameters, by the parameters' `id`.
 
         Returns:
             the gradients' norm, an array without dimensions; None, with nothing done, where there are no such kernels.
@@ -208,7 +211,9 @@ class AdamW(Optimizer):
         self._together: list[_Slot] = []
         super().__init__(params, lr, weight_decay, ("m", "v"))
 
-    def step_together(self, max_norm: float = math.inf, loss_scale: Any = None) -> Array | None:
+    def step_together(
+        self, max_norm: float = math.inf, loss_scale: Any = None, copies: Mapping[int, Array] | None = None
+    ) -> Array | None:
         slots = [slot for slot in self._slots if slot.parameter.grad is not None]
         parameters, gradients = [slot.parameter.data for slot in slots], [slot.parameter.grad for slot in slots]
         make = kernels.together("adamw", arrays.namespace(parameters[0])) if slots else None
@@ -226,7 +231,7 @@ class AdamW(Optimizer):
         self._many.update(
             parameters, gradients, m, v,
             lr_scales=[slot.lr_scale for slot in slots], weight_decays=[slot.weight_decay for slot in slots],
-            max_norm=max_norm, loss_scale=loss_scale,
+            max_norm=max_norm, loss_scale=loss_scale, copies=[(copies or {}).get(id(slot.parameter)) for slot in slots],
         )  # fmt: skip
         return self._many.get("norm")
 
@@ -280,7 +285,9 @@ class Adam(AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
 
-    def step_together(self, max_norm: float = math.inf, loss_scale: Any = None) -> None:
+    def step_together(
+        self, max_norm: float = math.inf, loss_scale: Any = None, copies: Mapping[int, Array] | None = None
+    ) -> None:
         return None  # the kernels' decay is decoupled
 
     def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
@@ -457,6 +464,10 @@ class EMA:
     def _refuse_if_applied(self, what: str) -> None:
         if self._applied:
             raise RuntimeError(f"{what} needs the model's own parameters, but the averaged ones are applied")
+
+    def arrays(self) -> list[Array]:
+        """The averages, which `update` changes in place."""
+        return list(self._average.values())
 
     def state_dict(self) -> State:
         """Copies of the averaged parameters, under their names in the model."""

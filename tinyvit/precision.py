@@ -38,12 +38,14 @@ class Precision:
     def __init__(self, name: str, model: Module) -> None:
         if name not in PRECISIONS:
             raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {name!r}")
-        self.name, self._model = name, model
+        self.name, self._parameters = name, model.parameters()
         self.dtype = None  # of the copies
+        self._copies: list[Array] = []
+        self._followed: list[tuple[Array, int]] = []  # the masters that the copies equal, and their counts of changes
         if name == "fp32":
             return
-        like = model.parameters()[0].data
-        if other := {arrays.dtype_name(p.dtype) for p in model.parameters()} - {"float32"}:
+        like = self._parameters[0].data
+        if other := {arrays.dtype_name(p.dtype) for p in self._parameters} - {"float32"}:
             raise ValueError(f"precision {name} expects a float32 model, got {', '.join(sorted(other))}")
         if name == "tf32":
             _check_tf32(like)
@@ -63,18 +65,43 @@ class Precision:
             finally:
                 cublas.tf32.reset(token)
             return
-        parameters = [] if self.dtype is None else self._model.parameters()
+        parameters = [] if self.dtype is None else self._parameters
         masters = [p.data for p in parameters]
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
             with np.errstate(**quiet):
-                for p in parameters:
-                    p.data = arrays.astype(p.data, self.dtype)
+                if not self.copies_are_current():
+                    self._round(masters)
+                for p, copy in zip(parameters, self._copies, strict=True):
+                    p.data = copy
                 yield
         finally:
             for p, master in zip(parameters, masters, strict=True):
                 p.data = master
+
+    def _round(self, masters: list[Array]) -> None:
+        """Make the copies, or bring them up to date in place: a captured graph knows where they lie."""
+        if not self._copies:
+            self._copies = [arrays.astype(x, self.dtype) for x in masters]
+        else:
+            for copy, master in zip(self._copies, masters, strict=True):
+                copy[...] = arrays.astype(master, self.dtype)
+
+    def copies(self) -> dict[int, Array]:
+        """The copies that there are, by the `id` of their parameters: for an optimizer to keep them up to date."""
+        return {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=False)}
+
+    def keep_copies(self) -> None:
+        """Note that the copies have followed the parameters to their present values, so that none need be rounded."""
+        self._followed = [(p.data, p._changes[0]) for p in self._parameters] if self._copies else []
+
+    def copies_are_current(self) -> bool:
+        """Whether no parameter was changed since `keep_copies`."""
+        return bool(self._followed) and all(
+            p.data is data and p._changes[0] == changes
+            for p, (data, changes) in zip(self._parameters, self._followed, strict=True)
+        )
 
 
 def _check_tf32(like: Array) -> None:

@@ -115,19 +115,32 @@ class TrainConfig:
     recipe: str | None = option(
         None, one_of(*RECIPES), "NAME", f"options that go together, below those given beside it: {', '.join(RECIPES)}"
     )
-    data: str = option("shapes", str, "SRC", "shapes, cifar10, a directory of pictures or of parquet files, or a .csv file", free=True)
-    model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
-    init: str | None = option(None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes")
-    head_init: str = option("zeros", one_of("zeros", "normal"), "HOW", "weights of a new head: zeros, or normal with 0.02")
-    freeze: str | int | None = option(
-        None, frozen_part, "PART", "keep weights of --init: all-but-head, or N for the embeddings and the first N blocks"
+    data: str = option(
+        "shapes", str, "SRC", "shapes, cifar10, a directory of pictures or of parquet files, or a .csv file", free=True
     )
-    layer_decay: float = option(1.0, positive_share, "X", "each layer learns at this share of the rate of the one above it")
+    model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
+    init: str | None = option(
+        None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes"
+    )
+    head_init: str = option(
+        "zeros", one_of("zeros", "normal"), "HOW", "weights of a new head: zeros, or normal with 0.02"
+    )
+    freeze: str | int | None = option(
+        None,
+        frozen_part,
+        "PART",
+        "keep weights of --init: all-but-head, or N for the embeddings and the first N blocks",
+    )
+    layer_decay: float = option(
+        1.0, positive_share, "X", "each layer learns at this share of the rate of the one above it"
+    )
     head_lr: float | None = option(
         None, positive, "X", "highest learning rate of the head (default: --lr's); the schedule scales both alike"
     )
     out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
-    epochs: int | None = option(None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
+    epochs: int | None = option(
+        None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})"
+    )
     minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
     batch_size: int | None = option(None, whole(1), "B", "pictures per step (default: 64, less for few pictures)")
     lr: float | None = option(None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05)")
@@ -150,7 +163,9 @@ class TrainConfig:
     schedule: str = option("cosine", one_of("cosine", "step", "constant"), "NAME", "course of the learning rate")
     accumulate: int = option(1, whole(1), "N", "parts in which a batch is computed, to save memory")
     ema: float = option(0.0, share, "DECAY", "decay of a moving average of the weights, used to evaluate; 0: none")
-    class_weights: str = option("none", one_of("none", "balanced"), "HOW", "balanced: rare classes count for more in the loss")
+    class_weights: str = option(
+        "none", one_of("none", "balanced"), "HOW", "balanced: rare classes count for more in the loss"
+    )
     patience: int | None = option(
         None, whole(1), "N", "end after N epochs without a better validation accuracy (or, where equal, loss)"
     )
@@ -179,7 +194,7 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"; did you mean X?" for the known word most like `word`, or nothing."""
+    """ "; did you mean X?" for the known word most like `word`, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 

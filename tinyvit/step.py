@@ -10,9 +10,13 @@ import numpy as np
 
 from tinyvit import arrays, nn, optim, random, shards
 from tinyvit import functional as F
+from tinyvit.graph import Graphed
+from tinyvit.kernels import cuda
 from tinyvit.memory import keep_freed_memory
 from tinyvit.precision import LossScale, Precision
 from tinyvit.tensor import Array, Tensor, grad, no_grad
+
+WORTH_A_GRAPH = 4  # batches of predictions
 
 
 class Averaged(Protocol):
@@ -52,7 +56,7 @@ class TrainStep:
         precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
 
     In fp16 the loss is scaled while the gradient is computed, and a step whose gradient overflows changes nothing but
-    the scale. Whether it does is the one thing that a step reads from a device.
+    the scale (and on a GPU the average's distance to the weights).
 
     A batch may lie on the host wherever the model is. On a device a step is only started: nothing waits for its end but
     reading one of its numbers.
@@ -60,6 +64,7 @@ class TrainStep:
     Attributes:
         step_index: how many steps were done; settable, to go on with an interrupted run.
         outcome: loss, hits and norm of the last step, not yet read from the device.
+        graph: makes CUDA graphs of steps; `graph.reason` says why the last step on a GPU was not one, None if it was.
     """
 
     def __init__(
@@ -84,15 +89,19 @@ class TrainStep:
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.clip_norm, self.label_smoothing, self.accumulate = clip_norm, label_smoothing, accumulate
         self.seed, self.threads, self.shards = seed, threads, shards
-        self.class_weights = class_weights
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._all_parameters = model.parameters()
+        self.parameters = [p for p in self._all_parameters if p.requires_grad]
         if not self.parameters:
             raise ValueError("a training step needs a model with parameters that require a gradient")
+        like = self.parameters[0].data
+        self.class_weights = None if class_weights is None else arrays.convert(arrays.as_array(class_weights), like)
         self.precision = Precision(precision, model)
         self._scale = LossScale(self.parameters[0].data) if precision == "fp16" else None
         self.step_index = 0
         self.outcome = Outcome(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
+        self._together = False  # whether the optimizer updated all parameters, and their copies, in one go
+        self.graph = Graphed(self._compute, self._surroundings, lambda: self.optimizer.count_step())
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
         """Do one step.
@@ -109,24 +118,53 @@ class TrainStep:
             raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
         if not self.model.training:
             self.model.train()
-        self._gradients = []  # the last step's: their memory is this one's
         like = self.parameters[0].data
         with arrays.on_device_of(like):
             images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
-            loss, correct, self._gradients = self._differentiate(images, labels)
-            for p, g in zip(self.parameters, self._gradients, strict=True):
-                p.grad = g
-            limit = math.inf if self.clip_norm is None else self.clip_norm
-            scale = None if self._scale is None else self._scale.value
-            norm = optim.limit_grad_norm(self.parameters, limit, divisor=scale)
-            self.outcome = Outcome(loss, correct, norm)
-            if self._scale is None or self._scale.update(norm):
-                self.optimizer.step()
-                if self.ema is not None:
-                    self.ema.update()
-            self.optimizer.zero_grad()
+            if arrays.is_cupy(like):
+                self.outcome = Outcome(*self.graph(images, labels, arrays.convert(np.array(self.step_index), like)))
+            else:
+                self.outcome = Outcome(*self._compute(images, labels, self.step_index))
+        if self._together:
+            self.precision.keep_copies()
         self.step_index += 1
-        return Tensor(loss)
+        return Tensor(self.outcome.loss)
+
+    def _compute(self, images: Array, labels: Array, step: int | Array) -> Outcome:
+        """The step's arithmetic, which a graph can repeat where nothing of it depends on the host."""
+        self._gradients = []  # the last step's: their memory is this one's
+        loss, correct, self._gradients = self._differentiate(images, labels, step)
+        for p, g in zip(self.parameters, self._gradients, strict=True):
+            p.grad = g
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        norm = self.optimizer.step_together(limit, self._scale, self.precision.copies())
+        self._together = norm is not None
+        updated = True
+        if not self._together:
+            for p in self.parameters:
+                p.grad = arrays.astype(p.grad, p.dtype)
+            norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
+            updated = self._scale is None or self._scale.update(norm)
+            if updated:
+                self.optimizer.step()
+        if self.ema is not None and updated:
+            self.ema.update()
+        self.optimizer.zero_grad()
+        return Outcome(loss, correct, norm)
+
+    def _surroundings(self) -> tuple:
+        """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
+        used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
+        used += self.ema.arrays() if isinstance(self.ema, optim.EMA) else []
+        settings = (
+            self.clip_norm,
+            self.label_smoothing,
+            self.accumulate,
+            self.seed,
+            self.precision.copies_are_current(),
+        )
+        trained = tuple(p.requires_grad for p in self.parameters)
+        return settings, trained, tuple(map(cuda.address, used))
 
     @property
     def correct(self) -> int:
@@ -160,16 +198,17 @@ class TrainStep:
         largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
         return float(np.max(largest)) if largest else math.nan
 
-    def _differentiate(self, images: Array, labels: Array) -> tuple[Array, Array, list[Array]]:
+    def _differentiate(self, images: Array, labels: Array, step: int | Array) -> tuple[Array, Array, list[Array]]:
         """Loss, hits and gradients of the batch, summed over its shards in their order."""
         batch = images.shape[0]
+        alone = self.accumulate == 1 and arrays.is_cupy(images)  # one part, whose gradients need no room to be added up
         weighted = None
         if self.class_weights is not None:  # for the whole batch, since its labels decide what the mean is divided by
             like = self.parameters[0].data
             weighted = F.weighted_targets(labels, self.class_weights, self.label_smoothing, like=like)
 
         def shard(start: int, stop: int) -> tuple[Array, Array, list[Array]]:
-            with random.scope(self.seed, self.step_index, start):
+            with random.scope(self.seed, step, start):
                 logits = self.model(images[start:stop, ...])
             if self.precision.dtype is not None:
                 logits = logits.astype("float32")
@@ -180,7 +219,7 @@ class TrainStep:
                 loss = F.cross_entropy(logits, weighted[start:stop, ...])
             loss = loss * ((stop - start) / batch)
             part = grad(loss, self.parameters, None if self._scale is None else self._scale.value)
-            if self.precision.dtype is not None:
+            if self.precision.dtype is not None and not alone:
                 part = [arrays.astype(g, "float32") for g in part]
             return loss.data, _hits(logits.data, targets), part
 
@@ -236,6 +275,9 @@ def predict(
         logits = model(images).data
         return logits if mode.dtype is None else arrays.astype(logits, "float32")
 
+    if arrays.is_cupy(like) and count >= WORTH_A_GRAPH * batch_size:
+        graph, single = Graphed(lambda images: (single(images),)), compute
+        compute = lambda images: graph(images)[0]
     with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
         parts: list[np.ndarray] = []
         unread: list[Array] = []

@@ -19,7 +19,9 @@ from tinyvit.kernels.half import in_fp32
 Array = np.ndarray
 VJP = Callable[..., tuple[Array | None, ...]]
 
-BLOCK = 1 << 18  # elements of a block: measured. Smaller ones sit deeper in the cache, but cost more calls that hold the GIL
+BLOCK = (
+    1 << 18
+)  # elements of a block: measured. Smaller ones sit deeper in the cache, but cost more calls that hold the GIL
 
 TILE = 6144  # elements of a row repeated: measured, shorter ones take up to twice the time an element
 
@@ -32,7 +34,9 @@ _PHI = (
 )  # fmt: skip
 _PHI_TANH = (math.sqrt(2.0 / math.pi), 0.044715 * math.sqrt(2.0 / math.pi))  # the tanh approximation's own P
 _SMALL_PRODUCT = 10**6  # multiplications: OpenBLAS's limit on processors with AVX-512
-_EXP_LIMIT = 30.0  # scores up to here need no maximum subtracted: neither their exponentials nor the sums overflow float32
+_EXP_LIMIT = (
+    30.0  # scores up to here need no maximum subtracted: neither their exponentials nor the sums overflow float32
+)
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
@@ -220,9 +224,7 @@ def qkv_attention(
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     if mask is not None or keep is not None:
-        return reference.qkv_attention(
-            xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs
-        )
+        return reference.qkv_attention(xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs)
     batch, n, width = qkv.shape
     asking = n if queries is None else queries
     dim = width // (3 * num_heads)

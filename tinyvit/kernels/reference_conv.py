@@ -123,9 +123,7 @@ def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
 
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Padding) -> Pair:
     """Rows and columns of windows."""
-    rows, columns = (
-        (n + sum(pad) - k) // s + 1 for n, k, s, pad in zip(size, kernel, stride, padding, strict=True)
-    )
+    rows, columns = ((n + sum(pad) - k) // s + 1 for n, k, s, pad in zip(size, kernel, stride, padding, strict=True))
     return rows, columns
 
 
