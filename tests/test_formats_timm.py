@@ -322,6 +322,18 @@ def test_an_epsilon_that_timm_cannot_say_is_warned_of_and_kept_for_us(tmp_path):
     assert open_checkpoint(tmp_path / "timm").class_names == names
 
 
+def test_fixed_positions_are_written_as_learned_ones(tmp_path):
+    from tinyvit.checkpoint import describe, save
+
+    model = tinyvit.create_model("vit_nano_patch8_32", pos_embed="sincos2d").eval()
+    model.head.weight.data = np.random.default_rng(0).standard_normal(model.head.weight.shape, dtype=np.float32)
+    save(tmp_path / "own", model.state_dict(), describe(model.config, tuple(map(str, range(10))), HALF, HALF, {}))
+    convert(tmp_path / "own", tmp_path / "timm", "timm")
+    found = load_model(tmp_path / "timm")
+    assert found.config == model.config.replace(pos_embed="learn")
+    assert_equal(found(pictures()).numpy(), reference(model.state_dict(), found.config, pictures()))
+
+
 # --- refusing ---------------------------------------------------------------------------------------------------
 
 
