@@ -77,6 +77,8 @@ def make_parser() -> Parser:
     evaluate.add_argument("checkpoint", metavar="RUN|CKPT")
     evaluate.add_argument("--data", required=True, metavar="SRC", help=FIELDS["data"].metadata["help"])
     evaluate.add_argument("--split", type=typed(one_of("test", "train")), default="test", help="test or train")
+    probes = "measure features instead: knn or linear, on the training split, for any classes"
+    evaluate.add_argument("--probe", type=typed(one_of("knn", "linear")), metavar="KIND", help=probes)
     evaluate.add_argument("--skip-corrupt", action="store_true", help=FIELDS["skip_corrupt"].metadata["help"])
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -131,6 +133,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from tinyvit.data import load_data
     from tinyvit.evaluate import evaluate, labels_for, pick_device
 
+    if args.probe and args.split != "test":
+        raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
     checkpoint = open_checkpoint(args.checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
     data = load_data(
@@ -140,11 +144,19 @@ def run_eval(args: argparse.Namespace) -> None:
         fit_options=checkpoint.preprocessing.fit,
         **checkpoint.split,
     )
-    split = data.test if args.split == "test" else data.train
-    labels = labels_for(checkpoint, split.labels, data.class_names)
-    names, mean, std = checkpoint.class_names, checkpoint.mean, checkpoint.std
-    scores = evaluate(model, split, labels, names, mean, std, precision=args.precision)
-    print_json(scores_dict(scores)) if args.json else print_scores(scores, f"{args.split} split of {data.name}")
+    about, what = {}, f"{args.split} split of {data.name}"
+    if args.probe:
+        from tinyvit.probe import probe
+
+        found = probe(args.probe, checkpoint, model, data, args.precision)
+        scores, about = found.scores, {"probe": args.probe, **found.setting}
+        what += f", {args.probe} probe ({', '.join(f'{name} {value:g}' for name, value in found.setting.items())})"
+    else:
+        split = data.test if args.split == "test" else data.train
+        labels = labels_for(checkpoint, split.labels, data.class_names)
+        names, mean, std = checkpoint.class_names, checkpoint.mean, checkpoint.std
+        scores = evaluate(model, split, labels, names, mean, std, precision=args.precision)
+    print_json({**about, **scores_dict(scores)}) if args.json else print_scores(scores, what)
 
 
 def run_predict(args: argparse.Namespace) -> None:
@@ -246,13 +258,15 @@ def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
 
 def scores_dict(scores: Scores) -> dict[str, Any]:
     per_class = {name: accuracy for name, accuracy, _ in scores.per_class}
-    return {"accuracy": scores.accuracy, "top5": scores.top5, "loss": scores.loss, "per_class": per_class}
+    loss = {} if scores.loss is None else {"loss": scores.loss}
+    return {"accuracy": scores.accuracy, "top5": scores.top5, **loss, "per_class": per_class}
 
 
 def print_scores(scores: Scores, what: str) -> None:
     count = sum(n for _, _, n in scores.per_class)
     print(f"{what}: {count} pictures")
-    print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}\n")
+    loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
+    print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
     rows = [("class", "accuracy", "pictures")]
     rows += [(name, "-" if a is None else f"{a:.2%}", str(n)) for name, a, n in scores.per_class]
     print_table(rows)

@@ -47,7 +47,7 @@ class Scores:
 
     accuracy: float
     top5: float
-    loss: float
+    loss: float | None  # None: what classified gives no probabilities
     per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no picture of that class
 
 
@@ -82,28 +82,38 @@ def evaluate(
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
         part = slice(done, done + len(logits))
-        rank[part], loss[part] = rank_and_loss(logits, labels[part])
+        rank[part], loss[part] = ranks(logits, labels[part]), cross_entropies(logits, labels[part])
         done += len(logits)
+    return score(rank, loss, labels, class_names)
+
+
+def score(rank: np.ndarray, loss: np.ndarray | None, labels: np.ndarray, class_names: Sequence[str]) -> Scores:
+    """What each picture's rank of its true class, cross-entropy and label, all (N,), amount to."""
     hit = rank == 0
     per_class = []
     for k, name in enumerate(class_names):
         of_class = labels == k
         count = int(of_class.sum())
         per_class.append((name, float(hit[of_class].mean()) if count else None, count))
-    return Scores(float(hit.mean()), float((rank < 5).mean()), float(loss.mean()), tuple(per_class))
+    mean_loss = None if loss is None else float(loss.mean())
+    return Scores(float(hit.mean()), float((rank < 5).mean()), mean_loss, tuple(per_class))
 
 
-def rank_and_loss(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each picture's rank of its true class (0: it came first) and cross-entropy, from logits (B, K) in float64.
+def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before each picture's true one (0: it came first), (B,), from logits (B, K).
 
     Among equal logits the lower class comes first, as with argmax.
     """
     true = np.take_along_axis(logits, labels[:, None], axis=1)  # (B, 1)
     before = np.arange(logits.shape[1]) < labels[:, None]
-    rank = ((logits > true) | ((logits == true) & before)).sum(axis=1)
+    return ((logits > true) | ((logits == true) & before)).sum(axis=1)
+
+
+def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each picture's cross-entropy (B,), from logits (B, K) in float64."""
     highest = logits.max(axis=1)
-    loss = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true[:, 0]
-    return rank, loss
+    true = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true
 
 
 def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

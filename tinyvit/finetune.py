@@ -109,18 +109,22 @@ def reuses_features(options: TrainConfig) -> bool:
     return options.freeze == ALL_BUT_HEAD and not (options.augment or options.mixup or options.cutmix)
 
 
-def with_features(model: VisionTransformer, data: Data, threads: int | None = None) -> Data:
+def with_features(
+    model: VisionTransformer, data: Data, threads: int | None = None, precision: str = "fp32"
+) -> Data:
     """`data` with what the model's head reads in place of the pictures, for training and evaluating the head alone."""
     with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
-        train, val = (_features(model, split, data, threads, bar) for split in (data.train, data.validation))
+        train, val = (_features(model, split, data, threads, precision, bar) for split in (data.train, data.validation))
     return dataclasses.replace(data, train=train, val=val)
 
 
-def _features(model: VisionTransformer, split: Split, data: Data, threads: int | None, bar: tqdm) -> FeatureSplit:
+def _features(
+    model: VisionTransformer, split: Split, data: Data, threads: int | None, precision: str, bar: tqdm
+) -> FeatureSplit:
     loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False)
     parts = []
     for images, _ in loader.epoch(0):
-        parts.append(predict(Backbone(model), images, threads=threads))
+        parts.append(predict(Backbone(model), images, threads=threads, precision=precision))
         bar.update(len(parts[-1]))
     return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)
 
