@@ -146,6 +146,24 @@ def test_overlapping_runs_leave_blas_as_it_was():
         assert blas_threads() == before
 
 
+def test_a_limit_holds_for_plans_and_for_each_and_ends_with_its_context():
+    def used():
+        items = list(range(8))
+        return len(set(shards.each(lambda _: (time.sleep(0.02), threading.get_ident())[1], items, [1 << 20] * 8)))
+
+    usual = shards.plan(64).workers
+    with shards.limit(3):
+        assert shards.plan(64).workers == 3
+        assert used() == 3
+        with shards.limit(None):
+            assert shards.plan(64).workers == 3
+        with shards.limit(1):
+            assert shards.plan(64).workers == used() == 1
+    assert shards.plan(64).workers == usual
+    with pytest.raises(ValueError, match="at least 1, got 0"), shards.limit(0):
+        pass
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own():

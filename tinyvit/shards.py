@@ -48,6 +48,26 @@ def cgroup_cores(root: Path) -> int | None:
     return None
 
 
+_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("tinyvit_threads", default=None)
+
+
+@contextlib.contextmanager
+def limit(threads: int | None) -> Iterator[None]:
+    """Within this context `plan` and `each` use so many threads where they are not told otherwise; None changes nothing."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    token = _limit.set(_limit.get() if threads is None else threads)
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def usual_threads() -> int:
+    """The `limit` in force, else one thread for each core."""
+    return _limit.get() or available_cores()
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one batch is cut: ranges of samples, computed by `workers` threads with `blas_threads` BLAS threads each."""
@@ -65,7 +85,7 @@ def plan(samples: int, threads: int | None = None, shards: int | None = None) ->
     Raises:
         ValueError: fewer than one thread or shard.
     """
-    threads = available_cores() if threads is None else threads
+    threads = usual_threads() if threads is None else threads
     shards = threads if shards is None else shards
     if threads < 1 or shards < 1:
         raise ValueError(f"threads and shards must be at least 1, got {threads} and {shards}")
@@ -134,7 +154,7 @@ def each(function: Callable[[S], T], items: Sequence[S], sizes: Sequence[int]) -
         sizes: how much work each is, in array elements; too little in all is not worth the threads.
     """
     total = sum(sizes)
-    workers = max(1, min(available_cores(), total // WORTH_A_THREAD, len(items)))
+    workers = max(1, min(usual_threads(), total // WORTH_A_THREAD, len(items)))
     reached = list(itertools.accumulate(sizes))
     bounds = [bisect.bisect_left(reached, total * i / workers) for i in range(workers)] + [len(items)]
     cut = Plan(tuple(itertools.pairwise(bounds)), workers, 1)

@@ -119,7 +119,7 @@ class TrainStep:
         if not self.model.training:
             self.model.train()
         like = self.parameters[0].data
-        with arrays.on_device_of(like):
+        with shards.limit(self.threads), arrays.on_device_of(like):
             images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
             if arrays.is_cupy(like):
                 self.outcome = Outcome(*self.graph(images, labels, arrays.convert(np.array(self.step_index), like)))
@@ -238,8 +238,8 @@ class TrainStep:
         if not arrays.on_host(self.parameters[0].data):  # a device runs its own threads
             threads, n = 1, self.accumulate
         else:
-            threads = self.threads
-            n = self.accumulate * (self.shards or threads or shards.available_cores())
+            threads = shards.usual_threads()
+            n = self.accumulate * (self.shards or threads)
         return shards.run(shards.plan(batch, threads, n), shard)
 
 
