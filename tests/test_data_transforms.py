@@ -5,9 +5,11 @@ from dataclasses import replace
 import array_api_strict
 import numpy as np
 import pytest
+from drawing import BACKENDS, LIBRARIES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tinyvit import arrays
 from tinyvit.data import Augment, Data, default_augment
 from tinyvit.data.splits import ArraySplit
 from tinyvit.data.transforms import cutmix, cutout, flip, mixup, normalise, one_hot, pad_and_crop
@@ -117,15 +119,35 @@ def test_one_hot():
 RECIPES = [{"flip": True, "padding": 2}, {"cutout": 3}, {"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}]
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "numpy"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_same_result_in_another_array_library(recipe):
+def test_same_result_in_another_array_library(recipe, backend):
+    """To the bit, but for a fused multiplication and addition."""
+    xp = LIBRARIES[backend]
     augment = Augment((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), num_classes=5, **recipe)
     images, labels = batch((4, 3, 8, 9)), np.array([0, 4, 2, 2])
     expected = augment(images, labels, np.random.default_rng(3))
-    strict = (array_api_strict.asarray(array) for array in (images, labels))
-    for array, other in zip(expected, augment(*strict, np.random.default_rng(3)), strict=True):
-        assert type(other).__module__.startswith("array_api_strict")
-        np.testing.assert_allclose(np.asarray(other), array, rtol=1e-6, atol=1e-6)
+    moved = (xp.asarray(array) for array in (images, labels))
+    for array, other in zip(expected, augment(*moved, np.random.default_rng(3)), strict=True):
+        assert arrays.namespace(other) is xp and arrays.dtype_name(other.dtype) == array.dtype.name
+        np.testing.assert_allclose(arrays.to_numpy(other), array, rtol=1e-6, atol=1e-6)
+        assert backend == "cupy" or np.array_equal(arrays.to_numpy(other), array)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_a_few_numbers_a_picture_go_to_a_device(recipe, monkeypatch):
+    """Decisions, not masks or places of pixels: a batch of 32 pictures of 60x60 has 345,600 bytes."""
+    sent, asarray = [], array_api_strict.asarray
+
+    def counted(x, *args, **kwargs):
+        sent.append(x.nbytes if isinstance(x, np.ndarray) else 0)
+        return asarray(x, *args, **kwargs)
+
+    augment = Augment((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), num_classes=5, **recipe)
+    images, labels = asarray(batch((32, 3, 60, 60))), asarray(np.arange(32) % 5)
+    monkeypatch.setattr(array_api_strict, "asarray", counted)
+    augment(images, labels, np.random.default_rng(3))
+    assert 0 < sum(sent) <= 64 * 32
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

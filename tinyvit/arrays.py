@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -201,24 +202,41 @@ def mover(target: Any) -> Callable[[Array], Array]:
     return lambda x: astype(x, target)
 
 
-def _to_cuda(target: str) -> Callable[[Array], Array]:
+def free_memory(device: Any) -> float:
+    """Bytes that are free on a device, named as for `mover`; infinite where its library does not tell."""
+    if not (isinstance(device, str) and device.startswith("cuda")):
+        return math.inf
+    import cupy
+
+    with cupy.cuda.Device(_number(device)):
+        return cupy.cuda.runtime.memGetInfo()[0]
+
+
+def _number(target: str) -> int:
+    """The GPU that "cuda" or "cuda:N" names."""
     number = target.partition(":")[2] if ":" in target else "0"
     if not number.isdecimal():
         raise ValueError(f'expected "cuda" or "cuda:N", got {target!r}')
-    cupy, count = _cupy(f"device {target}")
-    if int(number) >= count:
+    return int(number)
+
+
+def _to_cuda(target: str) -> Callable[[Array], Array]:
+    number = _number(target)
+    count = gpu_count(f"device {target}")
+    if number >= count:
         there = "is one GPU, cuda:0" if count == 1 else f"are {count} GPUs, cuda:0 to cuda:{count - 1}"
         raise RuntimeError(f"device {target} does not exist: there {there}")
+    import cupy
 
     def move(x: Array) -> Array:
-        with cupy.cuda.Device(int(number)):
+        with cupy.cuda.Device(number):
             return cupy.asarray(x if is_cupy(x) else to_numpy(x))
 
     return move
 
 
-def _cupy(wanted: str) -> tuple[ModuleType, int]:
-    """CuPy and how many GPUs it finds, at least one. Raises RuntimeError, in one line that begins with `wanted`."""
+def gpu_count(wanted: str) -> int:
+    """How many GPUs CuPy finds, at least one. Raises RuntimeError: why `wanted` cannot be had, in one line."""
     bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
     try:
         import cupy
@@ -243,7 +261,7 @@ def _cupy(wanted: str) -> tuple[ModuleType, int]:
         raise RuntimeError(f"{wanted} cannot be used: {problem}") from None
     if not count:
         raise RuntimeError(f"{wanted} cannot be used: the driver finds no GPU")
-    return cupy, count
+    return count
 
 
 def cuda_version(number: int) -> str:

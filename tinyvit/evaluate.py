@@ -74,7 +74,9 @@ def evaluate(
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
-    loader = Loader(split, BATCH_SIZE, transform=transform or Augment(tuple(mean), tuple(std)), shuffle=False)
+    device = arrays.device_name(model.parameters()[0].data)
+    transform = transform or Augment(tuple(mean), tuple(std))
+    loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
     for images, _ in loader.epoch(0):
         if stop():
             return None

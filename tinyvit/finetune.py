@@ -121,7 +121,8 @@ def with_features(
 def _features(
     model: VisionTransformer, split: Split, data: Data, threads: int | None, precision: str, bar: tqdm
 ) -> FeatureSplit:
-    loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False)
+    device = arrays.device_name(model.parameters()[0].data)
+    loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
     parts = []
     for images, _ in loader.epoch(0):
         parts.append(predict(Backbone(model), images, threads=threads, precision=precision))

@@ -33,7 +33,7 @@ class Machine:
         blas: NumPy's BLAS: library, version, core type, threads; None if none is known.
         settings: environment variables that steer BLAS or its threads.
         memory_gib: physical memory.
-        gpu: each GPU's name, or the reason why there is none.
+        gpu: each GPU's name, memory and compute capability, or the reason why there is none.
         cache: where downloads go.
     """
 
@@ -68,7 +68,9 @@ def examine(environment: Mapping[str, str] = os.environ) -> Machine:
     return Machine(
         versions={"tinyvit": _version("tinyvit"), "python": platform.python_version(), "numpy": np.__version__}
         | {name: _version(name) for name in ("array-api-compat", "pillow", "safetensors", "matplotlib")}
-        | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")},
+        | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")}
+        | {name: _version(name) for name in ("nvmath-python", "ml_dtypes")}
+        | _cuda_versions(),
         processor=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
         vector="avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "",
         cores=os.cpu_count() or 1,
@@ -155,15 +157,37 @@ def as_table(machine: Machine) -> str:
     return "\n".join(lines + [f"  - {s}" for s in said])
 
 
-def _gpus() -> list[str]:
-    try:
-        arrays.mover("cuda")
-    except RuntimeError as error:
-        return [f"none ({error})"]
+def describe_gpu(number: int) -> str:
+    """Name, memory and compute capability of a GPU that is there."""
     import cupy
 
-    count = cupy.cuda.runtime.getDeviceCount()
-    return [cupy.cuda.runtime.getDeviceProperties(i)["name"].decode() for i in range(count)]
+    gpu = cupy.cuda.runtime.getDeviceProperties(number)
+    return f"{gpu['name'].decode()}, {gpu['totalGlobalMem'] / 2**30:.0f} GiB, {gpu['major']}.{gpu['minor']}"
+
+
+def describe_device(x: Any) -> str:
+    """Where the array `x` lies: "cpu", or a GPU with what `describe_gpu` says."""
+    name = str(arrays.device_name(x))
+    return f"{name} {describe_gpu(x.device.id)}" if arrays.is_cupy(x) else name
+
+
+def _gpus() -> list[str]:
+    try:
+        count = arrays.gpu_count("a GPU")
+    except RuntimeError as error:
+        return [f"none ({error})"]
+    return [f"cuda:{i} {describe_gpu(i)}" for i in range(count)]
+
+
+def _cuda_versions() -> dict[str, str | None]:
+    """The newest CUDA that the driver knows, and the one that CuPy runs; nothing without CuPy."""
+    try:
+        from cupy.cuda import runtime
+
+        numbers = {"CUDA of the driver": runtime.driverGetVersion(), "CUDA of CuPy": runtime.runtimeGetVersion()}
+    except Exception:  # CuPy is not installed, or broken, as the line about the GPU says
+        return {}
+    return {name: arrays.cuda_version(number) if number else None for name, number in numbers.items()}
 
 
 def _version(package: str) -> str | None:

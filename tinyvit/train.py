@@ -17,7 +17,7 @@ from typing import Any
 from tinyvit import arrays, machine, run
 from tinyvit.build import make_model
 from tinyvit.checkpoint import BEST, LAST, open_checkpoint
-from tinyvit.data import Data, load_data
+from tinyvit.data import Data, load_data, resident
 from tinyvit.data.listing import SMALL
 from tinyvit.data.splits import hold_out
 from tinyvit.evaluate import pick_device
@@ -146,11 +146,15 @@ def resume_run(out: Path, given: dict[str, Any]) -> Position:
 
 
 def prepare(options: TrainConfig, data: Data, display: Display) -> Data:
-    """The data that the steps see: features before the head, where nothing else changes from epoch to epoch."""
+    """The data that the steps see, on the device that runs them if it fits there.
+
+    Where nothing but the head changes from epoch to epoch, it is the features before the head.
+    """
+    device = pick_device(options.device)
     if not reuses_features(options):
-        return data
+        return resident(data, device)
     display.line(f"only the head learns: computing the features of {len(data.train) + len(data.validation)} pictures once")
-    return with_features(make_model(options, data).to(pick_device(options.device)), data, options.threads)
+    return resident(with_features(make_model(options, data).to(device), data, options.threads), device)
 
 
 def introduce(trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit import arrays, optim, run
+from tinyvit import arrays, machine, optim, run
 from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
 from tinyvit.checkpoint import BEST, LAST, TRAINING_PREFIXES, CheckpointError, describe, read, read_metadata, save
 from tinyvit.data import Augment, Data, Loader, Split
@@ -116,6 +116,7 @@ class Trainer:
             transform=as_they_are if on_features else make_augmentation(options, data),
             seed=options.seed,
             drop_last=True,
+            device=arrays.device_name(self.step.parameters[0].data),
         )
 
     # --- what is written ----------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ class Trainer:
             "plan": dataclasses.asdict(self.plan),
             "data": {"name": data.name, "fingerprint": data.fingerprint, **sizes},
             "versions": run.versions(),
-            "device": arrays.device_name(self.step.parameters[0].data),
+            "device": machine.describe_device(self.step.parameters[0].data),
             **self.description(),
         }
 

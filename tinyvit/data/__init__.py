@@ -16,11 +16,21 @@ from tinyvit.data.loader import Loader
 from tinyvit.data.parquet import find_in_parquet, parquet_files
 from tinyvit.data.picture import read_picture
 from tinyvit.data.shapes import load_shapes
-from tinyvit.data.splits import PictureTransform
+from tinyvit.data.splits import PictureTransform, resident
 from tinyvit.data.table import find_in_csv
 from tinyvit.data.transforms import Augment
 
-__all__ = ["Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_picture"]
+__all__ = [
+    "Augment",
+    "Data",
+    "DataError",
+    "Loader",
+    "Split",
+    "default_augment",
+    "load_data",
+    "read_picture",
+    "resident",
+]
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit import arrays
 from tinyvit.data.base import Split
 
 AHEAD = 2  # batches prepared beyond the one in the caller's hands
@@ -22,7 +23,8 @@ class Loader:
 
     `transform(images, labels, rng)` turns uint8 (B, C, H, W) pictures into what the model takes (see Augment).
     `shuffle` is training: a new order every epoch, and pictures read with random crops where the split has them.
-    `drop_last` leaves out a last batch that is not full.
+    `drop_last` leaves out a last batch that is not full. With a `device` (as for `nn.Module.to`) pictures that are read
+    elsewhere are moved there before they are transformed; without one they stay where the split has them.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        device: Any = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size} given, expected at least 1")
@@ -43,6 +46,7 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self._move = arrays.as_array if device is None else arrays.mover(device)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -73,5 +77,6 @@ class Loader:
     def _batch(self, order: np.ndarray, epoch: int, number: int) -> tuple[Any, Any]:
         rng = np.random.default_rng([BATCH, self.seed, epoch, number])
         indices = order[number * self.batch_size : (number + 1) * self.batch_size]
-        images = self.split.read(indices, rng if self.shuffle else None)
-        return self.transform(images, self.split.labels[indices], rng)
+        images = self._move(self.split.read(indices, rng if self.shuffle else None))
+        with arrays.on_device_of(images):
+            return self.transform(images, arrays.convert(self.split.labels[indices], images), rng)

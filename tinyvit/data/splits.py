@@ -12,9 +12,13 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image
 
-from tinyvit.data.base import Data, DataError
+from tinyvit import arrays
+from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.picture import StoredPicture, fit, open_rgb, to_array
 from tinyvit.shards import available_cores
+
+Array = Any
+RESIDENT_SHARE = 0.25  # of a device's free memory, which a split may take for the whole run; the steps need the rest
 
 T, R = TypeVar("T"), TypeVar("R")
 PictureTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -22,22 +26,26 @@ PictureTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """Pictures held in memory: `images` (N, C, H, W) uint8, `labels` (N,) int64."""
+    """Pictures held in memory, the host's or a device's: `images` (N, C, H, W) uint8, `labels` (N,) int64, NumPy."""
 
-    images: np.ndarray
+    images: Array
     labels: np.ndarray
     skipped: list[str]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Pictures (B, C, H, W) uint8; the same with and without `rng`."""
-        return self.images[indices]
+    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Array:
+        """Pictures (B, C, H, W) uint8, where all of them are; the same with and without `rng`."""
+        if arrays.on_host(self.images):
+            return self.images[indices]
+        with arrays.on_device_of(self.images):
+            places = arrays.convert(indices, self.images)
+            return arrays.namespace(self.images).take(self.images, places, axis=0)
 
     def take(self, indices: np.ndarray) -> Self:
         """The pictures at `indices`, in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        return replace(self, images=self.read(indices), labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,23 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
 
 
 SKIP_HINT = " (--skip-corrupt leaves such pictures out)"
+
+
+def resident(data: Data, device: Any) -> Data:
+    """`data` whose training and validation pictures lie on `device` (as for `nn.Module.to`), as uint8, where they fit.
+
+    Pictures that are read from files, resized at each reading, or larger than RESIDENT_SHARE of the device's free
+    memory stay where they are: a `Loader` moves their batches.
+    """
+
+    def moved(split: Split) -> Split:
+        fits = isinstance(split, ArraySplit) and split.images.nbytes <= RESIDENT_SHARE * arrays.free_memory(device)
+        return replace(split, images=arrays.mover(device)(split.images)) if fits else split
+
+    if device == "cpu":
+        return data
+    place = "test" if data.val is None else "val"
+    return replace(data, train=moved(data.train), **{place: moved(data.validation)})
 
 
 def stack(pictures: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Transforms of a whole batch of pictures: arrays in, arrays out, of any array-API library.
 
-Random decisions are drawn from an explicit NumPy generator, per picture; the pixels move by integer gathers and
-arithmetic on whole batches, wherever the batch lives.
+Random decisions are drawn on the host from an explicit NumPy generator, a few numbers per picture; the pixels move by
+integer gathers and arithmetic on whole batches, wherever the batch lives. So every library gives the same pictures.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def _per_picture(values: np.ndarray, images: Array) -> Array:
     return _like(values[:, None, None, None], images)
 
 
+def _count(length: int, images: Array) -> Array:
+    """0, 1, … beside `images`."""
+    return array_namespace(images).arange(length, device=device(images))
+
+
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """uint8 (B, C, H, W) in 0..255 -> float32 (pixel / 255 - mean) / std; `mean`, `std` per channel in 0..1."""
     xp = array_namespace(images)
@@ -47,27 +52,37 @@ def pad_and_crop(images: Array, padding: int, rng: np.random.Generator) -> Array
         raise ValueError(f"padding {padding} given, expected less than the picture's {min(images.shape[2:])} pixels")
     batch, channels, height, width = images.shape
 
-    def places(length: int) -> np.ndarray:  # source of each row or column: shifted, and reflected at the edges
+    xp = array_namespace(images)
+
+    def places(length: int) -> Array:  # source of each row or column: shifted, and reflected at the edges
         shifts = rng.integers(-padding, padding + 1, size=(batch, 1))
-        i = np.abs(np.arange(length) + shifts)
-        return length - 1 - np.abs(length - 1 - i)  # (B, length)
+        i = xp.abs(_count(length, images) + _like(shifts, images))
+        return length - 1 - xp.abs(length - 1 - i)  # (B, length)
 
     rows, columns = places(height), places(width)
-    planes = np.arange(batch * channels).reshape(batch, channels, 1, 1) * (height * width)
+    planes = xp.reshape(_count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
     source = planes + rows[:, None, :, None] * width + columns[:, None, None, :]  # (B, C, H, W) into the flat batch
-    xp = array_namespace(images)
-    flat = xp.take(xp.reshape(images, (-1,)), _like(source.reshape(-1), images), axis=0)
+    flat = xp.take(xp.reshape(images, (-1,)), xp.reshape(source, (-1,)), axis=0)
     return xp.reshape(flat, images.shape)
 
 
-def _boxes(heights: np.ndarray, widths: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Masks (B, 1, H, W), true in a box of `heights` x `widths` (B,) around a random pixel, cut off at the edges."""
+def _boxes(
+    heights: np.ndarray, widths: np.ndarray, images: Array, rng: np.random.Generator
+) -> tuple[Array, np.ndarray]:
+    """Boxes of `heights` x `widths` (B,) around a random pixel, cut off at the edges.
 
-    def spans(lengths: np.ndarray, total: int) -> np.ndarray:  # (B, total)
-        start = (rng.integers(total, size=len(lengths)) - lengths // 2)[:, None]
-        return (np.arange(total) >= start) & (np.arange(total) < start + lengths[:, None])
+    Returns masks (B, 1, H, W) beside `images`, true inside, and the pixels of each box (B,).
+    """
 
-    return (spans(heights, size[0])[:, :, None] & spans(widths, size[1])[:, None, :])[:, None]
+    def spans(lengths: np.ndarray, total: int) -> tuple[Array, np.ndarray]:  # (B, total), and how many are true
+        start = rng.integers(total, size=len(lengths)) - lengths // 2
+        stop = start + lengths
+        at = _count(total, images)
+        inside = (at >= _like(start[:, None], images)) & (at < _like(stop[:, None], images))
+        return inside, np.minimum(stop, total) - np.maximum(start, 0)
+
+    (rows, height), (columns, width) = spans(heights, images.shape[2]), spans(widths, images.shape[3])
+    return (rows[:, :, None] & columns[:, None, :])[:, None, :, :], height * width
 
 
 def cutout(images: Array, size: int, rng: np.random.Generator) -> Array:
@@ -75,8 +90,8 @@ def cutout(images: Array, size: int, rng: np.random.Generator) -> Array:
     normalised pictures (DeVries and Taylor 2017)."""
     sides = np.full(images.shape[0], size)
     xp = array_namespace(images)
-    zero = xp.zeros_like(images)
-    return xp.where(_like(_boxes(sides, sides, images.shape[2:], rng), images), zero, images)
+    boxes, _ = _boxes(sides, sides, images, rng)
+    return xp.where(boxes, xp.zeros_like(images), images)
 
 
 def one_hot(labels: Array, num_classes: int) -> Array:
@@ -102,11 +117,11 @@ def cutmix(images: Array, targets: Array, alpha: float, rng: np.random.Generator
     """
     batch, _, height, width = images.shape
     side = np.sqrt(1 - rng.beta(alpha, alpha, size=batch))
-    boxes = _boxes((height * side).astype(int), (width * side).astype(int), (height, width), rng)
+    boxes, areas = _boxes((height * side).astype(int), (width * side).astype(int), images, rng)
     partners = _like(rng.permutation(batch), images)
     xp = array_namespace(images)
-    mixed = xp.where(_like(boxes, images), xp.take(images, partners, axis=0), images)
-    shares = 1 - boxes.mean(axis=(1, 2, 3), dtype=np.float32)
+    mixed = xp.where(boxes, xp.take(images, partners, axis=0), images)
+    shares = 1 - areas.astype(np.float32) / (height * width)
     return mixed, _blend(targets, partners, shares[:, None])
 
 

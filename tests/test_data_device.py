@@ -1,0 +1,111 @@
+"""Batches on the device that trains: data that stays there, and pictures that are moved there, with the same bits."""
+
+from dataclasses import replace
+
+import array_api_strict
+import numpy as np
+import pytest
+from drawing import BACKENDS, LIBRARIES
+from running import make_pictures
+
+from tinyvit import TrainStep, arrays, create_model, optim
+from tinyvit.data import Augment, Data, Loader, load_data, resident
+from tinyvit.data.splits import RESIDENT_SHARE, ArraySplit, FileSplit
+from tinyvit.evaluate import evaluate
+
+AUGMENT = Augment((0.4,) * 3, (0.2,) * 3, flip=True, padding=3, cutout=5, mixup=0.4, cutmix=1.0, num_classes=3)
+
+
+def data(count=40, side=8, **changes):
+    rng = np.random.default_rng(0)
+    splits = [
+        ArraySplit(rng.integers(0, 256, (n, 3, side, side), dtype=np.uint8), rng.integers(0, 3, n), [])
+        for n in (count, 10)
+    ]
+    return replace(Data("few", *splits, ("a", "b", "c"), (0.5,) * 3, (0.2,) * 3, (side, side), 3, "few-1"), **changes)
+
+
+def on(backend):
+    """The backend as a device's name."""
+    return {"numpy": "cpu", "cupy": "cuda"}.get(backend, LIBRARIES[backend])
+
+
+def host(batches):
+    return [[arrays.to_numpy(x) for x in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_are_the_same_wherever_they_are_made(backend):
+    pictures, xp = data(), LIBRARIES[backend]
+    expected = host(Loader(pictures.train, 16, transform=AUGMENT, seed=3).epoch(2))
+    there = resident(pictures, on(backend))
+    assert arrays.namespace(there.train.images) is arrays.namespace(there.test.images) is xp
+    assert arrays.dtype_name(there.train.images.dtype) == "uint8"  # a quarter of float32's room
+    for loader in (
+        Loader(there.train, 16, transform=AUGMENT, seed=3),  # all pictures lie there
+        Loader(pictures.train, 16, transform=AUGMENT, seed=3, device=on(backend)),  # each batch is moved
+    ):
+        got = list(loader.epoch(2))
+        assert all(arrays.namespace(x) is xp for batch in got for x in batch)
+        for theirs, ours in zip(expected, host(got), strict=True):
+            for a, b in zip(theirs, ours, strict=True):
+                assert a.dtype == b.dtype and np.abs(a - b).max() < 1e-5
+                assert backend == "cupy" or a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_and_evaluation_from_resident_data(backend):
+    """The same weights and scores as from the host's."""
+    results = []
+    for device, where in (("cpu", "numpy"), (on(backend), backend)):
+        pictures = resident(data(), device)
+        model = create_model("vit_nano_patch8_32", image_size=8, patch_size=4, num_classes=3)
+        model.to(LIBRARIES[where], "float64")
+        step = TrainStep(model, optim.SGD(model.parameters(), lr=0.1), threads=1)
+        for images, labels in Loader(pictures.train, 16, transform=AUGMENT, device=device, drop_last=True).epoch(0):
+            loss = step(images, labels)
+        names, labels = pictures.class_names, pictures.test.labels
+        scores = evaluate(model, pictures.test, labels, names, pictures.mean, pictures.std, threads=1)
+        results.append((float(loss), scores.loss, scores.accuracy, model.state_dict()["head.bias"]))
+    for a, b in zip(*results, strict=True):
+        assert np.abs(a - b).max() < 1e-6  # the pictures themselves are float32
+
+
+def test_what_does_not_fit_stays_on_the_host(monkeypatch):
+    pictures = data()
+    size = pictures.train.images.nbytes
+    for free, stays in ((size / RESIDENT_SHARE, False), (size / RESIDENT_SHARE - 1, True)):
+        monkeypatch.setattr(arrays, "free_memory", lambda device, free=free: free)
+        there = resident(pictures, array_api_strict)
+        assert (there.train is pictures.train) == stays
+        assert there.test is not pictures.test  # smaller, and looked at by itself
+    assert resident(pictures, "cpu") is pictures
+
+
+def test_validation_pictures_of_their_own_are_moved_and_test_pictures_are_not():
+    pictures = data()
+    there = resident(replace(pictures, val=pictures.test), array_api_strict)
+    assert there.test is pictures.test and not arrays.on_host(there.val.images) and there.validation is there.val
+
+
+def test_files_are_read_on_the_host_and_moved_as_bytes(tmp_path):
+    folder = make_pictures(tmp_path / "pictures", size=80)
+    pictures = load_data(folder, image_size=72)
+    assert isinstance(pictures.train, FileSplit) and resident(pictures, array_api_strict).train is pictures.train
+    seen = []
+
+    def transform(images, labels, rng):
+        seen.append((type(images).__module__, arrays.dtype_name(images.dtype)))
+        return AUGMENT(images, labels, rng)
+
+    expected = host(Loader(pictures.train, 16, transform=AUGMENT).epoch(0))
+    got = host(Loader(pictures.train, 16, transform=transform, device=array_api_strict).epoch(0))
+    assert set(seen) == {("array_api_strict._array_object", "uint8")}
+    for theirs, ours in zip(expected, got, strict=True):
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(theirs, ours, strict=True))
+
+
+def test_a_part_of_a_resident_split():
+    there = resident(data(), array_api_strict).train
+    part = there.take(np.array([5, 2]))
+    assert np.array_equal(arrays.to_numpy(part.images), data().train.images[[5, 2]]) and len(part) == 2
