@@ -122,6 +122,7 @@ def rollout_by_hand(maps, read, prefix):
         (dict(image_size=(8, 12)), [0]),
         (dict(distilled=True), [0, 1]),
         (dict(reg_tokens=2), [0]),
+        (dict(resnet_layers=(), image_size=(33, 24), patch_size=(3, 2)), [0]),
         (dict(global_pool="avg", reg_tokens=2), [3, 4, 5, 6]),
         (dict(global_pool="avg", class_token=False), [0, 1, 2, 3]),
     ],
