@@ -69,16 +69,15 @@ def references_only(active: bool = True):
 @contextlib.contextmanager
 def small_blocks(backend: str, size: int | None):
     """Kernels that work through their arrays in blocks get blocks smaller than the arrays of these tests."""
-    name = kernels._MODULES.get(LIBRARIES[backend].__name__)
-    module = importlib.import_module(name) if name else None
-    if size is None or not hasattr(module, "BLOCK"):
-        yield
-        return
-    before, module.BLOCK = module.BLOCK, size
+    modules = {importlib.import_module(kernel.__module__) for kernel in kernel_table(backend).values()}
+    before = {module: module.BLOCK for module in modules if size is not None and hasattr(module, "BLOCK")}
+    for module in before:
+        module.BLOCK = size
     try:
         yield
     finally:
-        module.BLOCK = before
+        for module, block in before.items():
+            module.BLOCK = block
 
 
 def shapes(min_dims: int = 0, max_dims: int = 4, min_side: int = 0, max_side: int = 5) -> st.SearchStrategy:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.kernels import numpy_optim, reference
+from tinyvit.kernels import numpy_conv, numpy_optim, reference
 from tinyvit.kernels.half import in_fp32
 
 Array = np.ndarray
@@ -287,4 +287,4 @@ def _heads(packed: Array, num_heads: int, parts: int = 3) -> Array:
 
 KERNELS: dict[str, Callable] = {
     f.__name__: in_fp32(f) for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention)
-} | numpy_optim.KERNELS
+} | numpy_conv.KERNELS | numpy_optim.KERNELS

@@ -27,12 +27,12 @@ def conv2d(
     """
     batch, channels, height, width = x.shape
     outputs, _, h, w = weight.shape
-    places = _places((height, width), (h, w), stride, padding)
+    places = views((height, width), (h, w), stride, padding)
     rows, columns = output_size((height, width), (h, w), stride, padding)
     kernel = xp.reshape(weight, (outputs, channels * h * w))
 
     def patches() -> Array:
-        padded = _pad(xp, x, padding, 0.0)
+        padded = pad(xp, x, padding, 0.0)
         stacked = xp.stack([padded[place] for place in places], axis=2)  # (B, C, h w, R, S)
         return xp.reshape(stacked, (batch, channels * h * w, rows * columns))
 
@@ -56,14 +56,14 @@ def max_pool2d(
 ) -> tuple[Array, VJP]:
     """The largest entry of each window; the padding is never it. Of equal entries the first one gets the gradient."""
     size = x.shape[2], x.shape[3]
-    places = _places(size, kernel, stride, padding)
-    padded = _pad(xp, x, padding, -float("inf"))
+    places = views(size, kernel, stride, padding)
+    padded = pad(xp, x, padding, -float("inf"))
     y = padded[places[0]]
     for place in places[1:]:
         y = xp.maximum(y, padded[place])
 
     def vjp(dy: Array) -> tuple[Array]:
-        padded = _pad(xp, x, padding, -float("inf"))
+        padded = pad(xp, x, padding, -float("inf"))
         zeros, free, shares = xp.zeros_like(dy), xp.ones_like(dy, dtype=xp.bool), []
         for place in places:
             first = (padded[place] == y) & free
@@ -127,7 +127,7 @@ def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Padding) -> Pai
     return rows, columns
 
 
-def _places(size: Pair, kernel: Pair, stride: Pair, padding: Padding) -> list[tuple[Any, ...]]:
+def views(size: Pair, kernel: Pair, stride: Pair, padding: Padding) -> list[tuple[Any, ...]]:
     """For each place of the kernel, row by row, the key of the view that holds what all windows see there."""
     rows, columns = output_size(size, kernel, stride, padding)
 
@@ -141,7 +141,7 @@ def _places(size: Pair, kernel: Pair, stride: Pair, padding: Padding) -> list[tu
     ]
 
 
-def _pad(xp: Any, x: Array, padding: Padding, value: float) -> Array:
+def pad(xp: Any, x: Array, padding: Padding, value: float) -> Array:
     """x (B, C, H, W) surrounded by a value."""
     if padding == ((0, 0), (0, 0)):
         return x
@@ -156,7 +156,7 @@ def _pad(xp: Any, x: Array, padding: Padding, value: float) -> Array:
 def _gather(xp: Any, x: Array, padding: Padding, places: list[Any], part: Callable[[int], Array]) -> Array:
     """The gradient of x from those of the views at `places` of x with its padding."""
     (top, _), (left, _) = padding
-    padded = xp.zeros_like(_pad(xp, x, padding, 0.0))
+    padded = xp.zeros_like(pad(xp, x, padding, 0.0))
     for i, place in enumerate(places):
         padded[place] += part(i)
     return padded[..., top : top + x.shape[2], left : left + x.shape[3]]
