@@ -229,6 +229,8 @@ def test_training_on_the_cpu(nano, tmp_path, capsys):
         for kind in ("step", "infer"):
             assert len(row[kind]["seconds"]) == 3
             assert row[kind]["images_per_second"] == pytest.approx(5 / np.median(row[kind]["seconds"]))
+        training, inference = (row[kind]["gflops"] / row[kind]["images_per_second"] for kind in ("step", "infer"))
+        assert training == pytest.approx(3 * inference)
     lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert len(lines) == 3 + len(names) and all("%" in line for line in lines[3:])
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines[1:]}) == 1
