@@ -164,10 +164,11 @@ def test_summary_of_a_name_a_run_and_a_file(run, capsys):
 def test_models_lists_every_model_with_its_parameters():
     result = tinyvit("models")
     header, *lines = result.stdout.splitlines()
-    assert header.split() == ["name", "width", "depth", "heads", "patch", "image", "parameters"]
+    assert header.split() == ["name", "width", "depth", "heads", "resnet", "patch", "image", "parameters"]
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert list(rows) == library.list_models()
-    assert rows["vit_base_patch16_224"] == ["768", "12", "12", "16x16", "224x224", "86,567,656"]
+    assert rows["vit_base_patch16_224"] == ["768", "12", "12", "none", "16x16", "224x224", "86,567,656"]
+    assert rows["vit_base_r50_s16_384"][3:5] == ["3-4-9", "1x1"] and rows["vit_tiny_r_s16_p8_224"][3] == "stem"
     assert rows["vit_large_patch16_224"][-1] == "304,326,632"
     assert len({len(line) for line in lines}) == 1, "columns must line up"
 

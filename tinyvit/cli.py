@@ -206,11 +206,12 @@ def run_models(args: argparse.Namespace) -> None:
     from tinyvit.summary import summarise
     from tinyvit.zoo import list_models, model_config
 
-    rows = [("name", "width", "depth", "heads", "patch", "image", "parameters")]
+    rows = [("name", "width", "depth", "heads", "resnet", "patch", "image", "parameters")]
     for name in list_models():
         c = model_config(name)
         patch, image = (f"{h}x{w}" for h, w in (c.patch_size, c.image_size))
-        sizes = (c.embed_dim, c.depth, c.num_heads, patch, image, f"{summarise(c).parameters:,}")
+        before = "none" if c.resnet_layers is None else "-".join(map(str, c.resnet_layers)) or "stem"
+        sizes = (c.embed_dim, c.depth, c.num_heads, before, patch, image, f"{summarise(c).parameters:,}")
         rows.append((name, *map(str, sizes)))
     print_table(rows)
 
