@@ -106,6 +106,7 @@ def test_the_fingerprint_of_a_csv_knows_its_labels(pets):
         ("path,label\na.png\n", r"ROOT/pets.csv, line 2 has another number of values than .* \(2\)"),
         ("path,label\na.png,cat\nb.png,dog,7\n", r"ROOT/pets.csv, line 3 has another number of values than .* \(2\)"),
         ("path,label\na.png,\n", "ROOT/pets.csv, line 2 has no label"),
+        ("path,label\na.png, \n", "ROOT/pets.csv, line 2 has no label"),
         ("path,label\n,cat\n", "ROOT/pets.csv, line 2 has no path"),
         ("path,label,split\na.png,cat,dev\n", "ROOT/pets.csv, line 2 has the split 'dev', expected one of train, .*"),
         ("path,label,split\na.png,cat,test\n", "ROOT/pets.csv has no row with the split train, found only test"),
@@ -201,8 +202,8 @@ def test_other_places_and_layouts(tmp_path, pa):
     save(pa, tmp_path / "refs" / "train" / "0000.parquet", [0, 1])
     save(pa, tmp_path / "refs" / "test" / "0000.parquet", [1])
     assert len(load_data(tmp_path / "refs").test) == 1
-    save(pa, tmp_path / "alone" / "0000.parquet", [0, 0, 1, 1])
-    for source in (tmp_path / "alone", tmp_path / "alone" / "0000.parquet"):
+    save(pa, tmp_path / "alone" / "tested.parquet", [0, 0, 1, 1])
+    for source in (tmp_path / "alone", tmp_path / "alone" / "tested.parquet"):
         data = load_data(source)
         assert np.bincount(data.train.labels).tolist() == np.bincount(data.test.labels).tolist() == [1, 1]
     save(pa, tmp_path / "two" / "a" / "train.parquet", [0, 1])
@@ -258,8 +259,10 @@ def test_classes_without_a_training_picture_are_left_out(tmp_path, pa):
 
 @pytest.mark.parametrize("hidden", [-1, None])
 def test_a_test_split_without_labels_gives_way(snacks, pa, hidden):
-    save(pa, snacks / "data" / "test-00000-of-00001.parquet", [hidden, hidden], metadata=note(), label_type=pa.int64())
-    assert load_data(snacks).test.labels.tolist() == [1]
+    for metadata in (note(), None):
+        options = {"metadata": metadata, "label_type": pa.int64()}
+        save(pa, snacks / "data" / "test-00000-of-00001.parquet", [hidden, hidden], **options)
+        assert load_data(snacks).test.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -312,6 +315,12 @@ def test_columns_that_cannot_be_told(tmp_path, pa):
     refused(pictures + "found .*", a=picture, b=picture, label=[0, 1])
     refused(labels + r"found image \(binary\), label \(double\)", image=picture, label=[0.0, 1.0])
     refused(labels + "found .*", image=picture, one=[0, 1], other=[0, 1])
+
+
+def test_two_columns_of_one_name(tmp_path, pa):
+    columns = [[png((0, 0, 0))] * 2, [0, 1], [0, 1]]
+    pa.parquet.write_table(pa.table(columns, names=["image", "label", "label"]), tmp_path / "train.parquet")
+    assert_error("ROOT/train.parquet has several columns called label", tmp_path, tmp_path)
 
 
 def test_files_that_are_no_parquet(tmp_path, pa):

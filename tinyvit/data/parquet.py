@@ -95,7 +95,12 @@ class Shard:
 
     @cached_property
     def schema(self) -> pyarrow.Schema:
-        return self._try(self.pyarrow.parquet.read_schema)
+        def read(file: Path) -> pyarrow.Schema:
+            schema = self.pyarrow.parquet.read_schema(file)
+            str(schema)  # decodes all names, of which damaged ones fail here
+            return schema
+
+        return self._try(read)
 
     @cached_property
     def features(self) -> dict[str, Mapping[str, Any]]:
@@ -157,6 +162,8 @@ class Shard:
         noted = [name for name in possible if self.features.get(name, {}).get("_type") == noted_as]
         candidates = noted or possible
         named = [name for name in usual if name in candidates] or candidates
+        if named and self.schema.names.count(named[0]) > 1:
+            raise DataError(f"{self.file} has several columns called {named[0]}")
         if named and (len(candidates) == 1 or named[0] in usual):
             return named[0]
         kinds = ", ".join(f"{column.name} ({str(column.type)[:60]})" for column in self.schema)
@@ -177,6 +184,6 @@ class Shard:
     def _try(self, read: Callable[[Path], Any]) -> Any:
         try:
             return read(self.file)
-        except (self.pyarrow.ArrowException, OSError) as error:
+        except (self.pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             problem = " ".join(str(error).split())[:200]
             raise DataError(f"{self.file} is not a readable parquet file: {problem}") from None
