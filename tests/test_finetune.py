@@ -255,6 +255,7 @@ def test_the_head_on_features_is_the_model(overrides):
             step(inputs, np.arange(6) % 5)
         assert np.allclose(package.predict(part, inputs), package.predict(net, x), rtol=1e-10, atol=1e-12)
         weights.append(net.state_dict())
+    assert [id(p) for p in Head(net).parameters()] == [id(p) for p in net.parameters() if p.requires_grad]
     plain, ours = weights
     assert all(np.allclose(plain[name], ours[name], rtol=1e-9, atol=1e-12) for name in plain)
 
@@ -308,7 +309,7 @@ def test_minutes_count_features_in(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     config = json.loads((out / "config.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == config["plan"]["total_steps"] > 9
+    assert rows[-1]["step"] == config["plan"]["total_steps"]
 
 
 # --- early stopping, weighted classes -----------------------------------------------------------------------------

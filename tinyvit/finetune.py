@@ -86,18 +86,19 @@ class Backbone(nn.Module):
 
 
 class Head(nn.Module):
-    """The rest of the model: features of `Backbone` -> logits (B, num_classes)."""
+    """The rest of the model: features of `Backbone` -> logits (B, num_classes). Its parameters are the head's alone."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
+        self.head, self.head_dist, self.head_drop = model.head, model.head_dist, model.head_drop
+        self.classify = model.classify
 
     def forward(self, features: Array) -> Tensor:
-        weight = self.model.head.weight.data
+        weight = self.head.weight.data
         x = Tensor(arrays.astype(arrays.convert(features, weight), weight.dtype))
-        if self.model.head_dist is None:
-            return self.model.classify(x)
+        if self.head_dist is None:
+            return self.classify(x)
         width = weight.shape[1]
-        return self.model.classify(x[:, :width], x[:, width:])
+        return self.classify(x[:, :width], x[:, width:])
 
 
 class FeatureSplit(ArraySplit):

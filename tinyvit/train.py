@@ -154,7 +154,8 @@ def prepare(options: TrainConfig, data: Data, display: Display) -> Data:
     if not reuses_features(options):
         return resident(data, device)
     display.line(f"only the head learns: computing the features of {len(data.train) + len(data.validation)} pictures once")
-    return resident(with_features(make_model(options, data).to(device), data, options.threads), device)
+    model = make_model(options, data).to(device)
+    return resident(with_features(model, data, options.threads, options.precision), device)
 
 
 def introduce(trainer: Trainer) -> None:
