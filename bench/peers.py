@@ -7,6 +7,7 @@ batch lying on the device already.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,21 +27,24 @@ class Peer:
 
     Attributes:
         step: trains on its batch and gives the loss; on a GPU it may return before that is done.
-        infer: gives logits on the host.
+        infer: gives the logits of its batch, so many times one after the other, on the host.
         gradients: loss and gradients at the current weights, in float32 on a GPU too.
         wait: returns once all steps are done.
     """
 
     name: str
     step: Callable[[], Any]
-    infer: Callable[[], np.ndarray]
+    infer: Callable[[int], np.ndarray]
     gradients: Callable[[], tuple[float, dict[str, np.ndarray]]]
     wait: Callable[[], object] = lambda: None
 
     def run(self, kind: str, repeats: int = 1) -> None:
         """Do "step" or "infer" so many times and wait for the end of the last."""
+        if kind == "infer":
+            self.infer(repeats)
+            return
         for _ in range(repeats):
-            getattr(self, kind)()
+            self.step()
         self.wait()
 
     def loss(self) -> float:
@@ -63,8 +67,12 @@ def tinyvit_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: n
         found = map(arrays.to_numpy, tinyvit.grad(loss, parameters))
         return float(loss), dict(zip(names, found, strict=True))
 
-    def infer() -> np.ndarray:
-        return tinyvit.predict(model, images, batch_size=len(images), **precision)
+    @functools.cache
+    def pictures(batches: int) -> Any:
+        return images if batches == 1 else arrays.namespace(images).concat([images] * batches)
+
+    def infer(batches: int) -> np.ndarray:
+        return tinyvit.predict(model, pictures(batches), batch_size=len(images), **precision)
 
     if device == "cpu":
         return Peer("tinyvit", lambda: float(step(images, labels)), infer, gradients)

@@ -78,6 +78,8 @@ def jax_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.nd
         return float(loss), {name: np.asarray(value) for name, value in g.items()}
 
     compiled = jax.jit(forward)
-    return Peer(
-        "JAX", step, lambda: np.asarray(compiled(state["p"], x)), gradients, lambda: jax.block_until_ready(state["p"])
-    )
+
+    def infer(batches: int) -> np.ndarray:
+        return np.concatenate([np.asarray(y) for y in [compiled(state["p"], x) for _ in range(batches)]])
+
+    return Peer("JAX", step, infer, gradients, lambda: jax.block_until_ready(state["p"]))

@@ -109,9 +109,9 @@ def torch_peer(
         optimizer.step()
         return loss.detach() if on_gpu else loss.item()
 
-    def infer() -> np.ndarray:
+    def infer(batches: int) -> np.ndarray:
         with torch.no_grad(), autocast():
-            return forward(x).float().cpu().numpy()
+            return torch.cat([forward(x).float() for _ in range(batches)]).cpu().numpy()
 
     def gradients() -> tuple[float, dict[str, np.ndarray]]:
         optimizer.zero_grad()

@@ -68,7 +68,7 @@ PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, bui
 CPU_ONLY = {"torch bf16"}  # on a GPU all are
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
-GPU_STEPS = 10  # in one reading: the device is never left waiting for Python
+GPU_REPEATS = {"step": 10, "infer": 40}  # in one reading, after which the host waits for the device
 
 
 def flops(config: tinyvit.ViTConfig) -> int:
@@ -103,7 +103,7 @@ def interleave(contenders: dict[str, Any], kind: str, steps: int, device: str = 
     They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of
     the caches, so that what is counted is the pace of a run of steps, as in a training.
     """
-    warm_up, repeats, settle = (1, 1, SETTLE) if device == "cpu" else (3, GPU_STEPS, 0.0)
+    warm_up, repeats, settle = (1, 1, SETTLE) if device == "cpu" else (3, GPU_REPEATS[kind], 0.0)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warm_up + steps):
         for name, peer in contenders.items():
@@ -228,7 +228,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--steps", type=int, default=10, help="readings of each: a step on a CPU, ten on a GPU")
+    parser.add_argument("--steps", type=int, default=10, help="readings of each (of several steps on a GPU)")
     parser.add_argument("--isolate", action="store_true", help="each contender in a process of its own, still in turn")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory (a process per contender)")
     parser.add_argument("--json", type=Path, metavar="FILE")

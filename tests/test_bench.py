@@ -269,10 +269,20 @@ def test_training_flops():
 
 def test_readings_on_a_gpu_are_of_many_steps():
     done = []
-    peer = peers.Peer("x", lambda: done.append("s"), None, None, wait=lambda: done.append("|"))
+    peer = peers.Peer("x", lambda: done.append("s"), lambda n: done.append(f"i{n}"), None, lambda: done.append("|"))
+    steps, batches = (train_bench.GPU_REPEATS[kind] for kind in ("step", "infer"))
     times = train_bench.interleave({"x": peer}, "step", 2, "cuda")
-    assert "".join(done) == ("s|" + "s" * train_bench.GPU_STEPS + "|") * 5  # three of them to warm up
+    assert "".join(done) == ("s|" + "s" * steps + "|") * 5  # three of them to warm up
     assert len(times["x"]) == 2
+    done.clear()
+    train_bench.interleave({"x": peer}, "infer", 1, "cuda")
+    assert done == ["i1", f"i{batches}"] * 4
+
+
+def test_training_peers_give_the_same_logits(nano):
+    ours, torchs = (train_bench.make_peer("micro", name, "cpu").infer(3) for name in ("tinyvit", "torch"))
+    assert ours.shape == (15, 7)
+    np.testing.assert_allclose(ours, torchs, rtol=1e-4, atol=1e-5)
 
 
 def test_training_table_of_a_gpu():
