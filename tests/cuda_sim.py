@@ -165,8 +165,9 @@ def device(
         cublas.library = before.pop("library")
         for name, value in before.items():
             setattr(cuda, name, value)
-        for cached in (cublas._plan, cublas._handle, cublas._workspace):
-            cached.cache_clear()
+        cublas._plan.cache_clear()
+        cublas._handle.cache_clear()
+        cublas._workspaces.clear()
 
 
 @contextlib.contextmanager

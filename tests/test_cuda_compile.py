@@ -93,7 +93,11 @@ def variants() -> list[tuple[str, dict]]:
     found += [("gelu", {"SCALAR": "bf16", "APPROXIMATE": 0}), ("gelu", {"SCALAR": "float", "APPROXIMATE": 1})]
     found += [("cross_entropy", {"SCALAR": "bf16", "SOFT": 0}), ("cross_entropy", {"SCALAR": "float", "SOFT": 1})]
     found += [("dropout", {"SCALAR": "bf16"}), ("dropout", {"SCALAR": "float"})]
-    found += [("adamw", {"SCALAR": "bf16"}), ("adamw", {"SCALAR": "float"})]
+    found += [
+        ("adamw", {"SCALAR": "float", "COPY": "bf16"}),
+        ("adamw", {"SCALAR": "bf16"}),
+        ("adamw", {"SCALAR": "float"}),
+    ]
     return found
 
 

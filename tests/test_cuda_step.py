@@ -5,6 +5,7 @@ NumPy's arrays stand for CuPy's (`cuda_sim`), a stand-in for cuBLASLt. Graphs ar
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     def context(library: Any = None) -> Any:
         monkeypatch.setattr(arrays, "is_cupy", lambda x: type(x) is np.ndarray)
         monkeypatch.setattr(arrays, "on_host", lambda x: False)
+        monkeypatch.setattr(arrays, "on_device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(graph.Graphed, "_capture", lambda *_: False)
         return cuda_sim.everything_on_device(Path(folder), library=library, multiprocessors=2)
 
@@ -81,11 +83,12 @@ def test_a_step_in_parts_and_without_cublas(device):
     compare(ours, right, 2e-5)
 
 
-def test_a_step_of_16_bits(device):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_of_16_bits(device, accumulate):
     """Float16 copies that the optimizer writes, gradients as they come, a loss scale that never leaves the device."""
     right = train(drops=DROPS)
     with device(CuBLASLt()):
-        ours = train(drops=DROPS, precision="fp16")
+        ours = train(drops=DROPS, precision="fp16", accumulate=accumulate)
         assert ours[3].loss_scale == 2**16 and ours[3].precision.copies_are_current()
         copies = ours[3].precision.copies()
         for p in ours[3].model.parameters():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tinyvit import functional as F
-from tinyvit import kernels, nn, optim, random
+from tinyvit import graph, kernels, nn, optim, random
 from tinyvit.graph import Graphed
 from tinyvit.kernels import reference
 
@@ -62,19 +62,22 @@ class Stream:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """Stands for CuPy's streams and pools; arrays are NumPy's."""
     driver = Driver()
     stream = Stream(driver)
     cuda = SimpleNamespace(
         Stream=lambda **options: Stream(driver, **options),
         get_current_stream=lambda: stream,
+        runtime=SimpleNamespace(getDevice=lambda: 0),
         MemoryPool=lambda: SimpleNamespace(malloc=None),
         using_allocator=lambda _: contextlib.nullcontext(),
     )
     pool = SimpleNamespace(free_all_blocks=lambda: None)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
-    return driver
+    graph._stream.cache_clear()
+    yield driver
+    graph._stream.cache_clear()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ next must lie in device memory, and nothing may be read from the host or by it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -69,6 +70,14 @@ class Graphed:
         return self._graph is not None
 
 
+@functools.cache
+def _stream(device: int) -> Any:
+    """The one stream of a device that all graphs run on: they share the room that cuBLASLt works in."""
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 class _Graph:
     """One captured call, with all memory that it works in: a pool of its own, which nothing else allocates from."""
 
@@ -78,7 +87,7 @@ class _Graph:
         cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
         self._inputs = [x.copy() for x in inputs]
         self._pool = cupy.cuda.MemoryPool()
-        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._stream = _stream(cupy.cuda.runtime.getDevice())
         with self._after_current(), kernels.capture() as self._waiting, cupy.cuda.using_allocator(self._pool.malloc):
             self._stream.begin_capture()
             try:

@@ -105,7 +105,7 @@ class Optimizer:
             max_norm: as in `limit_grad_norm`.
             loss_scale: what the gradients are to be divided by, a `precision.LossScale`; it is kept up to date, and a
                 gradient that is not finite updates nothing.
-            copies: arrays of the gradients' dtype that follow the parameters, by the parameters' `id`.
+            copies: arrays of one dtype that follow the parameters, by the parameters' `id`.
 
         Returns:
             the gradients' norm, an array without dimensions; None, with nothing done, where there are no such kernels.

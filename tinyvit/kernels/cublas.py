@@ -190,7 +190,11 @@ def _handle(device: int) -> int:
     return library().create()
 
 
-@functools.cache
+_workspaces: dict[tuple[int, int], Array] = {}
+
+
 def _workspace(xp: Any, device: int, stream: int) -> Array:
     """One for each stream, so that products on two streams do not meet in it."""
-    return xp.empty(WORKSPACE, dtype=xp.uint8)
+    if (device, stream) not in _workspaces:
+        _workspaces[device, stream] = xp.empty(WORKSPACE, dtype=xp.uint8)
+    return _workspaces[device, stream]

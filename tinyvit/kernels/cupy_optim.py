@@ -149,7 +149,7 @@ class ManyAdamW:
         Args:
             parameters, m, v: fp32 arrays in C order, updated in place.
             gradients: of one dtype.
-            copies: None, or for each parameter an array of the gradients' dtype that follows it (or None).
+            copies: None, or for each parameter an array that follows it (or None); all of one dtype.
             lr_scales, weight_decays: for each parameter.
             loss_scale: what the gradients are divided by first, a `precision.LossScale`, which follows them.
         """
@@ -174,7 +174,9 @@ class ManyAdamW:
         prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=scalar)
         prepare((1,), (32,), (self.control, np.float64(beta1), np.float64(beta2)))
         numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, self._eps))
-        adamw = cuda.kernel("adamw", "adamw_many", SCALAR=scalar)
+        following = [x for x in copies or () if x is not None]
+        types = {"SCALAR": scalar} | ({"COPY": cuda.scalar(following[0].dtype)} if following else {})
+        adamw = cuda.kernel("adamw", "adamw_many", **types)
         adamw((pieces,), (256,), (table, count, self.control, *numbers))
 
 

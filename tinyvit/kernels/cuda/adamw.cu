@@ -9,17 +9,23 @@
 // overflow beyond 1.8e19, and a sum over 10^8 of them loses digits. What changes from step to step lies in device
 // memory too (`control`), so that a captured graph can be replayed.
 //
-// Compile with SCALAR, the type of the gradients and of the low-precision copies; the parameters themselves are fp32.
+// Compile with SCALAR, the type of the gradients, and COPY, that of the low-precision copies (SCALAR if not defined);
+// the parameters themselves are fp32.
 #include "common.cuh"
 
+#ifndef COPY
+#define COPY SCALAR
+#endif
+
 using T = SCALAR;
+using C = COPY;
 
 constexpr int PIECE = 4096;
 
 struct Parameter {  // 64 bytes; the table's layout in Python is TABLE in cupy_optim.py
     float *p, *m, *v;
     const T* g;
-    T* copy;  // may be null
+    C* copy;  // may be null
     long long size;
     long long first_piece;
     float lr_scale, weight_decay;
@@ -87,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     for (; i + 4 <= end; i += blockDim.x * 4) {  // arrays start at 16-byte boundaries, and so do pieces
         Vector<float, 4> p = load<4>(parameter.p + i), m = load<4>(parameter.m + i), v = load<4>(parameter.v + i);
         const Vector<T, 4> g = load<4>(parameter.g + i);
-        Vector<T, 4> copy;
+        Vector<C, 4> copy;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             update(p.x[j], m.x[j], v.x[j], g[j] * scale, step);
@@ -100,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     }
     for (; i < end; i++) {  // at most three numbers, by the one thread that they fall to
         update(parameter.p[i], parameter.m[i], parameter.v[i], to_float(parameter.g[i]) * scale, step);
-        if (parameter.copy) parameter.copy[i] = Scalar<T>::from(parameter.p[i]);
+        if (parameter.copy) parameter.copy[i] = Scalar<C>::from(parameter.p[i]);
     }
 }
 

@@ -1,0 +1,193 @@
+"""How long the CUDA kernels take, beside what the device can do. Part of gpu_check."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from gpu_common import BF16, FP32, cupy, microseconds, random_array, results, sets, xp
+
+import tinyvit
+from tinyvit import random
+from tinyvit.kernels import cublas, cupy_, cupy_attention, cupy_linear, cupy_optim
+
+# CIFAR's ViT with patches of 4 in batches of 1024, ViT-B/16 in batches of 256, ViT-L/16 at 384 of 64.
+ATTENTION = ((1024, 3, 65), (256, 12, 197), (64, 16, 577))  # batch, heads, rows; D = 64
+TOKENS = ((1024 * 65, 192), (256 * 197, 768))  # rows and width of the activations
+MODELS = ("vit_tiny_patch4_32", "vit_base_patch16_224")
+
+
+def attention_calls(batch: int, heads: int, n: int, backward: bool, dtype: Any = BF16) -> list[Callable]:
+    """Calls of our attention, forward or backward alone."""
+    nbytes = batch * n * heads * 64 * np.dtype(dtype).itemsize * (8 if backward else 4)
+    qkvs = [random_array((batch, n, 3 * heads * 64), dtype) for _ in sets(nbytes)]
+    if not backward:
+        return [lambda qkv=qkv: cupy_.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[0] for qkv in qkvs]
+    vjps = [cupy_.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[1] for qkv in qkvs]
+    dys = [random_array((batch, n, heads * 64), dtype) for _ in qkvs]
+    return [lambda vjp=vjp, dy=dy: vjp(dy) for vjp, dy in zip(vjps, dys, strict=True)]
+
+
+def time_attention() -> None:
+    print("\nattention, bf16, D = 64: microseconds forward, backward, both (beside torch's: attention_bench)")
+    for batch, heads, n in ATTENTION:
+        forward, backward = (microseconds(attention_calls(batch, heads, n, back)) for back in (False, True))
+        flops, shape = 4 * batch * heads * n * n * 64, f"{batch} x {heads} x {n}"
+        rates = f"{flops / forward / 1e6:4.0f} and {2.5 * flops / backward / 1e6:4.0f} TFLOP/s"
+        print(f"  {shape:16} {forward:7.1f} {backward:7.1f} {forward + backward:7.1f}   {rates}")
+        results.append({"time": f"attention {shape}", "microseconds": [forward, backward]})
+
+
+def tune_attention() -> None:
+    """Other plans than our own, fastest first."""
+    own = cupy_attention.forward_plan, cupy_attention.backward_plan
+    step = {False: ("KEYS", (32, 64, 80)), True: ("QUERIES", (32, 64))}
+    for batch, heads, n in ATTENTION:
+        for back in (False, True):
+            timed = []
+            for choice in choices(n, *step[back]):
+                plan = own[back](n, n, 64, 2, **choice)
+                if plan is None:
+                    continue
+                name = "backward_plan" if back else "forward_plan"
+                setattr(cupy_attention, name, functools.partial(own[back], **choice))
+                try:
+                    timed.append((microseconds(attention_calls(batch, heads, n, back), 7), plan.constants, plan.parts))
+                except Exception as problem:  # a plan that the device refuses
+                    print(f"  {choice}: {problem}")
+                finally:
+                    cupy_attention.forward_plan, cupy_attention.backward_plan = own
+            print(f"\n{'backward' if back else 'forward'} {batch} x {heads} x {n}; ours is {own[back](n, n, 64, 2)}")
+            for micros, constants, parts in sorted(timed, key=lambda row: row[0])[:6]:
+                print(f"  {micros:7.1f}  {constants} in {parts}")
+            results.append({"tune": f"{batch} x {heads} x {n}", "backward": back, "times": timed})
+
+
+def choices(n: int, step: str, sizes: tuple[int, ...]) -> Iterator[dict[str, int]]:
+    for tiles in (1, 2) if n > 16 else (1,):
+        for size in sizes:
+            for warps in (4, 5, 7, 8, 13):
+                if warps <= math.ceil(n / 16 / tiles):
+                    yield {"TILES": tiles, step: size, "WARPS": warps}
+
+
+def copy_rate() -> float:
+    """GB/s of a copy on the device, read and written bytes counted."""
+    a, b = cupy.ones(1 << 28, cupy.float32), cupy.empty(1 << 28, cupy.float32)
+    return 2 * a.nbytes / microseconds([lambda: cupy.copyto(b, a)]) / 1e3
+
+
+def time_others() -> None:
+    rate = copy_rate()
+    print(f"\nbound by memory: microseconds, GB/s and share of a copy's {rate:.0f} GB/s")
+
+    def show(name: str, nbytes: int, make: Callable[[], Callable]) -> None:
+        micros = microseconds([make() for _ in sets(nbytes)])
+        print(f"  {name:44} {micros:8.1f} {nbytes / micros / 1e3:7.0f} {nbytes / micros / 1e3 / rate:6.2f}")
+        results.append({"time": name, "microseconds": micros, "share": nbytes / micros / 1e3 / rate})
+
+    for rows, dim in TOKENS:
+        size, vectors = rows * dim * 2, [random_array(dim) for _ in range(2)]
+
+        def norm(back: bool, rows: int = rows, dim: int = dim, vectors: list = vectors) -> Callable:
+            x, dy = random_array((rows, dim)), random_array((rows, dim))
+            call = functools.partial(cupy_.layer_norm, xp, x, *vectors, eps=1e-6, needs=(True,) * 3)
+            return functools.partial(call()[1], dy) if back else lambda: call()[0]
+
+        def add_norm(rows: int = rows, dim: int = dim, vectors: list = vectors) -> Callable:
+            x, y = random_array((rows, dim)), random_array((rows, dim))
+            return lambda: cupy_.add_layer_norm(xp, x, y, *vectors, eps=1e-6, needs=(True,) * 4)[0]
+
+        def gelu(back: bool, rows: int = rows, columns: int = 4 * dim) -> Callable:
+            x, bias, dy = random_array((rows, columns)), random_array(columns), random_array((rows, columns))
+            out = cupy.empty((rows, columns), BF16)
+            if back:
+                return lambda: cupy_linear.columns(
+                    "bias_gelu_backward", x, x, bias, dy, out, cupy_linear.partial_sums(xp, x)
+                )
+            return lambda: cupy_linear.columns("bias_gelu_forward", x, x, bias, out)
+
+        def column_sums(rows: int = rows, columns: int = 3 * dim) -> Callable:
+            x = random_array((rows, columns))
+            return lambda: cupy_linear.columns("column_sums", x, x, cupy_linear.partial_sums(xp, x))
+
+        show(f"layer_norm {rows} x {dim}", 2 * size, functools.partial(norm, False))
+        show(f"layer_norm backward {rows} x {dim}", 3 * size, functools.partial(norm, True))
+        show(f"add_layer_norm {rows} x {dim}", 4 * size, add_norm)
+        show(f"bias_gelu {rows} x {4 * dim}", 8 * size, functools.partial(gelu, False))
+        show(f"bias_gelu backward {rows} x {4 * dim}", 12 * size, functools.partial(gelu, True))
+        show(f"column_sums {rows} x {3 * dim}", 3 * size, column_sums)
+
+    def adamw() -> Callable:
+        sizes = [p.size for p in model.parameters()]
+        p, m, v = ([cupy.zeros(n, cupy.float32) for n in sizes] for _ in range(3))
+        copies, gradients = ([random_array(n) for n in sizes] for _ in range(2))
+        ones = [1.0] * len(sizes)
+        opt = cupy_optim.ManyAdamW(xp, beta1=0.9, beta2=0.999, eps=1e-8)
+        options = {"copies": copies, "lr_scales": ones, "weight_decays": ones, "max_norm": 1.0}
+        return lambda: opt.update(p, gradients, m, v, **options)
+
+    def ema() -> Callable:
+        a, b = ([cupy.zeros(p.size, cupy.float32) for p in model.parameters()] for _ in range(2))
+        lerp = cupy_optim.ManyLerp(xp)
+        return lambda: lerp.update(a, b, 0.1)
+
+    for name in MODELS:
+        model = tinyvit.create_model(name)
+        show(f"norm, clipping and AdamW of {name}", 30 * model.num_parameters(), adamw)
+        show(f"averages of {name}", 12 * model.num_parameters(), ema)
+
+    mask = functools.partial(cupy_.dropout_mask, xp, random_array(1024), drop=0.1, shape=(65, 768))
+    show("dropout masks, 1024 x 65 x 768", 2 * 1024 * 65 * 768, lambda: lambda: mask(draw=random.Draw(0, 0, 0, 0)))
+
+    x = random_array(64)
+    call = functools.partial(cupy_.gelu, xp, x, approximate="none", needs=(False,))
+    call()
+    start = time.perf_counter()
+    for _ in range(2000):
+        call()
+    launch = (time.perf_counter() - start) / 2000 * 1e6
+    cupy.cuda.Device().synchronize()
+    print(f"\na launch from Python, with its result's allocation: {launch:.1f} microseconds of the host")
+    results.append({"time": "launch", "microseconds": launch})
+
+
+def time_products() -> None:
+    """Each product of a block, through cuBLASLt with its epilogue."""
+    print("\nproducts of a block through cuBLASLt: microseconds and TFLOP/s (fp32 in tf32)")
+    for dtype in (BF16, FP32):
+        token = cublas.tf32.set(True)
+        for rows, dim in TOKENS:
+            for name, inner, outer in (
+                ("qkv", dim, 3 * dim),
+                ("proj", dim, dim),
+                ("fc1", dim, 4 * dim),
+                ("fc2", 4 * dim, dim),
+            ):
+                count = len(sets(rows * (inner + outer) * dtype.itemsize))
+                x, dy = ([random_array((rows, n), dtype) for _ in range(count)] for n in (inner, outer))
+                weight, bias = random_array((outer, inner), dtype), random_array(outer, dtype)
+                forms: dict[str, Callable] = {
+                    "forward": lambda x, dy, w=weight, b=bias: cublas.linear(xp, x, w, b),
+                    "with residual": lambda x, dy, w=weight, b=bias: cublas.linear(xp, x, w, b, dy),
+                    "dx": lambda x, dy, w=weight: cublas.input_gradient(xp, dy, w),
+                    "dW and db": lambda x, dy: cublas.weight_gradient(xp, dy, x, True),
+                    "dW": lambda x, dy: cublas.weight_gradient(xp, dy, x, False),
+                }
+                line = f"  {dtype.name:9}{rows:6} x {inner:4} to {outer:4} {name:5}"
+                for form, call in forms.items():
+                    if call(x[0], dy[0]) is None:
+                        line += f"  {form}: no algorithm"
+                        continue
+                    micros = microseconds([functools.partial(call, a, b) for a, b in zip(x, dy, strict=True)], 7)
+                    rate = 2 * rows * inner * outer / micros / 1e6
+                    line += f"  {form} {micros:.0f} {rate:.0f}"
+                    results.append(
+                        {"time": f"{dtype.name} {name} {form} {rows} x {dim}", "microseconds": micros, "tflops": rate}
+                    )
+                print(line)
+        cublas.tf32.reset(token)
