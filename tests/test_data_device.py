@@ -1,5 +1,8 @@
 """Batches on the device that trains: data that stays there, and pictures that are moved there, with the same bits."""
 
+import json
+import signal
+import threading
 from dataclasses import replace
 
 import array_api_strict
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 from drawing import BACKENDS, LIBRARIES
 from running import make_pictures
+from safetensors.numpy import load_file
 
 from tinyvit import TrainStep, arrays, create_model, optim
 from tinyvit.data import Augment, Data, Loader, load_data, resident
@@ -109,3 +113,68 @@ def test_a_part_of_a_resident_split():
     there = resident(data(), array_api_strict).train
     part = there.take(np.array([5, 2]))
     assert np.array_equal(arrays.to_numpy(part.images), data().train.images[[5, 2]]) and len(part) == 2
+
+
+def test_evaluation_reads_a_batch_when_the_next_one_is_under_way(monkeypatch):
+    """And stops when asked to, without leaving the loader's thread behind."""
+    from tinyvit import evaluate as module
+
+    monkeypatch.setattr(module, "BATCH_SIZE", 4)
+    pictures = resident(data(), array_api_strict)
+    model = create_model("vit_nano_patch8_32", image_size=8, patch_size=4, num_classes=3).to(array_api_strict)
+    forward, events, to_numpy = model.forward, [], arrays.to_numpy
+    model.forward = lambda images: events.append("computed") or forward(images)
+
+    def read(x):
+        if not arrays.on_host(x):
+            events.append("read")
+        return to_numpy(x)
+
+    monkeypatch.setattr(arrays, "to_numpy", read)
+    given = (pictures.test, pictures.test.labels, pictures.class_names, pictures.mean, pictures.std)
+    assert evaluate(model, *given) is not None
+    assert events == ["computed", "computed", "read", "computed", "read", "read"]
+    assert evaluate(model, *given, stop=lambda: True) is None
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tinyvit-loader")]
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "numpy"])
+def test_a_run_on_a_device_is_a_run_on_the_host(backend, tmp_path, monkeypatch):
+    """All of `tinyvit train`: batches, steps, averages, evaluations, checkpoints, a stop and going on."""
+    from tinyvit import train as train_module
+    from tinyvit import trainer
+
+    pictures = make_pictures(tmp_path / "pictures", size=24)
+    given = dict(data=str(pictures), model="vit_nano_patch8_32", image_size=24, batch_size=16, epochs=2, ema=0.9)
+    given |= dict(mixup=0.4, dropout=0.1, drop_path=0.1, optimizer="sgd", lr=0.01, seed=3)
+    train_module.train({**given, "device": "cpu", "out": str(tmp_path / "host")})
+    for module in (train_module, trainer):
+        monkeypatch.setattr(module, "pick_device", lambda name: on(backend))
+    asked = []
+
+    class Once:
+        def __enter__(self):
+            return lambda: asked.append(None) or (signal.SIGINT if len(asked) == 6 else None)
+
+        def __exit__(self, *error):
+            return False
+
+    monkeypatch.setattr(train_module, "stop_on_signals", Once)
+    out = str(tmp_path / "device")
+    with pytest.raises(trainer.Stopped):
+        train_module.train({**given, "out": out})
+    train_module.train({"out": out}, resume=True)
+    for name in ("last.safetensors", "best.safetensors"):
+        host_file, device_file = (load_file(tmp_path / run / name) for run in ("host", "device"))
+        assert host_file.keys() == device_file.keys()
+        for key, x in host_file.items():
+            assert np.abs(x - device_file[key]).max() < 1e-4 * max(1, np.abs(x).max()), key
+    host_rows, device_rows = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("host", "device")
+    )
+    for ours, theirs in zip(device_rows, host_rows, strict=True):
+        for key in ("epoch", "step", "lr", "train_accuracy", "val_accuracy"):
+            assert ours[key] == theirs[key]
+        for key in ("train_loss", "val_loss"):
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-4)

@@ -194,7 +194,7 @@ def mover(target: Any) -> Callable[[Array], Array]:
     if isinstance(target, str) and target.split(":")[0] == "cuda":
         return _to_cuda(target)
     if isinstance(target, ModuleType):
-        return lambda x: target.asarray(to_numpy(x))
+        return lambda x: x if namespace(x) is target else target.asarray(to_numpy(x))
     if dtype_name(target) not in ("float16", "float32", "float64", "bfloat16"):
         raise ValueError(
             f'expected "cpu", "cuda", "cuda:N", an array-API namespace or a floating dtype, got {target!r}'

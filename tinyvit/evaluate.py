@@ -32,6 +32,8 @@ def pick_device(name: str) -> str:
         probe = arrays.mover(device)(np.ones(1, np.float32))
         with arrays.on_device_of(probe):
             float((probe + probe)[0])  # compiles a kernel, for which CUDA's headers and compiler must be there
+        if arrays.is_cupy(probe):
+            probe.device.use()  # a command works on one GPU alone
         return device
     except Exception as error:  # a driver or GPU is missed in many ways, and CuPy's errors have no names without CuPy
         if name == "auto":
@@ -70,17 +72,18 @@ def evaluate(
     `predict`. Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
     from tinyvit.data import Augment, Loader
-    from tinyvit.step import predict
+    from tinyvit.step import predictions
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
     device = arrays.device_name(model.parameters()[0].data)
     transform = transform or Augment(tuple(mean), tuple(std))
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
-    for images, _ in loader.epoch(0):
+    batches = (images for images, _ in loader.epoch(0))
+    for outputs in predictions(model, batches, len(loader), threads, precision=precision):
         if stop():
             return None
-        logits = predict(model, images, threads=threads, precision=precision).astype(np.float64)  # (B, K)
+        logits = outputs.astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
         part = slice(done, done + len(logits))

@@ -13,7 +13,7 @@ from tinyvit.data.splits import ArraySplit
 from tinyvit.groups import in_head, layer_number
 from tinyvit.ops import concat
 from tinyvit.settings import TrainConfig
-from tinyvit.step import predict
+from tinyvit.step import predictions
 from tinyvit.tensor import Array, Tensor
 from tinyvit.vit import VisionTransformer
 
@@ -124,10 +124,11 @@ def _features(
 ) -> FeatureSplit:
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
+    batches = (images for images, _ in loader.epoch(0))
     parts = []
-    for images, _ in loader.epoch(0):
-        parts.append(predict(Backbone(model), images, threads=threads, precision=precision))
-        bar.update(len(parts[-1]))
+    for features in predictions(Backbone(model), batches, len(loader), threads, precision=precision):
+        parts.append(features)
+        bar.update(len(features))
     return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)
 
 

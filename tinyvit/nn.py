@@ -148,6 +148,9 @@ class Module:
         Args:
             targets: "cpu" (NumPy), "cuda" or "cuda:1" (CuPy), an array-API namespace module, or a floating dtype.
 
+        `TrainStep` and `predict` work on the GPU that the parameters are on. CuPy itself works on its current one, so
+        calls of a module on "cuda:1", and steps of an optimizer, belong under `with cupy.cuda.Device(1):`.
+
         Raises:
             RuntimeError: CuPy, its driver or a GPU is missing.
         """
@@ -190,7 +193,9 @@ class Module:
         for name, p in own.items():
             if name in state:
                 value = arrays.astype(arrays.convert(state[name], p.data), p.dtype)
-                p.data = arrays.namespace(value).asarray(value, copy=True) if copy else value
+                if copy:
+                    value = arrays.namespace(value).asarray(value, copy=True, device=arrays.device(value))
+                p.data = value
 
 
 class Identity(Module):

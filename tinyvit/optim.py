@@ -52,13 +52,12 @@ class Optimizer:
             p = parameter.data
             if not arrays.is_floating(p):
                 raise TypeError(f"parameter {len(self._slots)} must be floating, got {p.dtype}")
-            xp = arrays.namespace(p)
             self._slots.append(
                 _Slot(
                     parameter,
                     lr_scale=_number("lr_scale", options.get("lr_scale", 1.0)),
                     weight_decay=_number("weight_decay", options.get("weight_decay", weight_decay)),
-                    state={name: xp.zeros_like(p) for name in state_names},
+                    state={name: _zeros_like(p) for name in state_names},
                 )
             )
 
@@ -419,7 +418,8 @@ class EMA:
         self._decay = _number("decay", decay, below=1.0)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._average = {
-            name: arrays.namespace(p.data).asarray(p.data, copy=True) for name, p in self._parameters.items()
+            name: arrays.namespace(p.data).asarray(p.data, copy=True, device=arrays.device(p.data))
+            for name, p in self._parameters.items()
         }
         self._applied = False
         self._many: Any = None
@@ -533,6 +533,11 @@ def _check_state(what: str, state: Mapping[str, np.ndarray], expected: Mapping[s
 
 def _describe(x: Array) -> str:
     return f"{arrays.dtype_name(x.dtype)} {tuple(x.shape)}"
+
+
+def _zeros_like(x: Array) -> Array:
+    with arrays.on_device_of(x):
+        return arrays.namespace(x).zeros_like(x)
 
 
 def _copy_to_numpy(x: Array) -> np.ndarray:

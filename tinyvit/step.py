@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -266,6 +266,23 @@ def predict(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     count = images.shape[0]
+    starts = range(0, max(count, 1), batch_size)
+    batches = (images[first : min(first + batch_size, count), ...] for first in starts)
+    return np.concatenate(list(predictions(model, batches, len(starts), threads, shards_per_batch, precision)))
+
+
+def predictions(
+    model: nn.Module,
+    batches: Iterable[Array],
+    number: int,
+    threads: int | None = None,
+    shards_per_batch: int | None = None,
+    precision: str = "fp32",
+) -> Iterator[np.ndarray]:
+    """What `predict` gives, for each of a `number` of batches (B, C, H, W) that are at hand one after the other.
+
+    A device computes a batch while the one before is read.
+    """
     like = next(iter(model.parameters())).data
     if not arrays.on_host(like):
         threads = 1
@@ -275,19 +292,21 @@ def predict(
         logits = model(images).data
         return logits if mode.dtype is None else arrays.astype(logits, "float32")
 
-    if arrays.is_cupy(like) and count >= WORTH_A_GRAPH * batch_size:
+    if arrays.is_cupy(like) and number >= WORTH_A_GRAPH:
         graph, single = Graphed(lambda images: (single(images),)), compute
         compute = lambda images: graph(images)[0]
-    with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
-        parts: list[np.ndarray] = []
-        unread: list[Array] = []
-        for first in range(0, max(count, 1), batch_size):
-            batch = arrays.convert(_array(images[first : min(first + batch_size, count), ...]), like)
+    unread: list[Array] = []
+    for images in batches:
+        with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
+            batch = arrays.convert(_array(images), like)
             plan = shards.plan(batch.shape[0], threads, shards_per_batch)
             computed = list(shards.run(plan, lambda start, stop, batch=batch: compute(batch[start:stop, ...])))
-            parts += map(arrays.to_numpy, unread)  # the batch before: reading it waits for nothing but itself
-            unread = computed
-        return np.concatenate([*parts, *map(arrays.to_numpy, unread)])
+        mode.keep_copies()
+        if unread:
+            yield np.concatenate([arrays.to_numpy(x) for x in unread])
+        unread = computed
+    if unread:
+        yield np.concatenate([arrays.to_numpy(x) for x in unread])
 
 
 def _array(x: Tensor | Array) -> Array:

@@ -199,7 +199,7 @@ class Trainer:
                 break
             self.opt.lr = rate(p.step)
             self.step(images, labels)
-            self.unread.append((self.step.outcome, len(labels)))
+            self.unread.append((self.step.outcome, labels.shape[0]))
             p.step, p.batch = p.step + 1, p.batch + 1
             if read := time.monotonic() - self.read_at >= self.read_every:
                 self.read_outcomes()
