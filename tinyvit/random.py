@@ -50,7 +50,7 @@ def scope(seed: int, step: int | Any = 0, first_sample: int = 0) -> Iterator[Non
     for name, value in (("seed", seed), ("step", step), ("first_sample", first_sample)):
         if isinstance(value, Integral) and value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    token = _state.set(_State(seed, step, first_sample))
+    token = _state.set(_State(int(seed), int(step) if isinstance(step, Integral) else step, int(first_sample)))
     try:
         yield
     finally:

@@ -293,7 +293,8 @@ def predictions(
         return logits if mode.dtype is None else arrays.astype(logits, "float32")
 
     if arrays.is_cupy(like) and number >= WORTH_A_GRAPH:
-        graph, single = Graphed(lambda images: (single(images),)), compute
+        weights, single = model.parameters(), compute
+        graph = Graphed(lambda images: (single(images),), lambda: tuple(cuda.address(p.data) for p in weights))
         compute = lambda images: graph(images)[0]
     unread: list[Array] = []
     for images in batches:
