@@ -6,7 +6,7 @@ import math
 import array_api_strict
 import numpy as np
 import pytest
-from drawing import error, references_only
+from drawing import BACKENDS, LIBRARIES, error, needs_gpu, references_only
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import tinyvit
@@ -224,15 +224,16 @@ def test_bad_arguments(make, message):
     assert str(caught.value) == message
 
 
-def test_a_step_in_another_array_library():
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "numpy"])
+def test_a_step_in_another_array_library(backend):
     """The whole step needs nothing beyond the standard, with arrays of either library as input."""
     x, y = batch(6, "float64")
-    results = []
+    xp, results = LIBRARIES[backend], []
     for library, images, labels in [
         (None, x, y),
-        (array_api_strict, x, y),
-        (array_api_strict, array_api_strict.asarray(x), array_api_strict.asarray(y)),
-        (array_api_strict, array_api_strict.asarray(x), array_api_strict.asarray(np.eye(5)[y])),
+        (xp, x, y),
+        (xp, xp.asarray(x), xp.asarray(y)),
+        (xp, xp.asarray(x), xp.asarray(np.eye(5)[y])),
     ]:
         model = nano("float64", **RATES)
         if library is not None:
@@ -289,6 +290,23 @@ def test_a_step_on_a_device_reads_nothing_back(opt, accumulate):
     assert error(weights(model), weights(host), floor=1e-2) < 1e-10
     assert (step.correct, step.grad_norm) == (expected.correct, pytest.approx(expected.grad_norm, rel=1e-9))
     assert int(outcome.correct) == step.correct and float(outcome.loss) == float(losses[1])
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_on_a_gpu_waits_for_nothing(precision):
+    """CuPy itself tells of each time that it waits, and of each array that goes to the host."""
+    import cupyx
+
+    model = nano(**RATES).to("cuda")
+    opt = optim.AdamW(model.parameters(), lr=0.01)
+    step = TrainStep(model, opt, clip_norm=0.1, ema=optim.EMA(model, 0.9), precision=precision)
+    x, y = (arrays.mover("cuda")(a) for a in batch())
+    for _ in range(3):  # compiles, captures
+        step(x, y)
+    with pytest.warns(UserWarning, match="allow_synchronize"), cupyx.allow_synchronize(False):
+        losses = [step(x, y) for _ in range(3)]
+    assert all(math.isfinite(float(loss)) for loss in losses) and step.step_index == 6
 
 
 # --- predict ------------------------------------------------------------------------------------------------------
