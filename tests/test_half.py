@@ -33,7 +33,7 @@ def test_every_operation_that_adds_up_is_computed_in_float32():
         undecorated = {name for name in operations(module) if not hasattr(vars(module)[name], "__wrapped__")}
         assert undecorated <= EXACT, undecorated - EXACT
     kernels = kernel_table("numpy")
-    shared = kernels.keys() & (operations(reference) | operations(reference_conv))
+    shared = kernels.keys() & (operations(reference) | operations(reference_conv)) - EXACT
     assert len(shared) > 3 and all(hasattr(kernels[name], "__wrapped__") for name in shared)
 
 

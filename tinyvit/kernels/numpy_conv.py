@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit.kernels.half import in_fp32
 from tinyvit.kernels.reference_conv import VJP, Padding, Pair, output_size, pad, views
 
 Array = np.ndarray
@@ -76,4 +77,4 @@ def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     return y, vjp
 
 
-KERNELS: dict[str, Callable] = {f.__name__: f for f in (conv2d, relu)}
+KERNELS: dict[str, Callable] = {f.__name__: f for f in (in_fp32(conv2d), relu)}
