@@ -1,7 +1,9 @@
 """Settings shared by all tests."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from tinyvit import shards
@@ -15,3 +17,12 @@ settings.load_profile("tinyvit")
 # TINYVIT_TEST_THREADS=4 runs the tests as a machine with four cores would.
 if "TINYVIT_TEST_THREADS" in os.environ:
     shards.available_cores = lambda: int(os.environ["TINYVIT_TEST_THREADS"])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled kernels are kept, for all processes of this test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda"
+    folder.mkdir(exist_ok=True)
+    return folder

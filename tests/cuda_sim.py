@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import math
 import os
 import re
 import shutil
@@ -48,6 +49,13 @@ def decode(x: np.ndarray) -> np.ndarray:
     if x.dtype != np.uint16:
         return x.astype(np.float64)
     return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """|actual - expected| / |expected|, infinite where there is a NaN."""
+    assert actual.shape == expected.shape
+    difference = np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30)
+    return math.inf if np.isnan(difference) else float(difference)
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------

@@ -25,17 +25,15 @@ DROPS = dict(drop_path=0.3, proj_drop_rate=0.2, attn_drop_rate=0.2, pos_drop_rat
 
 
 @pytest.fixture
-def device(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
+def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A context in which models of NumPy arrays take the ways of a GPU's, in single launches."""
-    folder = tmp_path_factory.getbasetemp() / "cuda"
-    folder.mkdir(exist_ok=True)
 
     def context(library: Any = None) -> Any:
         monkeypatch.setattr(arrays, "is_cupy", lambda x: type(x) is np.ndarray)
         monkeypatch.setattr(arrays, "on_host", lambda x: False)
         monkeypatch.setattr(arrays, "on_device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(graph.Graphed, "_capture", lambda *_: False)
-        return cuda_sim.everything_on_device(Path(folder), library=library, multiprocessors=2)
+        return cuda_sim.everything_on_device(folder, library=library, multiprocessors=2)
 
     yield context
     monkeypatch.undo()

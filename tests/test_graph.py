@@ -144,7 +144,7 @@ def test_what_cannot_be_captured_runs_in_single_launches_and_says_so_once(driver
 
 
 @pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
-def test_a_step_of_the_kernels_replays_like_single_launches(driver, tmp_path, monkeypatch):
+def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monkeypatch):
     """Dropout masks, clipping, AdamW and EMA: other masks, learning rates and gradients each time, the same bits."""
     call = cuda_sim.Kernel.__call__
     monkeypatch.setattr(cuda_sim.Kernel, "__call__", lambda *a, **k: driver.launch(lambda: call(*a, **k)))
@@ -177,7 +177,7 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, tmp_path, mo
         assert all((x != y).any() for x, y in itertools.pairwise(masks))
         return [*masks, *(p.data for p in parameters), *ema.state_dict().values(), *opt.state_dict().values()]
 
-    with cuda_sim.everything_on_device(tmp_path):
+    with cuda_sim.everything_on_device(folder):
         expected = run(lambda step, opt: step)
         assert driver.replays == 0
         # load_state_dict puts other arrays into the optimizer, so that the graph is captured anew

@@ -5,9 +5,8 @@ The arithmetic for one parameter's arrays is in `tinyvit.kernels.reference_optim
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from types import ModuleType
@@ -16,13 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tinyvit import arrays, kernels, shards
+from tinyvit.ema import EMA as EMA
 from tinyvit.groups import param_groups as param_groups
-from tinyvit.kernels.reference_optim import adamw, lerp, sgd, sum_of_squares
+from tinyvit.kernels.reference_optim import adamw, sgd, sum_of_squares
+from tinyvit.optim_state import State, check_like, check_state, copy_like, copy_to_numpy, number, zeros_like
+from tinyvit.schedules import Constant as Constant
+from tinyvit.schedules import Step as Step
+from tinyvit.schedules import WarmupCosine as WarmupCosine
 
 Array = Any
 Parameter = Any  # anything with .data, .grad and .changed(): a tinyvit.nn.Parameter
 Params = Iterable[Parameter | Mapping[str, Any]]  # parameters, or groups with options of their own
-State = dict[str, np.ndarray]
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -45,7 +48,7 @@ class Optimizer:
     """What SGD, Adam and AdamW share: parameters in groups, their state, saving and loading it."""
 
     def __init__(self, params: Params, lr: float, weight_decay: float, state_names: tuple[str, ...]) -> None:
-        weight_decay = _number("weight_decay", weight_decay)
+        weight_decay = number("weight_decay", weight_decay)
         self.lr = lr
         self._slots = []
         for parameter, options in _flatten(params):
@@ -55,9 +58,9 @@ class Optimizer:
             self._slots.append(
                 _Slot(
                     parameter,
-                    lr_scale=_number("lr_scale", options.get("lr_scale", 1.0)),
-                    weight_decay=_number("weight_decay", options.get("weight_decay", weight_decay)),
-                    state={name: _zeros_like(p) for name in state_names},
+                    lr_scale=number("lr_scale", options.get("lr_scale", 1.0)),
+                    weight_decay=number("weight_decay", options.get("weight_decay", weight_decay)),
+                    state={name: zeros_like(p) for name in state_names},
                 )
             )
 
@@ -68,7 +71,7 @@ class Optimizer:
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = _number("lr", value)
+        self._lr = number("lr", value)
 
     def zero_grad(self) -> None:
         """Forget the gradients: `.grad` becomes None."""
@@ -86,9 +89,9 @@ class Optimizer:
         pending = [(i, slot) for i, slot in enumerate(self._slots) if slot.parameter.grad is not None]
         for i, slot in pending:
             p = slot.parameter.data
-            _check_like(f"the gradient of parameter {i}", slot.parameter.grad, p)
+            check_like(f"the gradient of parameter {i}", slot.parameter.grad, p)
             for name, value in slot.state.items():
-                _check_like(f"the optimizer's {name} of parameter {i}", value, p)
+                check_like(f"the optimizer's {name} of parameter {i}", value, p)
         if self.step_together() is not None:
             return
         if kernels.capturing():
@@ -127,7 +130,7 @@ class Optimizer:
     def state_dict(self) -> State:
         """Copies of all state: "lr", "steps" (int64, one per parameter) and "<index>.<name>" for each array."""
         steps = np.array([slot.steps for slot in self._slots], dtype=np.int64)
-        copies = {key: _copy_to_numpy(value) for key, value in self._arrays().items()}
+        copies = {key: copy_to_numpy(value) for key, value in self._arrays().items()}
         return {"lr": np.array(self.lr), "steps": steps} | copies
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -138,11 +141,11 @@ class Optimizer:
         """
         own = self._arrays()
         expected = {"lr": np.array(self.lr), "steps": np.zeros(len(self._slots), np.int64)} | own
-        _check_state("optimizer state", state, expected)
+        check_state("optimizer state", state, expected)
         self.lr = float(state["lr"])
         for i, slot in enumerate(self._slots):
             slot.steps = int(state["steps"][i])
-            slot.state = {name: _copy_like(state[f"{i}.{name}"], value) for name, value in slot.state.items()}
+            slot.state = {name: copy_like(state[f"{i}.{name}"], value) for name, value in slot.state.items()}
 
     def arrays(self) -> list[Array]:
         """What it keeps about the parameters, arrays that `step` changes in place."""
@@ -169,7 +172,7 @@ class SGD(Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
     ) -> None:
-        self._momentum = _number("momentum", momentum)
+        self._momentum = number("momentum", momentum)
         self._nesterov = nesterov
         if nesterov and not momentum:
             raise ValueError(f"nesterov expects a momentum above 0, got {momentum}")
@@ -203,8 +206,8 @@ class AdamW(Optimizer):
     ) -> None:
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
             raise ValueError(f"betas must be two numbers, got {betas!r}")
-        self._beta1, self._beta2 = (_number(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
-        self._eps = _number("eps", eps)
+        self._beta1, self._beta2 = (number(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
+        self._eps = number("eps", eps)
         self._many: Any = None  # what updates all parameters together, with numbers of its own on the device
         self._told: tuple[float, int] | None = None  # the learning rate and the steps done, as they are there
         self._together: list[_Slot] = []
@@ -312,7 +315,7 @@ def limit_grad_norm(params: Iterable[Parameter], max_norm: float, divisor: Array
 
     The gradients are divided by `divisor` (an array without dimensions) before anything else.
     """
-    max_norm = max_norm if max_norm == math.inf else _number("max_norm", max_norm)
+    max_norm = max_norm if max_norm == math.inf else number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
     gradients = [p.grad for p in with_grad]
     squares = sum(_each(_sum_of_squares, gradients, gradients))
@@ -348,149 +351,6 @@ def _each(function: Callable[[S], T], items: list[S], data: list[Array]) -> list
     return [function(item) for item in items]
 
 
-# --- schedules --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same learning rate at every step."""
-
-    lr: float
-
-    def __call__(self, step: int) -> float:
-        return self.lr
-
-
-@dataclass(frozen=True)
-class Step:
-    """The learning rate `lr`, multiplied by `gamma` every `step_size` steps."""
-
-    lr: float
-    step_size: int
-    gamma: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.step_size < 1:
-            raise ValueError(f"step_size must be at least 1, got {self.step_size}")
-
-    def __call__(self, step: int) -> float:
-        return self.lr * self.gamma ** (step // self.step_size)
-
-
-@dataclass(frozen=True)
-class WarmupCosine:
-    """A straight rise over `warmup_steps`, then half a cosine down to `final_lr` (Loshchilov & Hutter 2017, eq. 5).
-
-    Step 0 already learns: its rate is lr / (warmup_steps + 1). Step `warmup_steps` has the full rate, step
-    `total_steps` (the first one after the training) and all later ones `final_lr`.
-    """
-
-    lr: float
-    total_steps: int
-    warmup_steps: int = 0
-    final_lr: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup_steps <= self.total_steps:
-            raise ValueError(
-                f"warmup_steps must be between 0 and total_steps = {self.total_steps}, got {self.warmup_steps}"
-            )
-
-    def __call__(self, step: int) -> float:
-        if step >= self.total_steps:
-            return self.final_lr
-        if step < self.warmup_steps:
-            return self.lr * (step + 1) / (self.warmup_steps + 1)
-        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return self.final_lr + (self.lr - self.final_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-# --- averaged weights -------------------------------------------------------------------------------------
-
-
-class EMA:
-    """An exponential moving average of a model's parameters that are not frozen, which starts as a copy of them.
-
-    Each `update` does average = decay average + (1 - decay) parameter (Polyak & Juditsky 1992).
-    """
-
-    def __init__(self, model: Any, decay: float) -> None:
-        self._decay = _number("decay", decay, below=1.0)
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._average = {
-            name: arrays.namespace(p.data).asarray(p.data, copy=True, device=arrays.device(p.data))
-            for name, p in self._parameters.items()
-        }
-        self._applied = False
-        self._many: Any = None
-
-    def update(self) -> None:
-        """Move the average towards the present parameters."""
-        self._refuse_if_applied("update")
-        if self._update_together():
-            return
-        for name, p in self._parameters.items():
-            _check_like(f"the average of {name}", self._average[name], p.data)
-            xp = arrays.namespace(p.data)
-            average = kernels.best(lerp, xp)(xp, self._average[name], p.data, weight=1 - self._decay)
-            self._average[name] = average
-
-    def _update_together(self) -> bool:
-        """Update all averages in one go; False, and nothing done, where that cannot be."""
-        averages, targets = list(self._average.values()), [p.data for p in self._parameters.values()]
-        make = kernels.together("lerp", arrays.namespace(targets[0])) if targets else None
-        if make is None or not make.covers(averages, targets):
-            return False
-        self._many = self._many or make(arrays.namespace(targets[0]))
-        self._many.update(averages, targets, 1 - self._decay)
-        return True
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the model has the averaged parameters; afterwards it has its own again."""
-        self._refuse_if_applied("applied")
-        self._applied = True
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-            self._applied = False
-
-    def _swap(self) -> None:
-        for name, p in self._parameters.items():
-            self._average[name], p.data = p.data, self._average[name]
-
-    def _refuse_if_applied(self, what: str) -> None:
-        if self._applied:
-            raise RuntimeError(f"{what} needs the model's own parameters, but the averaged ones are applied")
-
-    def arrays(self) -> list[Array]:
-        """The averages, which `update` changes in place."""
-        return list(self._average.values())
-
-    def state_dict(self) -> State:
-        """Copies of the averaged parameters, under their names in the model."""
-        self._refuse_if_applied("state_dict")
-        return {name: _copy_to_numpy(value) for name, value in self._average.items()}
-
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Continue from `state`; errors as for `Optimizer.load_state_dict`."""
-        self._refuse_if_applied("load_state_dict")
-        _check_state("averaged weights", state, self._average)
-        self._average = {name: _copy_like(state[name], value) for name, value in self._average.items()}
-
-
-# --- checks and copies ------------------------------------------------------------------------------------
-
-
-def _number(name: str, value: Any, below: float = math.inf) -> float:
-    if not (isinstance(value, Real) and 0 <= value < below):
-        limit = "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{name} must be a number of at least 0{limit}, got {value!r}")
-    return float(value)
-
-
 def _flatten(params: Params) -> list[tuple[Parameter, Mapping]]:
     """Every parameter with its group's options."""
     flat: list[tuple[Parameter, Mapping]] = []
@@ -509,41 +369,3 @@ def _flatten(params: Params) -> list[tuple[Parameter, Mapping]]:
             raise ValueError(f"parameters {first[id(p)]} and {i} are one and the same")
         first[id(p)] = i
     return flat
-
-
-def _check_like(what: str, value: Array, p: Array) -> None:
-    if tuple(value.shape) != tuple(p.shape):
-        raise ValueError(f"{what} has shape {tuple(value.shape)}, the parameter has {tuple(p.shape)}")
-    if arrays.namespace(value) is not arrays.namespace(p):
-        raise TypeError(f"{what} is of {type(value).__module__}, the parameter of {type(p).__module__}")
-    if value.dtype != p.dtype:
-        raise TypeError(f"{what} is {value.dtype}, the parameter is {p.dtype}")
-
-
-def _check_state(what: str, state: Mapping[str, np.ndarray], expected: Mapping[str, Array]) -> None:
-    problems = [f"missing {key}" for key in expected if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in expected]
-    for key in expected.keys() & state.keys():
-        given, wanted = _describe(state[key]), _describe(expected[key])
-        if given != wanted:
-            problems.append(f"{key} is {given}, expected {wanted}")
-    if problems:
-        raise ValueError(f"{what}: " + "; ".join(sorted(problems)))
-
-
-def _describe(x: Array) -> str:
-    return f"{arrays.dtype_name(x.dtype)} {tuple(x.shape)}"
-
-
-def _zeros_like(x: Array) -> Array:
-    with arrays.on_device_of(x):
-        return arrays.namespace(x).zeros_like(x)
-
-
-def _copy_to_numpy(x: Array) -> np.ndarray:
-    return np.array(arrays.to_numpy(x))
-
-
-def _copy_like(x: np.ndarray, like: Array) -> Array:
-    """A copy of `x` in the library and on the device of `like`."""
-    return arrays.convert(np.array(x), like)
