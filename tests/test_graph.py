@@ -13,11 +13,13 @@ from typing import Any
 import cuda_sim
 import numpy as np
 import pytest
+from drawing import needs_gpu
 
+import tinyvit
 from tinyvit import functional as F
 from tinyvit import graph, kernels, nn, optim, random
 from tinyvit.graph import Graphed
-from tinyvit.kernels import reference
+from tinyvit.kernels import cublas, reference
 
 
 class Driver:
@@ -204,3 +206,34 @@ def test_dropout_takes_its_step_from_an_array(masked):
             return (F.dropout(x, 0.5) if masked else F.drop_path(x, 0.5)).data
 
     assert np.array_equal(drop(7), drop(np.array(7))) and not np.array_equal(drop(7), drop(np.array(9)))
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_steps_on_a_gpu_replay_like_single_launches(precision):
+    """The same bits, dropout, a falling learning rate, averages and a short batch included."""
+    if cublas.library() is None:
+        pytest.skip("nvmath-python is not installed")
+    drops = dict(drop_path=0.2, proj_drop_rate=0.1, attn_drop_rate=0.1)
+
+    def run(captured: bool) -> list[np.ndarray]:
+        with random.scope(1):
+            model = tinyvit.create_model("vit_micro_patch4_32", depth=2, num_classes=10, **drops).to("cuda")
+        opt, ema = optim.AdamW(model.parameters()), optim.EMA(model, 0.9)
+        step = tinyvit.TrainStep(model, opt, clip_norm=1.0, ema=ema, seed=2, precision=precision)
+        if not captured:
+            step.graph._capture = lambda *_: False
+        rng, numbers = np.random.default_rng(0), []
+        for i in range(8):
+            n = 16 if i != 5 else 7
+            opt.lr = 1e-3 / (i + 1)
+            loss = step(rng.standard_normal((n, 3, 32, 32), np.float32), rng.integers(0, 10, n))
+            numbers.append((float(loss), step.grad_norm, step.correct))
+            assert (step.graph.reason is None) == (captured and i not in (0, 5))
+        return [np.array(numbers), *model.state_dict().values(), *ema.state_dict().values()]
+
+    for ours, right in zip(run(True), run(False), strict=True):
+        assert np.array_equal(ours, right)

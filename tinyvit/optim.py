@@ -237,6 +237,11 @@ class AdamW(Optimizer):
         )  # fmt: skip
         return self._many.get("norm")
 
+    @property
+    def gradient_scale(self) -> float:
+        """What the last `step_together` multiplied the gradients by, to limit them and to take out the loss's scale."""
+        return float(self._many.get("gradient_scale"))
+
     def count_step(self) -> None:
         """The host's share of `step_together`, which a captured graph leaves to its caller each time it is replayed."""
         steps = self._together[0].steps

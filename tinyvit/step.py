@@ -141,8 +141,10 @@ class TrainStep:
         self._together = norm is not None
         updated = True
         if not self._together:
-            for p in self.parameters:
-                p.grad = arrays.astype(p.grad, p.dtype)
+            if self.precision.dtype is not None:
+                self._gradients = [arrays.astype(g, "float32") for g in self._gradients]
+            for p, g in zip(self.parameters, self._gradients, strict=True):
+                p.grad = g
             norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
             updated = self._scale is None or self._scale.update(norm)
             if updated:
@@ -196,7 +198,8 @@ class TrainStep:
     def largest_grad(self) -> float:
         """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
         largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
-        return float(np.max(largest)) if largest else math.nan
+        factor = self.optimizer.gradient_scale if self._together else 1.0  # these were scaled on their way
+        return float(np.max(largest)) * factor if largest else math.nan
 
     def _differentiate(self, images: Array, labels: Array, step: int | Array) -> tuple[Array, Array, list[Array]]:
         """Loss, hits and gradients of the batch, summed over its shards in their order."""
