@@ -76,7 +76,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
         using_allocator=lambda _: contextlib.nullcontext(),
     )
     pool = SimpleNamespace(free_all_blocks=lambda: None)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool))
+    module = SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool, ndarray=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "cupy", module)
     graph._stream.cache_clear()
     yield driver
     graph._stream.cache_clear()
