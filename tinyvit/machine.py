@@ -166,9 +166,11 @@ def describe_gpu(number: int) -> str:
 
 
 def describe_device(x: Any) -> str:
-    """Where the array `x` lies: "cpu", or a GPU with what `describe_gpu` says."""
-    name = str(arrays.device_name(x))
-    return f"{name} {describe_gpu(x.device.id)}" if arrays.is_cupy(x) else name
+    """Where the array `x` lies: "cpu", a GPU with what `describe_gpu` says, or another library's name."""
+    name = arrays.device_name(x)
+    if arrays.is_cupy(x):
+        return f"{name} {describe_gpu(x.device.id)}"
+    return name if isinstance(name, str) else name.__name__
 
 
 def _gpus() -> list[str]:

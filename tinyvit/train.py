@@ -166,8 +166,9 @@ def introduce(trainer: Trainer) -> None:
         f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} "
         f"training and {len(data.validation)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
     )
-    if arrays.on_host(trainer.model.parameters()[0].data):
-        trainer.display.line(machine.one_line(machine.examine()))
+    like = trainer.model.parameters()[0].data
+    on = machine.one_line(machine.examine()) if arrays.on_host(like) else machine.describe_device(like)
+    trainer.display.line(on if options.precision == "fp32" else f"{options.precision} on {on}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
         trainer.display.line(f"left out {len(skipped)} pictures that cannot be read, the first is {skipped[0]}")
 
