@@ -77,6 +77,8 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, residual: Array
 
 def linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, keep: bool) -> tuple[Array, Array | None] | None:
     """gelu(x W^T + bias) by the tanh approximation, and where wanted what GELU was taken of; None if not covered."""
+    if keep and weight.shape[0] % 8:  # what is kept has rows of whole vectors
+        return None
     y = xp.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     hidden = xp.empty(y.shape, dtype=x.dtype) if keep else None
     epilogue = "GELU_AUX_BIAS" if keep else "GELU_BIAS"
@@ -92,6 +94,8 @@ def input_gradient(xp: Any, dy: Array, weight: Array) -> Array | None:
 
 def weight_gradient(xp: Any, dy: Array, x: Array, with_bias: bool) -> tuple[Array, Array | None] | None:
     """dy^T x, and the sums of dy's columns: dy (R, O), x (R, I) -> (O, I), (O,); None if not covered."""
+    if with_bias and dy.shape[0] == 1:  # which cuBLASLt before 12.3.4 gets wrong
+        return None
     dweight = xp.empty((dy.shape[1], x.shape[1]), dtype=dy.dtype)
     dbias = xp.empty(dy.shape[1], dtype=dy.dtype) if with_bias else None
     epilogue = "BGRADB" if with_bias else "DEFAULT"
