@@ -136,3 +136,17 @@ def test_addresses_name_what_a_graph_works_on(device):
         assert cuda.address(step.parameters[0].data) in before[2]
         step.parameters[0].data = step.parameters[0].data.copy()
         assert step._surroundings() != before
+
+
+def test_the_second_step_finds_what_the_first_one_did(device):
+    """So that it can be captured: the same arrays and settings, also in 16 bits and after weights were replaced."""
+    with device(CuBLASLt()):
+        *_, step = train(steps=1, precision="fp16")
+        kinds = []
+        step.graph = lambda *inputs: (kinds.append(step._surroundings()), step._compute(*inputs))[1]
+        images, labels = np.ones((2, 3, 8, 8), np.float32), np.array([0, 1])
+        for i in range(4):
+            step(images, labels)
+            if i == 1:
+                step.model.load_state_dict({name: 0 * x + 0.5 for name, x in step.model.state_dict().items()})
+        assert kinds[0] == kinds[1] != kinds[2] == kinds[3]

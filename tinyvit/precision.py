@@ -88,6 +88,13 @@ class Precision:
             for copy, master in zip(self._copies, masters, strict=True):
                 copy[...] = arrays.astype(master, self.dtype)
 
+    def refresh(self) -> None:
+        """Bring the copies up to date, unless they are."""
+        if self.dtype is not None and not self.copies_are_current():
+            with np.errstate(over="ignore"):
+                self._round([p.data for p in self._parameters])
+            self.keep_copies()
+
     def copies(self) -> dict[int, Array]:
         """The copies that there are, by the `id` of their parameters: for an optimizer to keep them up to date."""
         return {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=False)}

@@ -122,6 +122,7 @@ class TrainStep:
         with shards.limit(self.threads), arrays.on_device_of(like):
             images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
             if arrays.is_cupy(like):
+                self.precision.refresh()  # not in the graph, where it would be done each time
                 self.outcome = Outcome(*self.graph(images, labels, arrays.convert(np.array(self.step_index), like)))
             else:
                 self.outcome = Outcome(*self._compute(images, labels, self.step_index))
@@ -158,13 +159,7 @@ class TrainStep:
         """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
         used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
         used += self.ema.arrays() if isinstance(self.ema, optim.EMA) else []
-        settings = (
-            self.clip_norm,
-            self.label_smoothing,
-            self.accumulate,
-            self.seed,
-            self.precision.copies_are_current(),
-        )
+        settings = (self.clip_norm, self.label_smoothing, self.accumulate, self.seed)
         trained = tuple(p.requires_grad for p in self.parameters)
         return settings, trained, tuple(map(cuda.address, used))
 
