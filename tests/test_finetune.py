@@ -159,6 +159,20 @@ def test_frozen_parts_compute_as_in_evaluation():
             freeze(net, wrong)
 
 
+@pytest.mark.parametrize("part", [1, "all-but-head"])
+def test_a_step_leaves_frozen_parts_of_a_loaded_model_in_evaluation_mode(trained, part):
+    net = package.load_model(trained / "run", drop_path=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
+    assert not net.training
+    freeze(net, part)
+    step = TrainStep(net, optim.SGD(optim.param_groups(net, 0.0), lr=0.1), threads=1)
+    step(np.zeros((4, 3, 32, 32), np.float32), np.arange(4) % 3)
+    assert net.training and net.head_drop.training
+    assert not net.pos_drop.training and not any(m.training for _, m in net.blocks[0].named_modules())
+    assert net.blocks[1].mlp.drop.training == (part == 1)
+    net.requires_grad_(True).train()
+    assert all(module.training for _, module in net.named_modules())
+
+
 def test_python_users_freeze_with_requires_grad_():
     net = model()
     net.requires_grad_(False)

@@ -41,8 +41,8 @@ def freeze(model: VisionTransformer, part: str | int) -> None:
     """Keep weights as they are: "all-but-head", or N for the embeddings (patches, tokens, positions) and N blocks.
 
     What is frozen gets no gradient, and as nothing below it does either, no backward pass runs there. It also computes
-    as in evaluation, without dropout and drop path, which would only add noise to what cannot adapt to it; a later
-    `model.train()` would switch them on again.
+    as in evaluation, without dropout and drop path, which would only add noise to what cannot adapt to it;
+    `model.train()` leaves that as it is, and `model.requires_grad_(True).train()` thaws everything.
 
     Raises:
         ValueError: the model has no such part.
@@ -61,7 +61,7 @@ def freeze(model: VisionTransformer, part: str | int) -> None:
             p.requires_grad = False
     for name, module in model.named_modules():
         if name and frozen(name):
-            module.training = False
+            module.frozen, module.training = True, False
 
 
 def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -88,9 +88,15 @@ class Parameter(Tensor):
 
 
 class Module:
-    """A part of a model: attributes that are parameters or modules, and a `forward`."""
+    """A part of a model: attributes that are parameters or modules, and a `forward`.
+
+    Attributes:
+        training: whether dropout and drop path are on.
+        frozen: stays in evaluation mode, whatever `train` says, until `requires_grad_(True)`.
+    """
 
     training: bool = True
+    frozen: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.forward(*args, **kwargs)
@@ -127,9 +133,9 @@ class Module:
         return sum(p.size for p in self.parameters())
 
     def train(self, mode: bool = True) -> Self:
-        """Switch dropout and drop path on (or off) in this module and all below."""
+        """Switch dropout and drop path on (or off) in this module and all below; what is frozen stays off."""
         for _, module in self.named_modules():
-            module.training = mode
+            module.training = mode and not module.frozen
         return self
 
     def eval(self) -> Self:
@@ -137,9 +143,12 @@ class Module:
         return self.train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Thaw (or freeze) all parameters."""
+        """Thaw (or freeze) all parameters; thawed modules follow `train` again."""
         for p in self.parameters():
             p.requires_grad = requires_grad
+        if requires_grad:
+            for _, module in self.named_modules():
+                module.frozen = False
         return self
 
     def to(self, *targets: Any) -> Self:
