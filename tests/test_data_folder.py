@@ -186,6 +186,12 @@ def empty_test(root):
         (root / "test" / name).mkdir()
 
 
+def two_validations(root):
+    tree(root, "val")
+    grow(root / "Validation")
+    grow(root / "test")
+
+
 def single_picture(root):
     grow(root)
     grow(root, ("emu",), count=1)
@@ -206,6 +212,7 @@ def flat(root):
         (stranger, r"ROOT/test/Cat is a class that ROOT/train does not have \(it has cat, dog\)"),
         (only_test, "ROOT has test/ but no train/"),
         (empty_test, r"the class folders of ROOT/test have no pictures \(looked for .*\)"),
+        (two_validations, "ROOT has validation pictures under 2 names, expected one of val, validation"),
         (single_picture, "class emu of ROOT has one picture, at least two are needed to split it"),
     ],
 )

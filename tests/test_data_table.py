@@ -81,6 +81,11 @@ def test_a_split_column_decides(pets):
     assert colours(load_data(pets / "pets.csv").test) == [[1, 2], [0, 2]]
 
 
+def test_spaces_around_a_label_make_no_class(pets):
+    data = load_data(table(pets, PLAIN.replace("dog0.png,dog", "dog0.png, dog ")))
+    assert data.class_names == ("cat", "dog") and len(data.train) + len(data.test) == 6
+
+
 def test_quotes_marks_and_absolute_paths(pets):
     paint(pets / "photos" / 'a, "b".png', (1, 9, 0))
     rows = [*ROWS[:-1], (str(pets / "photos" / "cat2.png"), "cat"), ('"photos/a, ""b"".png"', '"dog, mostly"')]
@@ -112,6 +117,10 @@ def test_the_fingerprint_of_a_csv_knows_its_labels(pets):
         ("path,label,split\na.png,cat,test\n", "ROOT/pets.csv has no row with the split train, found only test"),
         ("path,label\na.png,cat\n", "ROOT/pets.csv must hold training pictures of .* two classes, found only cat"),
         ('path,label\n"a.png,cat\n', "ROOT/pets.csv, after line 1: unexpected end of data"),
+        (
+            "path,label,split\na,cat,train\nb,dog,train\nc,cat,val\nd,dog,valid\ne,cat,test\n",
+            "ROOT/pets.csv has validation pictures under 2 names, expected one of val, valid",
+        ),
         (
             "path,label,split\na,cat,train\nb,dog,train\nc,emu,test\n",
             r"ROOT/pets.csv: 'emu' is a class of test pictures that no training picture has \(they have cat, dog\)",
@@ -317,6 +326,25 @@ def test_columns_that_cannot_be_told(tmp_path, pa):
     refused(labels + "found .*", image=picture, one=[0, 1], other=[0, 1])
 
 
+def test_a_missing_shard_is_named(snacks, pa):
+    (snacks / "data" / "train-00000-of-00002.parquet").unlink()
+    assert_error("ROOT lacks data/train-00000-of-00002.parquet", snacks, snacks)
+    alone = snacks / "data" / "train-00001-of-00002.parquet"  # what is asked for by name need not be whole
+    save(pa, alone, [0, 0, 1, 1])
+    assert len(load_data(alone).train) == len(load_data(alone).test) == 2
+
+
+def test_files_of_no_split_beside_others(snacks, pa):
+    save(pa, snacks / "data" / "more-0.parquet", [0, 1], metadata=note())
+    message = "ROOT/data/more-0.parquet belongs to no split, as other files do: expected a name that begins with one of .*"
+    assert_error(message, snacks, snacks)
+
+
+def test_two_validation_parts(snacks, pa):
+    save(pa, snacks / "data" / "val.parquet", [0, 1], metadata=note())
+    assert_error("ROOT has validation pictures under 2 names, expected one of val, validation", snacks, snacks)
+
+
 def test_two_columns_of_one_name(tmp_path, pa):
     columns = [[png((0, 0, 0))] * 2, [0, 1], [0, 1]]
     pa.parquet.write_table(pa.table(columns, names=["image", "label", "label"]), tmp_path / "train.parquet")
@@ -350,6 +378,19 @@ def test_an_image_folder_with_a_note_beside_it_is_still_one(tmp_path, pa):
     (tmp_path / "train" / "metadata.parquet").write_bytes(b"")
     (tmp_path / "metadata.parquet").write_bytes(b"")
     assert load_data(tmp_path).class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("stray", ["cat/notes.parquet", "train.parquet"])
+def test_pictures_and_parquet_files_in_one_place(tmp_path, pa, stray):
+    """Neither replaces the other; a picture that is in no folder, such as a logo, is none of the data's."""
+    save(pa, tmp_path / stray, [0, 1, 0, 1])
+    paint(tmp_path / "logo.png")
+    load_data(tmp_path)
+    for name in ("cat", "dog"):
+        for i in range(2):
+            paint(tmp_path / name / "deep" / f"{i}.png")
+    message = rf"ROOT holds both pictures \(cat/deep/.\.png\) and parquet files \({stray}\), expected one of the two"
+    assert_error(message, tmp_path, tmp_path)
 
 
 def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch):

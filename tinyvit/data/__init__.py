@@ -10,7 +10,7 @@ from typing import Any
 from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.cifar import find_cifar10, load_cifar10
 from tinyvit.data.download import cache_directory, fetch_cifar10
-from tinyvit.data.folder import find_in_folder
+from tinyvit.data.folder import find_in_folder, first_picture
 from tinyvit.data.listing import SMALL, Found, load_listings
 from tinyvit.data.loader import Loader
 from tinyvit.data.parquet import find_in_parquet, parquet_files
@@ -106,10 +106,18 @@ def existing(src: str | os.PathLike[str]) -> Path:
 
 
 def layout(path: Path) -> tuple[str, Callable[[Path, float, int], Found]]:
-    """What kind of source lies at `path`, and the function that finds its pictures."""
+    """What kind of source lies at `path`, and the function that finds its pictures. Raises DataError for two kinds."""
     if path.suffix.lower() == ".csv" and path.is_file():
         return "csv", find_in_csv
-    return ("parquet", find_in_parquet) if parquet_files(path) else ("folder", find_in_folder)
+    tables = parquet_files(path)
+    if not tables:
+        return "folder", find_in_folder
+    if path.is_dir() and (picture := first_picture(path)):
+        raise DataError(
+            f"{path} holds both pictures ({picture}) and parquet files ({tables[0].relative_to(path).as_posix()}), "
+            "expected one of the two"
+        )
+    return "parquet", find_in_parquet
 
 
 def default_augment(data: Data) -> Augment:

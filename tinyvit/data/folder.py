@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.listing import TEST_NAMES, Found, Listing, classes_without, split_classes
+from tinyvit.data.listing import TEST_NAMES, Found, Listing, classes_without, held_out_parts, split_classes
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
@@ -39,11 +40,11 @@ def find_in_folder(root: Path, val_fraction: float, seed: int) -> Found:
 def find_splits(root: Path) -> tuple[Path, list[Path]]:
     """The folder of the training classes, and those of test and validation classes, the preferred one first."""
     folders = {folder.name.lower(): folder for folder in class_folders(root)}
-    tests = [folders[name] for name in TEST_NAMES if name in folders and class_folders(folders[name])]
+    tests = [name for name in TEST_NAMES if name in folders and class_folders(folders[name])]
     if "train" in folders:
-        return folders["train"], tests
+        return folders["train"], [folders[name] for name in held_out_parts(root, tests)]
     if tests and set(folders) <= set(TEST_NAMES):
-        raise DataError(f"{root} has {tests[0].name}/ but no train/")
+        raise DataError(f"{root} has {folders[tests[0]].name}/ but no train/")
     return root, []
 
 
@@ -61,11 +62,20 @@ def list_pictures(root: Path, names: tuple[str, ...]) -> Listing:
     """The pictures in and below each class folder, by name; links to folders are not followed."""
     files, labels = [], []
     for label, name in enumerate(names):
-        for folder, folders, members in os.walk(root / name):
-            folders[:] = [child for child in folders if not child.startswith(".")]
-            inside = Path(folder).relative_to(root).as_posix()
-            pictures = (m for m in members if m.lower().endswith(ENDINGS) and not m.startswith("."))
-            files += (f"{inside}/{picture}" for picture in pictures)
+        files += pictures_below(root, name)
         labels += [label] * (len(files) - len(labels))
     order = sorted(range(len(files)), key=lambda i: (labels[i], files[i]))
     return Listing(root, files, np.array(labels, dtype=np.int64)).take(order)
+
+
+def pictures_below(root: Path, name: str) -> Iterator[str]:
+    """The pictures in and below the folder `name` of `root`, relative to `root`, in no order."""
+    for folder, folders, members in os.walk(root / name):
+        folders[:] = [child for child in folders if not child.startswith(".")]
+        inside = Path(folder).relative_to(root).as_posix()
+        yield from (f"{inside}/{m}" for m in members if m.lower().endswith(ENDINGS) and not m.startswith("."))
+
+
+def first_picture(root: Path) -> str | None:
+    """A picture in or below the folders of `root`, relative to it, if there is one."""
+    return next((picture for folder in class_folders(root) for picture in pictures_below(root, folder.name)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,14 @@ def load_listings(
     name = source.resolve().stem if source.is_file() else source.resolve().name
     fingerprint = f"{kind}-{digest[:16]}"
     return Data(name, train_split, test_split, names, mean, std, size, 3, fingerprint, options, not test.drawn, val_split)
+
+
+def held_out_parts(source: Path, parts: Collection[str]) -> list[str]:
+    """Those of `parts` that are not for training, the preferred one first. Raises DataError for two of one purpose."""
+    found = [name for name in TEST_NAMES if name in parts]
+    if len(same := [name for name in found if name != "test"]) > 1:
+        raise DataError(f"{source} has validation pictures under {len(same)} names, expected one of {', '.join(same)}")
+    return found
 
 
 def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvit.data.base import DataError
-from tinyvit.data.listing import TEST_NAMES, Found
+from tinyvit.data.listing import Found, held_out_parts
 from tinyvit.data.table import SPLIT_NAMES, Rows, number_classes
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Found:
     train = read_split(path, parts["train"])
     if train is None:
         raise DataError(f"{path}: the training pictures have no labels (all are null or -1)")
-    parts_read = [read_split(path, parts[name]) for name in TEST_NAMES if name in parts]
+    parts_read = [read_split(path, parts[name]) for name in held_out_parts(path, parts)]
     tests = [rows for rows in parts_read if rows is not None]  # published test splits may lack their labels
     if not order and all(name.isdecimal() for name in train.classes):
         order = sorted(set(train.classes), key=int)
@@ -46,18 +46,41 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Found:
 
 
 def by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Shard]]:
-    """The files of each split, which begins a file's name or is its folder's; all are "train" where none says so."""
+    """The files of each split, which begins a file's name or is its folder's; all are "train" where none says so.
+
+    Raises DataError for files of no split beside others, and for one that is missing from a directory.
+    """
+    if path.is_dir() and (missing := missing_shard(files)):
+        raise DataError(f"{path} lacks {missing.relative_to(path).as_posix()}")
     parts: dict[str, list[Shard]] = {}
     for file in files:
         parts.setdefault(split_of(file), []).append(Shard(file))
     if set(parts) == {""}:
         parts = {"train": parts[""]}
+    if "" in parts:
+        raise DataError(
+            f"{parts[''][0].file} belongs to no split, as other files do: expected a name that begins with one of "
+            f"{', '.join(SPLIT_NAMES)}"
+        )
     if "train" not in parts:
-        raise DataError(f"{path} has parquet files of {', '.join(filter(None, parts))}, but none of train")
+        raise DataError(f"{path} has parquet files of {', '.join(parts)}, but none of train")
     if len(folders := {shard.file.parent for shard in parts["train"]}) > 1:
         names = ", ".join(sorted(folder.name for folder in folders))
         raise DataError(f"{path} holds several data sets, expected one of them: {names}")
     return parts
+
+
+def missing_shard(files: Sequence[Path]) -> Path | None:
+    """The first that is not there of the files that names such as train-00000-of-00002.parquet count."""
+    matches = [(file.parent, re.fullmatch(r"(.+-)(\d+)-of-(\d+)", file.stem)) for file in files]
+    heads = dict.fromkeys((folder, match[1], len(match[2]), match[3]) for folder, match in matches if match)
+    expected = (
+        folder / f"{name}{i:0{digits}}-of-{count}.parquet"
+        for folder, name, digits, count in heads
+        for i in range(int(count))
+    )
+    present = set(files)
+    return next((file for file in expected if file not in present), None)
 
 
 def split_of(file: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.listing import TEST_NAMES, Found, Listing, split_classes
+from tinyvit.data.listing import TEST_NAMES, Found, Listing, held_out_parts, split_classes
 
 SPLIT_NAMES = ("train", *TEST_NAMES)
 
@@ -61,7 +61,7 @@ def find_in_csv(path: Path, val_fraction: float, seed: int) -> Found:
     if "train" not in parts:
         found = f"only {', '.join(parts)}" if parts else "no row at all"
         raise DataError(f"{path} has no row with the split train, found {found}")
-    tests = [parts[name] for name in TEST_NAMES if name in parts]
+    tests = [parts[name] for name in held_out_parts(path, parts)]
     return number_classes(path, parts["train"], tests, (), val_fraction, seed)
 
 
@@ -81,7 +81,7 @@ def read_csv(path: Path) -> dict[str, Rows]:
                 split = checked(row, columns, f"{path}, line {reader.line_num}")
                 rows = parts.setdefault(split, Rows())
                 rows.files.append(row["path"])
-                rows.classes.append(row["label"])
+                rows.classes.append(row["label"].strip())
     except UnicodeDecodeError:
         raise DataError(f"{path} is not text in UTF-8") from None
     except csv.Error as error:
