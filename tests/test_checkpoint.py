@@ -138,6 +138,16 @@ except OSError as error:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_place_that_cannot_be_written_is_reported_under_its_own_name(tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    for path in (tmp_path / "gone" / "a.safetensors", tmp_path / "taken"):
+        with pytest.raises(OSError, match="could not write") as caught:
+            save(path, {"x": np.zeros(1)}, {})
+        assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
 def test_files_are_as_readable_as_any_other(tmp_path):
     ordinary = tmp_path / "ordinary"
     ordinary.write_text("")

@@ -259,8 +259,7 @@ def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
 
 def scores_dict(scores: Scores) -> dict[str, Any]:
     per_class = {name: accuracy for name, accuracy, _ in scores.per_class}
-    loss = {} if scores.loss is None else {"loss": scores.loss}
-    return {"accuracy": scores.accuracy, "top5": scores.top5, **loss, "per_class": per_class}
+    return {"accuracy": scores.accuracy, "top5": scores.top5, "loss": scores.loss, "per_class": per_class}
 
 
 def print_scores(scores: Scores, what: str) -> None:
