@@ -1,6 +1,7 @@
 """CIFAR-10's two layouts give the same data; broken files are named; a pickle runs nothing."""
 
 import collections
+import io
 import os
 import pickle
 import re
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from tinyvit.data import DataError, load_data
+from tinyvit.data import DataError, load_data, read_picture
 from tinyvit.data.cifar import CLASSES
 from tinyvit.data.plain_pickle import PLAIN, load_plain_pickle
 
@@ -90,6 +92,18 @@ def test_other_size(binary, tmp_path):
     larger, smaller = data.test.read(np.arange(4)), binary.test.read(np.arange(4))
     assert larger.shape == (4, 3, 48, 48)
     np.testing.assert_allclose(larger.mean(axis=(2, 3)), smaller.mean(axis=(2, 3)), atol=6)
+
+
+@pytest.mark.parametrize("options", [{}, {"crop_pct": 0.9, "interpolation": "bilinear"}, {"crop_mode": "squash"}])
+def test_pictures_are_cut_as_recorded(binary, tmp_path, options):
+    """At their own size, too: a run predicts from files what it was trained on."""
+    data = load_data(write_binary(tmp_path / "x"), image_size=32, fit_options=options)
+    read = data.test.read(np.arange(3))
+    for i, picture in enumerate(binary.test.read(np.arange(3))):
+        file = io.BytesIO()
+        Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
+        assert np.array_equal(read_picture(file, 32, **data.fit_options), read[i])
+    assert data.fit_options == {"crop_pct": 1.0, **options} and data.fingerprint == binary.fingerprint
 
 
 def test_without_class_names(tmp_path):

@@ -358,6 +358,19 @@ def test_large_pictures_are_cropped_at_random_for_training(tmp_path):
     assert isinstance(data.test, ArraySplit)
 
 
+def test_random_crops_are_resized_as_the_options_say(tmp_path):
+    """With nearest neighbours no colour is mixed."""
+    for name in ("cat", "dog"):
+        for i in range(2):
+            path = tmp_path / name / f"{i}.png"
+            paint(path)
+            Image.fromarray(np.random.default_rng(i).choice([0, 255], (30, 30, 3)).astype(np.uint8)).save(path)
+    for interpolation, mixed in (("nearest", False), ("bicubic", True)):
+        data = load_data(tmp_path, image_size=80, fit_options={"interpolation": interpolation})
+        crops = data.train.read(np.arange(2), np.random.default_rng(0))
+        assert (len(np.unique(crops)) > 2) == mixed
+
+
 def test_transform_of_the_callers_choice(tmp_path):
     def turned(picture, rng):
         return random_rotation(picture, rng, 90)

@@ -1,11 +1,14 @@
 """The drawn pictures: the same from the same seed, evenly spread, and out of a linear classifier's reach."""
 
+import io
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tinyvit.data import load_data
+from tinyvit.data import load_data, read_picture
+from tinyvit.data import shapes as shapes_module
 from tinyvit.data.shapes import CLASSES, SHAPES, draw
 
 
@@ -82,6 +85,17 @@ def test_every_shape_has_its_own_area():
 def test_other_sizes():
     data = load_data("shapes", image_size=(16, 24))
     assert data.image_size == (16, 24) and data.train.read(np.arange(2)).shape == (2, 3, 16, 24)
+
+
+def test_pictures_are_recorded_as_uncut(monkeypatch):
+    """Above 64 pixels too, where `read_picture` would cut them unless told otherwise."""
+    monkeypatch.setattr(shapes_module, "TRAIN", 10)
+    monkeypatch.setattr(shapes_module, "TEST", 10)
+    data = load_data("shapes", image_size=72)
+    picture = data.test.images[0]
+    file = io.BytesIO()
+    Image.fromarray(picture.transpose(1, 2, 0)).save(file, "png")
+    assert np.array_equal(read_picture(file, 72, **data.fit_options), picture)
 
 
 def test_drawing_is_fast():

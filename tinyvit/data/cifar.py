@@ -48,8 +48,9 @@ def load_cifar10(
     mean, std = mean_and_std(in_batches(train[0]))
     size = pair(image_size or SIDE)
     options = {"crop_pct": 1.0, **(fit_options or {})}
+    as_stored = size == (SIDE, SIDE) and options["crop_pct"] == 1.0
     splits = [
-        ArraySplit(images, labels, []) if size == (SIDE, SIDE) else ResizedSplit(images, labels, [], size, options)
+        ArraySplit(images, labels, []) if as_stored else ResizedSplit(images, labels, [], size, options)
         for images, labels in (train, test)
     ]
     digest = hashlib.sha256(repr(names).encode())

@@ -87,9 +87,11 @@ def load_listings(
     `kind` begins the fingerprint. Raises DataError.
     """
     size = pair(image_size or common_size(train, test) or LARGE_SIZE)
-    if picture_transform is None and max(size) > SMALL:
-        picture_transform = partial(random_resized_crop, size=size)
     options = fit_options or {}
+    if picture_transform is None and max(size) > SMALL:
+        picture_transform = partial(
+            random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic")
+        )
     train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train", options)
     test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test", options)
     val_split = None if val is None else load_split(val, size, skip_corrupt, None, "reading val", options)[1]

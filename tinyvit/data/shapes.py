@@ -83,7 +83,7 @@ def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0) 
     train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed])), [])
     test = ArraySplit(*draw(TEST, size, np.random.default_rng([1])), [])
     mean, std = mean_and_std(in_batches(train.images))
-    return Data("shapes", train, test, CLASSES, mean, std, size, 3, f"shapes-2-{seed}")
+    return Data("shapes", train, test, CLASSES, mean, std, size, 3, f"shapes-2-{seed}", {"crop_pct": 1.0})
 
 
 def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
