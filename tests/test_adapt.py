@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import tinyvit
 from tinyvit.adapt import bicubic, bilinear, resize_kernel, resize_positions
 from tinyvit.checkpoint import BEST, CheckpointError, describe, load_model, save
+from tinyvit.preprocessing import Preprocessing
 from tinyvit.vit import sincos2d
 
 torch.set_num_threads(1)  # the models are tiny
@@ -90,7 +91,7 @@ def saved(path, **overrides):
     rng = np.random.default_rng(0)
     model.load_state_dict({name: rng.standard_normal(a.shape, np.float32) for name, a in model.state_dict().items()})
     path.mkdir()
-    save(path / BEST, model.state_dict(), describe(model.config, NAMES, (0.5,) * 3, (0.5,) * 3, {}))
+    save(path / BEST, model.state_dict(), describe(model.config, NAMES, Preprocessing((0.5,) * 3, (0.5,) * 3), {}))
     return model, path
 
 

@@ -28,6 +28,7 @@ from tinyvit.checkpoint import (
     write_text,
 )
 from tinyvit.evaluate import EvaluationError, labels_for
+from tinyvit.preprocessing import Preprocessing
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.2, 0.3)
 
@@ -37,7 +38,7 @@ def make_model(**overrides):
 
 
 def metadata_of(model):
-    return describe(model.config, ("cat", "dog", "owl"), MEAN, STD, {"val_fraction": 0.1, "seed": 0})
+    return describe(model.config, ("cat", "dog", "owl"), Preprocessing(MEAN, STD), {"val_fraction": 0.1, "seed": 0})
 
 
 def write_run(directory, *, best=None, last=None):
@@ -363,7 +364,7 @@ def test_no_damage_leads_to_another_error(small_file, tmp_path_factory, data):
 def test_a_class_name_that_a_model_has_twice_decides_nothing(tmp_path):
     model = make_model()
     names = ("crane", "owl", "crane")  # a bird and a machine, as in ImageNet
-    save(tmp_path / BEST, model.state_dict(), describe(model.config, names, MEAN, STD, {}))
+    save(tmp_path / BEST, model.state_dict(), describe(model.config, names, Preprocessing(MEAN, STD), {}))
     checkpoint, labels = open_checkpoint(tmp_path), np.array([0, 1, 2])
     assert labels_for(checkpoint, labels, names).tolist() == [0, 1, 2]
     assert labels_for(checkpoint, labels[:1], ("owl",)).tolist() == [1]

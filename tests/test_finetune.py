@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from safetensors.numpy import load_file
 
 import tinyvit as package
 from tinyvit import TrainStep, optim, tensor
+from tinyvit import checkpoint as checkpoints
 from tinyvit import functional as F
-from tinyvit.finetune import Backbone, Head, class_weights, freeze, init_head
+from tinyvit.build import keeps_head
+from tinyvit.checkpoint import BEST, open_checkpoint, read, save
+from tinyvit.finetune import Backbone, Head, class_weights, freeze, init_head, order_head
+from tinyvit.formats import convert
 from tinyvit.groups import layer_number
 
 
@@ -102,6 +107,14 @@ def test_a_new_head_is_zero_or_truncated_normal():
     assert all(np.array_equal(net.state_dict()[name], a) for name, a in body.items())
     with pytest.raises(ValueError, match="zeros or normal"):
         init_head(net, "ones")
+
+
+def test_classes_in_another_order_take_their_rows_along():
+    net = model(distilled=True, num_classes=3)
+    init_head(net, "normal")
+    before = net.eval()(images()).numpy()
+    order_head(net, [2, 0, 1])
+    assert np.array_equal(net(images()).numpy(), before[:, [2, 0, 1]])
 
 
 # --- frozen parts -------------------------------------------------------------------------------------------------
@@ -213,6 +226,47 @@ def test_a_run_keeps_what_is_frozen(trained, tmp_path):
     assert {name: options[name] for name in given} == given
 
 
+def with_classes(trained, path, names, **metadata):
+    """The run's weights under other class names, the head's rows as they are."""
+    tensors, recorded = read(trained / "run" / BEST)
+    path.mkdir()
+    save(path / BEST, tensors, recorded | {"class_names": names} | metadata)
+    return tensors
+
+
+def untouched(trained, out, init, epochs=1):
+    """The weights of a run at a learning rate of nothing, and what it printed."""
+    result = tinyvit("train", "--data", trained / "other", "--init", init, "--epochs", epochs, "--out", out,
+                     "--lr", 1e-30, "--weight-decay", 0)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return load_file(out / BEST), result.stdout
+
+
+def test_the_head_of_the_same_classes_is_kept_in_whatever_order(trained, tmp_path):
+    old = with_classes(trained, tmp_path / "init", ["red", "azure", "green"])
+    new, printed = untouched(trained, tmp_path / "a", tmp_path / "init")
+    assert "its head kept" in printed
+    assert np.allclose(new["head.weight"], old["head.weight"][[1, 2, 0]], rtol=1e-5) and old["head.weight"].any()
+    assert np.allclose(new["head.bias"], old["head.bias"][[1, 2, 0]], rtol=1e-5)
+    new, printed = untouched(trained, tmp_path / "b", trained / "run")
+    assert "a new head for 3 classes" in printed and np.abs(new["head.weight"]).max() < 1e-20
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]])
+def test_made_up_names_are_nobodys_classes(trained, tmp_path, names):
+    """A checkpoint that numbers its classes, as ours and as another library's, beside a folder of the same names."""
+    with_classes(trained, tmp_path / "known", names)
+    with_classes(trained, tmp_path / "numbered", names, names_known=False)
+    convert(tmp_path / "known", tmp_path / "timm", "timm")
+    convert(tmp_path / "known", tmp_path / "hf", "huggingface")
+    convert(tmp_path / "timm", tmp_path / "back", "tinyvit")
+    known = {path.name: open_checkpoint(path).names_known for path in tmp_path.iterdir()}
+    assert known == {"known": True, "numbered": False, "timm": False, "hf": False, "back": False}
+    pictures = SimpleNamespace(class_names=tuple(names))
+    assert keeps_head(open_checkpoint(tmp_path / "known"), pictures)
+    assert not keeps_head(open_checkpoint(tmp_path / "numbered"), pictures)
+
+
 @pytest.mark.parametrize(
     ("options", "status", "named"),
     [
@@ -288,6 +342,17 @@ def test_a_run_computes_features_once(trained, tmp_path, monkeypatch):
     seen.clear()
     train(given | {"out": str(tmp_path / "b"), "augment": True, "batch_size": 9})
     assert sum(seen) == 3 * (72 + 18)
+
+
+def test_the_weights_to_begin_with_are_read_once(trained, tmp_path, monkeypatch):
+    from tinyvit.train import train
+
+    opened = []
+    original = checkpoints.load_run
+    monkeypatch.setattr(checkpoints, "load_run", lambda path: (opened.append(path), original(path))[1])
+    train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "minutes": 0.01,
+           "out": str(tmp_path / "a")})  # fmt: skip
+    assert len(opened) == 1
 
 
 def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
@@ -368,8 +433,6 @@ def test_weighted_classes_reach_the_steps(trained, tmp_path):
 
 
 def test_a_fine_tuned_run_prepares_pictures_as_its_weights_were_used_to(trained, tmp_path):
-    from tinyvit.checkpoint import BEST, open_checkpoint, read, save
-
     tensors, metadata = read(trained / "run" / BEST)
     unusual = {"crop_pct": 0.5, "crop_mode": "squash", "interpolation": "nearest", "mean": [0.1] * 3, "std": [0.7] * 3}
     (tmp_path / "odd").mkdir()

@@ -13,6 +13,7 @@ import tinyvit
 from tinyvit.checkpoint import CheckpointError, describe, load_model, open_checkpoint, save
 from tinyvit.data import read_picture
 from tinyvit.formats import convert
+from tinyvit.preprocessing import Preprocessing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -292,7 +293,7 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
     model.load_state_dict({name: rng.standard_normal(a.shape) * 0.2 for name, a in model.state_dict().items()})
     model.to("float32")
     names = tuple(f"class {i}" for i in range(model.config.num_classes))
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, (0.4,) * 3, (0.2,) * 3, {}))
+    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {}))
     convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     images = rng.standard_normal((2, 3, *model.config.image_size), dtype=np.float32)
     back = (kind or ViTModel).from_pretrained(tmp_path / "hf").eval()
@@ -431,7 +432,7 @@ def test_processors_that_cannot_be_followed(directory, content):
 def test_what_transformers_lacks_is_not_written(tmp_path, options, problem):
     model = tinyvit.create_model("vit_nano_patch8_32", **options)
     names = tuple(map(str, range(10)))
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, (0.4,) * 3, (0.2,) * 3, {}))
+    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {}))
     with pytest.raises(CheckpointError, match=problem):
         convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]

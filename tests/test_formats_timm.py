@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import tinyvit
 from tinyvit.checkpoint import CheckpointError, load_model, open_checkpoint
 from tinyvit.formats import convert
+from tinyvit.preprocessing import Preprocessing
 from tinyvit.vit import ViTConfig
 
 torch.set_num_threads(1)  # the models are tiny
@@ -315,7 +316,7 @@ def test_an_epsilon_that_timm_cannot_say_is_warned_of_and_kept_for_us(tmp_path):
 
     model = tinyvit.create_model("vit_nano_patch8_32", norm_eps=1e-3)
     names = tuple(map(str, range(10)))
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, HALF, HALF, {}))
+    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, Preprocessing(HALF, HALF), {}))
     with pytest.warns(UserWarning, match=r"timm's layer norms have epsilon 1e-06, this model's 0\.001"):
         convert(tmp_path / "own.safetensors", tmp_path / "timm", "timm")
     assert load_model(tmp_path / "timm").config == model.config
@@ -327,7 +328,7 @@ def test_fixed_positions_are_written_as_learned_ones(tmp_path):
 
     model = tinyvit.create_model("vit_nano_patch8_32", pos_embed="sincos2d").eval()
     model.head.weight.data = np.random.default_rng(0).standard_normal(model.head.weight.shape, dtype=np.float32)
-    save(tmp_path / "own", model.state_dict(), describe(model.config, tuple(map(str, range(10))), HALF, HALF, {}))
+    save(tmp_path / "own", model.state_dict(), describe(model.config, tuple(map(str, range(10))), Preprocessing(HALF, HALF), {}))
     convert(tmp_path / "own", tmp_path / "timm", "timm")
     found = load_model(tmp_path / "timm")
     assert found.config == model.config.replace(pos_embed="learn")
@@ -411,5 +412,5 @@ def test_a_run_that_is_renamed_is_still_ours(tmp_path):
 
     model = tinyvit.create_model("vit_nano_patch8_32", norm_eps=1e-3)
     names = tuple(map(str, range(10)))
-    save(tmp_path / "renamed.pth", model.state_dict(), describe(model.config, names, HALF, HALF, {}))
+    save(tmp_path / "renamed.pth", model.state_dict(), describe(model.config, names, Preprocessing(HALF, HALF), {}))
     assert load_model(tmp_path / "renamed.pth").config == model.config

@@ -16,6 +16,7 @@ from test_formats_google import fixture, jax_forward
 from tinyvit import TrainStep, nn, optim, random
 from tinyvit.checkpoint import CheckpointError, describe, load_model, save
 from tinyvit.formats import convert
+from tinyvit.preprocessing import Preprocessing
 from tinyvit.summary import summarise
 from tinyvit.vit import VisionTransformer, ViTConfig
 
@@ -96,7 +97,7 @@ def test_timm_s_files(tmp_path, kind):
     assert_equal(model(pictures()).numpy(), expected)
     torch.save({"state_dict": {k: torch.from_numpy(a) for k, a in state.items()}}, tmp_path / "vit_nano_r_s8_32.pth")
     assert_equal(load_model(tmp_path / "vit_nano_r_s8_32.pth", num_heads=2)(pictures()).numpy(), expected)
-    save(tmp_path / "own", state, describe(c, tuple("abcde"), HALF, HALF, {}))
+    save(tmp_path / "own", state, describe(c, tuple("abcde"), Preprocessing(HALF, HALF), {}))
     assert_equal(load_model(tmp_path / "own")(pictures()).numpy(), expected)
     convert(tmp_path / "own", tmp_path / "back.safetensors", "timm")
     assert all(np.array_equal(a, state[name]) for name, a in load_file(tmp_path / "back.safetensors").items())
@@ -105,7 +106,7 @@ def test_timm_s_files(tmp_path, kind):
 def test_a_hub_directory_names_the_architecture_that_has_the_stages(tmp_path):
     c = config("stem", image_size=(40, 24), global_pool="avg", fc_norm=False, in_chans=2)
     state = build(c).state_dict()
-    save(tmp_path / "own", state, describe(c, tuple("abcde"), HALF[:2], HALF[:2], {}))
+    save(tmp_path / "own", state, describe(c, tuple("abcde"), Preprocessing(HALF[:2], HALF[:2]), {}))
     convert(tmp_path / "own", tmp_path / "hub", "timm")
     card = json.loads((tmp_path / "hub" / "config.json").read_text())
     assert card["architecture"] == "vit_tiny_r_s16_p8_224" and card["model_args"]["fc_norm"] is False
@@ -115,7 +116,7 @@ def test_a_hub_directory_names_the_architecture_that_has_the_stages(tmp_path):
     images = pictures(40, 24)[:, :2]
     assert_equal(found(images).numpy(), expected_logits(state, c, images))
     other = config("stages")
-    save(tmp_path / "other", build(other).state_dict(), describe(other, tuple("abcde"), HALF, HALF, {}))
+    save(tmp_path / "other", build(other).state_dict(), describe(other, tuple("abcde"), Preprocessing(HALF, HALF), {}))
     message = refusal(convert, tmp_path / "other", tmp_path / "no", "timm")
     assert "timm has no model with stages of (2, 1) blocks before its patches" in message
     assert "ResNet before the patches" in refusal(convert, tmp_path / "other", tmp_path / "no", "huggingface")
@@ -133,7 +134,7 @@ def test_sizes_that_the_stride_does_not_divide_are_rounded_up(tmp_path):
 
 def test_another_image_or_patch_size_resizes_positions_and_projection_alone(tmp_path):
     model = build(config("stem"))
-    save(tmp_path / "own", model.state_dict(), describe(model.config, tuple("abcde"), HALF, HALF, {}))
+    save(tmp_path / "own", model.state_dict(), describe(model.config, tuple("abcde"), Preprocessing(HALF, HALF), {}))
     larger = load_model(tmp_path / "own", image_size=48)
     assert larger.config.grid_size == (6, 6) and larger(pictures(48, 48)).shape == (3, 5)
     finer = load_model(tmp_path / "own", patch_size=1)

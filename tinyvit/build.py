@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 
 from tinyvit import optim
-from tinyvit.checkpoint import open_checkpoint
+from tinyvit.checkpoint import Checkpoint
 from tinyvit.data import Augment, Data, Split, default_augment
-from tinyvit.finetune import freeze, init_head
+from tinyvit.finetune import freeze, init_head, order_head
 from tinyvit.settings import TrainConfig, UsageError
 from tinyvit.vit import VisionTransformer
 from tinyvit.zoo import create_model
 
 
-def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
+def make_model(options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> VisionTransformer:
     """The model that `options` name, for the data's pictures and classes. Raises ValueError where they do not fit.
 
-    With `init` it begins with a checkpoint's weights, and with a new head unless the checkpoint names the data's own
-    classes. Raises CheckpointError for one that cannot be opened or does not fit, UsageError for parts to freeze that it
-    does not have.
+    With the `checkpoint` of `options.init` it begins with its weights, and with a new head unless `keeps_head`. Raises
+    CheckpointError for one that does not fit, UsageError for parts to freeze that it does not have.
     """
     settings: dict[str, Any] = dict(
         image_size=data.image_size,
@@ -33,14 +32,13 @@ def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
     )
     if options.patch_size is not None:
         settings["patch_size"] = options.patch_size
-    if options.init is None:
+    if checkpoint is None:
         model = create_model(options.model, seed=options.seed, **settings)
-        known_classes = False
     else:
-        checkpoint = open_checkpoint(options.init)
         model = checkpoint.build(**settings).train()
-        known_classes = checkpoint.class_names == data.class_names
-    if not known_classes:
+    if checkpoint is not None and keeps_head(checkpoint, data):
+        order_head(model, [checkpoint.class_names.index(name) for name in data.class_names])
+    else:
         init_head(model, options.head_init, options.seed)
     if options.freeze is not None:
         try:
@@ -48,6 +46,11 @@ def make_model(options: TrainConfig, data: Data) -> VisionTransformer:
         except ValueError as error:
             raise UsageError(f"--freeze: {error}") from None
     return model
+
+
+def keeps_head(checkpoint: Checkpoint, data: Data) -> bool:
+    """Whether the checkpoint's head is for the data's classes, in whatever order."""
+    return checkpoint.names_known and sorted(checkpoint.class_names) == sorted(data.class_names)
 
 
 def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Optimizer:

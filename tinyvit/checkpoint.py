@@ -123,7 +123,8 @@ class Checkpoint:
     """Weights and what is needed to use them on a picture.
 
     `split` says how the training run divided a folder without a test part (`val_fraction`, `seed`), so that an
-    evaluation divides it alike.
+    evaluation divides it alike. `names_known` is false where nothing said what the classes are, and `class_names` only
+    number them.
     """
 
     path: Path
@@ -132,6 +133,7 @@ class Checkpoint:
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
+    names_known: bool = True
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -179,16 +181,17 @@ class Checkpoint:
 def describe(
     config: ViTConfig,
     class_names: tuple[str, ...],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    split: dict[str, Any],
+    preprocessing: Preprocessing,
+    split: Mapping[str, Any],
+    names_known: bool = True,
 ) -> dict[str, Any]:
     """The metadata from which a Checkpoint is read back."""
     return {
         "config": config.to_dict(),
         "class_names": list(class_names),
-        **Preprocessing(mean, std).to_dict(),
-        "split": split,
+        "names_known": names_known,
+        **preprocessing.to_dict(),
+        "split": dict(split),
     }
 
 
@@ -212,6 +215,7 @@ def load_run(path: Path) -> Checkpoint:
             class_names=names,
             preprocessing=Preprocessing.from_dict(metadata),
             split={key: metadata["split"][key] for key in ("val_fraction", "seed") if key in metadata["split"]},
+            names_known=bool(metadata.get("names_known", True)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata describes no model ({_one_line(error)})") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +36,13 @@ def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
                 drawn = how == "normal" and p.ndim > 1
                 values = nn.truncated_normal(p.shape, 0.02) if drawn else np.zeros(p.shape)
                 p.data = values.astype(p.dtype)
+
+
+def order_head(model: VisionTransformer, order: Sequence[int]) -> None:
+    """Give the model's classes another order: the new class i is the old class `order[i]`."""
+    for name, p in model.named_parameters():
+        if in_head(name):
+            p.data = p.data[list(order)]
 
 
 def freeze(model: VisionTransformer, part: str | int) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit import arrays, machine, run
-from tinyvit.build import make_model
-from tinyvit.checkpoint import BEST, LAST, open_checkpoint
+from tinyvit.build import keeps_head, make_model
+from tinyvit.checkpoint import BEST, LAST, Checkpoint, open_checkpoint
 from tinyvit.data import Data, load_data, resident
 from tinyvit.data.listing import SMALL
 from tinyvit.data.splits import hold_out
@@ -42,16 +42,21 @@ def train(given: dict[str, Any], *, resume: bool = False, started: float | None 
     if not resume and given.get("out"):
         run.check_unused(Path(given["out"]))
     options = TrainConfig(**with_recipe(given))
-    data = load(options)
+    checkpoint = open_init(options)
+    data = load(options, checkpoint)
     options = complete(options, data)
     if resume:  # the run to resume goes by its usual name; it may have been started with options of its own
         return resume_run(Path(options.out), given)
-    return start_run(options, data, started)
+    return start_run(options, data, checkpoint, started)
 
 
-def load(options: TrainConfig) -> Data:
-    """The data set, in the size asked for, else the model's own, else the pictures'; prepared as `init` is used to."""
-    checkpoint = None if options.init is None else open_checkpoint(options.init)
+def open_init(options: TrainConfig) -> Checkpoint | None:
+    """The weights to begin with, read once for all that needs them."""
+    return None if options.init is None else open_checkpoint(options.init)
+
+
+def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
+    """The data set, in the size asked for, else the model's own, else the pictures'; prepared as `checkpoint` is used to."""
     size = options.image_size
     if size is None and checkpoint is not None:
         size = checkpoint.image_size
@@ -102,21 +107,23 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     )
 
 
-def start_run(options: TrainConfig, data: Data, started: float) -> Position:
+def start_run(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float) -> Position:
     """Train in a new run directory."""
     out = Path(options.out)
     run.check_unused(out)
     steps_per_epoch = len(data.train) // options.batch_size
     plan = make_plan((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
     display = Display()
-    data = prepare(options, data, display)
-    trainer = Trainer(options, data, plan, display)
-    introduce(trainer)
+    data = prepare(options, data, checkpoint, display)
+    trainer = Trainer(options, data, plan, display, checkpoint)
+    introduce(trainer, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     if options.minutes is not None:
-        deadline = Deadline(Trainer(options, data, plan, display), started + 60 * options.minutes)
+        deadline = Deadline(Trainer(options, data, plan, display, checkpoint), started + 60 * options.minutes)
         trainer.deadline, trainer.plan = deadline, deadline.plan
         display.line(f"about {deadline.plan.total_steps} steps fit into {clock(60 * options.minutes)}")
+    if checkpoint is not None:
+        checkpoint.state.clear()  # the trainer has its own copy
     run.write_config(out, trainer.config())
     run.write_metrics(out, [])
     trainer.save_last()  # from here on the run can be resumed, whatever happens to it
@@ -133,19 +140,23 @@ def resume_run(out: Path, given: dict[str, Any]) -> Position:
     display = Display()
     same_source = options.data == config["options"]["data"]
     if not (position.finished and same_source):  # a finished run needs its pictures no more
-        data = load(options)
+        checkpoint = open_init(options)
+        data = load(options, checkpoint)
         run.check_same_data(out, config, data)
     if position.finished:
         display.line(f"{out} is finished: its {position.epoch} epochs are done, nothing was changed")
         return position
-    trainer = Trainer(options, prepare(options, data, display), Plan(**config["plan"]), display)
+    data = prepare(options, data, checkpoint, display)
+    trainer = Trainer(options, data, Plan(**config["plan"]), display, checkpoint)
+    if checkpoint is not None:
+        checkpoint.state.clear()  # the trainer has its own copy
     trainer.restore()
     display.line(f"going on with {out} after step {position.step} of {trainer.plan.total_steps}")
     run.write_metrics(out, position.history)  # lines of epochs after the checkpoint will come again
     return finish(trainer)
 
 
-def prepare(options: TrainConfig, data: Data, display: Display) -> Data:
+def prepare(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display) -> Data:
     """The data that the steps see, on the device that runs them if it fits there.
 
     Where nothing but the head changes from epoch to epoch, it is the features before the head.
@@ -154,11 +165,11 @@ def prepare(options: TrainConfig, data: Data, display: Display) -> Data:
     if not reuses_features(options):
         return resident(data, device)
     display.line(f"only the head learns: computing the features of {len(data.train) + len(data.validation)} pictures once")
-    model = make_model(options, data).to(device)
+    model = make_model(options, data, checkpoint).to(device)
     return resident(with_features(model, data, options.threads, options.precision), device)
 
 
-def introduce(trainer: Trainer) -> None:
+def introduce(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
     """Say what will be trained on what, and where."""
     data, options = trainer.data, trainer.options
     height, width = data.image_size
@@ -166,6 +177,9 @@ def introduce(trainer: Trainer) -> None:
         f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} "
         f"training and {len(data.validation)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
     )
+    if checkpoint is not None:
+        head = "its head kept" if keeps_head(checkpoint, data) else f"a new head for {len(data.class_names)} classes"
+        trainer.display.line(f"weights of {options.init}, {head}")
     like = trainer.model.parameters()[0].data
     on = machine.one_line(machine.examine()) if arrays.on_host(like) else machine.describe_device(like)
     trainer.display.line(on if options.precision == "fp32" else f"{options.precision} on {on}")

@@ -19,7 +19,17 @@ import numpy as np
 
 from tinyvit import arrays, machine, optim, run
 from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
-from tinyvit.checkpoint import BEST, LAST, TRAINING_PREFIXES, CheckpointError, describe, read, read_metadata, save
+from tinyvit.checkpoint import (
+    BEST,
+    LAST,
+    TRAINING_PREFIXES,
+    Checkpoint,
+    CheckpointError,
+    describe,
+    read,
+    read_metadata,
+    save,
+)
 from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
 from tinyvit.finetune import FeatureSplit, Head, as_they_are, class_weights
@@ -76,10 +86,13 @@ def read_position(path: Path) -> Position:
 class Trainer:
     """A model with its optimizer and data, and the steps and epochs that train it.
 
-    `options` are complete: nothing is left to be chosen from the data (see `train.complete`).
+    `options` are complete: nothing is left to be chosen from the data (see `train.complete`). `checkpoint` is what
+    `options.init` names.
     """
 
-    def __init__(self, options: TrainConfig, data: Data, plan: Plan, display: Display) -> None:
+    def __init__(
+        self, options: TrainConfig, data: Data, plan: Plan, display: Display, checkpoint: Checkpoint | None
+    ) -> None:
         self.options, self.data, self.plan, self.display = options, data, plan, display
         self.out = Path(options.out)
         self.position = Position()
@@ -88,7 +101,7 @@ class Trainer:
         self.end_seconds = 0.0  # spent on the ends of epochs
         self.unread: list[tuple[Outcome, int]] = []  # what the latest steps brought, with their pictures
         self.read_at = time.monotonic()
-        self.model = make_model(options, data).to(pick_device(options.device))
+        self.model = make_model(options, data, checkpoint).to(pick_device(options.device))
         self.opt = make_optimizer(options, self.model)
         # What the steps compute: all of the model, or the head alone on features that were computed before.
         on_features = isinstance(data.train, FeatureSplit)
@@ -162,8 +175,8 @@ class Trainer:
         """What the weights mean, for whoever opens them."""
         split = {"val_fraction": self.options.val_fraction or VAL_FRACTION, "seed": self.options.seed}
         data = self.data
-        preprocessing = Preprocessing(data.mean, data.std, **data.fit_options).to_dict()
-        return describe(self.model.config, data.class_names, data.mean, data.std, split) | preprocessing
+        preprocessing = Preprocessing(data.mean, data.std, **data.fit_options)
+        return describe(self.model.config, data.class_names, preprocessing, split)
 
     def config(self) -> dict[str, Any]:
         """What config.json says."""

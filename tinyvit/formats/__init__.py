@@ -6,6 +6,7 @@ perhaps `write(checkpoint, path)`. Which file holds the weights and how its byte
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -36,11 +37,16 @@ def open_foreign(path: Path, hints: Mapping[str, Any]) -> Checkpoint:
             checkpoint = layout.read(source)
             for name, array in checkpoint.state.items():  # in place: never are two copies of all weights in memory
                 checkpoint.state[name] = floating(path, name, array)
-            return checkpoint
+            return dataclasses.replace(checkpoint, names_known=not only_numbers(checkpoint.class_names))
     some = ", ".join(list(source.arrays)[:3])
     raise CheckpointError(
         f"{path}: not the weights of a ViT in a known layout ({', '.join(LAYOUTS)}): it holds {some or 'nothing'} …"
     )
+
+
+def only_numbers(names: tuple[str, ...]) -> bool:
+    """Whether class names say nothing: 0, 1, … as we call the nameless, or LABEL_0, LABEL_1, … as Transformers does."""
+    return all(name in (str(i), f"LABEL_{i}") for i, name in enumerate(names))
 
 
 def floating(path: Path, name: str, array: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ from .parts import new_directory
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
     """Write a safetensors file, or for a name without that ending a directory that opens as a run does."""
-    p = checkpoint.preprocessing
-    metadata = describe(checkpoint.config, checkpoint.class_names, p.mean, p.std, checkpoint.split) | p.to_dict()
+    c = checkpoint
+    metadata = describe(c.config, c.class_names, c.preprocessing, c.split, c.names_known)
     if path.suffix == ".safetensors":
         save(path, checkpoint.state, metadata)
     else:
