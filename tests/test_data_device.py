@@ -69,7 +69,7 @@ def test_training_and_evaluation_from_resident_data(backend):
         for images, labels in Loader(pictures.train, 16, transform=AUGMENT, device=device, drop_last=True).epoch(0):
             loss = step(images, labels)
         names, labels = pictures.class_names, pictures.test.labels
-        scores = evaluate(model, pictures.test, labels, names, pictures.mean, pictures.std, threads=1)
+        scores = evaluate(model, pictures.test, labels, names, Augment(pictures.mean, pictures.std), threads=1)
         results.append((float(loss), scores.loss, scores.accuracy, model.state_dict()["head.bias"]))
     for a, b in zip(*results, strict=True):
         assert np.abs(a - b).max() < 1e-6  # the pictures themselves are float32
@@ -131,7 +131,7 @@ def test_evaluation_reads_a_batch_when_the_next_one_is_under_way(monkeypatch):
         return to_numpy(x)
 
     monkeypatch.setattr(arrays, "to_numpy", read)
-    given = (pictures.test, pictures.test.labels, pictures.class_names, pictures.mean, pictures.std)
+    given = (pictures.test, pictures.test.labels, pictures.class_names, Augment(pictures.mean, pictures.std))
     assert evaluate(model, *given) is not None
     assert events == ["computed", "computed", "read", "computed", "read", "read"]
     assert evaluate(model, *given, stop=lambda: True) is None

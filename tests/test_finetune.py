@@ -109,6 +109,16 @@ def test_a_new_head_is_zero_or_truncated_normal():
         init_head(net, "ones")
 
 
+def test_a_new_head_resembles_no_other_weights():
+    net = model(embed_dim=64, num_heads=4, num_classes=5, seed=7)
+    init_head(net, "normal", seed=7)
+    head = net.head.weight.numpy().ravel()  # (320,)
+    for name, p in net.named_parameters():
+        other = p.numpy().ravel()[: head.size]
+        if name != "head.weight" and other.size == head.size and other.std() > 0:
+            assert abs(np.corrcoef(head, other)[0, 1]) < 0.3, name
+
+
 def test_classes_in_another_order_take_their_rows_along():
     net = model(distilled=True, num_classes=3)
     init_head(net, "normal")

@@ -14,8 +14,11 @@ import tinyvit as library
 from tinyvit import checkpoint as checkpoints
 from tinyvit import probe
 from tinyvit.cli import main
-from tinyvit.data import load_data
+from tinyvit.data import Data, load_data
+from tinyvit.data.splits import ArraySplit
+from tinyvit.data.transforms import normalise
 from tinyvit.evaluate import cross_entropies
+from tinyvit.preprocessing import Preprocessing
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -191,6 +194,22 @@ def test_a_model_without_a_head_is_probed(home, tmp_path, capsys):
     for kind in ("knn", "linear"):
         arguments = ("--data", home / "other", "--probe", kind)
         assert scores(capsys, tmp_path / "bare.safetensors", *arguments) == scores(capsys, home / "run", *arguments)
+
+
+def test_a_distilled_models_features_are_probed(monkeypatch):
+    """Those that `features` and --embed give: the class token's, without the distillation token's."""
+    model = library.create_model("vit_nano_patch8_32", distilled=True, num_classes=0).eval()
+    rng = np.random.default_rng(0)
+    splits = [ArraySplit(rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), np.arange(n) % 2, []) for n in (8, 5)]
+    data = Data("noise", *splits, ("a", "b"), (0.5,) * 3, (0.2,) * 3, (32, 32), 3, "noise")
+    seen = []
+    original = probe.nearest_neighbours
+    monkeypatch.setattr(probe, "nearest_neighbours", lambda *a, **k: (seen.append(a), original(*a, **k))[1])
+    checkpoint = checkpoints.Checkpoint("", model.config, {}, (), Preprocessing((0.4,) * 3, (0.3,) * 3))
+    probe.probe("knn", checkpoint, model, data)
+    for split, features in zip(splits, (seen[0][0], seen[0][2]), strict=True):
+        images = normalise(split.images, checkpoint.mean, checkpoint.std)
+        assert np.allclose(features, model.features(images).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import numpy as np
-
 from tinyvit import optim
 from tinyvit.checkpoint import Checkpoint
-from tinyvit.data import Augment, Data, Split, default_augment
+from tinyvit.data import Augment, Data, default_augment
 from tinyvit.finetune import freeze, init_head, order_head
 from tinyvit.settings import TrainConfig, UsageError
 from tinyvit.vit import VisionTransformer
@@ -69,20 +67,3 @@ def make_augmentation(options: TrainConfig, data: Data) -> Augment:
     return dataclasses.replace(
         augment, mixup=options.mixup, cutmix=options.cutmix, num_classes=len(data.class_names)
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Unvaried:
-    """A split whose pictures are read for training as they are read for evaluation."""
-
-    split: Split
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.split.labels
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        return self.split.read(indices)

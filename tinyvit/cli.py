@@ -130,7 +130,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     from tinyvit.checkpoint import open_checkpoint
-    from tinyvit.data import load_data
+    from tinyvit.data import Augment, load_data
     from tinyvit.evaluate import evaluate, labels_for, pick_device
 
     if args.probe and args.split != "test":
@@ -154,8 +154,8 @@ def run_eval(args: argparse.Namespace) -> None:
     else:
         split = data.test if args.split == "test" else data.train
         labels = labels_for(checkpoint, split.labels, data.class_names)
-        names, mean, std = checkpoint.class_names, checkpoint.mean, checkpoint.std
-        scores = evaluate(model, split, labels, names, mean, std, precision=args.precision)
+        scaling = Augment(checkpoint.mean, checkpoint.std)
+        scores = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=args.precision)
     print_json({**about, **scores_dict(scores)}) if args.json else print_scores(scores, what)
 
 

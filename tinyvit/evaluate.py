@@ -58,26 +58,23 @@ def evaluate(
     split: Split,
     labels: np.ndarray,
     class_names: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
+    transform: Callable[..., Any],
     *,
-    transform: Callable[..., Any] | None = None,
     threads: int | None = None,
     precision: str = "fp32",
     stop: Callable[[], Any] = lambda: False,
 ) -> Scores | None:
     """Run `model` over all of `split`, whose pictures have the classes `labels` (N,) in the model's order.
 
-    A `transform` other than scaling by `mean` and `std` is as for `data.Loader`; `threads` and `precision` are as for
-    `predict`. Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
+    `transform` is as for `data.Loader`, mostly `Augment(mean, std)`; `threads` and `precision` are as for `predict`.
+    Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
-    from tinyvit.data import Augment, Loader
+    from tinyvit.data import Loader
     from tinyvit.step import predictions
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
     device = arrays.device_name(model.parameters()[0].data)
-    transform = transform or Augment(tuple(mean), tuple(std))
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
     batches = (images for images, _ in loader.epoch(0))
     for outputs in predictions(model, batches, len(loader), threads, precision=precision):

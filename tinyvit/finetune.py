@@ -11,15 +11,13 @@ from tqdm import tqdm
 from tinyvit import arrays, nn, random
 from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.data.splits import ArraySplit
+from tinyvit.evaluate import BATCH_SIZE
 from tinyvit.groups import in_head, layer_number
 from tinyvit.ops import concat
-from tinyvit.settings import TrainConfig
+from tinyvit.settings import ALL_BUT_HEAD, TrainConfig
 from tinyvit.step import predictions
 from tinyvit.tensor import Array, Tensor
 from tinyvit.vit import VisionTransformer
-
-ALL_BUT_HEAD = "all-but-head"
-BATCH_SIZE = 256
 
 
 def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
@@ -30,7 +28,7 @@ def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
     """
     if how not in ("zeros", "normal"):
         raise ValueError(f"a head begins with zeros or normal weights, got {how!r}")
-    with random.scope(seed):
+    with random.scope(seed, step=1):  # the other weights of a new model are drawn in step 0
         for name, p in model.named_parameters():
             if in_head(name):
                 drawn = how == "normal" and p.ndim > 1
@@ -118,23 +116,21 @@ def reuses_features(options: TrainConfig) -> bool:
     return options.freeze == ALL_BUT_HEAD and not (options.augment or options.mixup or options.cutmix)
 
 
-def with_features(
-    model: VisionTransformer, data: Data, threads: int | None = None, precision: str = "fp32"
-) -> Data:
-    """`data` with what the model's head reads in place of the pictures, for training and evaluating the head alone."""
+def with_features(part: nn.Module, data: Data, threads: int | None = None, precision: str = "fp32") -> Data:
+    """`data` with the output (B, D) of `part`, such as `Backbone`, in place of the pictures."""
     with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
-        train, val = (_features(model, split, data, threads, precision, bar) for split in (data.train, data.validation))
+        train, val = (_features(part, split, data, threads, precision, bar) for split in (data.train, data.validation))
     return dataclasses.replace(data, train=train, val=val)
 
 
 def _features(
-    model: VisionTransformer, split: Split, data: Data, threads: int | None, precision: str, bar: tqdm
+    part: nn.Module, split: Split, data: Data, threads: int | None, precision: str, bar: tqdm
 ) -> FeatureSplit:
-    device = arrays.device_name(model.parameters()[0].data)
+    device = arrays.device_name(part.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
     batches = (images for images, _ in loader.epoch(0))
     parts = []
-    for features in predictions(Backbone(model), batches, len(loader), threads, precision=precision):
+    for features in predictions(part, batches, len(loader), threads, precision=precision):
         parts.append(features)
         bar.update(len(features))
     return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)

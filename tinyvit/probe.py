@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyvit import nn
 from tinyvit.data.splits import draw_share
 from tinyvit.evaluate import EvaluationError, Scores, cross_entropies, ranks, score
+from tinyvit.tensor import Array, Tensor
 
 if TYPE_CHECKING:
     from tinyvit.checkpoint import Checkpoint
@@ -31,6 +33,16 @@ class Probe:
     setting: dict[str, float]
 
 
+class Pooled(nn.Module):
+    """A model that gives `model.features(images)`: (B, D)."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    def forward(self, images: Array) -> Tensor:
+        return self.model.features(images)
+
+
 def probe(
     kind: str, checkpoint: Checkpoint, model: VisionTransformer, data: Data, precision: str = "fp32"
 ) -> Probe:
@@ -44,7 +56,7 @@ def probe(
     from tinyvit.finetune import with_features
 
     data = dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std, val=data.test)
-    seen = with_features(model, data, precision=precision)
+    seen = with_features(Pooled(model), data, precision=precision)
     train, test = (split.images.astype(np.float32) for split in (seen.train, seen.validation))  # (N, D), (M, D)
     if not (np.all(np.isfinite(train)) and np.all(np.isfinite(test))):
         raise EvaluationError("the model's outputs are not finite")

@@ -14,6 +14,9 @@ from typing import Any
 from tinyvit.precision import PRECISIONS
 
 
+ALL_BUT_HEAD = "all-but-head"
+
+
 class UsageError(Exception):
     """An option that makes no sense, or not with the others; the message is one line."""
 
@@ -63,9 +66,9 @@ def one_of(*choices: str) -> Callable[[str], str]:
 def frozen_part(text: str) -> str | int:
     """A reader of "all-but-head" or a number of blocks; raises ValueError."""
     try:
-        return text if text == "all-but-head" else whole(0)(text)
+        return text if text == ALL_BUT_HEAD else whole(0)(text)
     except ValueError:
-        raise ValueError(f"expected all-but-head or a number of blocks, got {text!r}") from None
+        raise ValueError(f"expected {ALL_BUT_HEAD} or a number of blocks, got {text!r}") from None
 
 
 def device(text: str) -> str:
@@ -129,7 +132,7 @@ class TrainConfig:
         None,
         frozen_part,
         "PART",
-        "keep weights of --init: all-but-head, or N for the embeddings and the first N blocks",
+        f"keep weights of --init: {ALL_BUT_HEAD}, or N for the embeddings and the first N blocks",
     )
     layer_decay: float = option(
         1.0, positive_share, "X", "each layer learns at this share of the rate of the one above it"
@@ -156,7 +159,7 @@ class TrainConfig:
         None,
         bool,
         "",
-        "flip, shift and vary the training pictures (default: yes; with --freeze all-but-head no, so that the features "
+        f"flip, shift and vary the training pictures (default: yes; with --freeze {ALL_BUT_HEAD} no, so that the features "
         "before the head are computed once)",
     )
     optimizer: str = option("adamw", one_of(*RATES), "NAME", "adamw, adam or sgd (with Nesterov momentum 0.9)")

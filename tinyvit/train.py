@@ -21,10 +21,10 @@ from tinyvit.data import Data, load_data, resident
 from tinyvit.data.listing import SMALL
 from tinyvit.data.splits import hold_out
 from tinyvit.evaluate import pick_device
-from tinyvit.finetune import ALL_BUT_HEAD, reuses_features, with_features
+from tinyvit.finetune import Backbone, reuses_features, with_features
 from tinyvit.plan import Deadline, Plan, make_plan
 from tinyvit.progress import Display, clock
-from tinyvit.settings import EPOCHS, RATES, SHAPES_EPOCHS, VAL_FRACTION, TrainConfig, UsageError, with_recipe
+from tinyvit.settings import ALL_BUT_HEAD, EPOCHS, RATES, SHAPES_EPOCHS, VAL_FRACTION, TrainConfig, UsageError, with_recipe
 from tinyvit.trainer import Position, Stop, Trainer, read_position
 from tinyvit.zoo import model_config
 
@@ -166,7 +166,7 @@ def prepare(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, dis
         return resident(data, device)
     display.line(f"only the head learns: computing the features of {len(data.train) + len(data.validation)} pictures once")
     model = make_model(options, data, checkpoint).to(device)
-    return resident(with_features(model, data, options.threads, options.precision), device)
+    return resident(with_features(Backbone(model), data, options.threads, options.precision), device)
 
 
 def introduce(trainer: Trainer, checkpoint: Checkpoint | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit import arrays, machine, optim, run
-from tinyvit.build import Unvaried, make_augmentation, make_model, make_optimizer
+from tinyvit.build import make_augmentation, make_model, make_optimizer
 from tinyvit.checkpoint import (
     BEST,
     LAST,
@@ -31,6 +31,7 @@ from tinyvit.checkpoint import (
     save,
 )
 from tinyvit.data import Augment, Data, Loader, Split
+from tinyvit.data.splits import unvaried
 from tinyvit.evaluate import EvaluationError, Scores, evaluate, pick_device
 from tinyvit.finetune import FeatureSplit, Head, as_they_are, class_weights
 from tinyvit.plan import Deadline, Plan, learning_rate
@@ -124,7 +125,7 @@ class Trainer:
         )
         self.read_every = 0.0 if arrays.on_host(self.step.parameters[0].data) else READ_EVERY
         self.loader = Loader(
-            data.train if options.augment else Unvaried(data.train),
+            data.train if options.augment else unvaried(data.train),
             options.batch_size,
             transform=as_they_are if on_features else make_augmentation(options, data),
             seed=options.seed,
@@ -264,11 +265,16 @@ class Trainer:
 
     def evaluate(self, split: Split, stop: Stop = lambda: None) -> Scores | None:
         """Scores of the model as it is; None when asked to stop meanwhile."""
-        data, threads = self.data, self.options.threads
         return evaluate(
-            self.trained, split, split.labels, data.class_names, data.mean, data.std,
-            transform=self.scaling, threads=threads, precision=self.options.precision, stop=stop,
-        )  # fmt: skip
+            self.trained,
+            split,
+            split.labels,
+            self.data.class_names,
+            self.scaling,
+            threads=self.options.threads,
+            precision=self.options.precision,
+            stop=stop,
+        )
 
     def finish_epoch(self, stop: Stop) -> None:
         """Evaluate, and write what the epoch brought, in an order that leaves a sound run wherever it is killed."""

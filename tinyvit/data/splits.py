@@ -137,6 +137,11 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
     return replace(data, train=data.train.take(np.flatnonzero(~drawn)), val=val)
 
 
+def unvaried(split: Split) -> Split:
+    """`split` with its pictures read for training as they are for evaluation."""
+    return replace(split, transform=None) if isinstance(split, FileSplit) else split
+
+
 SKIP_HINT = " (--skip-corrupt leaves such pictures out)"
 
 
