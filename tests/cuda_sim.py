@@ -124,6 +124,10 @@ class Kernel:
 
 
 def _upload(to: np.ndarray, values: np.ndarray) -> None:
+    """As CuPy's `ndarray.set` does it, which casts and broadcasts nothing."""
+    assert to.dtype == values.dtype, f"{values.dtype} array cannot be set to {to.dtype} array"
+    assert to.shape == values.shape, f"shape mismatch: {values.shape} cannot be set to {to.shape}"
+    assert to.flags.c_contiguous, "cannot set to a non-contiguous array"
     work = functools.partial(np.copyto, to, values)
     if kernels.capturing():
         kernels.after_capture(work)

@@ -125,7 +125,7 @@ class ManyAdamW:
     def set(self, name: str, value: float) -> None:
         """Give one of the numbers in `control` a value, without waiting for the device."""
         i = CONTROL.index(name)
-        cuda.upload(self.control[i : i + 1], np.array([value]))
+        cuda.upload(self.control[i : i + 1], np.array([value], np.float64))
 
     def get(self, name: str) -> Array:
         """One of the numbers in `control`: a copy without dimensions, which is not waited for."""
