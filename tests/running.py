@@ -27,6 +27,13 @@ def make_pictures(directory, *, train=24, test=6, size=32, noise=160, seed=0):
     return directory
 
 
+def count_decoded(monkeypatch):
+    """A list that grows by the source of each picture that is opened from now on, in this process."""
+    opened, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda source, *rest: (opened.append(source), original(source, *rest))[1])
+    return opened
+
+
 def environment():
     """The environment of a command, with output at once even where it is a pipe."""
     return os.environ | {"PYTHONUNBUFFERED": "1"}

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from running import COMMAND, NANO, assert_one_line_error, environment, make_pictures, start, tinyvit
+from running import COMMAND, NANO, assert_one_line_error, count_decoded, environment, make_pictures, start, tinyvit
 
 import tinyvit as library
 from tinyvit.checkpoint import open_checkpoint
@@ -51,6 +51,15 @@ def own_predictions(run, pictures):
 
 
 # --- eval -----------------------------------------------------------------------------------------------------
+
+
+def test_eval_opens_the_pictures_of_its_split_alone(run, pictures, monkeypatch, capsys):
+    """So a broken picture elsewhere is none of its business."""
+    opened = count_decoded(monkeypatch)
+    for split in ("test", "train"):
+        assert main(["eval", str(run), "--data", str(pictures), "--split", split]) == 0
+        assert sorted(opened) == sorted((pictures / split).glob("*/*.png"))
+        opened.clear()
 
 
 def test_eval_json_agrees_with_a_calculation_by_hand(run, pictures):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from running import count_decoded
 
 from tinyvit.data import DataError, listing, load_data
 from tinyvit.data.picture_transforms import random_rotation
@@ -391,6 +392,20 @@ def test_only_a_sample_of_a_huge_split_is_decoded_beforehand(tmp_path, monkeypat
     assert len(data.train) == len(whole.train) and data.mean != whole.mean
     np.testing.assert_allclose(data.mean, whole.mean, atol=1 / 255)
     assert len(load_data(tmp_path, image_size=80, skip_corrupt=True).train) == len(whole.train) - 1
+
+
+@pytest.mark.parametrize("size", [8, 80])
+def test_with_known_statistics_pictures_are_decoded_when_read(tmp_path, monkeypatch, size):
+    whole = load_data(tree(tmp_path), image_size=size)
+    opened, known = count_decoded(monkeypatch), ((0.5,) * 3, (0.25,) * 3)
+    data = load_data(tmp_path, image_size=size, statistics=known)
+    assert opened == [] and (data.mean, data.std) == known and data.fingerprint == whole.fingerprint
+    for split, other in ((data.train, whole.train), (data.test, whole.test)):
+        indices = np.arange(len(other))
+        assert np.array_equal(split.read(indices), other.read(indices)) and np.array_equal(split.labels, other.labels)
+    bad = spoil(tmp_path, "train/cat/2b.png")
+    data = load_data(tmp_path, image_size=size, statistics=known, skip_corrupt=True)
+    assert data.train.skipped == bad and len(data.train) == len(whole.train) and (data.mean, data.std) == known
 
 
 def test_empty_read(tmp_path):

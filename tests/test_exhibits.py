@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from running import NANO, make_pictures, tinyvit
+from running import NANO, count_decoded, make_pictures, tinyvit
 
 import tinyvit as library
 from tinyvit import checkpoint as checkpoints
@@ -163,6 +163,12 @@ def test_attention_is_written_for_each_picture(home, tmp_path, capsys):
     assert pictures[0].shape == pictures[1].shape == (256, 256, 3) and not np.array_equal(*pictures)
     photo = np.asarray(Image.open(tmp_path / names[2]).convert("HSV"))[:, :, 1]
     assert photo[:90].max() == photo[270:].max() == 0 < photo[90:270].max(axis=1).min()  # what was cut off is grey
+
+
+def test_a_picture_is_decoded_for_the_model_and_for_the_drawing(home, tmp_path, monkeypatch):
+    opened = count_decoded(monkeypatch)
+    assert main(["predict", str(home / "run"), str(home / "photo.jpg"), "--attention", str(tmp_path)]) == 0
+    assert opened == [str(home / "photo.jpg")] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from running import NANO, assert_one_line_error, make_pictures, start, stop_when, tinyvit
+from running import NANO, assert_one_line_error, count_decoded, make_pictures, start, stop_when, tinyvit
 from safetensors.numpy import load_file
 
 import tinyvit as package
@@ -363,6 +363,19 @@ def test_the_weights_to_begin_with_are_read_once(trained, tmp_path, monkeypatch)
     train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "minutes": 0.01,
            "out": str(tmp_path / "a")})  # fmt: skip
     assert len(opened) == 1
+
+
+def test_a_run_on_features_decodes_each_picture_once(trained, tmp_path, monkeypatch):
+    """And those of the test part not at all, where there is a validation part."""
+    from tinyvit.train import train
+
+    pictures = tmp_path / "pictures"
+    shutil.copytree(trained / "other", pictures)
+    shutil.copytree(pictures / "test", pictures / "val")
+    opened = count_decoded(monkeypatch)
+    given = {"data": str(pictures), "init": str(trained / "run"), "epochs": 2, "freeze": "all-but-head"}
+    train(given | {"out": str(tmp_path / "a")})
+    assert len(opened) == len(set(opened)) == 72 + 18 and not any("test" in path.parts for path in opened)
 
 
 def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):

@@ -1,12 +1,13 @@
 """Pictures held out of a data set that has a test part of its own."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import NANO, make_pictures, tinyvit
+from running import NANO, assert_one_line_error, make_pictures, tinyvit
 
 from tinyvit.data import DataError, load_data
 from tinyvit.data.splits import draw_share, hold_out
@@ -80,6 +81,14 @@ def test_a_validation_part_beside_a_test_part_chooses(tmp_path):
         assert data.fingerprint != before.fingerprint and data.validation is data.val
     result = tinyvit("train", "--data", pictures, *NANO, "--epochs", 1, "--out", tmp_path / "run")
     assert "24 training and 9 validation pictures" in result.stdout, result.stderr
+
+
+def test_a_validation_part_is_not_thrown_away(tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", train=4, test=2)
+    shutil.copytree(pictures / "test", pictures / "val")
+    result = tinyvit("train", "--data", pictures, *NANO, "--val-fraction", 0.25, "--out", tmp_path / "run")
+    expected = "--val-fraction 0.25 holds out pictures, but pictures has validation pictures of its own"
+    assert assert_one_line_error(result, 2) == expected and not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_test_part_is_divided_once(tmp_path):

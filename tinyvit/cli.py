@@ -142,6 +142,7 @@ def run_eval(args: argparse.Namespace) -> None:
         image_size=checkpoint.image_size,
         skip_corrupt=args.skip_corrupt,
         fit_options=checkpoint.preprocessing.fit,
+        statistics=(checkpoint.mean, checkpoint.std),
         **checkpoint.split,
     )
     about, what = {}, f"{args.split} split of {data.name}"

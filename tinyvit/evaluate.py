@@ -12,6 +12,8 @@ import numpy as np
 from tinyvit import arrays
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from tinyvit.checkpoint import Checkpoint
     from tinyvit.data import Split
     from tinyvit.vit import VisionTransformer
@@ -152,6 +154,7 @@ def look_at(
     checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path], precision: str = "fp32"
 ) -> Seen:
     """What the checkpoint's `model` sees in picture files. Raises DataError for one that cannot be read."""
+    from tinyvit.data.picture import open_rgb
     from tinyvit.data.splits import in_threads
     from tinyvit.inspection import FeaturesAndLogits
     from tinyvit.step import predict
@@ -159,7 +162,7 @@ def look_at(
     both = FeaturesAndLogits(model)
     outputs = []
     for start in range(0, len(paths), BATCH_SIZE):
-        batch = in_threads(lambda path: model_input(checkpoint, path), paths[start : start + BATCH_SIZE])
+        batch = in_threads(lambda path: model_input(checkpoint, open_rgb(path)), paths[start : start + BATCH_SIZE])
         outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
     output = np.concatenate(outputs)  # (N, D + num_classes)
     if not np.all(np.isfinite(output)):
@@ -170,10 +173,10 @@ def look_at(
     return Seen(features.astype(np.float32), exp / exp.sum(axis=1, keepdims=True))
 
 
-def model_input(checkpoint: Checkpoint, path: str | Path) -> np.ndarray:
-    """A picture file as the checkpoint's model takes it: (1, C, H, W) float32. Raises DataError."""
-    from tinyvit.data import read_picture
+def model_input(checkpoint: Checkpoint, picture: Image) -> np.ndarray:
+    """An RGB picture as the checkpoint's model takes it: (1, C, H, W) float32."""
+    from tinyvit.data.picture import fit, to_array
     from tinyvit.data.transforms import normalise
 
-    picture = read_picture(path, checkpoint.image_size, **checkpoint.preprocessing.fit)
-    return normalise(picture[None], checkpoint.mean, checkpoint.std)
+    pixels = to_array(fit(picture, checkpoint.image_size, **checkpoint.preprocessing.fit))
+    return normalise(pixels[None], checkpoint.mean, checkpoint.std)

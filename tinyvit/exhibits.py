@@ -78,6 +78,6 @@ def write_overlays(
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = open_rgb(image)
         part = seen_part((picture.height, picture.width), checkpoint.image_size, **checkpoint.preprocessing.fit)
-        drawn = draw(picture, rollout(model, model_input(checkpoint, image))[0], part)
+        drawn = draw(picture, rollout(model, model_input(checkpoint, picture))[0], part)
         with atomic_write(path) as beside:
             drawn.save(beside, format="png")

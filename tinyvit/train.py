@@ -69,7 +69,12 @@ def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
         seed=options.seed,
         skip_corrupt=options.skip_corrupt,
         fit_options=None if checkpoint is None else checkpoint.preprocessing.fit,
+        statistics=(checkpoint.mean, checkpoint.std) if checkpoint is not None and reuses_features(options) else None,
     )
+    if options.val_fraction is not None and data.val is not None:
+        raise UsageError(
+            f"--val-fraction {options.val_fraction} holds out pictures, but {data.name} has validation pictures of its own"
+        )
     if options.val_fraction is not None and data.own_test:
         data = hold_out(data, options.val_fraction, options.seed)
     return data if checkpoint is None else dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std)

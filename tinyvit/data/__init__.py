@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tinyvit.data.base import Data, DataError, Split
+from tinyvit.data.base import Data, DataError, Split, Statistics
 from tinyvit.data.cifar import find_cifar10, load_cifar10
 from tinyvit.data.download import cache_directory, fetch_cifar10
 from tinyvit.data.folder import find_in_folder, first_picture
@@ -45,6 +46,7 @@ def load_data(
     cache_dir: str | os.PathLike[str] | None = None,
     picture_transform: PictureTransform | None = None,
     fit_options: Mapping[str, Any] | None = None,
+    statistics: Statistics | None = None,
 ) -> Data:
     """The data set that `src` names.
 
@@ -62,34 +64,45 @@ def load_data(
     64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
     `picture_transform(picture, rng)` on Pillow pictures; others are resized and cut as `read_picture` does it, with
     `fit_options` as its arguments. An unreadable picture is an error, unless `skip_corrupt`:
-    then it is left out and listed in the split's `skipped`. Raises DataError with a one-line message.
+    then it is left out and listed in the split's `skipped`. Who reads pictures only once, with a mean and std that are
+    known, gives these as `statistics`: pictures of folders and tables are then decoded when they are read and not before
+    (but with `skip_corrupt`). Raises DataError with a one-line message.
     """
-    if src == "shapes":
-        return load_shapes(image_size, seed)
     try:
-        if src == "cifar10":
-            cache = Path(cache_dir) if cache_dir is not None else cache_directory()
-            return load_cifar10(find_cifar10(cache) or fetch_cifar10(cache), image_size, fit_options)
-        path = existing(src)
-        batches = find_cifar10(path)
-        if batches == path or (batches and not (path / "train").is_dir()):
-            return load_cifar10(batches, image_size, fit_options)
-        kind, find = layout(path)
-        names, train, test, val = find(path, val_fraction, seed)
-        return load_listings(
-            kind,
-            path,
-            names,
-            train,
-            test,
-            val,
-            image_size=image_size,
-            skip_corrupt=skip_corrupt,
-            picture_transform=picture_transform,
-            fit_options=fit_options,
-        )
+        if src == "shapes":
+            data = load_shapes(image_size, seed)
+        elif (batches := cifar10_batches(src, cache_dir)) is not None:
+            data = load_cifar10(batches, image_size, fit_options)
+        else:
+            path = existing(src)
+            kind, find = layout(path)
+            names, train, test, val = find(path, val_fraction, seed)
+            data = load_listings(
+                kind,
+                path,
+                names,
+                train,
+                test,
+                val,
+                image_size=image_size,
+                skip_corrupt=skip_corrupt,
+                picture_transform=picture_transform,
+                fit_options=fit_options,
+                statistics=statistics,
+            )
     except OSError as error:
         raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error
+    return data if statistics is None else replace(data, mean=statistics[0], std=statistics[1])
+
+
+def cifar10_batches(src: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The directory of CIFAR-10's files if that is what `src` names; downloaded if need be."""
+    if src == "cifar10":
+        cache = Path(cache_dir) if cache_dir is not None else cache_directory()
+        return find_cifar10(cache) or fetch_cifar10(cache)
+    path = existing(src)
+    batches = find_cifar10(path)
+    return batches if batches == path or not (path / "train").is_dir() else None
 
 
 def existing(src: str | os.PathLike[str]) -> Path:

@@ -9,6 +9,9 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one per channel, in units of 0..1
+
+
 class DataError(Exception):
     """Data that cannot be used; the message is one line that says what was found and what was expected."""
 
@@ -68,7 +71,7 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def mean_and_std(batches: Iterable[np.ndarray]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def mean_and_std(batches: Iterable[np.ndarray]) -> Statistics:
     """Mean and population standard deviation per channel, in units of 0..1, of uint8 batches (B, C, H, W).
 
     Sums are exact integers, so neither the batch size nor the order matters. A channel that never varies gets

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinyvit.data.base import Data, DataError, Split, mean_and_std, pair
+from tinyvit.data.base import Data, DataError, Split, Statistics, mean_and_std, pair
 from tinyvit.data.picture import StoredPicture, decodable, fit, open_rgb, to_array
 from tinyvit.data.picture_transforms import random_resized_crop
 from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, draw_share, in_threads, stack
@@ -81,6 +81,7 @@ def load_listings(
     skip_corrupt: bool,
     picture_transform: PictureTransform | None,
     fit_options: Mapping[str, Any] | None,
+    statistics: Statistics | None,
 ) -> Data:
     """The labelled pictures of `source`, in the classes `names`, as a data set; options as in tinyvit.data.load_data.
 
@@ -92,9 +93,10 @@ def load_listings(
         picture_transform = partial(
             random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic")
         )
-    train, train_split, (mean, std) = load_split(train, size, skip_corrupt, picture_transform, "reading train", options)
-    test, test_split, _ = load_split(test, size, skip_corrupt, None, "reading test", options)
-    val_split = None if val is None else load_split(val, size, skip_corrupt, None, "reading val", options)[1]
+    load = partial(load_split, size=size, skip_corrupt=skip_corrupt, fit_options=options, known=statistics)
+    train, train_split, (mean, std) = load(train, transform=picture_transform, title="reading train")
+    test, test_split, _ = load(test, transform=None, title="reading test")
+    val_split = None if val is None else load(val, transform=None, title="reading val")[1]
     if missing := classes_without(train, names):
         raise DataError(f"class {missing[0]} of {source} has no readable picture to train on")
     identities = [part.identity() for part in (train, test, val) if part is not None]
@@ -149,13 +151,16 @@ def load_split(
     transform: PictureTransform | None,
     title: str,
     fit_options: Mapping[str, Any],
-) -> tuple[Listing, Split, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """The pictures that can be read, as a split, with their mean and std.
+    known: Statistics | None,
+) -> tuple[Listing, Split, Statistics]:
+    """The pictures that can be read, as a split, with their mean and std, or with those that are `known`.
 
     Pictures that training reads like evaluation and that fit in MEMORY are decoded once and kept. Others are decoded
     here too, to find corrupt ones and the mean and std; but of a split of more than SAMPLE pictures only so
-    many, unless corrupt ones are to be skipped.
+    many, unless corrupt ones are to be skipped. Where mean and std are known, none are decoded but to skip corrupt ones.
     """
+    if known is not None and not skip_corrupt:
+        return listing, file_split(listing, [], size, transform, fit_options), known
     count = len(listing)
     keep = transform is None and count * 3 * size[0] * size[1] <= MEMORY
     everything = keep or skip_corrupt or count <= SAMPLE
@@ -181,8 +186,19 @@ def load_split(
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
         return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
+    return listing, file_split(listing, skipped, size, transform, fit_options), statistics
+
+
+def file_split(
+    listing: Listing,
+    skipped: list[str],
+    size: tuple[int, int],
+    transform: PictureTransform | None,
+    fit_options: Mapping[str, Any],
+) -> FileSplit:
+    """The pictures of `listing`, to be decoded when they are read."""
     pictures = [listing.picture(i) for i in range(len(listing))]
-    return listing, FileSplit(pictures, listing.labels, skipped, size, transform, fit_options), statistics
+    return FileSplit(pictures, listing.labels, skipped, size, transform, fit_options)
 
 
 def decode(
