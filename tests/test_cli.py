@@ -166,6 +166,8 @@ def test_summary_of_a_name_a_run_and_a_file(run, capsys):
         assert value["parameters"] == sum(a.size for a in library.load_model(run).state_dict().values())
     assert main(["summary", "vit_base_patch16_224", "--image-size", "384"]) == 0
     assert "86,859,496" in capsys.readouterr().out
+    assert main(["summary", "vit_base_patch16_224", "--image-size", "160x224"]) == 0
+    assert "For one 160x224 picture" in capsys.readouterr().out
     assert main(["summary", "vit_base_patch16_224", "--image-size", "100"]) == 1
     assert "image size 100x100 is not divisible by patch size 16" in capsys.readouterr().err
 
@@ -233,6 +235,8 @@ BAD_USAGE = [
     (["summary"], "NAME|RUN|CKPT"),
     (["summary", "vit_huge_patch14"], "there is no model 'vit_huge_patch14'; did you mean vit_huge_patch14_224?"),
     (["summary", "vit_tiny_patch16_224", "--image-size", "x"], "--image-size: expected a whole number"),
+    (["train", "--image-size", "16x"], "--image-size: expected a whole number of at least 1, or two as in 160x224"),
+    (["train", "--image-size", "8x16x32"], "or two as in 160x224, got '8x16x32'"),
 ]
 
 

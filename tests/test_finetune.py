@@ -452,6 +452,29 @@ def test_weighted_classes_reach_the_steps(trained, tmp_path):
     assert biases["none"].max() > 0.005 and np.abs(biases["balanced"]).max() < 1e-3 * biases["none"].max()
 
 
+# --- what the checkpoint brings -----------------------------------------------------------------------------------
+
+
+def test_dropout_is_as_the_run_says_whatever_the_checkpoint_had(trained, tmp_path):
+    _, metadata = read(trained / "run" / BEST)
+    rates = {"attn_drop_rate": 0.3, "drop_rate": 0.3, "pos_drop_rate": 0.3, "proj_drop_rate": 0.3, "drop_path": 0.3}
+    with_classes(trained, tmp_path / "init", ["red", "azure", "green"], config=metadata["config"] | rates)
+    untouched(trained, tmp_path / "a", tmp_path / "init")
+    config = read(tmp_path / "a" / BEST)[1]["config"]
+    assert {name: config[name] for name in rates} == dict.fromkeys(rates, 0.0)
+
+
+def test_a_run_of_rectangles_and_its_weights_under_another_path(trained, tmp_path):
+    result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--image-size", "16x32",
+                     "--epochs", 1, "--out", tmp_path / "a")  # fmt: skip
+    assert result.returncode == 0 and "pictures of 16x32" in result.stdout, result.stderr
+    assert open_checkpoint(tmp_path / "a").image_size == (16, 32)
+    again = ["train", "--out", tmp_path / "a", "--resume", "--image-size", "16x32", "--init"]
+    result = tinyvit(*again, trained / "pictures" / ".." / "run")
+    assert "is finished" in result.stdout, result.stderr
+    assert "was started with --init" in assert_one_line_error(tinyvit(*again, tmp_path), 2)
+
+
 # --- how pictures are prepared ------------------------------------------------------------------------------------
 
 

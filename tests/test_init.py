@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from running import NANO, make_pictures, start, stop_when, tinyvit
+from running import NANO, assert_one_line_error, make_pictures, start, stop_when, tinyvit
 from safetensors.numpy import load_file
 
 QUIET = ["--lr", 1e-12, "--weight-decay", 0, "--label-smoothing", 0, "--no-augment"]  # what begins stays as it is
@@ -78,6 +78,11 @@ def test_what_cannot_begin_a_run_is_refused_in_one_line(trained, tmp_path):
     data = ["train", "--data", trained / "pictures", "--out", tmp_path / "a"]
     both = tinyvit(*data, "--init", trained / "run", *NANO)
     assert both.returncode == 2 and "exclude each other" in both.stderr and both.stderr.count("\n") == 1
+    # Pairs of options are judged before the data, which is not even there, and a recipe by its own name.
+    nowhere = ["train", "--data", tmp_path / "nowhere", "--out", tmp_path / "a"]
+    assert "--freeze 1 keeps weights" in assert_one_line_error(tinyvit(*nowhere, "--freeze", 1), 2)
+    both = tinyvit(*nowhere, "--recipe", "keras-cifar10", "--init", trained / "run")
+    assert "--recipe keras-cifar10 and --init" in assert_one_line_error(both, 2)
     missing = tinyvit(*data, "--init", tmp_path / "nothing")
     assert missing.returncode == 1 and "nothing" in missing.stderr and missing.stderr.count("\n") == 1
     assert not (tmp_path / "a").exists()

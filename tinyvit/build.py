@@ -27,6 +27,8 @@ def make_model(options: TrainConfig, data: Data, checkpoint: Checkpoint | None) 
         drop_path=options.drop_path,
         pos_drop_rate=options.dropout,
         proj_drop_rate=options.dropout,
+        attn_drop_rate=0.0,  # of these, too, a checkpoint may have some
+        drop_rate=0.0,
     )
     if options.patch_size is not None:
         settings["patch_size"] = options.patch_size

@@ -14,7 +14,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinyvit.settings import FIELDS, UsageError, flag, merge, nearest, one_of, read_toml, whole
+from tinyvit.settings import (
+    FIELDS,
+    UsageError,
+    flag,
+    height_and_width,
+    merge,
+    nearest,
+    one_of,
+    picture_size,
+    read_toml,
+    whole,
+)
 
 if TYPE_CHECKING:
     from tinyvit.evaluate import Scores
@@ -99,7 +110,9 @@ def make_parser() -> Parser:
 
     summary = command("summary", run_summary, "List a model's layers, parameters, FLOPs and memory.")
     summary.add_argument("model", metavar="NAME|RUN|CKPT")
-    summary.add_argument("--image-size", type=typed(whole(1)), metavar="S", help="for pictures of another size")
+    summary.add_argument(
+        "--image-size", type=typed(picture_size), metavar="S|HxW", help="for pictures of another size"
+    )
     summary.add_argument("--json", action="store_true", help="print one JSON object")
 
     convert = command("convert", run_convert, "Write a checkpoint in the layout of another library, or in ours.")
@@ -193,7 +206,8 @@ def run_summary(args: argparse.Namespace) -> None:
 
     by_name = not Path(args.model).exists()
     config = model_config(known_model(args.model)) if by_name else open_checkpoint(args.model).config
-    summary = summarise(config, image_size=args.image_size)
+    size = None if args.image_size is None else height_and_width(args.image_size)
+    summary = summarise(config, image_size=size)
     print_json(summary.as_dict()) if args.json else print(summary.as_table())
 
 

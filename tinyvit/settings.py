@@ -13,8 +13,7 @@ from typing import Any
 
 from tinyvit.precision import PRECISIONS
 
-
-ALL_BUT_HEAD = "all-but-head"
+ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
 
 
 class UsageError(Exception):
@@ -69,6 +68,23 @@ def frozen_part(text: str) -> str | int:
         return text if text == ALL_BUT_HEAD else whole(0)(text)
     except ValueError:
         raise ValueError(f"expected {ALL_BUT_HEAD} or a number of blocks, got {text!r}") from None
+
+
+def picture_size(text: str) -> int | str:
+    """A reader of S, the side of a square, or HxW, height and width of a rectangle; raises ValueError."""
+    try:
+        sides = [whole(1)(side) for side in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ValueError(f"expected a whole number of at least 1, or two as in 160x224, got {text!r}")
+    return sides[0] if len(set(sides)) == 1 else "x".join(map(str, sides))
+
+
+def height_and_width(size: int | str) -> tuple[int, int]:
+    """What `picture_size` read, as two numbers."""
+    height, width = 2 * [size] if isinstance(size, int) else map(int, size.split("x"))
+    return height, width
 
 
 def device(text: str) -> str:
@@ -152,7 +168,7 @@ class TrainConfig:
     clip_norm: float = option(1.0, not_negative, "X", "largest norm of a step's gradient; 0: no clipping")
     label_smoothing: float = option(0.1, share, "X", "share of each label given to all classes")
     drop_path: float = option(0.0, share, "X", "rate at which the last block's branches are dropped")
-    dropout: float = option(0.0, share, "X", "dropout after the position embedding, the projections and in the MLP")
+    dropout: float = option(0.0, share, "X", "dropout after the position embedding, the projections and in the MLP, and no other")
     mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
     cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none")
     augment: bool | None = option(
@@ -176,7 +192,9 @@ class TrainConfig:
     device: str = option("auto", device, "NAME", "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
     precision: str = option("fp32", one_of(*PRECISIONS), "NAME", "fp32, tf32, bf16 or fp16; weights are kept in fp32")
     threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)
-    image_size: int | None = option(None, whole(1), "S", "side of the pictures (default: the data's or the model's)")
+    image_size: int | str | None = option(
+        None, picture_size, "S|HxW", "side, or height and width, of the pictures (default: the data's or the model's)"
+    )
     patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
     val_fraction: float | None = option(
         None,
@@ -264,6 +282,17 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     return merge(RECIPES[given["recipe"]], given) if given.get("recipe") else dict(given)
 
 
+def check_pairs(given: Mapping[str, Any]) -> None:
+    """Refuse options that exclude or need each other. Raises UsageError."""
+    options = with_recipe(given)
+    init, freeze = options.get("init"), options.get("freeze")
+    if init and options.get("model"):
+        name = "model" if given.get("model") else "recipe"
+        raise UsageError(f"{flag(name)} {given[name]} and --init {init} exclude each other: weights bring their model")
+    if freeze is not None and not init:
+        raise UsageError(f"--freeze {freeze} keeps weights of --init, and there is none")
+
+
 def shown(name: str, value: Any) -> str:
     """An option with its value as one would type it."""
     if isinstance(value, bool):
@@ -271,10 +300,17 @@ def shown(name: str, value: Any) -> str:
     return f"{flag(name)} {value}"
 
 
+def same(name: str, value: Any, recorded: Any) -> bool:
+    """Whether an option has the value that it had; a path may be written in another way."""
+    if name == "init" and value and recorded:
+        return Path(value).resolve() == Path(recorded).resolve()
+    return value == recorded
+
+
 def check_same(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
     """Refuse options that contradict those of the run being resumed. Raises UsageError."""
     for name, value in given.items():
-        if FIELDS[name].metadata["free"] or value == recorded[name]:
+        if FIELDS[name].metadata["free"] or same(name, value, recorded[name]):
             continue
         if recorded[name] is None:
             started = f"without {flag(name)}"

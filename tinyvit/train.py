@@ -24,7 +24,18 @@ from tinyvit.evaluate import pick_device
 from tinyvit.finetune import Backbone, reuses_features, with_features
 from tinyvit.plan import Deadline, Plan, make_plan
 from tinyvit.progress import Display, clock
-from tinyvit.settings import ALL_BUT_HEAD, EPOCHS, RATES, SHAPES_EPOCHS, VAL_FRACTION, TrainConfig, UsageError, with_recipe
+from tinyvit.settings import (
+    ALL_BUT_HEAD,
+    EPOCHS,
+    RATES,
+    SHAPES_EPOCHS,
+    VAL_FRACTION,
+    TrainConfig,
+    UsageError,
+    check_pairs,
+    height_and_width,
+    with_recipe,
+)
 from tinyvit.trainer import Position, Stop, Trainer, read_position
 from tinyvit.zoo import model_config
 
@@ -41,6 +52,7 @@ def train(given: dict[str, Any], *, resume: bool = False, started: float | None 
         return resume_run(Path(given["out"]), given)
     if not resume and given.get("out"):
         run.check_unused(Path(given["out"]))
+    check_pairs(given)
     options = TrainConfig(**with_recipe(given))
     checkpoint = open_init(options)
     data = load(options, checkpoint)
@@ -57,7 +69,7 @@ def open_init(options: TrainConfig) -> Checkpoint | None:
 
 def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
     """The data set, in the size asked for, else the model's own, else the pictures'; prepared as `checkpoint` is used to."""
-    size = options.image_size
+    size = None if options.image_size is None else height_and_width(options.image_size)
     if size is None and checkpoint is not None:
         size = checkpoint.image_size
     elif size is None and options.model is not None:
@@ -83,10 +95,6 @@ def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
 def complete(options: TrainConfig, data: Data) -> TrainConfig:
     """`options` with what was left to be chosen from the data. Raises UsageError."""
     small = max(data.image_size) <= SMALL
-    if options.model and options.init:
-        raise UsageError(f"--model {options.model} and --init {options.init} exclude each other: weights bring their model")
-    if options.freeze is not None and not options.init:
-        raise UsageError(f"--freeze {options.freeze} keeps weights of --init, and there is none")
     usual = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
     model = options.model or (Path(options.init).resolve().stem if options.init else usual)
     epochs = options.epochs
