@@ -79,6 +79,17 @@ def test_maps_leave_the_mode_alone_and_know_no_dropout():
     assert [block.training for block in model.blocks] == [False, True]
 
 
+def test_maps_compute_each_attention_once_and_nothing_after_the_last(monkeypatch):
+    model, called = build(depth=3), []
+    for i, block in enumerate(model.blocks):
+        for name in ("qkv", "proj", "fc2"):
+            layer = getattr(block.mlp if name == "fc2" else block.attn, name)
+            forward = layer.forward
+            monkeypatch.setattr(layer, "forward", lambda x, at=(name, i), f=forward: (called.append(at), f(x))[1])
+    model.attention_maps(pictures(model.config))
+    assert called == [(name, i) for i in range(3) for name in ("qkv", "proj", "fc2")][:7]
+
+
 def test_features_carry_gradients():
     model = build()
     loss = model.features(pictures(model.config), layer=0).sum()

@@ -32,20 +32,28 @@ def attention_maps(model: VisionTransformer, images: Tensor | Array) -> Tensor:
 
 
 def _maps(model: VisionTransformer, images: Tensor | Array) -> Iterator[Tensor]:
-    """Each block's attention weights (B, H, N, N), one after the other, so that they need not all be kept."""
+    """Each block's attention weights (B, H, N, N), one after the other, so that they need not all be kept.
+
+    Between them stands what `vit.Block` computes in evaluation, with the weights that are there already.
+    """
     x = model.first_tokens(images)
-    for block in model.blocks:
-        yield _weights(block.attn, block.norm1(x))
-        x = block(x)
+    *blocks, last = model.blocks
+    for block in blocks:
+        weights, values = _attention(block.attn, block.norm1(x))
+        yield weights
+        read = (weights @ values).permute_dims(0, 2, 1, 3).reshape(*x.shape)  # (B, N, H D)
+        x = x + block.ls1(block.attn.proj(read))
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    yield _attention(last.attn, last.norm1(x))[0]
 
 
-def _weights(attention: Attention, x: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) of normalised tokens (B, N, H D): (B, H, N, N)."""
+def _attention(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of normalised tokens (B, N, H D): softmax(q k^T / sqrt(D)), (B, H, N, N), and the values v, (B, H, N, D)."""
     batch, tokens, dim = x.shape
     heads = attention.num_heads
     qkv = attention.qkv(x).reshape(batch, tokens, 3, heads, dim // heads)
-    q, k = (qkv[:, :, i, :, :].permute_dims(0, 2, 1, 3) for i in (0, 1))  # (B, H, N, D)
-    return F.softmax((q * (dim // heads) ** -0.5) @ k.permute_dims(0, 1, 3, 2))
+    q, k, v = (qkv[:, :, i, :, :].permute_dims(0, 2, 1, 3) for i in range(3))  # (B, H, N, D)
+    return F.softmax((q * (dim // heads) ** -0.5) @ k.permute_dims(0, 1, 3, 2)), v
 
 
 def block_tokens(model: VisionTransformer, images: Tensor | Array, layer: int) -> Tensor:
