@@ -60,13 +60,17 @@ class HeuristicResult:
 
 
 class CuBLASLt:
-    """Args: without: epilogues for which there is no algorithm."""
+    """Args:
+    without: epilogues for which there is no algorithm.
+    refused: epilogues whose algorithm is offered and then refused.
+    alignment: the largest MIN_ALIGNMENT_*_BYTES for which there are algorithms.
+    """
 
     Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute = Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute
     MatmulHeuristicResult, cuBLASLtError = HeuristicResult, cuBLASLtError
 
-    def __init__(self, without: tuple[str, ...] = ()) -> None:
-        self._without = without
+    def __init__(self, without: tuple[str, ...] = (), refused: tuple[str, ...] = (), alignment: int = 16) -> None:
+        self._without, self._refused, self._alignment = without, refused, alignment
         self._numbers = itertools.count(1000)
         self._objects: dict[int, Any] = {}
         self.calls: list[str] = []  # the epilogue of each product
@@ -113,7 +117,11 @@ class CuBLASLt:
         epilogue, rows = Epilogue(settings[MatmulDescAttribute.EPILOGUE]).name, self._objects[d][1]
         if epilogue in self._without or ("AUX" in epilogue and rows % 8):
             raise cuBLASLtError("NOT_SUPPORTED")
-        assert self._objects[preference][MatmulPreferenceAttribute.MIN_ALIGNMENT_A_BYTES] == 16
+        limits = self._objects[preference]
+        (alignment,) = {limits[MatmulPreferenceAttribute[f"MIN_ALIGNMENT_{x}_BYTES"]] for x in "ABCD"}
+        assert alignment in (16, ITEMSIZE[self._objects[d][0]])
+        if alignment > self._alignment:
+            return
         ctypes.memset(results, 7, 96)
         ctypes.memmove(count, ctypes.byref(ctypes.c_int(1)), 4)
 
@@ -139,6 +147,8 @@ class CuBLASLt:
             y += _float(beta) * self._read(c, c_layout)
         scalar, rows, columns, _ = self._objects[d_layout]
         epilogue = Epilogue(settings[attribute.EPILOGUE]).name
+        if epilogue in self._refused:
+            raise cuBLASLtError("NOT_SUPPORTED")
         self.calls.append(epilogue)
         bias = settings.get(attribute.BIAS_POINTER)
         if epilogue.endswith("BIAS"):

@@ -164,20 +164,21 @@ def device(
         "device": lambda: 0,
         "stream": lambda: 0,
     }
-    before = {name: getattr(cuda, name) for name in stand_ins} | {"library": cublas.library}
+    before = {name: getattr(cuda, name) for name in stand_ins} | {"library": cublas.library, "missing": cublas.missing}
     _seed = seed
     for name, value in stand_ins.items():
         setattr(cuda, name, value)
     cublas.library = lambda: library
+    cublas.missing = lambda: "no library" if library is None else None
     try:
         yield Namespace()
         check_margins()
     finally:
         _margins.clear()
-        cublas.library = before.pop("library")
+        cublas.library, cublas.missing = before.pop("library"), before.pop("missing")
         for name, value in before.items():
             setattr(cuda, name, value)
-        cublas._plan.cache_clear()
+        cublas._plans.clear()
         cublas._handle.cache_clear()
         cublas._workspaces.clear()
 

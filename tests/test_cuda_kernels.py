@@ -7,6 +7,7 @@ import itertools
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ import pytest
 from cublas_sim import CuBLASLt
 from cuda_sim import SCALARS, decode, encode, error, guarded
 
-from tinyvit import random
-from tinyvit.kernels import cupy_, cupy_attention, cupy_linear, reference, reference_optim
+from tinyvit import arrays, kernels, nn, random
+from tinyvit.kernels import cublas, cupy_, cupy_attention, cupy_linear, reference, reference_optim
+from tinyvit.precision import Precision
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -255,6 +257,52 @@ def test_products_without_some_epilogues(folder, without):
     assert not set(without) & set(library.calls)
 
 
+def test_an_algorithm_that_is_refused_at_launch(folder):
+    """CuPy's product takes its place, from then on without asking again."""
+    rng, library = np.random.default_rng(0), CuBLASLt(refused=("BIAS", "BGRADB"))
+    x, weight, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((9, 8), (16, 8), 16))
+    with cuda_sim.device(folder, library=library) as xp, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            y, vjp = cupy_.KERNELS["linear"](xp, *map(guarded, (x, weight, bias)), needs=(True,) * 3)
+            gradients = vjp(guarded(y))
+    assert library.calls == ["DEFAULT", "DEFAULT"] * 3  # dW without db, dx
+    assert [("cuBLASLt refuses" in str(w.message), epilogue in str(w.message)) for w, epilogue in
+            zip(caught, ("BIAS", "BGRADB"), strict=True)] == [(True, True)] * 2  # fmt: skip
+    right = x @ weight.T + bias
+    assert np.allclose(y, right, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(gradients, (right @ weight, right.T @ x, right.sum(axis=0)), strict=True):
+        assert np.allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scalar, alignment", [("f16", 2), ("float", 4)])
+def test_matrices_for_which_there_are_only_algorithms_of_less_alignment(folder, scalar, alignment):
+    rng, library = np.random.default_rng(0), CuBLASLt(alignment=alignment)
+    inputs = [rng.standard_normal(shape) for shape in ((9, 7), (5, 7), 5)]
+    check(folder, "linear", scalar, inputs, {}, library=library)
+    assert set(library.calls) == {"BIAS", "BGRADB", "DEFAULT"}
+
+
+def test_a_product_that_keeps_a_graph_from_being_captured_is_named(folder):
+    x, weight = (np.ones(shape, np.float32) for shape in ((9, 8), (16, 8)))
+    for library, reason in ((None, "no library"), (CuBLASLt(("DEFAULT",)), r"product of float32 \(9, 8\) and \(8, 16\)")):
+        with cuda_sim.device(folder, library=library) as xp, kernels.capture():
+            with pytest.raises(kernels.NotCapturable, match=f"cuBLASLt's products: .*{reason}"):
+                cupy_linear.linear(xp, x, weight, None, needs=(True, True, False))
+
+
+def test_what_cublas_misses_is_said(monkeypatch):
+    cublas._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "nvmath.bindings", None)
+    monkeypatch.setattr(arrays, "is_cupy", lambda x: True)
+    try:
+        assert cublas.library() is None and "nvmath" in cublas.missing()
+        with pytest.raises(ValueError, match=r"^precision tf32 needs nvmath-python: pip install [^\n]*nvmath\.bindings"):
+            Precision("tf32", nn.Linear(2, 2))
+    finally:
+        cublas._load.cache_clear()
+
+
 def test_the_gradient_of_a_single_row(folder):
     """Its bias's sums are not left to cuBLASLt, whose versions before 12.3.4 get them wrong."""
     rng, library = np.random.default_rng(0), CuBLASLt()
@@ -370,10 +418,10 @@ def test_what_no_kernel_covers_runs_through_the_reference(folder):
         ("linear_gelu", [qkv[:0], np.ones((3, 24), np.float32), np.ones(3, np.float32)], {"approximate": "none"}),
     ]
     with cuda_sim.device(folder):
-        for name, arrays, params in calls:
-            needs = tuple(x is not None for x in arrays)
-            y, vjp = cupy_.KERNELS[name](numpy_namespace, *arrays, needs=needs, **params)
-            right, right_vjp = getattr(reference, name)(numpy_namespace, *arrays, needs=needs, **params)
+        for name, inputs, params in calls:
+            needs = tuple(x is not None for x in inputs)
+            y, vjp = cupy_.KERNELS[name](numpy_namespace, *inputs, needs=needs, **params)
+            right, right_vjp = getattr(reference, name)(numpy_namespace, *inputs, needs=needs, **params)
             assert np.array_equal(y, right) and y.dtype == right.dtype
             for g, expected in zip(vjp(y), right_vjp(right), strict=True):
                 assert (g is None and expected is None) or np.array_equal(g, expected)

@@ -115,7 +115,8 @@ def _check_tf32(like: Array) -> None:
     if not arrays.is_cupy(like):
         raise ValueError("precision tf32 is a GPU's: expected fp32, bf16 or fp16 on a CPU")
     if cublas.library() is None:
-        raise ValueError('precision tf32 needs nvmath-python: pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"')
+        bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
+        raise ValueError(f"precision tf32 needs nvmath-python: {bring} ({cublas.missing()})")
 
 
 class LossScale:

@@ -1,7 +1,7 @@
 """Matrix products through cuBLASLt, called through NVIDIA's own binding (nvmath-python).
 
-CuPy's binding refuses to work while a CUDA graph is captured, and has no epilogues. cuBLASLt adds a bias, a residual or
-a GELU before the result leaves the chip, and sums a bias's gradient while it computes the weight's.
+CuPy's binding refuses to work while a CUDA graph is captured, and has no epilogues. cuBLASLt adds a bias and takes GELU
+before the result leaves the chip, and sums a bias's gradient while it computes the weight's.
 
 Matrices here are in C order: rows behind one another. cuBLASLt's are in Fortran order, so each of ours is its transpose
 to it, and y = a b is computed as y^T = b^T a^T: `b` is cuBLASLt's A and `a` its B. A bias, which cuBLASLt adds to
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ Array = Any
 
 WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for Hopper
 ALIGNMENT = 16  # bytes: where `cuda.ready` arrays start, at least
+_ITEMSIZE = {"float": 4, "f16": 2, "bf16": 2}
 _FP32_SUMS = 2  # cublasLtReductionScheme_t COMPUTE_TYPE: parts of a sum are never added up in 16 bits
 _TYPES = {"float": 0, "f16": 2, "bf16": 14}  # cudaDataType_t
 _FP32, _TF32 = 68, 77  # cublasComputeType_t
@@ -33,6 +35,7 @@ _ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 tf32: ContextVar[bool] = ContextVar("tinyvit_tf32", default=False)  # whether fp32 products may round operands to tf32
 _lock = threading.Lock()  # plans are shared, and each call writes its own pointers into one
+_plans: dict[_Key, _Plan | None] = {}  # None where CuPy's product is to run
 
 
 class _Key(NamedTuple):
@@ -55,23 +58,32 @@ class _Plan(NamedTuple):
     algorithm: Any
 
 
-@functools.cache
 def library() -> ModuleType | None:
-    """nvmath's cuBLASLt; None where it is not installed, or does not find NVIDIA's library."""
+    """nvmath's cuBLASLt; None where it is not installed, or does not find NVIDIA's library: see `missing`."""
+    return _load()[0]
+
+
+def missing() -> str | None:
+    """What `library` lacks, in one line; None if nothing."""
+    return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
     try:
         from nvmath.bindings import cublasLt
 
         cublasLt.get_version()
-    except Exception:  # nvmath has an error of its own for each thing that may be missing
-        return None
-    return cublasLt
+    except Exception as error:  # nvmath has one of its own for each thing that may be missing
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return cublasLt, None
 
 
-def linear(xp: Any, x: Array, weight: Array, bias: Array | None, residual: Array | None = None) -> Array | None:
-    """x W^T + bias + residual: x (R, I), weight (O, I), bias (O,), residual (R, O) -> (R, O); None if not covered."""
+def linear(xp: Any, x: Array, weight: Array, bias: Array | None) -> Array | None:
+    """x W^T + bias: x (R, I), weight (O, I), bias (O,) -> (R, O); None if not covered."""
     y = xp.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     epilogue = "DEFAULT" if bias is None else "BIAS"
-    done = _product(xp, x, weight, y, b_transposed=True, epilogue=epilogue, bias=bias, residual=residual)
+    done = _product(xp, x, weight, y, b_transposed=True, epilogue=epilogue, bias=bias)
     return y if done else None
 
 
@@ -113,7 +125,6 @@ def _product(
     b_transposed: bool = False,
     epilogue: str = "DEFAULT",
     bias: Array | None = None,
-    residual: Array | None = None,
     hidden: Array | None = None,
 ) -> bool:
     """y = op(a) op(b), then the epilogue; whether it could be done. All arrays are `cuda.ready`."""
@@ -124,7 +135,9 @@ def _product(
     fast = tf32.get() and y.dtype == np.float32
     key = _Key(device, cuda.scalar(y.dtype), fast, *y.shape, inner, a_transposed, b_transposed, epilogue)
     with _lock:
-        plan = _plan(key)
+        if key not in _plans:
+            _plans[key] = _plan(key)
+        plan = _plans[key]
         if plan is None:
             return False
         for name, array in (("BIAS_POINTER", bias), ("EPILOGUE_AUX_POINTER", hidden)):
@@ -133,17 +146,19 @@ def _product(
         stream = cuda.stream()
         workspace = _workspace(xp, device, stream)
         a_layout, b_layout, y_layout = plan.layouts
-        start, beta = (y, _ZERO) if residual is None else (residual, _ONE)
-        lt.matmul(
-            _handle(device), plan.description,
-            _ONE.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
-            beta.ctypes.data, cuda.address(start), y_layout, cuda.address(y), y_layout,
-            plan.algorithm.ptr, cuda.address(workspace), WORKSPACE, stream,
-        )  # fmt: skip
-    return True
+        try:
+            lt.matmul(
+                _handle(device), plan.description,
+                _ONE.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
+                _ZERO.ctypes.data, cuda.address(y), y_layout, cuda.address(y), y_layout,
+                plan.algorithm.ptr, cuda.address(workspace), WORKSPACE, stream,
+            )  # fmt: skip
+        except lt.cuBLASLtError as error:  # an algorithm that it offers and then refuses
+            _plans[key] = None
+            warnings.warn(f"cuBLASLt refuses a product ({error}), which CuPy computes: {key}", stacklevel=2)
+    return _plans[key] is not None
 
 
-@functools.cache
 def _plan(key: _Key) -> _Plan | None:
     """How cuBLASLt is to compute such products: its first choice; None if it has none."""
     lt = library()
@@ -165,13 +180,22 @@ def _plan(key: _Key) -> _Plan | None:
         (key.rows, key.columns),
     )
     layouts = tuple(lt.matrix_layout_create(_TYPES[key.scalar], c, r, c) for r, c in shapes)
+    for alignment in (ALIGNMENT, _ITEMSIZE[key.scalar]):
+        algorithm = _first_choice(key, description, layouts, alignment)
+        if algorithm is not None:
+            return _Plan(description, layouts, algorithm)
+    return None
 
+
+def _first_choice(key: _Key, description: int, layouts: tuple[int, int, int], alignment: int) -> Any:
+    """The algorithm that cuBLASLt's heuristic finds for matrices that begin at such multiples of bytes, or None."""
+    lt = library()
     preference, limit = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
     _set(lt.matmul_preference_set_attribute, preference, limit.MAX_WORKSPACE_BYTES, WORKSPACE, np.uint64)
     _set(lt.matmul_preference_set_attribute, preference, limit.REDUCTION_SCHEME_MASK, _FP32_SUMS, np.uint32)
     for matrix in "ABCD":
         name = limit[f"MIN_ALIGNMENT_{matrix}_BYTES"]
-        _set(lt.matmul_preference_set_attribute, preference, name, ALIGNMENT, np.uint32)
+        _set(lt.matmul_preference_set_attribute, preference, name, alignment, np.uint32)
     found, count = lt.MatmulHeuristicResult(1), np.zeros(1, np.int32)
     a, b, y = layouts
     try:
@@ -181,7 +205,7 @@ def _plan(key: _Key) -> _Plan | None:
     except lt.cuBLASLtError:  # an epilogue that it does not have for these types or sizes
         count[0] = 0
     lt.matmul_preference_destroy(preference)
-    return _Plan(description, layouts, found) if count[0] else None
+    return found if count[0] else None
 
 
 def _set(function: Any, target: int, attribute: int, value: int, dtype: Any = np.int64) -> None:

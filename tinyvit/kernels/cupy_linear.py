@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit import kernels
 from tinyvit.kernels import cublas, cuda, reference
 
 Array = Any
@@ -20,7 +21,7 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     if not _covered(x, weight):
         return reference.linear(xp, x, weight, bias, needs=needs)
     rows, weight = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight)
-    y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias), None)
+    y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias))
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), _linear_vjp(xp, x.shape, rows, weight, needs)
 
 
@@ -28,16 +29,22 @@ def _covered(x: Array, weight: Array) -> bool:
     return bool(cuda.scalar(x.dtype) and x.size and weight.size)
 
 
-def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None, residual: Array | None) -> Array:
-    """rows W^T + bias + residual."""
-    y = cublas.linear(xp, rows, weight, bias, residual)
+def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None) -> Array:
+    """rows W^T + bias."""
+    y = cublas.linear(xp, rows, weight, bias)
     if y is None:
-        y = rows @ weight.T
+        y = _cupys_product(rows, weight.T)
         if bias is not None:
             columns("add_bias", y, y, bias)
-        if residual is not None:
-            y += residual
     return y
+
+
+def _cupys_product(a: Array, b: Array) -> Array:
+    """a b, where cuBLASLt does not compute it. Raises NotCapturable: CuPy's binding refuses that while capturing."""
+    if kernels.capturing():
+        lacking = cublas.missing() or f"it computes no product of {a.dtype} {a.shape} and {b.shape}"
+        raise kernels.NotCapturable(f"graphs need cuBLASLt's products: {lacking}")
+    return a @ b
 
 
 def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
@@ -58,14 +65,14 @@ def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, nee
 
 def _input_gradient(xp: Any, dy: Array, weight: Array) -> Array:
     dx = cublas.input_gradient(xp, dy, weight)
-    return dy @ weight if dx is None else dx
+    return _cupys_product(dy, weight) if dx is None else dx
 
 
 def _weight_gradient(xp: Any, dy: Array, rows: Array, with_bias: bool) -> tuple[Array, Array | None]:
     both = cublas.weight_gradient(xp, dy, rows, with_bias)
     if both is None and with_bias:  # perhaps without the sums
         both = cublas.weight_gradient(xp, dy, rows, False)
-    dweight, dbias = (dy.T @ rows, None) if both is None else both
+    dweight, dbias = (_cupys_product(dy.T, rows), None) if both is None else both
     return dweight, _column_sums(xp, dy) if with_bias and dbias is None else dbias
 
 
@@ -101,7 +108,7 @@ def _linear_gelu(
         fused = cublas.linear_gelu(xp, rows, weight, bias, recording)
         if fused is not None:
             return *fused, cuda.NULL
-    hidden = _forward(xp, rows, weight, None, None)  # without the bias, which both kernels add
+    hidden = _forward(xp, rows, weight, None)  # without the bias, which both kernels add
     y = xp.empty(hidden.shape, dtype=hidden.dtype) if recording else hidden
     columns("bias_gelu_forward", hidden, hidden, bias, y, approximate=approximate)
     return y, hidden, bias
