@@ -378,6 +378,40 @@ def test_a_run_on_features_decodes_each_picture_once(trained, tmp_path, monkeypa
     assert len(opened) == len(set(opened)) == 72 + 18 and not any("test" in path.parts for path in opened)
 
 
+@pytest.mark.parametrize(("every", "saves"), [(1e9, 2), (0.0, 6)])
+def test_short_epochs_are_not_all_saved(trained, tmp_path, monkeypatch, every, saves):
+    """The start and the end are, and the best weights are those of the best epoch."""
+    from tinyvit import trainer
+    from tinyvit.train import train
+
+    written = []
+    monkeypatch.setattr(trainer, "SAVE_EVERY", every)
+    monkeypatch.setattr(trainer, "save", lambda path, *what: (written.append(path.name), save(path, *what)))
+    train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "epochs": 5,
+           "optimizer": "sgd", "lr": 3.0, "out": str(tmp_path / "a")})  # fmt: skip
+    assert written.count("last.safetensors") == saves and written[-1] == "last.safetensors"
+    assert 1 <= written.count(BEST) <= saves - 1
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    scores = json.loads(tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--json").stdout)
+    assert len(rows) == 5 and scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_a_failed_run_on_features_leaves_its_best_weights(trained, tmp_path, monkeypatch):
+    from tinyvit import trainer
+    from tinyvit.train import train
+
+    check = trainer.Trainer.check_finite
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 1e9)
+    monkeypatch.setattr(
+        trainer.Trainer, "check_finite", lambda self, *what: check(self, *((np.nan, 1) if self.position.epoch == 2 else what))
+    )
+    with pytest.raises(trainer.TrainError, match="the loss is nan"):
+        train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "epochs": 5,
+               "out": str(tmp_path / "a")})  # fmt: skip
+    assert open_checkpoint(tmp_path / "a" / BEST).state["head.weight"].any()
+
+
 def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
     options = ["--freeze", "all-but-head", "--lr", 0.01, "--ema", 0.5]
     printed = finetune(trained, tmp_path / "a", *options, epochs=6)

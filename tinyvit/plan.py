@@ -143,4 +143,6 @@ def time_epoch_end(trainer: Trainer, step_seconds: float, seconds: float) -> flo
         run.curves_png([row], "")
         drawing = time.monotonic() - began
     epoch = len(trainer.loader) * step_seconds + evaluating + saving
+    if trainer.save_every:
+        saving *= min(1.0, epoch / trainer.save_every)
     return evaluating + saving + drawing * min(1.0, epoch / run.DRAW_EVERY)

@@ -42,6 +42,8 @@ from tinyvit.step import Outcome, TrainStep
 
 READ_EVERY = 1.0  # seconds: reading a step's numbers from a device waits for it, and the device then for the next one
 
+SAVE_EVERY = 10.0  # seconds, at least, for a run on features, whose epochs are shorter than saving the frozen weights
+
 Stop = Callable[[], int | None]  # tells which signal asked the run to stop, if one did
 
 
@@ -97,7 +99,8 @@ class Trainer:
         self.options, self.data, self.plan, self.display = options, data, plan, display
         self.out = Path(options.out)
         self.position = Position()
-        self.drawn = time.monotonic()  # when curves.png was drawn last
+        self.drawn = self.saved = time.monotonic()  # when curves.png was drawn and the weights were written last
+        self.unsaved_best: dict[str, np.ndarray] = {}  # the best weights, where they are not written yet
         self.deadline: Deadline | None = None
         self.end_seconds = 0.0  # spent on the ends of epochs
         self.unread: list[tuple[Outcome, int]] = []  # what the latest steps brought, with their pictures
@@ -107,6 +110,7 @@ class Trainer:
         # What the steps compute: all of the model, or the head alone on features that were computed before.
         on_features = isinstance(data.train, FeatureSplit)
         self.trained = Head(self.model) if on_features else self.model
+        self.save_every = SAVE_EVERY if on_features else 0.0
         self.scaling = as_they_are if on_features else Augment(data.mean, data.std)
         self.ema = optim.EMA(self.model, options.ema) if options.ema else None
         weighted = options.class_weights == "balanced"
@@ -145,8 +149,17 @@ class Trainer:
         return tensors, self.description() | {"progress": dataclasses.asdict(self.position)}
 
     def save_last(self) -> None:
+        """Write all that --resume needs, and before it the best weights."""
         self.read_outcomes()
+        self.save_best()
         save(self.out / LAST, *self.state())
+        self.saved = time.monotonic()
+
+    def save_best(self) -> None:
+        """Write the best weights, where they are newer than the file."""
+        if self.unsaved_best:
+            save(self.out / BEST, self.unsaved_best, self.description())
+            self.unsaved_best = {}
 
     def restore(self) -> None:
         """Take up the state in last.safetensors. Raises CheckpointError."""
@@ -203,6 +216,7 @@ class Trainer:
                 self.finish_epoch(stop)
         finally:
             self.display.stop()
+            self.save_best()
 
     def train_epoch(self, stop: Stop) -> None:
         """Do those steps of the epoch under way that are still to do."""
@@ -286,7 +300,8 @@ class Trainer:
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
             is_best = scores is not None and self.is_best(scores)
-            best_weights = self.model.state_dict() if is_best else {}
+            if is_best:
+                self.unsaved_best = self.model.state_dict()
         if scores is None:
             self.save_last()  # every batch of the epoch is done: a resumed run begins with the evaluation
             raise Stopped(stop(), self.out)
@@ -297,12 +312,12 @@ class Trainer:
         p.batch, p.seen, p.correct, p.loss_sum, p.epoch_seconds = 0, 0, 0, 0.0, 0.0
         if is_best:
             p.best_accuracy, p.best_loss, p.best_epoch = scores.accuracy, scores.loss, p.epoch
-            save(self.out / BEST, best_weights, self.description())
         in_vain = p.epoch - p.best_epoch
         given_up = self.options.patience is not None and in_vain >= self.options.patience
         p.finished = given_up or p.step >= self.plan.total_steps
         run.write_metrics(self.out, p.history)
-        self.save_last()
+        if p.finished or time.monotonic() - self.saved >= self.save_every:
+            self.save_last()
         self.draw_curves()
         self.display.line(epoch_line(row, math.ceil(self.plan.epochs)))
         if given_up and p.step < self.plan.total_steps:
