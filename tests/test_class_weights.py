@@ -70,7 +70,8 @@ def test_a_sharded_step_has_the_whole_batch_s_mean(n_shards, soft):
     given = np.eye(5)[labels] * 0.7 + np.eye(5)[labels[::-1]] * 0.3 if soft else labels
 
     def model():
-        net = tinyvit.create_model("vit_nano_patch8_32", image_size=8, patch_size=4, embed_dim=16, num_classes=5).to("float64")
+        settings = dict(image_size=8, patch_size=4, embed_dim=16, num_classes=5)
+        net = tinyvit.create_model("vit_nano_patch8_32", **settings).to("float64")
         net.head.weight.data = np.random.default_rng(2).standard_normal((5, 16))
         return net
 

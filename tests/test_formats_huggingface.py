@@ -293,7 +293,8 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
     model.load_state_dict({name: rng.standard_normal(a.shape) * 0.2 for name, a in model.state_dict().items()})
     model.to("float32")
     names = tuple(f"class {i}" for i in range(model.config.num_classes))
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {}))
+    metadata = describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {})
+    save(tmp_path / "own.safetensors", model.state_dict(), metadata)
     convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     images = rng.standard_normal((2, 3, *model.config.image_size), dtype=np.float32)
     back = (kind or ViTModel).from_pretrained(tmp_path / "hf").eval()
@@ -432,7 +433,8 @@ def test_processors_that_cannot_be_followed(directory, content):
 def test_what_transformers_lacks_is_not_written(tmp_path, options, problem):
     model = tinyvit.create_model("vit_nano_patch8_32", **options)
     names = tuple(map(str, range(10)))
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {}))
+    metadata = describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {})
+    save(tmp_path / "own.safetensors", model.state_dict(), metadata)
     with pytest.raises(CheckpointError, match=problem):
         convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]

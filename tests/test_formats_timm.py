@@ -328,7 +328,8 @@ def test_fixed_positions_are_written_as_learned_ones(tmp_path):
 
     model = tinyvit.create_model("vit_nano_patch8_32", pos_embed="sincos2d").eval()
     model.head.weight.data = np.random.default_rng(0).standard_normal(model.head.weight.shape, dtype=np.float32)
-    save(tmp_path / "own", model.state_dict(), describe(model.config, tuple(map(str, range(10))), Preprocessing(HALF, HALF), {}))
+    metadata = describe(model.config, tuple(map(str, range(10))), Preprocessing(HALF, HALF), {})
+    save(tmp_path / "own", model.state_dict(), metadata)
     convert(tmp_path / "own", tmp_path / "timm", "timm")
     found = load_model(tmp_path / "timm")
     assert found.config == model.config.replace(pos_embed="learn")

@@ -72,8 +72,9 @@ def test_a_validation_part_beside_a_test_part_chooses(tmp_path):
     make_pictures(tmp_path / "more", train=8, test=3, seed=1)
     before = load_data(pictures)
     (tmp_path / "more" / "test").rename(pictures / "val")
-    lines = ["path,label,split", *(f"{p.relative_to(tmp_path)},{p.parent.name},{p.parent.parent.name}" for p in sorted(pictures.glob("*/*/*.png")))]
-    (tmp_path / "list.csv").write_text("\n".join(lines))
+    paths = [path.relative_to(tmp_path) for path in sorted(pictures.glob("*/*/*.png"))]
+    lines = [f"{path},{path.parent.name},{path.parent.parent.name}" for path in paths]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *lines]))
     for src in (pictures, tmp_path / "list.csv"):
         data = load_data(src)
         assert (len(data.train), len(data.test), len(data.val)) == (24, 6, 9) and data.own_test

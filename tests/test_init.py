@@ -17,7 +17,8 @@ def trained(tmp_path_factory):
     """A folder of pictures and a run that learned them."""
     folder = tmp_path_factory.mktemp("init")
     make_pictures(folder / "pictures")
-    result = tinyvit("train", "--data", folder / "pictures", *NANO, "--epochs", 4, "--drop-path", 0.1, "--out", folder / "run")
+    options = [*NANO, "--epochs", 4, "--drop-path", 0.1]
+    result = tinyvit("train", "--data", folder / "pictures", *options, "--out", folder / "run")
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -31,7 +32,8 @@ def rows(run):
 
 
 def test_a_run_begins_where_another_ended(trained, tmp_path):
-    result = tinyvit("train", "--data", trained / "pictures", "--init", trained / "run", "--epochs", 1, *QUIET, "--out", tmp_path / "a")
+    options = ["--init", trained / "run", "--epochs", 1, *QUIET]
+    result = tinyvit("train", "--data", trained / "pictures", *options, "--out", tmp_path / "a")
     assert result.returncode == 0, result.stderr
     before, after = best(trained / "run"), best(tmp_path / "a")
     assert before.keys() == after.keys()
@@ -43,7 +45,8 @@ def test_other_classes_get_a_head_of_zeros(trained, tmp_path):
     pictures = shutil.copytree(trained / "pictures", tmp_path / "pictures")
     for split in ("train", "test"):
         (pictures / split / "blue").rename(pictures / split / "azure")
-    result = tinyvit("train", "--data", pictures, "--init", trained / "run", "--epochs", 1, *QUIET, "--out", tmp_path / "a")
+    options = ["--init", trained / "run", "--epochs", 1, *QUIET]
+    result = tinyvit("train", "--data", pictures, *options, "--out", tmp_path / "a")
     assert result.returncode == 0, result.stderr
     before, after = best(trained / "run"), best(tmp_path / "a")
     for name in before:
@@ -67,7 +70,8 @@ def test_a_killed_run_goes_on_without_the_weights_it_began_with(trained, tmp_pat
     shutil.copytree(trained / "run", tmp_path / "base")
     out = tmp_path / "a"
     process = start("train", "--data", trained / "pictures", "--init", tmp_path / "base", "--epochs", 40, "--out", out)
-    stop_when(process, lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= 2)
+    metrics = out / "metrics.jsonl"
+    stop_when(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
     shutil.rmtree(tmp_path / "base")
     result = tinyvit("train", "--out", out, "--resume")
     assert result.returncode == 0, result.stderr

@@ -42,7 +42,10 @@ def test_a_machine_without_faults_has_no_findings():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(blas=blas(core_type="Haswell"), settings={"OPENBLAS_CORETYPE": "Haswell"}), ["OPENBLAS_CORETYPE=Haswell", "AVX512", "unset"]),  # fmt: skip
+        (
+            dict(blas=blas(core_type="Haswell"), settings={"OPENBLAS_CORETYPE": "Haswell"}),
+            ["OPENBLAS_CORETYPE=Haswell", "AVX512", "unset"],
+        ),
         (dict(blas=blas(core_type="Haswell")), ["Haswell kernels", "AVX512", "newer NumPy"]),
         (dict(vector="avx2", blas=blas(core_type="Nehalem")), ["Nehalem kernels", "AVX2"]),
         (dict(settings={"OPENBLAS_L2_SIZE": "512"}), ["OPENBLAS_L2_SIZE=512", "unset"]),

@@ -284,8 +284,14 @@ def test_a_step_on_a_device_reads_nothing_back(opt, accumulate):
         outcome = step.outcome
     host = nano("float64", **RATES)
     expected = TrainStep(
-        host, opt(host.parameters(), lr=0.01), clip_norm=0.1, ema=optim.EMA(host, 0.9), accumulate=accumulate, threads=1, seed=7
-    )  # fmt: skip
+        host,
+        opt(host.parameters(), lr=0.01),
+        clip_norm=0.1,
+        ema=optim.EMA(host, 0.9),
+        accumulate=accumulate,
+        threads=1,
+        seed=7,
+    )
     assert [float(z) for z in losses] == pytest.approx([float(expected(x, y)) for _ in range(2)], rel=1e-10)
     assert error(weights(model), weights(host), floor=1e-2) < 1e-10
     assert (step.correct, step.grad_norm) == (expected.correct, pytest.approx(expected.grad_norm, rel=1e-9))

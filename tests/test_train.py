@@ -424,7 +424,8 @@ def test_a_loss_read_late_names_its_step(pictures, tmp_path, monkeypatch):
         if late:
             monkeypatch.setattr(Trainer, "read_every", NEVER, raising=False)
         with np.errstate(all="ignore"), pytest.raises(TrainError) as caught:
-            train({**given, "out": str(tmp_path / str(late)), "optimizer": "sgd", "lr": 1e30, "warmup": 0.0, "clip_norm": 0.0})
+            wild = {"optimizer": "sgd", "lr": 1e30, "warmup": 0.0, "clip_norm": 0.0}
+            train({**given, **wild, "out": str(tmp_path / str(late))})
         messages.append(str(caught.value).partition(" (")[0])
     assert messages[0] == messages[1] and "at step 2" in messages[0]
 

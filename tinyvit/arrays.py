@@ -108,7 +108,7 @@ def as_array(x: Array) -> Array:
 
 
 def astype(x: Array, dtype: Any) -> Array:
-    """`x` with another dtype, which may be given as a name, a NumPy dtype or the library's own; `x` itself if it has it."""
+    """`x` with another dtype, given as a name, a NumPy dtype or the library's own; `x` itself if it has it."""
     xp = namespace(x)
     return xp.astype(x, resolve_dtype(xp, dtype), copy=False)
 
@@ -148,7 +148,7 @@ def owns_memory(x: Array) -> bool:
 
 
 def is_view_of(x: Array, y: Array) -> bool:
-    """Whether `x` looks into the memory of `y`, as far as the library tells: NumPy's and CuPy's arrays name their base."""
+    """Whether `x` looks into the memory of `y`, as far as the library tells: NumPy and CuPy name an array's base."""
     base = getattr(x, "base", None)
     return base is not None and (base is y or base is getattr(y, "base", None))
 

@@ -244,7 +244,7 @@ def relu(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero entries with probability p and divide the others by 1 - p (Srivastava et al. 2014). x (B, ...), B samples."""
+    """Zero entries with probability p and divide the others by 1 - p (Srivastava et al. 2014). x (B, ...)."""
     keep = _keep(x, p, training, tuple(x.shape[1:]))
     return _tensor(x) if keep is None else multiply(x, keep)
 
@@ -361,7 +361,7 @@ def _check_approximate(approximate: str) -> None:
 
 
 def _keep(x: Tensor | Array, p: float, training: bool, shape: tuple[int, ...]) -> Array | None:
-    """A dropout mask for (B, *shape), 0 or 1 / (1 - p) of x's dtype, library and device; None where nothing is dropped."""
+    """A dropout mask for (B, *shape), 0 or 1 / (1 - p) of x's dtype and library, where x lies; None for no dropout."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"a dropout probability must lie in 0 ... 1, got {p}")
     if not training or p == 0.0:

@@ -9,8 +9,10 @@ _BEHIND_THE_BLOCKS = ("norm", "fc_norm", "pre_logits", "head_drop", *_HEADS)
 
 
 def layer_number(name: str, depth: int) -> int:
-    """How deep a VisionTransformer's parameter or module lies: 0 for the patch embedding, tokens and position embeddings,
-    i + 1 for block i, depth + 1 for what comes behind the blocks (Bao et al. 2021, BEiT, arXiv:2106.08254)."""
+    """How deep a VisionTransformer's parameter or module lies (Bao et al. 2021, BEiT, arXiv:2106.08254).
+
+    0 for the patch embedding, tokens and position embeddings, i + 1 for block i, depth + 1 for what comes behind those.
+    """
     part, _, rest = name.partition(".")
     if part == "blocks":
         return int(rest.partition(".")[0]) + 1

@@ -97,7 +97,7 @@ def findings(machine: Machine) -> list[str]:
     blas, settings = machine.blas, machine.settings
     core = str(blas["core_type"] or "").lower() if blas else ""
     if blas is None:
-        out.append("NumPy's BLAS is not one that is known to be fast: install NumPy from PyPI, whose wheels bring OpenBLAS")
+        out.append("NumPy's BLAS is not known to be fast: install NumPy from PyPI, whose wheels bring OpenBLAS")
     elif blas["library"] == "openblas":
         below = (machine.vector == "avx512" and core not in _AVX512_CORES) or (
             machine.vector == "avx2" and core not in _AVX2_CORES | _AVX512_CORES
@@ -114,7 +114,8 @@ def findings(machine: Machine) -> list[str]:
             )
         for name in ("OPENBLAS_L2_SIZE", "OPENBLAS_BLOCK_FACTOR"):
             if name in settings:
-                out.append(f"{name}={settings[name]} overrides OpenBLAS's own block sizes: unset it unless you measured it")
+                setting = f"{name}={settings[name]}"
+                out.append(f"{setting} overrides OpenBLAS's own block sizes: unset it unless you measured it")
     limit = next((n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if n in settings), None)
     if blas and blas["threads"] < machine.usable:
         cause = f"{limit}={settings[limit]}" if limit else f"{blas['library']} was built or set so"
@@ -146,7 +147,7 @@ def as_table(machine: Machine) -> str:
         ("processor", f"{machine.processor} ({machine.vector or 'no AVX2'})"),
         ("cores", f"{machine.usable} used; machine {machine.cores}, affinity {machine.affinity}, cgroup {quota}"),
         ("memory", f"{machine.memory_gib} GiB" if machine.memory_gib else "unknown"),
-        ("BLAS", f"{blas['library']} {blas['version']}, {blas['core_type']} kernels, {blas['threads']} threads" if blas else "unknown"),  # fmt: skip
+        ("BLAS", "{library} {version}, {core_type} kernels, {threads} threads".format(**blas) if blas else "unknown"),
         ("settings", ", ".join(f"{k}={v}" for k, v in machine.settings.items()) or "none that steer BLAS"),
         ("GPU", "; ".join(machine.gpu)),
         ("cache", machine.cache),

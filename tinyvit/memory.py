@@ -16,8 +16,8 @@ _LARGE, _OLD_LIMIT = 1 << 30, 1 << 25  # bytes; glibc before 2.26 takes no mmap 
 def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of returning it to the system and to share it among threads.
 
-    Otherwise every large array is mapped afresh, and each of its pages costs a fault and is zeroed: a tenth of a training
-    step. Other C libraries, and a process whose environment tunes malloc itself, are left alone.
+    Otherwise every large array is mapped afresh, and each of its pages costs a fault and is zeroed: a tenth of a
+    training step. Other C libraries, and a process whose environment tunes malloc itself, are left alone.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return

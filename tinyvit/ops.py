@@ -231,7 +231,7 @@ def _where(xp: Any, a: Array, b: Array, *, condition: Array, needs: tuple[bool, 
 @operation
 @in_fp32
 def matmul(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    """The matrix product over the last two axes, the others broadcast; a vector is a row on the left, a column on the right."""
+    """The matrix product over the last two axes, the others broadcast; a vector is a row as `a`, a column as `b`."""
     if not _shape(a) or not _shape(b):
         raise ValueError(f"matmul expects arrays with at least one axis, got shapes {_shape(a)} and {_shape(b)}")
     a2 = a[None, :] if a.ndim == 1 else a
@@ -391,8 +391,8 @@ def _add_at(target: Array, key: Any, values: Array) -> None:
         np.add.at(target, key, values)
     else:
         raise TypeError(
-            f"the gradient of indexing with arrays is not defined by the array API standard ({type(target).__module__}); "
-            "use slices, or a product with a one-hot matrix"
+            "the gradient of indexing with arrays is not defined by the array API standard "
+            f"({type(target).__module__}); use slices, or a product with a one-hot matrix"
         )
 
 

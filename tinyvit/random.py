@@ -35,7 +35,8 @@ class _State:
     places: Iterator[int] = field(default_factory=itertools.count)
 
 
-_state: ContextVar[_State] = ContextVar("tinyvit_random", default=_State())
+# Outside every scope all contexts count the same places.
+_state: ContextVar[_State] = ContextVar("tinyvit_random", default=_State())  # noqa: B039
 
 
 @contextlib.contextmanager

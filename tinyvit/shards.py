@@ -53,7 +53,7 @@ _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("tinyvit_thr
 
 @contextlib.contextmanager
 def limit(threads: int | None) -> Iterator[None]:
-    """Within this context `plan` and `each` use so many threads where they are not told otherwise; None changes nothing."""
+    """Within this context `plan` and `each` use so many threads unless they are told otherwise; None: as before."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     token = _limit.set(_limit.get() if threads is None else threads)
@@ -101,8 +101,11 @@ def _blas() -> ThreadpoolController:
 
 
 class _BlasThreads:
-    """A limit on BLAS's threads. It holds for the whole process, so among overlapping runs the first sets it and the last
-    lifts it: if each restored what it had found, the limit of one could stay for good."""
+    """A limit on BLAS's threads, which holds for the whole process.
+
+    Among overlapping runs the first sets it and the last lifts it: if each restored what it had found, the limit of one
+    could stay for good.
+    """
 
     def __init__(self) -> None:
         self.lock, self.runs = threading.Lock(), 0

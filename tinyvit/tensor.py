@@ -79,7 +79,8 @@ class Node:
 
 def _freed(*_: Array) -> None:
     raise RuntimeError(
-        "the graph was freed by an earlier backward pass; run the forward pass again, or give that pass retain_graph=True"
+        "the graph was freed by an earlier backward pass; "
+        "run the forward pass again, or give that pass retain_graph=True"
     )
 
 
@@ -315,7 +316,8 @@ def _start(output: Tensor, gradient: Array | Tensor | None) -> Array:
     if gradient is None:
         if output.size != 1:
             raise ValueError(
-                f"a backward pass from shape {output.shape} needs a gradient to start from; only a single element does not"
+                f"a backward pass from shape {output.shape} needs a gradient to start from; "
+                "only a single element does not"
             )
         return arrays.namespace(output._data).ones_like(output._data)
     seed = arrays.as_array(gradient._data if isinstance(gradient, Tensor) else gradient)

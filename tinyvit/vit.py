@@ -1,4 +1,4 @@
-"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), with the parameter names of timm's checkpoints."""
+"""The Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), with the parameter names of timm's models."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ViTConfig:
 
     Attributes:
         image_size, patch_size: pixels, one number or (height, width); kept as pairs.
-        resnet_layers: blocks in each stage of a ResNet before the patches (at most 4), () for its stem alone, None for no
-            ResNet. `patch_size` then counts pixels of its feature map, one for 4, 4, 8, 16 or 32 pixels of the picture
-            with 0, 1, 2, 3 or 4 stages, rounded up.
+        resnet_layers: blocks in each stage of a ResNet before the patches (at most 4), () for its stem alone, None for
+            no ResNet. `patch_size` then counts pixels of its feature map, one for 4, 4, 8, 16 or 32 pixels of the
+            picture with 0, 1, 2, 3 or 4 stages, rounded up.
         in_chans: channels of a picture.
         num_classes: outputs; 0 gives the feature before the head.
         embed_dim, depth, num_heads: width of a token, number of blocks, heads of each attention.
@@ -78,13 +78,15 @@ class ViTConfig:
         for name in ("image_size", "patch_size"):
             object.__setattr__(self, name, _pair(name, getattr(self, name)))
         (height, width), (h, w) = self.image_size, self.patch_size
-        for name, low in (("in_chans", 1), ("embed_dim", 1), ("depth", 1), ("num_heads", 1), ("num_classes", 0), ("reg_tokens", 0)):  # fmt: skip
+        least = {"in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
+        for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or value < low:
                 raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
             object.__setattr__(self, name, int(value))  # JSON does not know NumPy's
         if self.representation_size is not None and self.representation_size < 1:
-            raise ValueError(f"representation_size must be at least 1, or None for none, got {self.representation_size}")
+            size = self.representation_size
+            raise ValueError(f"representation_size must be at least 1, or None for none, got {size}")
         if self.resnet_layers is not None:
             object.__setattr__(self, "resnet_layers", _stages(self.resnet_layers))
         if self.fc_norm and self.global_pool != "avg":
@@ -99,13 +101,16 @@ class ViTConfig:
             raise ValueError(f"{image} is not divisible by {patch}")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
-        for name, choices in (("pos_embed", ("learn", "sincos2d")), ("global_pool", ("token", "avg")), ("act", ("gelu", "gelu_tanh"))):  # fmt: skip
+        kinds = {"pos_embed": ("learn", "sincos2d"), "global_pool": ("token", "avg"), "act": ("gelu", "gelu_tanh")}
+        for name, choices in kinds.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         if self.global_pool == "token" and not self.class_token:
             raise ValueError('global_pool "token" needs class_token=True; without one use global_pool="avg"')
         if self.distilled and self.global_pool != "token":
-            raise ValueError('a distilled model needs global_pool="token": its heads read the class and distillation tokens')
+            raise ValueError(
+                'a distilled model needs global_pool="token": its heads read the class and distillation tokens'
+            )
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
             raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
         for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"):
@@ -299,7 +304,7 @@ class VisionTransformer(nn.Module):
         return self._tokens(images, None)
 
     def read_tokens(self, images: Tensor | Array) -> Tensor:
-        """The tokens of `forward_features` that the head reads: all, or the class token (and the distillation token)."""
+        """The tokens of `forward_features` that the head reads: all, or the class token (and that of distillation)."""
         read = 1 + self.config.distilled if self.config.global_pool == "token" else None
         return self._tokens(images, read)
 
@@ -339,11 +344,11 @@ class VisionTransformer(nn.Module):
         return self.pos_drop(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """Tokens (B, prefix + patches, D) -> logits (B, num_classes); a distilled model gives the mean of its two heads."""
+        """Tokens (B, prefix + patches, D) -> logits (B, num_classes); the mean of a distilled model's two heads."""
         return self.classify(self.pool(x), None if self.head_dist is None else x[:, 1, :])
 
     def classify(self, pooled: Tensor, distilled: Tensor | None = None) -> Tensor:
-        """The feature of `pool` (B, D), and a distilled model's distillation token (B, D) -> logits (B, num_classes)."""
+        """The feature of `pool` (B, D) and a distilled model's distillation token (B, D) -> logits (B, num_classes)."""
         logits = self.head(self.head_drop(pooled))
         if distilled is None or self.config.num_classes == 0:
             return logits
@@ -389,10 +394,10 @@ def _head(dim: int, num_classes: int) -> nn.Module:
 
 
 def sincos2d(grid_size: tuple[int, int], dim: int, length: int, temperature: float = 10_000.0) -> np.ndarray:
-    """Sines and cosines of a patch's column and row: (1, length, dim), with dim / 4 frequencies from 1 to 1 / temperature.
+    """Sines and cosines of a patch's column and row: (1, length, dim).
 
-    Chen et al. 2021 (arXiv:2104.02057), in the form of Beyer et al. 2022 (arXiv:2205.01580). Rows before the patches'
-    (prefix tokens) are zeros.
+    They have dim / 4 frequencies from 1 to 1 / temperature (Chen et al. 2021, arXiv:2104.02057, in the form of Beyer et
+    al. 2022, arXiv:2205.01580). Rows before the patches' (prefix tokens) are zeros.
     """
     y, x = np.mgrid[: grid_size[0], : grid_size[1]].reshape(2, -1, 1)
     omega = temperature ** -(np.arange(dim // 4) / max(dim // 4 - 1, 1))

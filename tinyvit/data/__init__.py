@@ -65,8 +65,8 @@ def load_data(
     `picture_transform(picture, rng)` on Pillow pictures; others are resized and cut as `read_picture` does it, with
     `fit_options` as its arguments. An unreadable picture is an error, unless `skip_corrupt`:
     then it is left out and listed in the split's `skipped`. Who reads pictures only once, with a mean and std that are
-    known, gives these as `statistics`: pictures of folders and tables are then decoded when they are read and not before
-    (but with `skip_corrupt`). Raises DataError with a one-line message.
+    known, gives these as `statistics`: pictures of folders and tables are then decoded when they are read and not
+    before (but with `skip_corrupt`). Raises DataError with a one-line message.
     """
     try:
         if src == "shapes":

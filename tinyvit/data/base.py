@@ -8,7 +8,6 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one per channel, in units of 0..1
 
 

@@ -18,7 +18,7 @@ from tinyvit.data.picture import StoredPicture, decodable, fit, open_rgb, to_arr
 from tinyvit.data.picture_transforms import random_resized_crop
 from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, PictureTransform, draw_share, in_threads, stack
 
-TEST_NAMES = ("test", "val", "validation", "valid")  # the first there is; with a second, that one chooses the best epoch
+TEST_NAMES = ("test", "val", "validation", "valid")  # the first there is; a second one chooses the best epoch
 SMALL = 64  # pictures up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
 MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
@@ -102,8 +102,20 @@ def load_listings(
     identities = [part.identity() for part in (train, test, val) if part is not None]
     digest = hashlib.sha256(repr((names, *identities)).encode()).hexdigest()
     name = source.resolve().stem if source.is_file() else source.resolve().name
-    fingerprint = f"{kind}-{digest[:16]}"
-    return Data(name, train_split, test_split, names, mean, std, size, 3, fingerprint, options, not test.drawn, val_split)
+    return Data(
+        name,
+        train_split,
+        test_split,
+        names,
+        mean,
+        std,
+        size,
+        in_chans=3,
+        fingerprint=f"{kind}-{digest[:16]}",
+        fit_options=options,
+        own_test=not test.drawn,
+        val=val_split,
+    )
 
 
 def held_out_parts(source: Path, parts: Collection[str]) -> list[str]:
@@ -157,7 +169,7 @@ def load_split(
 
     Pictures that training reads like evaluation and that fit in MEMORY are decoded once and kept. Others are decoded
     here too, to find corrupt ones and the mean and std; but of a split of more than SAMPLE pictures only so
-    many, unless corrupt ones are to be skipped. Where mean and std are known, none are decoded but to skip corrupt ones.
+    many, unless corrupt ones are to be skipped. Where mean and std are known, only to skip corrupt ones.
     """
     if known is not None and not skip_corrupt:
         return listing, file_split(listing, [], size, transform, fit_options), known

@@ -116,8 +116,10 @@ class FileSplit:
 
 
 def draw_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which of the pictures with these labels (N,) are held out, (N,) booleans: of each class a random `share`, at least one
-    and not all. Raises DataError for a share that is none."""
+    """Which of the pictures with these labels (N,) are held out, (N,) booleans.
+
+    Of each class it is a random `share`, at least one and not all. Raises DataError for a share that is none.
+    """
     if not 0 < share < 1:
         raise DataError(f"val_fraction {share} given, expected more than 0 and less than 1")
     rng = np.random.default_rng(seed)
@@ -129,7 +131,7 @@ def draw_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def hold_out(data: Data, share: float, seed: int) -> Data:
-    """`data` with a random `share` of each class's training pictures as `val`, so that the test part need not choose."""
+    """`data` with a random `share` of each class's training pictures as `val`, which then chooses the epoch."""
     drawn = draw_share(data.train.labels, share, seed)
     if not drawn.any():
         raise DataError(f"{data.name} has one training picture a class, so none can be held out")

@@ -272,7 +272,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     if path.suffix == ".safetensors":
         write_weights(path, checkpoint.state)
     elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
-        what = "a distilled hybrid" if config.distilled else f"stages of {config.resnet_layers} blocks before its patches"
+        stages = f"stages of {config.resnet_layers} blocks before its patches"
+        what = "a distilled hybrid" if config.distilled else stages
         raise CheckpointError(f"{path}: timm has no model with {what}; write a .safetensors file")
     else:
         write_directory(path, checkpoint.state, {CONFIG: json.dumps(write_card(checkpoint), indent=2)})

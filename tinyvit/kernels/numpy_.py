@@ -25,9 +25,9 @@ BLOCK = (
 
 TILE = 6144  # elements of a row repeated: measured, shorter ones take up to twice the time an element
 
-# Phi(x) = 1/2 + 1/2 tanh(x P(x^2)): P is a weighted least-maximum fit made for this file, lowest power first. Phi comes out
-# within 3e-8 of the truth (1e-7 with float32's rounding), and P stays positive however large x is. NumPy's tanh in float32
-# is as fast as three additions, so this takes fewer passes than any form of erf.
+# Phi(x) = 1/2 + 1/2 tanh(x P(x^2)): P is a weighted least-maximum fit made for this file, lowest power first. Phi comes
+# out within 3e-8 of the truth (1e-7 with float32's rounding), and P stays positive however large x is. NumPy's tanh in
+# float32 is as fast as three additions, so this takes fewer passes than any form of erf.
 _PHI = (
     0.7978849414909825, 0.03633308440312559, -3.2594737610835285e-05, -5.530632001072468e-05,
     3.964773804837876e-06, -1.3226633536777985e-07, 1.7562791371999588e-09,
@@ -199,9 +199,10 @@ def _tiled(row: Array) -> Array:
 
 
 def _by_row(ufunc: np.ufunc, x: Array, tiled: Array, out: Array) -> None:
-    """ufunc(row of x, row) into `out` for each row of `x` (R, C), contiguous as `out` is, with row (C,) given by `_tiled`.
+    """ufunc(row of x, row) into `out` for each row of `x` (R, C), with row (C,) given by `_tiled`.
 
-    Several rows are taken as one long one: on short rows NumPy spends half its time between them.
+    `x` and `out` are contiguous. Several rows are taken as one long one: on short rows NumPy spends half its time
+    between them.
     """
     if not x.size:
         return
@@ -241,7 +242,7 @@ def qkv_attention(
         w = p[part] if needs[0] else p[: len(q[part])]
         np.matmul(q[part], _transposed(k[part], asking), w)
         np.multiply(w, scale, w)
-        safe = w.size and w.dtype != np.float16 and -_EXP_LIMIT < w.min() and w.max() < _EXP_LIMIT
+        safe = w.size and w.dtype != np.float16 and w.min() > -_EXP_LIMIT and w.max() < _EXP_LIMIT
         if not safe:  # two quick passes often save two slow ones
             np.subtract(w, np.maximum.reduce(w, axis=3, keepdims=True), w)
         np.exp(w, w)
@@ -273,7 +274,7 @@ def qkv_attention(
 def _transposed(x: Array, asking: int) -> Array:
     """x^T of each head, (B, H, N, D) -> (B, H, D, N), to be multiplied with (B, H, asking, D) from the left.
 
-    OpenBLAS has kernels of their own for small products, half as fast if the second matrix is transposed: for those a copy.
+    OpenBLAS has kernels of their own for small products, half as fast if the second matrix is transposed: there a copy.
     """
     view = x.swapaxes(2, 3)
     return np.ascontiguousarray(view) if asking * x.shape[2] * x.shape[3] <= _SMALL_PRODUCT else view

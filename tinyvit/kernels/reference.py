@@ -19,7 +19,9 @@ VJP = Callable[..., tuple[Array | None, ...]]
 
 # Rational approximations of erf(x)/x on |x| <= 0.46875 and of erfc(x) exp(x^2) above it:
 # W. J. Cody, "Rational Chebyshev approximations for the error function", Math. Comp. 23 (1969).
-_ERF_P = (1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2, 3.20937758913846947e3)  # fmt: skip
+_ERF_P = (
+    1.85777706184603153e-1, 3.16112374387056560e0, 1.13864154151050156e2, 3.77485237685302021e2, 3.20937758913846947e3,
+)  # fmt: skip
 _ERF_Q = (1.0, 2.36012909523441209e1, 2.44024637934444173e2, 1.28261652607737228e3, 2.84423683343917062e3)
 _ERF_P_MINUS_Q = tuple(p - q for p, q in zip(_ERF_P, _ERF_Q, strict=True))
 _ERFC_P = (
@@ -162,8 +164,8 @@ def attention(
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
     q (B, H, N, D), k (B, H, M, D), v (B, H, M, E) -> (B, H, N, E). `mask` broadcasts to (B, H, N, M): True or 0
-    where a query may look, False or -inf where it may not; a query that may look nowhere gives zeros. `keep` (B, H, N, M)
-    multiplies the weights: dropout's mask, already divided by the share that is kept.
+    where a query may look, False or -inf where it may not; a query that may look nowhere gives zeros. `keep`
+    (B, H, N, M) multiplies the weights: dropout's mask, already divided by the share that is kept.
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ xp.matrix_transpose(k)) * scale  # (B, H, N, M)
