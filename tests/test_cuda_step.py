@@ -32,6 +32,8 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(arrays, "is_cupy", lambda x: type(x) is np.ndarray)
         monkeypatch.setattr(arrays, "on_host", lambda x: False)
         monkeypatch.setattr(arrays, "on_device_of", lambda x: contextlib.nullcontext())
+        monkeypatch.setattr(arrays, "device_name", lambda x: "cuda:0")
+        monkeypatch.setattr(arrays, "reading", lambda x: lambda: x)
         monkeypatch.setattr(graph.Graphed, "_capture", lambda *_: False)
         return cuda_sim.everything_on_device(folder, library=library, multiprocessors=2)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from drawing import needs_gpu
 import tinyvit
 from tinyvit import functional as F
 from tinyvit import graph, kernels, nn, optim, random
-from tinyvit.graph import Graphed
+from tinyvit.graph import Graphed, Results
 from tinyvit.kernels import cublas, reference
 
 
@@ -28,9 +30,45 @@ class Driver:
     def __init__(self) -> None:
         self.captured: list[Callable[[], None]] | None = None
         self.replays = 0
+        self.pools: list[Pool] = []
+        self.allocate: Callable[[int], np.ndarray] = np.zeros
+
+    @contextlib.contextmanager
+    def using_allocator(self, malloc: Callable[[int], np.ndarray]) -> Iterator[None]:
+        before, self.allocate = self.allocate, malloc
+        try:
+            yield
+        finally:
+            self.allocate = before
+
+    def held(self) -> list[int]:
+        """Bytes of all graphs' pools that hold any."""
+        return [pool.total_bytes() for pool in self.pools if pool.total_bytes()]
 
     def launch(self, work: Callable[[], None]) -> None:
         work() if self.captured is None else self.captured.append(work)
+
+
+class Pool:
+    """Of memory that is one split block: nothing goes back to the device while one piece is held; nor ever without
+    `free_all_blocks`."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._pieces, self._held = [], 0
+        driver.pools.append(self)
+
+    def malloc(self, size: int) -> np.ndarray:
+        piece = np.zeros(size)
+        self._pieces.append(weakref.ref(piece))
+        self._held += piece.nbytes
+        return piece
+
+    def total_bytes(self) -> int:
+        return self._held
+
+    def free_all_blocks(self) -> None:
+        if all(piece() is None for piece in self._pieces):
+            self._held = 0
 
 
 class Stream:
@@ -63,6 +101,10 @@ class Stream:
         return SimpleNamespace(launch=launch)
 
 
+class Device(contextlib.nullcontext):
+    id = 0
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     """Stands for CuPy's streams and pools; arrays are NumPy's."""
@@ -71,9 +113,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     cuda = SimpleNamespace(
         Stream=lambda **options: Stream(driver, **options),
         get_current_stream=lambda: stream,
-        runtime=SimpleNamespace(getDevice=lambda: 0),
-        MemoryPool=lambda: SimpleNamespace(malloc=None),
-        using_allocator=lambda _: contextlib.nullcontext(),
+        Device=Device,
+        MemoryPool=lambda: Pool(driver),
+        using_allocator=driver.using_allocator,
     )
     pool = SimpleNamespace(free_all_blocks=lambda: None)
     module = SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool, ndarray=SimpleNamespace)
@@ -81,6 +123,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     graph._stream.cache_clear()
     yield driver
     graph._stream.cache_clear()
+    graph._left.clear()
 
 
 @pytest.fixture
@@ -88,12 +131,13 @@ def adding(driver: Driver) -> Iterator[tuple[Graphed, np.ndarray, list]]:
     """total += x, twice x; the function, what it writes into, and how often Python ran it and the host its share."""
     total, counts, surroundings = np.zeros(()), [0, 0], [()]
 
-    def function(x: np.ndarray) -> tuple[np.ndarray]:
+    def function(x: np.ndarray) -> Results:
         counts[0] += 1
-        twice = np.empty_like(x)
+        twice, thrice = driver.allocate(x.size), driver.allocate(x.size)
         driver.launch(lambda: np.add(total, x.sum(), out=total))
         driver.launch(lambda: np.multiply(x, 2, out=twice))
-        return (twice,)
+        driver.launch(lambda: np.multiply(x, 3, out=thrice))
+        return (twice,), [thrice]
 
     def count() -> None:
         counts[1] += 1
@@ -103,7 +147,7 @@ def adding(driver: Driver) -> Iterator[tuple[Graphed, np.ndarray, list]]:
 
 def test_the_first_call_is_run_the_second_captured_and_the_others_replayed(driver, adding):
     graphed, total, (counts, _) = adding
-    results = [graphed(np.full(3, float(i)))[0] for i in range(5)]
+    results = [graphed(np.full(3, float(i)))[0][0] for i in range(5)]
     assert [list(r) for r in results] == [[2.0 * i] * 3 for i in range(5)]  # copies: no replay writes over another's
     assert total == 3 * (0 + 1 + 2 + 3 + 4)
     assert counts == [2, 3] and driver.replays == 4 and graphed.reason is None
@@ -112,7 +156,7 @@ def test_the_first_call_is_run_the_second_captured_and_the_others_replayed(drive
 def test_another_shape_runs_in_single_launches_and_leaves_the_graph(driver, adding):
     graphed, total, (counts, _) = adding
     for size in (4, 4, 4, 3, 4):
-        assert list(graphed(np.ones(size))[0]) == [2.0] * size
+        assert list(graphed(np.ones(size))[0][0]) == [2.0] * size
         assert (graphed.reason is not None) == (counts[0] + driver.replays == 1 or size == 3)
     assert counts[0] == 3 and driver.replays == 3 and total == 19
     graphed(np.ones(3)), graphed(np.ones(3)), graphed(np.ones(3))
@@ -130,20 +174,99 @@ def test_a_graph_is_not_used_with_other_arrays_than_it_was_captured_with(driver,
 def test_what_cannot_be_captured_runs_in_single_launches_and_says_so_once(driver):
     calls = []
 
-    def function(x: np.ndarray) -> tuple[np.ndarray]:
+    def function(x: np.ndarray) -> Results:
         if driver.captured is not None:
             raise NotImplementedError("cuBLAS calls are not supported during capture\nand so on")
         calls.append(x)
-        return (x + 1,)
+        return (x + 1,), []
 
     graphed = Graphed(function)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(4):
-            assert list(graphed(np.zeros(2))[0]) == [1.0, 1.0]
+            assert list(graphed(np.zeros(2))[0][0]) == [1.0, 1.0]
     assert len(calls) == 4 and len(caught) == 1 and driver.replays == 0
     assert graphed.reason == "NotImplementedError: cuBLAS calls are not supported during capture"
     assert graphed.reason in str(caught[0].message)
+
+
+def test_a_failure_keeps_graphs_from_calls_of_its_kind_alone(driver):
+    """A device too full for one shape is not too full for another; each reason is told once."""
+    attempts = []
+
+    def function(x: np.ndarray) -> Results:
+        if driver.captured is not None:
+            attempts.append(x.size)
+            driver.allocate(x.size)
+            if x.size > 3:
+                raise MemoryError("out of memory")
+        return (x + 1,), []
+
+    graphed = Graphed(function)
+    with pytest.warns(UserWarning, match="without CUDA graphs: MemoryError: out of memory") as caught:
+        for size in (4, 4, 4, 5, 5, 5, 3, 3, 3, 4, 4):
+            assert list(graphed(np.zeros(size))[0][0]) == [1.0] * size
+            assert graphed.reason is None or size > 3 or not driver.replays
+    assert attempts == [4, 5, 3] and driver.replays == 2 and len(caught) == 1
+    assert graphed.reason == "MemoryError: out of memory"
+    assert driver.held() == [3 * 8]  # what failed holds nothing
+
+
+def test_what_the_next_call_may_write_over_is_the_last_calls(driver, adding):
+    """Also where a call in single launches came between two repetitions of the graph."""
+    graphed, *_ = adding
+    for i, size in enumerate((4, 4, 4, 3, 4), 1):
+        _, (thrice,) = graphed(np.full(size, float(i)))
+        assert list(thrice) == [3.0 * i] * size
+
+
+def test_the_memory_of_a_graph_is_given_back_when_another_takes_its_place(driver, adding):
+    graphed, *_ = adding
+    for size in (4, 4, 4, 3, 3, 3):
+        graphed(np.ones(size))
+    assert len(driver.pools) == 2 and driver.held() == [2 * 3 * 8]
+    _, kept = graphed(np.ones(3))
+    graphed(np.ones(5)), graphed(np.ones(5))
+    assert driver.held() == [2 * 3 * 8, 2 * 5 * 8]  # its block cannot go while somebody holds a piece of it
+    del kept
+    graphed(np.ones(6)), graphed(np.ones(6))  # it goes before the next capture at the latest
+    assert driver.held() == [2 * 6 * 8] and not graph._left
+
+
+def test_the_memory_of_a_graph_is_given_back_with_it(driver):
+    def function(x: np.ndarray) -> Results:
+        return (driver.allocate(x.size),), [driver.allocate(x.size)]
+
+    graphed = Graphed(function)
+    graphed(np.ones(3)), graphed(np.ones(3))
+    assert driver.held() == [2 * 3 * 8]
+    del graphed
+    assert not driver.held()
+
+    holder = SimpleNamespace(graphed=Graphed(function))
+    holder.itself, holder.x = holder, np.ones(3)  # as a training step holds its graph, and what the graph gave
+    for _ in range(2):
+        _, holder.gradients = holder.graphed(holder.x)
+    del holder
+    gc.collect()
+    graph._give_back()
+    assert not driver.held() and not graph._left
+
+
+def test_the_largest_gradient_is_the_last_steps(monkeypatch):
+    """Whatever computed it: steps take the gradients that come with the outcome."""
+    from tinyvit import arrays
+
+    with random.scope(0):
+        model = nn.Linear(2, 2)
+    step = tinyvit.TrainStep(model, optim.SGD(model.parameters(), lr=0.1))
+    monkeypatch.setattr(arrays, "is_cupy", lambda x: True)
+    monkeypatch.setattr(arrays, "on_device_of", lambda x: contextlib.nullcontext())
+    one, two = [np.array([3.0, -4.0])], [np.array([5.0])]
+    for gradients, largest in ((one, 4.0), (two, 5.0), (one, 4.0)):
+        step.graph = lambda *_, g=gradients: ((0.5, 1, 2.0), g)
+        step(np.ones((1, 2), np.float32), np.zeros(1, np.int64))
+        assert step.largest_grad == largest and step.outcome.grad_norm == 2.0
 
 
 @pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
@@ -157,7 +280,7 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
         model = SimpleNamespace(named_parameters=lambda: enumerate(parameters))
         opt, ema, masks = optim.AdamW(parameters, weight_decay=0.1), optim.EMA(model, 0.9), []
 
-        def step(a: np.ndarray, b: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, ...]:
+        def step(a: np.ndarray, b: np.ndarray, number: np.ndarray) -> Results:
             with random.scope(5, number):
                 mask = kernels.best(reference.dropout_mask, np_namespace())(
                     np_namespace(), a, drop=0.4, shape=(8,), draw=random.draw()
@@ -167,14 +290,14 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
             norm = opt.step_together(1.5)
             ema.update()
             opt.zero_grad()
-            return mask, norm
+            return (mask, norm), []
 
         call_step = wrap(step, opt)
         rng = np.random.default_rng(0)
         for i in range(6):
             opt.lr = 0.1 / (i + 1)
             a, b = (rng.standard_normal(p.shape).astype(np.float32) for p in parameters)
-            masks.append(call_step(a, b, np.array(i, np.int64))[0])
+            masks.append(call_step(a, b, np.array(i, np.int64))[0][0])
             if i == 3:  # an evaluation, or a checkpoint
                 opt.load_state_dict(opt.state_dict())
         assert all((x != y).any() for x, y in itertools.pairwise(masks))

@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tinyvit import functional, nn, optim
-from tinyvit.step import TrainStep, predict
+from tinyvit.inference import predict
+from tinyvit.step import TrainStep
 from tinyvit.tensor import Tensor, grad, no_grad
 from tinyvit.vit import VisionTransformer, ViTConfig
 from tinyvit.zoo import create_model, list_models, model_config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -88,6 +89,27 @@ def to_numpy(x: Array) -> np.ndarray:
     if array_api_compat.is_torch_array(x):
         x = x.detach().cpu()
     return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
+
+
+def reading(x: Array) -> Callable[[], np.ndarray]:
+    """Start to bring `x` to the host. What is given waits for that alone, not for later work, and gives the NumPy array.
+
+    It must be called: memory of the host is written to until then.
+    """
+    if not is_cupy(x) or not x.size:
+        return functools.partial(to_numpy, x)
+    import cupy
+    import cupyx
+
+    host = cupyx.empty_pinned(x.shape, x.dtype)
+    x.get(out=host, blocking=False)
+    copied = cupy.cuda.get_current_stream().record()
+
+    def read() -> np.ndarray:
+        copied.synchronize()
+        return host
+
+    return read
 
 
 def convert(x: Array, like: Array) -> Array:

@@ -72,14 +72,14 @@ def evaluate(
     Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
     from tinyvit.data import Loader
-    from tinyvit.step import predictions
+    from tinyvit.inference import predictions
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
     done = 0
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
     batches = (images for images, _ in loader.epoch(0))
-    for outputs in predictions(model, batches, len(loader), threads, precision=precision):
+    for outputs in predictions(model, batches, threads, precision=precision):
         if stop():
             return None
         logits = outputs.astype(np.float64)  # (B, K)
@@ -156,8 +156,8 @@ def look_at(
     """What the checkpoint's `model` sees in picture files. Raises DataError for one that cannot be read."""
     from tinyvit.data.picture import open_rgb
     from tinyvit.data.splits import in_threads
+    from tinyvit.inference import predict
     from tinyvit.inspection import FeaturesAndLogits
-    from tinyvit.step import predict
 
     both = FeaturesAndLogits(model)
     outputs = []

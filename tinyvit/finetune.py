@@ -13,9 +13,9 @@ from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.data.splits import ArraySplit
 from tinyvit.evaluate import BATCH_SIZE
 from tinyvit.groups import in_head, layer_number
+from tinyvit.inference import predictions
 from tinyvit.ops import concat
 from tinyvit.settings import ALL_BUT_HEAD, TrainConfig
-from tinyvit.step import predictions
 from tinyvit.tensor import Array, Tensor
 from tinyvit.vit import VisionTransformer
 
@@ -130,7 +130,7 @@ def _features(
     loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
     batches = (images for images, _ in loader.epoch(0))
     parts = []
-    for features in predictions(part, batches, len(loader), threads, precision=precision):
+    for features in predictions(part, batches, threads, precision=precision):
         parts.append(features)
         bar.update(len(features))
     return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from tinyvit import kernels
 
 Array = Any
+Results = tuple[tuple[Array, ...], list[Array]]
 
 
 class Graphed:
@@ -23,10 +25,11 @@ class Graphed:
 
     The first call of a kind runs in single launches, which compiles kernels and finds plans; the second one in a row is
     captured, and later ones repeat it. Calls of other kinds (the last, short batch) run in single launches, too; two of
-    them in a row replace the graph. A function that cannot be captured always does, after one warning that says why.
+    them in a row replace the graph. What cannot be captured always does, after one warning that says why.
 
     Args:
-        function: takes arrays, gives a tuple of arrays. May change arrays that live on, always in place.
+        function: takes arrays, gives a tuple of arrays and a list of further ones, which the next call may write over.
+            May change arrays that live on, always in place.
         depends_on: what of a graph's surroundings makes its kind, beside the shapes and dtypes of the inputs: settings,
             and addresses of arrays that it uses.
         on_replay: the host's share of a call that is repeated.
@@ -37,7 +40,7 @@ class Graphed:
 
     def __init__(
         self,
-        function: Callable[..., tuple[Array, ...]],
+        function: Callable[..., Results],
         depends_on: Callable[[], Hashable] = tuple,
         on_replay: Callable[[], None] = lambda: None,
     ) -> None:
@@ -45,19 +48,18 @@ class Graphed:
         self._graph: _Graph | None = None
         self._kind: Hashable = None  # the graph's
         self._last_kind: Hashable = None
-        self._failure: str | None = None
+        self._failures: dict[Hashable, str] = {}  # of kinds that could not be captured
         self.reason: str | None = None
 
-    def __call__(self, *inputs: Array) -> tuple[Array, ...]:
+    def __call__(self, *inputs: Array) -> Results:
         kind = (tuple((x.shape, x.dtype.str, x.dtype.name) for x in inputs), self._depends_on())
         again, self._last_kind = kind == self._last_kind, kind
-        self.reason = self._failure
-        if self._failure is None:
-            if self._graph is not None and kind == self._kind:
-                return self._graph.replay(inputs, self._on_replay)
-            if again and self._capture(kind, inputs):
-                return self._graph.replay(inputs, lambda: None)  # the host did its share while capturing
-            self.reason = self._failure or "the first call with arrays of these shapes and addresses"
+        self.reason = None
+        if self._graph is not None and kind == self._kind:
+            return self._graph.replay(inputs, self._on_replay)
+        if again and kind not in self._failures and self._capture(kind, inputs):
+            return self._graph.replay(inputs, lambda: None)  # the host did its share while capturing
+        self.reason = self._failures.get(kind, "the first call with arrays of these shapes and addresses")
         return self._function(*inputs)
 
     def _capture(self, kind: Hashable, inputs: tuple[Array, ...]) -> bool:
@@ -65,8 +67,10 @@ class Graphed:
         try:
             self._graph, self._kind = _Graph(self._function, inputs), kind
         except Exception as error:  # whatever a library says to a call that cannot be captured
-            self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(f"the GPU runs without CUDA graphs: {self._failure}", stacklevel=4)
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            if failure not in self._failures.values():
+                warnings.warn(f"the GPU runs without CUDA graphs: {failure}", stacklevel=4)
+            self._failures[kind] = failure
         return self._graph is not None
 
 
@@ -78,20 +82,34 @@ def _stream(device: int) -> Any:
     return cupy.cuda.Stream(non_blocking=True)
 
 
+_left: list[tuple[Any, Any]] = []  # devices and pools of graphs that are gone, but for arrays that somebody holds
+
+
+def _give_back() -> None:
+    """Free the memory of graphs that are gone: what a pool of CuPy's holds when it is dropped is lost for good."""
+    for device, pool in list(_left):
+        with device:
+            pool.free_all_blocks()
+            empty = not pool.total_bytes()
+        if empty and (device, pool) in _left:
+            _left.remove((device, pool))
+
+
 class _Graph:
     """One captured call, with all memory that it works in: a pool of its own, which nothing else allocates from."""
 
-    def __init__(self, function: Callable[..., tuple[Array, ...]], inputs: tuple[Array, ...]) -> None:
+    def __init__(self, function: Callable[..., Results], inputs: tuple[Array, ...]) -> None:
         import cupy
 
+        _give_back()
         cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
+        self._device, self._pool = cupy.cuda.Device(), cupy.cuda.MemoryPool()
         self._inputs = [x.copy() for x in inputs]
-        self._pool = cupy.cuda.MemoryPool()
-        self._stream = _stream(cupy.cuda.runtime.getDevice())
+        self._stream = _stream(self._device.id)
         with self._after_current(), kernels.capture() as self._waiting, cupy.cuda.using_allocator(self._pool.malloc):
             self._stream.begin_capture()
             try:
-                self._outputs = function(*self._inputs)
+                self._outputs, self._lasting = function(*self._inputs)
             except BaseException:
                 with contextlib.suppress(Exception):  # the capture may have broken off already
                     self._stream.end_capture()
@@ -101,14 +119,22 @@ class _Graph:
             for work in self._waiting:
                 work()
 
-    def replay(self, inputs: tuple[Array, ...], on_replay: Callable[[], None]) -> tuple[Array, ...]:
-        """Repeat the call with other inputs; the results are copies, which the next one does not write over."""
+    def __del__(self, exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if exiting() or "_pool" not in vars(self):
+            return
+        _left.append((self._device, self._pool))
+        vars(self).clear()  # the graph and its arrays, before their memory
+        if not kernels.capturing():
+            _give_back()
+
+    def replay(self, inputs: tuple[Array, ...], on_replay: Callable[[], None]) -> Results:
+        """Repeat the call with other inputs; of its tuple copies are given, which the next call does not write over."""
         with self._after_current():
             for own, x in zip(self._inputs, inputs, strict=True):
                 own[...] = x
             on_replay()
             self._graph.launch(self._stream)
-            return tuple(x.copy() for x in self._outputs)
+            return tuple(x.copy() for x in self._outputs), self._lasting
 
     @contextlib.contextmanager
     def _after_current(self) -> Any:

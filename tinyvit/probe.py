@@ -51,7 +51,7 @@ def probe(
     Args:
         kind: "knn", which gives no probabilities and so no loss, or "linear".
         data: of any classes; read with the checkpoint's size and fit options.
-        precision: as for `step.predict`.
+        precision: as for `inference.predict`.
     """
     from tinyvit.finetune import with_features
 

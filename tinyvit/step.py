@@ -1,9 +1,9 @@
-"""Whole steps at full speed: one update of a model's parameters, and inference over many pictures."""
+"""Whole training steps at full speed: one update of a model's parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,9 +14,7 @@ from tinyvit.graph import Graphed
 from tinyvit.kernels import cuda
 from tinyvit.memory import keep_freed_memory
 from tinyvit.precision import LossScale, Precision
-from tinyvit.tensor import Array, Tensor, grad, no_grad
-
-WORTH_A_GRAPH = 4  # batches of predictions
+from tinyvit.tensor import Array, Tensor, grad
 
 
 class Averaged(Protocol):
@@ -119,23 +117,24 @@ class TrainStep:
         if not self.model.training:
             self.model.train()
         like = self.parameters[0].data
+        self._gradients = []  # the last step's: their memory is this one's
         with shards.limit(self.threads), arrays.on_device_of(like):
             images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
             if arrays.is_cupy(like):
                 self.precision.refresh()  # not in the graph, where it would be done each time
-                self.outcome = Outcome(*self.graph(images, labels, arrays.convert(np.array(self.step_index), like)))
+                outcome, self._gradients = self.graph(images, labels, arrays.convert(np.array(self.step_index), like))
             else:
-                self.outcome = Outcome(*self._compute(images, labels, self.step_index))
+                outcome, self._gradients = self._compute(images, labels, self.step_index)
+        self.outcome = Outcome(*outcome)
         if self._together:
             self.precision.keep_copies()
         self.step_index += 1
         return Tensor(self.outcome.loss)
 
-    def _compute(self, images: Array, labels: Array, step: int | Array) -> Outcome:
-        """The step's arithmetic, which a graph can repeat where nothing of it depends on the host."""
-        self._gradients = []  # the last step's: their memory is this one's
-        loss, correct, self._gradients = self._differentiate(images, labels, step)
-        for p, g in zip(self.parameters, self._gradients, strict=True):
+    def _compute(self, images: Array, labels: Array, step: int | Array) -> tuple[Outcome, list[Array]]:
+        """The step's arithmetic, which a graph can repeat where nothing of it depends on the host, with its gradients."""
+        loss, correct, gradients = self._differentiate(images, labels, step)
+        for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
         limit = math.inf if self.clip_norm is None else self.clip_norm
         norm = self.optimizer.step_together(limit, self._scale, self.precision.copies())
@@ -143,8 +142,8 @@ class TrainStep:
         updated = True
         if not self._together:
             if self.precision.dtype is not None:
-                self._gradients = [arrays.astype(g, "float32") for g in self._gradients]
-            for p, g in zip(self.parameters, self._gradients, strict=True):
+                gradients = [arrays.astype(g, "float32") for g in gradients]
+            for p, g in zip(self.parameters, gradients, strict=True):
                 p.grad = g
             norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
             updated = self._scale is None or self._scale.update(norm)
@@ -153,7 +152,7 @@ class TrainStep:
         if self.ema is not None and updated:
             self.ema.update()
         self.optimizer.zero_grad()
-        return Outcome(loss, correct, norm)
+        return Outcome(loss, correct, norm), gradients
 
     def _surroundings(self) -> tuple:
         """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
@@ -239,73 +238,6 @@ class TrainStep:
             threads = shards.usual_threads()
             n = self.accumulate * (self.shards or threads)
         return shards.run(shards.plan(batch, threads, n), shard)
-
-
-def predict(
-    model: nn.Module,
-    images: Array,
-    batch_size: int = 256,
-    threads: int | None = None,
-    shards_per_batch: int | None = None,
-    precision: str = "fp32",
-) -> np.ndarray:
-    """The model's outputs for any number of pictures, in evaluation mode and with nothing recorded.
-
-    Args:
-        model: gives (B, num_classes) for images (B, C, H, W).
-        images: (N, C, H, W), floating.
-        batch_size: how many pictures are computed at a time.
-        threads, shards_per_batch: as in `shards.plan`.
-        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
-
-    Returns:
-        (N, num_classes), NumPy; float32 also where the model computes in 16 bits for it.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    count = images.shape[0]
-    starts = range(0, max(count, 1), batch_size)
-    batches = (images[first : min(first + batch_size, count), ...] for first in starts)
-    return np.concatenate(list(predictions(model, batches, len(starts), threads, shards_per_batch, precision)))
-
-
-def predictions(
-    model: nn.Module,
-    batches: Iterable[Array],
-    number: int,
-    threads: int | None = None,
-    shards_per_batch: int | None = None,
-    precision: str = "fp32",
-) -> Iterator[np.ndarray]:
-    """What `predict` gives, for each of a `number` of batches (B, C, H, W) that are at hand one after the other.
-
-    A device computes a batch while the one before is read.
-    """
-    like = next(iter(model.parameters())).data
-    if not arrays.on_host(like):
-        threads = 1
-    mode = Precision(precision, model)
-
-    def compute(images: Array) -> Array:
-        logits = model(images).data
-        return logits if mode.dtype is None else arrays.astype(logits, "float32")
-
-    if arrays.is_cupy(like) and number >= WORTH_A_GRAPH:
-        weights, single = model.parameters(), compute
-        graph = Graphed(lambda images: (single(images),), lambda: tuple(cuda.address(p.data) for p in weights))
-        compute = lambda images: graph(images)[0]
-    unread: list[Array] = []
-    for images in batches:
-        with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
-            batch = arrays.convert(_array(images), like)
-            plan = shards.plan(batch.shape[0], threads, shards_per_batch)
-            computed = list(shards.run(plan, lambda start, stop, batch=batch: compute(batch[start:stop, ...])))
-        mode.keep_copies()
-        if unread:
-            yield np.concatenate([arrays.to_numpy(x) for x in unread])
-        unread = computed
-    if unread:
-        yield np.concatenate([arrays.to_numpy(x) for x in unread])
 
 
 def _array(x: Tensor | Array) -> Array:
