@@ -81,7 +81,8 @@ def test_a_step_moves_each_layer_by_its_own_rate():
     opt = optim.AdamW(optim.param_groups(net, 0.0, layer_decay=0.5, head_lr_scale=4), lr=1e-3, eps=1e-30)
     TrainStep(net, opt, threads=1)(images(), np.arange(6) % 5)
     after = net.state_dict()
-    for name, rate in (("patch_embed.proj.weight", 1e-3 / 16), ("blocks.1.mlp.fc1.weight", 1e-3 / 4), ("head.bias", 4e-3)):
+    rates = {"patch_embed.proj.weight": 1e-3 / 16, "blocks.1.mlp.fc1.weight": 1e-3 / 4, "head.bias": 4e-3}
+    for name, rate in rates.items():
         assert np.allclose(np.abs(after[name] - before[name]), rate, rtol=1e-2), name
 
 
@@ -221,7 +222,8 @@ def trained(tmp_path_factory):
 
 
 def finetune(trained, out, *options, epochs=2):
-    result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--epochs", epochs, "--out", out, *options)
+    source = ["--data", trained / "other", "--init", trained / "run"]
+    result = tinyvit("train", *source, "--epochs", epochs, "--out", out, *options)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -296,21 +298,30 @@ def test_nonsense_is_refused_in_one_line(trained, tmp_path, options, status, nam
 
 
 def test_a_toml_file_says_the_same(trained, tmp_path):
-    (tmp_path / "o.toml").write_text('freeze = "all-but-head"\nlayer-decay = 1\nhead_lr = 1e-2\nclass-weights = "balanced"\naugment = true')
+    lines = ['freeze = "all-but-head"', "layer-decay = 1", "head_lr = 1e-2", 'class-weights = "balanced"']
+    (tmp_path / "o.toml").write_text("\n".join([*lines, "augment = true"]))
     finetune(trained, tmp_path / "a", "--config", tmp_path / "o.toml", "--freeze", 1, epochs=1)
     options = json.loads((tmp_path / "a" / "config.json").read_text())["options"]
-    given = {"freeze": 1, "layer_decay": 1.0, "head_lr": 0.01, "class_weights": "balanced", "augment": True, "patience": None}
+    given = {"freeze": 1, "layer_decay": 1.0, "head_lr": 0.01, "class_weights": "balanced", "augment": True}
+    given["patience"] = None
     assert {name: options[name] for name in given} == given
-    for line, named in (("freeze = true", "expected one value"), ('freeze = "all"', "expected all-but-head"), ("patience = 0", "at least 1")):
+    refused = {
+        "freeze = true": "expected one value",
+        'freeze = "all"': "expected all-but-head",
+        "patience = 0": "at least 1",
+    }
+    source = ["--data", trained / "other", "--init", trained / "run"]
+    for line, named in refused.items():
         (tmp_path / "o.toml").write_text(line)
-        result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--config", tmp_path / "o.toml")
+        result = tinyvit("train", *source, "--config", tmp_path / "o.toml")
         assert named in assert_one_line_error(result, 2)
 
 
 def test_freezing_needs_weights_to_keep(trained, tmp_path):
     result = tinyvit("train", "--data", trained / "other", *NANO, "--freeze", 1, "--out", tmp_path / "a")
     assert "--freeze 1 keeps weights of --init" in assert_one_line_error(result, 2)
-    result = tinyvit("train", "--data", trained / "other", *NANO, "--head-lr", 0.01, "--epochs", 1, "--out", tmp_path / "b")
+    options = [*NANO, "--head-lr", 0.01, "--epochs", 1]
+    result = tinyvit("train", "--data", trained / "other", *options, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr
 
 
@@ -345,8 +356,14 @@ def test_a_run_computes_features_once(trained, tmp_path, monkeypatch):
 
     seen = []
     original = vit.VisionTransformer.read_tokens
-    monkeypatch.setattr(vit.VisionTransformer, "read_tokens", lambda self, x: (seen.append(len(x)), original(self, x))[1])
-    given = {"data": str(trained / "other"), "init": str(trained / "run"), "epochs": 3, "freeze": "all-but-head", "threads": 1}
+
+    def counted(self, x):
+        seen.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(vit.VisionTransformer, "read_tokens", counted)
+    source = {"data": str(trained / "other"), "init": str(trained / "run")}
+    given = source | {"epochs": 3, "freeze": "all-but-head", "threads": 1}
     train(given | {"out": str(tmp_path / "a")})
     assert sum(seen) == 72 + 18
     seen.clear()
@@ -403,9 +420,11 @@ def test_a_failed_run_on_features_leaves_its_best_weights(trained, tmp_path, mon
 
     check = trainer.Trainer.check_finite
     monkeypatch.setattr(trainer, "SAVE_EVERY", 1e9)
-    monkeypatch.setattr(
-        trainer.Trainer, "check_finite", lambda self, *what: check(self, *((np.nan, 1) if self.position.epoch == 2 else what))
-    )
+
+    def broken(self, *what):
+        check(self, *((np.nan, 1) if self.position.epoch == 2 else what))
+
+    monkeypatch.setattr(trainer.Trainer, "check_finite", broken)
     with pytest.raises(trainer.TrainError, match="the loss is nan"):
         train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "epochs": 5,
                "out": str(tmp_path / "a")})  # fmt: skip
@@ -425,12 +444,15 @@ def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["augment"] is False
 
 
-@pytest.mark.parametrize("options", [["--freeze", "all-but-head"], ["--freeze", 1, "--class-weights", "balanced", "--ema", 0.9]])
+@pytest.mark.parametrize(
+    "options", [["--freeze", "all-but-head"], ["--freeze", 1, "--class-weights", "balanced", "--ema", 0.9]]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, options):
     options = [*options, "--patience", 9, "--batch-size", 9]
     finetune(trained, tmp_path / "a", *options, epochs=30)
-    process = start("train", "--data", trained / "other", "--init", trained / "run", "--epochs", 30, "--out", tmp_path / "b", *options)
-    stop_when(process, lambda: (tmp_path / "b" / "metrics.jsonl").exists() and (tmp_path / "b" / "metrics.jsonl").read_text())
+    source, metrics = ["--data", trained / "other", "--init", trained / "run"], tmp_path / "b" / "metrics.jsonl"
+    process = start("train", *source, "--epochs", 30, "--out", tmp_path / "b", *options)
+    stop_when(process, lambda: metrics.exists() and metrics.read_text())
     result = tinyvit("train", "--out", tmp_path / "b", "--resume")
     assert result.returncode == 0, result.stderr
     whole, resumed = (load_file(tmp_path / run / "last.safetensors") for run in "ab")
@@ -453,7 +475,8 @@ def test_minutes_count_features_in(trained, tmp_path):
 
 def test_patience_ends_a_run_that_gets_no_better(trained, tmp_path):
     """A learning rate of nothing: the first epoch stays the best."""
-    printed = finetune(trained, tmp_path / "a", "--patience", 2, "--lr", 1e-30, "--weight-decay", 0, "--no-augment", epochs=50)
+    options = ["--lr", 1e-30, "--weight-decay", 0, "--no-augment"]
+    printed = finetune(trained, tmp_path / "a", "--patience", 2, *options, epochs=50)
     rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 3 and "stopping early: 2 epochs without a better validation accuracy" in printed
     again = tinyvit("train", "--out", tmp_path / "a", "--resume")
@@ -470,7 +493,7 @@ def test_class_weights_balance():
 
 
 def test_weighted_classes_reach_the_steps(trained, tmp_path):
-    """Eight of ten pictures are red; weighted, the classes' gradients cancel in a head of zeros, so its bias stays small."""
+    """Eight of ten pictures are red; weighted, the gradients cancel in a head of zeros, so its bias stays small."""
     pictures = tmp_path / "pictures"
     shutil.copytree(trained / "other", pictures)
     for name in ("azure", "green"):
@@ -479,8 +502,9 @@ def test_weighted_classes_reach_the_steps(trained, tmp_path):
     biases = {}
     for how in ("none", "balanced"):
         out = tmp_path / how
-        result = tinyvit("train", "--data", pictures, "--init", trained / "run", "--freeze", "all-but-head", "--batch-size", 30,
-                         "--epochs", 1, "--optimizer", "sgd", "--label-smoothing", 0, "--class-weights", how, "--out", out)  # fmt: skip
+        options = ["--freeze", "all-but-head", "--batch-size", 30, "--epochs", 1, "--optimizer", "sgd"]
+        options += ["--label-smoothing", 0, "--class-weights", how]
+        result = tinyvit("train", "--data", pictures, "--init", trained / "run", *options, "--out", out)
         assert result.returncode == 0, result.stderr
         biases[how] = load_file(out / "last.safetensors")["head.bias"]
     assert biases["none"].max() > 0.005 and np.abs(biases["balanced"]).max() < 1e-3 * biases["none"].max()
@@ -517,7 +541,8 @@ def test_a_fine_tuned_run_prepares_pictures_as_its_weights_were_used_to(trained,
     unusual = {"crop_pct": 0.5, "crop_mode": "squash", "interpolation": "nearest", "mean": [0.1] * 3, "std": [0.7] * 3}
     (tmp_path / "odd").mkdir()
     save(tmp_path / "odd" / BEST, tensors, metadata | unusual)
-    result = tinyvit("train", "--data", trained / "other", "--init", tmp_path / "odd", "--epochs", 2, "--out", tmp_path / "a")
+    options = ["--init", tmp_path / "odd", "--epochs", 2]
+    result = tinyvit("train", "--data", trained / "other", *options, "--out", tmp_path / "a")
     assert result.returncode == 0, result.stderr
     ours = open_checkpoint(tmp_path / "a")
     assert ours.preprocessing == open_checkpoint(tmp_path / "odd").preprocessing

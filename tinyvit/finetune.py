@@ -23,8 +23,8 @@ from tinyvit.vit import VisionTransformer
 def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
     """Give the model a new classifier (a distilled one two): all zeros, or "normal" weights with zero biases.
 
-    "zeros" is the paper's (Dosovitskiy et al. 2020, section 3.2); "normal" is cut at two standard deviations of 0.02 and
-    drawn from `seed`.
+    "zeros" is the paper's (Dosovitskiy et al. 2020, section 3.2); "normal" is cut at two standard deviations of 0.02
+    and drawn from `seed`.
     """
     if how not in ("zeros", "normal"):
         raise ValueError(f"a head begins with zeros or normal weights, got {how!r}")
@@ -80,7 +80,7 @@ def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 class Backbone(nn.Module):
-    """All but the head: pictures (B, C, H, W) -> what the head reads, (B, D); a distilled model's two inputs side by side."""
+    """All but the head: pictures (B, C, H, W) -> what the head reads, (B, D); a distilled model's two side by side."""
 
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model

@@ -56,7 +56,9 @@ def read_config(out: Path) -> dict[str, Any]:
         if unknown := sorted(set(config["options"]) - set(FIELDS)):
             raise CheckpointError(f"{out / CONFIG}: this version of tinyvit has no option {', '.join(unknown)}")
         options = {
-            name: value if value is None and FIELDS[name].default is None else read_value(out / CONFIG, name, name, value)
+            name: value
+            if value is None and FIELDS[name].default is None
+            else read_value(out / CONFIG, name, name, value)
             for name, value in config["options"].items()
         }
         config["options"] = dataclasses.asdict(TrainConfig(**options))

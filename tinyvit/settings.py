@@ -116,9 +116,9 @@ VAL_FRACTION = 0.1
 
 # Options that go together under a name; those given beside it count more.
 RECIPES: dict[str, dict[str, Any]] = {
-    # "Image classification with Vision Transformer" among Keras's code examples (K. Salama, 2021), but for its head (an MLP
-    # of 2048 and 1024 on all tokens side by side; here their mean and one layer), 64 wide queries and keys in each head
-    # (here 16), a second GELU in each MLP, and rotation and zoom of the training pictures (here they are only flipped).
+    # "Image classification with Vision Transformer" among Keras's code examples (K. Salama, 2021), but for its head (an
+    # MLP of 2048 and 1024 on all tokens side by side; here their mean and one layer), 64 wide queries and keys in each
+    # head (here 16), a second GELU in each MLP, and rotation and zoom of the training pictures (here only flipped).
     "keras-cifar10": {
         "data": "cifar10", "model": "vit_keras_patch6_72", "epochs": 100, "batch_size": 256, "optimizer": "adamw",
         "lr": 1e-3, "weight_decay": 1e-4, "schedule": "constant", "warmup": 0.0, "clip_norm": 0.0,
@@ -168,15 +168,17 @@ class TrainConfig:
     clip_norm: float = option(1.0, not_negative, "X", "largest norm of a step's gradient; 0: no clipping")
     label_smoothing: float = option(0.1, share, "X", "share of each label given to all classes")
     drop_path: float = option(0.0, share, "X", "rate at which the last block's branches are dropped")
-    dropout: float = option(0.0, share, "X", "dropout after the position embedding, the projections and in the MLP, and no other")
+    dropout: float = option(
+        0.0, share, "X", "dropout after the position embedding, the projections and in the MLP, and no other"
+    )
     mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
     cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none")
     augment: bool | None = option(
         None,
         bool,
         "",
-        f"flip, shift and vary the training pictures (default: yes; with --freeze {ALL_BUT_HEAD} no, so that the features "
-        "before the head are computed once)",
+        f"flip, shift and vary the training pictures (default: yes; with --freeze {ALL_BUT_HEAD} no, so that the "
+        "features before the head are computed once)",
     )
     optimizer: str = option("adamw", one_of(*RATES), "NAME", "adamw, adam or sgd (with Nesterov momentum 0.9)")
     schedule: str = option("cosine", one_of("cosine", "step", "constant"), "NAME", "course of the learning rate")

@@ -49,8 +49,8 @@ class TrainStep:
         ema: an average of the weights to update after each step.
         seed: what dropout masks derive from, together with `step_index`.
         threads, shards: as in `shards.plan`.
-        class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly its
-            mean over the whole batch, however that is cut.
+        class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly
+            its mean over the whole batch, however that is cut.
         precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
 
     In fp16 the loss is scaled while the gradient is computed, and a step whose gradient overflows changes nothing but

@@ -68,7 +68,7 @@ def open_init(options: TrainConfig) -> Checkpoint | None:
 
 
 def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
-    """The data set, in the size asked for, else the model's own, else the pictures'; prepared as `checkpoint` is used to."""
+    """The data set, in the size asked for, else the model's, else the pictures'; prepared as for `checkpoint`."""
     size = None if options.image_size is None else height_and_width(options.image_size)
     if size is None and checkpoint is not None:
         size = checkpoint.image_size
@@ -85,7 +85,8 @@ def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
     )
     if options.val_fraction is not None and data.val is not None:
         raise UsageError(
-            f"--val-fraction {options.val_fraction} holds out pictures, but {data.name} has validation pictures of its own"
+            f"--val-fraction {options.val_fraction} holds out pictures, "
+            f"but {data.name} has validation pictures of its own"
         )
     if options.val_fraction is not None and data.own_test:
         data = hold_out(data, options.val_fraction, options.seed)
@@ -177,7 +178,8 @@ def prepare(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, dis
     device = pick_device(options.device)
     if not reuses_features(options):
         return resident(data, device)
-    display.line(f"only the head learns: computing the features of {len(data.train) + len(data.validation)} pictures once")
+    pictures = len(data.train) + len(data.validation)
+    display.line(f"only the head learns: computing the features of {pictures} pictures once")
     model = make_model(options, data, checkpoint).to(device)
     return resident(with_features(Backbone(model), data, options.threads, options.precision), device)
 
@@ -187,8 +189,9 @@ def introduce(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
     data, options = trainer.data, trainer.options
     height, width = data.image_size
     trainer.display.line(
-        f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: {len(data.train)} "
-        f"training and {len(data.validation)} validation pictures of {height}x{width} in {len(data.class_names)} classes"
+        f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: "
+        f"{len(data.train)} training and {len(data.validation)} validation pictures of {height}x{width} "
+        f"in {len(data.class_names)} classes"
     )
     if checkpoint is not None:
         head = "its head kept" if keeps_head(checkpoint, data) else f"a new head for {len(data.class_names)} classes"

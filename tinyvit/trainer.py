@@ -273,8 +273,9 @@ class Trainer:
 
     def failure(self, what: str) -> TrainError:
         return TrainError(
-            f"{what} at step {self.position.step - len(self.unread) + 1} (learning rate {self.opt.lr:g}, largest gradient "
-            f"{self.step.largest_grad:g}): try a lower --lr; {self.out / LAST} holds the last good weights"
+            f"{what} at step {self.position.step - len(self.unread) + 1} (learning rate {self.opt.lr:g}, "
+            f"largest gradient {self.step.largest_grad:g}): try a lower --lr; "
+            f"{self.out / LAST} holds the last good weights"
         )
 
     def evaluate(self, split: Split, stop: Stop = lambda: None) -> Scores | None:
