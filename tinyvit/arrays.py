@@ -92,7 +92,7 @@ def to_numpy(x: Array) -> np.ndarray:
 
 
 def reading(x: Array) -> Callable[[], np.ndarray]:
-    """Start to bring `x` to the host. What is given waits for that alone, not for later work, and gives the NumPy array.
+    """Start to bring `x` to the host. What is given waits for that alone, not for later work, and gives a NumPy array.
 
     It must be called: memory of the host is written to until then.
     """

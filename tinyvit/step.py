@@ -132,7 +132,7 @@ class TrainStep:
         return Tensor(self.outcome.loss)
 
     def _compute(self, images: Array, labels: Array, step: int | Array) -> tuple[Outcome, list[Array]]:
-        """The step's arithmetic, which a graph can repeat where nothing of it depends on the host, with its gradients."""
+        """The step's arithmetic, with its gradients; a graph can repeat it where nothing of it depends on the host."""
         loss, correct, gradients = self._differentiate(images, labels, step)
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
