@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "tinyvit"]
 NANO = ["--model", "vit_nano_patch8_32"]
 
@@ -34,9 +36,14 @@ def count_decoded(monkeypatch):
     return opened
 
 
-def environment():
-    """The environment of a command, with output at once even where it is a pipe."""
-    return os.environ | {"PYTHONUNBUFFERED": "1"}
+def environment(first=None):
+    """The environment of a command: this tinyvit, no GPU, and output at once even where it is a pipe.
+
+    Modules in the directory `first` go before all others.
+    """
+    paths = [str(path) for path in (first, ROOT, os.environ.get("PYTHONPATH")) if path]
+    ours = {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return os.environ | ours
 
 
 def tinyvit(*arguments, cwd=None, timeout=120, **options):

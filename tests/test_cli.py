@@ -250,6 +250,13 @@ def test_bad_usage_is_one_line_and_status_2(arguments, message, capsys, tmp_path
     assert printed.out == "" and list(tmp_path.iterdir()) == []
 
 
+def test_commands_of_tests_are_this_tinyvit_and_find_no_gpu(tmp_path):
+    program = "import os, tinyvit; print(tinyvit.__file__); print([os.environ['CUDA_VISIBLE_DEVICES']])"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert result.stdout.splitlines() == [library.__file__, "['']"], result.stderr
+
+
 def test_bad_usage_and_failed_work_through_the_real_command(tmp_path):
     assert "did you mean --epochs?" in assert_one_line_error(tinyvit("train", "--epoch", "3", cwd=tmp_path), 2)
     assert "no/such/run" in assert_one_line_error(tinyvit("eval", "no/such/run", "--data", "shapes"), 1)
@@ -286,7 +293,7 @@ def test_cuda_without_cupy_names_the_extras(run, pictures, tmp_path, command):
     (blocked / "__init__.py").write_text("raise ImportError('not here')")
     arguments = ["--data", str(pictures), "--device", "cuda"]
     arguments = ["eval", str(run), *arguments] if command == "eval" else ["train", "--out", "new", *NANO, *arguments]
-    env = environment() | {"PYTHONPATH": str(tmp_path)}
+    env = environment(first=tmp_path)
     result = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=env, cwd=tmp_path)
     message = assert_one_line_error(result, 1)
     assert "cuda12" in message and "cuda13" in message

@@ -141,7 +141,8 @@ class LossScale:
         good = xp.where(finite, self.good + 1, zero)
         grown = good >= self.GROW_AFTER
         factor = xp.where(finite, xp.where(grown, one * 2.0, one), one * 0.5)
-        self.value[...] = xp.clip(self.value * factor, 1.0, self.LARGEST)
+        # Not clip, which array_api_compat puts together from masks: on a GPU each of them is waited for.
+        self.value[...] = xp.minimum(xp.maximum(self.value * factor, one), one * self.LARGEST)
         self.good[...] = xp.where(grown, zero, good)
         return bool(finite)
 
