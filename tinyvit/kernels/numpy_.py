@@ -43,7 +43,7 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     rows = x.reshape(-1, x.shape[-1])
     y = rows @ weight.T
     if bias is not None:
-        _by_row(np.add, y, _tiled(bias), y)
+        _by_row(np.add, y, _tiled(bias, len(y)), y)
     return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs)
 
 
@@ -71,7 +71,7 @@ def linear_gelu(
     rows = x.reshape(-1, x.shape[-1])
     y = rows @ weight.T
     slope = np.empty_like(y) if True in needs else None
-    shift = _tiled(bias)
+    shift = _tiled(bias, len(y))
     for part, scratch in _row_blocks(y, 2):
         _by_row(np.add, y[part], shift, y[part])
         _gelu(y[part], y[part], None if slope is None else slope[part], scratch, approximate)
@@ -149,7 +149,7 @@ def layer_norm(
     normal = np.empty_like(rows) if True in needs else y
     rstd = np.empty((len(rows), 1), x.dtype)
     share = np.full(dim, 1.0 / dim, x.dtype)
-    scale, shift = _tiled(weight), _tiled(bias)
+    scale, shift = _tiled(weight, len(rows)), _tiled(bias, len(rows))
     for part, _ in _row_blocks(rows):
         n, r, out = normal[part], rstd[part], y[part]
         np.subtract(rows[part], (rows[part] @ share)[:, None], n)
@@ -193,9 +193,11 @@ def _row_blocks(rows: Array, scratch: int = 0) -> Iterator[tuple[slice, Array]]:
         yield slice(start, stop), space[:, : stop - start]
 
 
-def _tiled(row: Array) -> Array:
-    """`row` (C,) as often as it takes to make one of about TILE elements, for `_by_row`."""
-    return np.concatenate([row] * max(1, -(-TILE // max(1, len(row)))))
+def _tiled(row: Array, rows: int) -> Array:
+    """`row` (C,), as often as it takes to make one of about TILE elements, for `_by_row` on so many rows."""
+    tiled = np.empty((max(1, min(-(-TILE // max(1, len(row))), rows // 8)), len(row)), row.dtype)
+    tiled[...] = row
+    return tiled.reshape(-1)
 
 
 def _by_row(ufunc: np.ufunc, x: Array, tiled: Array, out: Array) -> None:
