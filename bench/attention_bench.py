@@ -238,7 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
     copy, matmul = device.copy_rate(), {dtype: device.matmul_rate(dtype) for dtype in dtypes}
     rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {dtype}" for dtype, rate in matmul.items())
     print(f"{device.describe()}: copies {copy / 1e9:.0f} GB/s, multiplies matrices at {rates}\n")
-    results = []
+    results: list[dict] = []
+    record = {"device": device.name, "machine": devices.machine(device), "command": " ".join(sys.argv)}
+    record |= {"peaks": {"copy": copy, "matmul": matmul}, "results": results}
     for case in args.cases:
         config = CASES[case]
         for batch in args.batches or BATCHES[device.name][config.image_size[0]]:
@@ -251,12 +253,10 @@ def main(arguments: list[str] | None = None) -> None:
                     result[kind] = measure(device, config, inputs, names, kind, peaks, rounds)
                 results.append(result)
                 print(table(result, device.name), end="\n\n", flush=True)
+                if args.json:  # after each, in case that the machine or its time is lost
+                    with checkpoint.atomic_write(args.json) as file:
+                        file.write_text(json.dumps(record, indent=1))
     print(summary(results))
-    record = {"device": device.name, "machine": devices.machine(device), "command": " ".join(sys.argv)}
-    record |= {"peaks": {"copy": copy, "matmul": matmul}, "results": results}
-    if args.json:
-        with checkpoint.atomic_write(args.json) as file:
-            file.write_text(json.dumps(record, indent=1))
     if args.plot:
         with checkpoint.atomic_write(args.plot) as file:
             attention_chart.draw(record, TITLES, file)

@@ -5,10 +5,10 @@
     python bench/gpu_check.py --tune --json out.json
 
 Compares every kernel with the reference in float64 on many shapes, twice, to see the same bits; outputs are full of NaN
-before. Then whole steps (gpu_steps): as CUDA graphs and in single launches, in every precision. Then times (gpu_times)
-on the device alone: kernels bound by memory as a share of the device's own copy rate. `--tune` times attention under
-other plans than our own. A part that breaks says so and leaves the others alone; the exit status is 1 if anything
-failed.
+before. Whole steps (gpu_steps) as CUDA graphs and in single launches, in every precision. Times (gpu_times) on the
+device alone: kernels bound by memory as a share of the device's own copy rate. Attention's and the other large kernels'
+checks come last, for they compile hundreds of variants. `--tune` times attention under other plans than our own. A part
+that breaks says so and leaves the others alone; the exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -181,9 +181,10 @@ def run(section: Callable[[], None]) -> None:
 
 CHECKS = (
     check_products, check_dropout, check_labels, check_adamw, check_replay, check_changes, check_waiting, check_memory,
-    check_precisions, check_predictions, check_attention, check_others,
+    check_precisions, check_predictions,
 )  # fmt: skip
 TIMES = (time_steps, time_predictions, time_attention, time_products, time_others)
+KERNEL_CHECKS = (check_attention, check_others)  # last: they compile hundreds of kernels
 
 
 def main() -> None:
@@ -193,9 +194,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts by their names, e.g. check_replay time_steps")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     arguments = parser.parse_args()
-    parts = [*CHECKS, *(() if arguments.checks_only else TIMES), *((tune_attention,) if arguments.tune else ())]
+    times = () if arguments.checks_only else TIMES
+    parts = [*CHECKS, *times, *KERNEL_CHECKS, *((tune_attention,) if arguments.tune else ())]
     if arguments.only:
-        parts = [part for part in (*CHECKS, *TIMES, tune_attention) if part.__name__ in arguments.only]
+        parts = [p for p in (*CHECKS, *TIMES, *KERNEL_CHECKS, tune_attention) if p.__name__ in arguments.only]
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
     print(properties["name"].decode(), "CuPy", cupy.__version__, "driver", cupy.cuda.runtime.driverGetVersion())
     print(f"{cuda.multiprocessors()} multiprocessors, {cuda.shared_limit() >> 10} KB of shared memory for a block")

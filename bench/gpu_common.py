@@ -94,21 +94,27 @@ def np_namespace() -> Any:
     return array_api_compat.numpy
 
 
+@functools.cache
+def stream() -> Any:
+    """The one that is captured and timed: each stream has room of its own for cuBLASLt, which is kept."""
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 def microseconds(calls: list[Callable[[], Any]], repeats: int = 15) -> float:
     """Time of one call on the device: a graph goes through all of them, which touch different memory."""
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    cupy.cuda.Device().synchronize()  # inputs were made on another stream
+    with stream():
         kept = [call() for call in calls]  # compiles, and keeps each call's arrays apart
         del kept
-        stream.begin_capture()
+        stream().begin_capture()
         kept = [call() for call in calls]
-        graph = stream.end_capture()
+        graph = stream().end_capture()
         times = []
         for _ in range(repeats):
             start, end = cupy.cuda.Event(), cupy.cuda.Event()
-            start.record(stream)
-            graph.launch(stream)
-            end.record(stream)
+            start.record(stream())
+            graph.launch(stream())
+            end.record(stream())
             end.synchronize()
             times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / len(calls))
     del kept

@@ -97,22 +97,34 @@ def make_peer(case: str, name: str, device: str) -> peers.Peer:
     return PEERS[name][1](*build(case, device=device), device)
 
 
-def interleave(contenders: dict[str, Any], kind: str, steps: int, device: str = "cpu") -> dict[str, list[float]]:
+def interleave(
+    contenders: dict[str, Any], kind: str, steps: int, device: str = "cpu", free: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of every counted step of every contender.
 
     They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of
-    the caches, so that what is counted is the pace of a run of steps, as in a training.
+    the caches, so that what is counted is the pace of a run of steps, as in a training. Who fails is dropped from
+    `contenders`, its memory given back by `free`, and the others go on.
     """
     warm_up, repeats, settle = (1, 1, SETTLE) if device == "cpu" else (3, GPU_REPEATS[kind], 0.0)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warm_up + steps):
-        for name, peer in contenders.items():
+        for name in list(contenders):
             time.sleep(settle)
-            peer.run(kind)
-            seconds = timed(functools.partial(peer.run, kind, repeats)) / repeats
-            if i >= warm_up:
+            seconds = attempt(name, functools.partial(reading, contenders[name], kind, repeats))
+            if seconds is None:
+                del contenders[name], times[name]
+                gc.collect()
+                free()
+            elif i >= warm_up:
                 times[name].append(seconds)
     return times
+
+
+def reading(peer: Any, kind: str, repeats: int) -> float:
+    """Seconds of a step, by the clock over many, after one that is not counted."""
+    peer.run(kind)
+    return timed(functools.partial(peer.run, kind, repeats)) / repeats
 
 
 def difference(a: peers.Peer, b: peers.Peer) -> dict[str, float]:
@@ -173,7 +185,8 @@ def run_case(case: str, names: list[str], device: devices.Host | devices.Gpu, ar
     contenders = gather(case, names, device.name, args.isolate)
     result: dict = {"case": case, "model": CASES[case][0], "batch": len(images), "device": device.name, "peers": {}}
     if "tinyvit" in contenders and "torch" in contenders:
-        result["difference"] = difference(contenders["tinyvit"], contenders["torch"])
+        found = attempt("difference", functools.partial(difference, contenders["tinyvit"], contenders["torch"]))
+        result |= {"difference": found} if found else {}
     if device.name == "cuda":  # compiles; where that fails the others go on
         losses = {name: attempt(name, peer.loss) for name, peer in contenders.items()}
         result["first_loss"] = {name: loss for name, loss in losses.items() if loss is not None}
@@ -181,7 +194,7 @@ def run_case(case: str, names: list[str], device: devices.Host | devices.Gpu, ar
     rate_of = sgemm_rate if device.name == "cpu" else functools.partial(device.matmul_rate, "bfloat16")
     rates = [rate_of()]
     for kind in ("step", "infer"):
-        for name, seconds in interleave(contenders, kind, args.steps, device.name).items():
+        for name, seconds in interleave(contenders, kind, args.steps, device.name, device.free).items():
             rate = len(images) / statistics.median(seconds)
             work = flops(model.config) * (3 if kind == "step" else 1)
             row = result["peers"].setdefault(name, {})
@@ -212,8 +225,11 @@ def table(result: dict) -> str:
     for name, row in result["peers"].items():
         cells = []
         for kind in ("step", "infer"):
+            if kind not in row:
+                cells.append(f"{'failed':^32}")
+                continue
             rate, gflops = row[kind]["images_per_second"], row[kind]["gflops"]
-            ratio = f"{own[kind]['images_per_second'] / rate:.2f}" if own else ""
+            ratio = f"{own[kind]['images_per_second'] / rate:.2f}" if own and kind in own else ""
             cells.append(f"{rate:8.1f} {ratio:>7} {gflops / scale:8.0f} {gflops / top:5.0%} ")
         peak = row.get("peak_mib")
         lines.append(f"{name:14}|{cells[0]}|{cells[1]}|{peak:5.0f}" if peak else f"{name:14}|{cells[0]}|{cells[1]}|")
@@ -254,16 +270,19 @@ def main(arguments: list[str] | None = None) -> None:
         names = [name for name in names if name not in CPU_ONLY]
     if unknown := [case for case in cases if device.name == "cuda" and case not in GPU_BATCHES]:
         sys.exit(f"train_bench: error: device cuda has the cases {', '.join(GPU_BATCHES)}, not {', '.join(unknown)}")
-    results = []
+    record: dict = {"machine": devices.machine(device), "command": " ".join(sys.argv), "results": []}
     for case in cases:
-        results.append(run_case(case, names, device, args))
-        print(table(results[-1]), flush=True)
-        print()
-    record = {"machine": devices.machine(device), "command": " ".join(sys.argv), "results": results}
+        result = attempt(case, functools.partial(run_case, case, names, device, args))
+        if result is None:
+            continue
+        record["results"].append(result)
+        print(table(result), end="\n\n", flush=True)
+        if args.json:  # after each, in case that the machine or its time is lost
+            with checkpoint.atomic_write(args.json) as file:
+                file.write_text(json.dumps(record, indent=1))
     print("machine:", json.dumps(record["machine"]))
-    if args.json:
-        with checkpoint.atomic_write(args.json) as file:
-            file.write_text(json.dumps(record, indent=1))
+    if len(record["results"]) < len(cases):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

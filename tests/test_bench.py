@@ -256,6 +256,66 @@ def test_training_goes_on_without_a_contender_that_fails(nano, monkeypatch, caps
     assert "tinyvit  " in said.out and "JAX" not in said.out.partition("machine:")[0]
 
 
+def test_training_goes_on_without_a_contender_that_fails_later(nano, monkeypatch, capsys, tmp_path):
+    """As where memory runs out in the third reading; what was measured until then is kept."""
+
+    def failing(*arguments):
+        peer, calls = peers.tinyvit_peer(*arguments), []
+
+        def infer(batches, infer=peer.infer):
+            calls.append(batches)
+            if len(calls) == 3:
+                raise MemoryError("no more of it")
+            return infer(batches)
+
+        peer.infer = infer
+        return peer
+
+    freed = []
+    monkeypatch.setattr(devices.Host, "free", lambda self: freed.append(1))
+    monkeypatch.setitem(train_bench.PEERS, "JAX", (None, failing))
+    arguments = ["--device", "cpu", "--cases", "micro", "--steps", "2", "--no-memory", "--peers", "tinyvit", "JAX"]
+    train_bench.main([*arguments, "--json", str(tmp_path / "t.json")])
+    said = capsys.readouterr()
+    assert said.err == "JAX: MemoryError: no more of it\n" and len(freed) == 2  # once more at the end
+    (result,) = json.loads((tmp_path / "t.json").read_text())["results"]
+    assert list(result["peers"]["tinyvit"]) == ["step", "infer"] and list(result["peers"]["JAX"]) == ["step"]
+    lines = said.out.split("\n\n")[0].splitlines()
+    assert lines[-1].startswith("JAX ") and "failed" in lines[-1]
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines[1:]}) == 1
+
+
+def test_training_cases_are_written_as_they_come(nano, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(train_bench.CASES, "tiny-cifar", ("no such model", {}, 5))
+    written, table = [], train_bench.table
+    file = tmp_path / "t.json"
+    arguments = ["--device", "cpu", "--steps", "1", "--no-memory", "--peers", "tinyvit", "--json", str(file)]
+    monkeypatch.setattr(train_bench, "table", lambda result: written.append(file.exists()) or table(result))
+    with pytest.raises(SystemExit) as stop:
+        train_bench.main([*arguments, "--cases", "micro", "tiny-cifar", "micro"])
+    assert stop.value.code == 1 and written == [False, True]
+    assert [r["case"] for r in json.loads(file.read_text())["results"]] == ["micro", "micro"]
+    assert "tiny-cifar: " in capsys.readouterr().err
+
+
+def test_attention_results_are_written_as_they_come(monkeypatch, tmp_path):
+    """Whatever stops the run after the first of two shapes."""
+    shown, table = [], attention_bench.table
+
+    def stop(result, device):
+        shown.append(result)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+        return table(result, device)
+
+    monkeypatch.setattr(attention_bench, "table", stop)
+    file = tmp_path / "a.json"
+    with pytest.raises(KeyboardInterrupt):
+        attention_bench.main([*SMALL, "--batches", "1", "2", "--contenders", "tinyvit", "--json", str(file)])
+    record = json.loads(file.read_text())
+    assert [r["batch"] for r in record["results"]] == [1] and record["peaks"]["copy"] == 1e10
+
+
 def test_training_memory(nano, capsys):
     train_bench.main(["--device", "cpu", "--cases", "micro", "--memory-of", "tinyvit"])
     assert 20 < float(capsys.readouterr().out) < 1 << 20  # MiB
