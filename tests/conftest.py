@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import running  # noqa: F401  (it notes the real number of cores)
 from hypothesis import HealthCheck, settings
 
 from tinyvit import shards

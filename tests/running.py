@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tinyvit import shards
+
+THREADS = shards.available_cores()  # of a command in a process of its own
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "tinyvit"]
 NANO = ["--model", "vit_nano_patch8_32"]

@@ -9,8 +9,10 @@ from running import assert_one_line_error, make_pictures, tinyvit
 from safetensors.numpy import save_file
 
 import tinyvit as library
-from tinyvit.checkpoint import load_model, open_checkpoint
+from tinyvit.checkpoint import describe, load_model, open_checkpoint, save
 from tinyvit.data import load_data, read_picture
+from tinyvit.formats import convert
+from tinyvit.preprocessing import Preprocessing
 
 NAMES = ["red", "green", "blue"]
 
@@ -89,7 +91,7 @@ def test_data_sets_are_cut_like_single_pictures(pictures, options):
 def test_convert_keeps_names_preprocessing_and_outputs(checkpoint, pictures, tmp_path, ending):
     path = tmp_path / f"own{ending}"
     result = tinyvit("convert", checkpoint, path, "--to", "tinyvit")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (result.returncode, result.stderr) == (0, "") and str(path) in result.stdout
     before, after = open_checkpoint(checkpoint), open_checkpoint(path)
     assert (after.class_names, after.preprocessing) == (tuple(NAMES), before.preprocessing)
     assert after.config == before.config
@@ -138,3 +140,14 @@ def test_errors_and_warnings_are_one_line(checkpoint, pictures, tmp_path):
     result = tinyvit("predict", tmp_path / "mine.safetensors", image)
     assert result.returncode == 0
     assert result.stderr.startswith("tinyvit: warning: ") and result.stderr.count("\n") == 1
+
+
+def test_one_file_for_timm_keeps_what_its_names_cannot_say(tmp_path):
+    """timm reads the weights and passes over the metadata; we find heads and class names there."""
+    config = library.ViTConfig(image_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=4, num_classes=2)
+    model = library.VisionTransformer(config)
+    names, preprocessing = ("cat", "dog"), Preprocessing((0.5,) * 3, (0.5,) * 3)
+    save(tmp_path / "own.safetensors", model.state_dict(), describe(config, names, preprocessing, {}))
+    convert(tmp_path / "own.safetensors", tmp_path / "timm.safetensors", "timm")
+    opened = open_checkpoint(tmp_path / "timm.safetensors")
+    assert (opened.config, opened.class_names) == (config, names)

@@ -158,7 +158,8 @@ def run_eval(args: argparse.Namespace) -> None:
         statistics=(checkpoint.mean, checkpoint.std),
         **checkpoint.split,
     )
-    about, what = {}, f"{args.split} split of {data.name}"
+    part = args.split if args.split == "train" or data.own_test else "validation"
+    about, what = {}, f"{part} split of {data.name}"
     if args.probe:
         from tinyvit.probe import probe
 
@@ -197,6 +198,8 @@ def run_predict(args: argparse.Namespace) -> None:
         overlay = {"attention": str(overlays[i])} if overlays else {}
         predictions.append({"image": path, "classes": classes, **overlay})
     print_json({"predictions": predictions}) if args.json else print_predictions(predictions)
+    if args.embed and not args.json:
+        print(f"features in {args.embed}")
 
 
 def run_summary(args: argparse.Namespace) -> None:
@@ -215,6 +218,7 @@ def run_convert(args: argparse.Namespace) -> None:
     from tinyvit.formats import convert
 
     convert(Path(args.checkpoint), Path(args.path), args.to)
+    print(f"{args.path}: {args.checkpoint} in the layout of {args.to}")
 
 
 def run_models(args: argparse.Namespace) -> None:

@@ -105,7 +105,11 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     pictures = len(data.train)
     batch_size = options.batch_size or min(64, math.ceil(pictures / 8))
     if batch_size > pictures:
-        raise UsageError(f"--batch-size {batch_size} is larger than the {pictures} training pictures of {data.name}")
+        whose = f" of --recipe {options.recipe}" if options.recipe else ""
+        raise UsageError(
+            f"--batch-size {batch_size}{whose} is larger than the {pictures} training pictures of {data.name}: "
+            f"give --batch-size {pictures} or less"
+        )
     if options.val_fraction is None and not data.own_test:
         options = dataclasses.replace(options, val_fraction=VAL_FRACTION)
     augment = options.freeze != ALL_BUT_HEAD if options.augment is None else options.augment

@@ -20,6 +20,7 @@ from .. import resnet, zoo
 from ..checkpoint import Checkpoint, CheckpointError
 from ..preprocessing import Preprocessing
 from ..vit import ViTConfig
+from . import native
 from .parts import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -29,7 +30,6 @@ from .parts import (
     resnet_layers,
     stem,
     write_directory,
-    write_weights,
 )
 from .reading import reason
 from .sources import CONFIG, Source
@@ -259,7 +259,7 @@ def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTC
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a hub directory, or with a name ending in .safetensors the state dict alone.
+    """Write a hub directory, or with a name ending in .safetensors the state dict in one file.
 
     `timm.create_model("local-dir:PATH", pretrained=True)` opens the directory. Raises CheckpointError for a part that
     timm's models do not have; warns of an epsilon that they do not take.
@@ -270,7 +270,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     if config.norm_eps != NORM_EPS:
         warnings.warn(f"timm's layer norms have epsilon {NORM_EPS:g}, this model's {config.norm_eps:g}", stacklevel=2)
     if path.suffix == ".safetensors":
-        write_weights(path, checkpoint.state)
+        native.write(checkpoint, path)  # our names are timm's; what they cannot say goes into metadata, for us alone
     elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
         stages = f"stages of {config.resnet_layers} blocks before its patches"
         what = "a distilled hybrid" if config.distilled else stages
