@@ -135,7 +135,7 @@ class TrainConfig:
         None, one_of(*RECIPES), "NAME", f"options that go together, below those given beside it: {', '.join(RECIPES)}"
     )
     data: str = option(
-        "shapes", str, "SRC", "shapes, cifar10, a directory of pictures or parquet files, or a .csv or .parquet", free=True
+        "shapes", str, "SRC", "shapes, cifar10, a directory of pictures or parquet files, a .csv or .parquet", free=True
     )
     model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the pictures)")
     init: str | None = option(
