@@ -343,6 +343,12 @@ def test_clipping_agrees_with_torch(dtype, tolerance, shapes, layout, scale, lim
         assert error(p.grad, r.grad.numpy()) < tolerance
 
 
+def test_the_norm_of_tiny_float32_gradients_does_not_vanish():
+    p = parameter(np.zeros(10_000, np.float32))
+    p.grad = np.full(10_000, 1e-25, np.float32)
+    assert optim.clip_grad_norm([p], 1.0) == pytest.approx(1e-23, rel=1e-6, abs=0)
+
+
 def test_the_norm_of_large_float32_gradients_does_not_overflow():
     p = parameter(np.zeros(10_000, np.float32))
     p.grad = np.full(10_000, 1e30, np.float32)

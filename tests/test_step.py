@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 
 import array_api_strict
 import numpy as np
@@ -42,6 +43,18 @@ def train(n_steps=3, dtype="float64", rates=None, labels=None, opt=optim.AdamW, 
         x, y = batch(dtype=dtype, seed=i)
         losses.append(step(x, y if labels is None else labels(y)))
     return step, losses, weights(model)
+
+
+def test_a_step_begins_without_the_gradients_of_the_one_before():
+    """They are as large as the model; kept, they would add to the memory that the next step needs most of."""
+    model = nano()
+    step = TrainStep(model, optim.AdamW(model.parameters(), lr=0.01), threads=1)
+    step(*batch())
+    before = [weakref.ref(g) for g in step._gradients]
+    alive, forward = [], model.forward
+    model.forward = lambda images: (alive.extend(ref() is not None for ref in before), forward(images))[1]
+    step(*batch())
+    assert len(alive) == len(before) > 0 and not any(alive)
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
