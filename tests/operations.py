@@ -44,8 +44,18 @@ def operations(module: ModuleType) -> set[str]:
 
 
 def find_version(module: ModuleType, name: str, backend: str, version: str) -> Callable:
-    """The kernel for a library, or the reference in `module`."""
-    return (kernel_table(backend) if version == "kernel" else vars(module))[name]
+    """The kernel for a library, or the reference in `module`; several results are joined along their last axis."""
+    op = (kernel_table(backend) if version == "kernel" else vars(module))[name]
+
+    def joined(xp: ModuleType, *inputs: Any, **params: Any) -> tuple[Any, Callable]:
+        result, vjp = op(xp, *inputs, **params)
+        if not isinstance(result, tuple):
+            return result, vjp
+        width = result[0].shape[-1]
+        parts = [slice(i * width, (i + 1) * width) for i in range(len(result))]
+        return xp.concat(result, axis=-1), lambda dy: vjp(*(dy[..., part] for part in parts))
+
+    return joined
 
 
 def place_params(params: dict[str, Any], backend: str, dtype: str, layout: str = "C") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from tinyvit.ops import multiply
 from tinyvit.tensor import Array, Tensor, apply
 
 __all__ = [
+    "add_layer_norm",
     "attention",
     "conv2d",
     "cross_entropy",
@@ -61,11 +62,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
 
     (x - mean) / sqrt(var + eps) * weight + bias with x (..., D), weight and bias (D,); returns (..., D).
     """
-    if len(x.shape) < 1 or tuple(weight.shape) != (x.shape[-1],) or tuple(bias.shape) != (x.shape[-1],):
-        raise ValueError(
-            f"layer_norm expects x (..., D), weight and bias (D,), got {_s(x)}, {_s(weight)} and {_s(bias)}"
-        )
+    _check_norm("layer_norm", x, weight, bias)
     return apply(reference.layer_norm, x, weight, bias, eps=eps)
+
+
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """A residual stream's sum x + branch and its layer norm, in one operation.
+
+    Args:
+        x, branch: (..., D), of one shape.
+        weight, bias: (D,).
+
+    Returns:
+        x + branch, and `layer_norm` of that, both (..., D).
+    """
+    _check_norm("add_layer_norm", x, weight, bias)
+    if _s(x) != _s(branch):
+        raise ValueError(f"add_layer_norm expects x and branch of one shape, got {_s(x)} and {_s(branch)}")
+    return apply(reference.add_layer_norm, x, branch, weight, bias, eps=eps)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -331,6 +345,11 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"linear expects x (..., in) and weight (out, in), got {_s(x)} and {_s(weight)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"linear expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
+
+
+def _check_norm(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    if len(x.shape) < 1 or not _s(weight) == _s(bias) == (x.shape[-1],):
+        raise ValueError(f"{name} expects x (..., D), weight and bias (D,), got {_s(x)}, {_s(weight)} and {_s(bias)}")
 
 
 def _windows(

@@ -260,9 +260,15 @@ class Block(nn.Module):
         self.drop_path = nn.DropPath(drop_path)
 
     def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
-        attended = self.drop_path(self.ls1(self.attn(self.norm1(x), tokens)))
-        x = attended + (x if tokens is None else x[:, :tokens, :])
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x, branch = self.addends(x, None, tokens)
+        return x + branch
+
+    def addends(self, x: Tensor, branch: Tensor | None, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """The output of `forward` for x + branch, as two addends: the next block's norm adds them up on its way."""
+        x, y = (x, self.norm1(x)) if branch is None else self.norm1.after_add(x, branch)
+        attended = self.drop_path(self.ls1(self.attn(y, tokens)))
+        x, y = self.norm2.after_add(x if tokens is None else x[:, :tokens, :], attended)
+        return x, self.drop_path(self.ls2(self.mlp(y)))
 
 
 class VisionTransformer(nn.Module):
@@ -309,11 +315,12 @@ class VisionTransformer(nn.Module):
         return self._tokens(images, read)
 
     def _tokens(self, images: Tensor | Array, read: int | None) -> Tensor:
-        x = self.first_tokens(images)
+        x, branch = self.first_tokens(images), None
         *blocks, last = self.blocks
         for block in blocks:
-            x = block(x)
-        return self.norm(last(x, read))  # only the first `read` tokens of the last block are computed
+            x, branch = block.addends(x, branch)
+        x, branch = last.addends(x, branch, read)  # only the first `read` tokens of the last block are computed
+        return self.norm(x + branch)
 
     def features(self, images: Tensor | Array, layer: int | None = None) -> Tensor:
         """Pictures (B, C, H, W) -> the pooled feature before the head, (B, D) (what `num_classes=0` gives).

@@ -37,10 +37,11 @@ def layer_norm(
 
 
 def add_layer_norm(
-    xp: Any, x: Array, residual: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+    xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[tuple[Array, Array], VJP]:
-    """x + residual, and its layer norm; for arrays that `layer_norm` here covers."""
-    total, y, vjp = _layer_norm(xp, x, residual, weight, bias, eps, True in needs)
+    if not _normalises(x):
+        return reference.add_layer_norm(xp, x, branch, weight, bias, eps=eps, needs=needs)
+    total, y, vjp = _layer_norm(xp, x, branch, weight, bias, eps, True in needs)
 
     def vjp_of_both(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
         dx, dweight, dbias = vjp(xp.zeros_like(total) if dy is None else dy, dtotal)
@@ -61,16 +62,16 @@ def _vectors(x: Array) -> int:
 
 
 def _layer_norm(
-    xp: Any, x: Array, residual: Array | None, weight: Array, bias: Array, eps: float, recording: bool
+    xp: Any, x: Array, branch: Array | None, weight: Array, bias: Array, eps: float, recording: bool
 ) -> tuple[Array, Array, Callable]:
     x, weight, bias = cuda.ready(x), cuda.ready(weight), cuda.ready(bias)
     dim = x.shape[-1]
     rows = x.size // dim
     constants = {"SCALAR": cuda.scalar(x.dtype), "DIM": dim}
     y = xp.empty(x.shape, dtype=x.dtype)
-    total = x if residual is None else xp.empty(x.shape, dtype=x.dtype)
+    total = x if branch is None else xp.empty(x.shape, dtype=x.dtype)
     mean, rstd = (xp.empty(rows, dtype=xp.float32) if recording else cuda.NULL for _ in range(2))
-    sources = (x, cuda.NULL, cuda.NULL) if residual is None else (x, cuda.ready(residual), total)
+    sources = (x, cuda.NULL, cuda.NULL) if branch is None else (x, cuda.ready(branch), total)
     arguments = (*sources, weight, bias, y, mean, rstd, np.int64(rows), np.float32(eps))
     cuda.kernel("layer_norm", "layer_norm_forward", **constants)((math.ceil(rows / 8),), (256,), arguments)
 
@@ -139,5 +140,6 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
 
 TOGETHER = cupy_optim.TOGETHER
 KERNELS: dict[str, Callable] = {
-    f.__name__: f for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention, cross_entropy, dropout_mask)
+    f.__name__: f
+    for f in (linear, linear_gelu, gelu, layer_norm, add_layer_norm, qkv_attention, cross_entropy, dropout_mask)
 } | cupy_optim.KERNELS

@@ -7,7 +7,9 @@ rows and columns are products with vectors, which BLAS does faster than reductio
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,24 +21,25 @@ from tinyvit.kernels.half import in_fp32
 Array = np.ndarray
 VJP = Callable[..., tuple[Array | None, ...]]
 
-BLOCK = (
-    1 << 18
-)  # elements of a block: measured. Smaller ones sit deeper in the cache, but cost more calls that hold the GIL
+# Elements of a block: measured. Smaller ones sit deeper in the cache, but cost more calls that hold the GIL.
+BLOCK = 1 << 18
 
 TILE = 6144  # elements of a row repeated: measured, shorter ones take up to twice the time an element
 
-# Phi(x) = 1/2 + 1/2 tanh(x P(x^2)): P is a weighted least-maximum fit made for this file, lowest power first. Phi comes
-# out within 3e-8 of the truth (1e-7 with float32's rounding), and P stays positive however large x is. NumPy's tanh in
-# float32 is as fast as three additions, so this takes fewer passes than any form of erf.
-_PHI = (
-    0.7978849414909825, 0.03633308440312559, -3.2594737610835285e-05, -5.530632001072468e-05,
-    3.964773804837876e-06, -1.3226633536777985e-07, 1.7562791371999588e-09,
-)  # fmt: skip
+# Phi(x) = 1/2 + 1/2 tanh(x P(x^2)): P is a weighted least-maximum fit made for this file, of degree 6 and in a form of
+# few passes, K ((((s + A)^2 + B)^2 + C) ((s + D)^2 + E) + F). Phi comes out within 3e-8 of the truth, 1.2e-7 with
+# float32's rounding, and P stays positive however large x is. NumPy's tanh in float32 is as fast as three additions, so
+# this takes fewer passes than any form of erf.
+_A, _B, _C = -3.457507364685418, 77.3105055732494, -367630.6330514608
+_D, _E, _F, _K = -30.614686386671348, 236.29100550678575, 873873529.0085139, 1.7660460837372297e-09
 _PHI_TANH = (math.sqrt(2.0 / math.pi), 0.044715 * math.sqrt(2.0 / math.pi))  # the tanh approximation's own P
+# _exp(_UNIT x) = e^x: with AVX-512 NumPy's exp2 takes little more than half of its exp's time, without it more.
+_SIMD = np.show_config(mode="dicts").get("SIMD Extensions", {}).get("found", [])
+_FAST_EXP2 = sys.platform == "linux" and not {"AVX512_SKX", "X86_V4"}.isdisjoint(_SIMD)
+_exp, _UNIT = (np.exp2, 1.0 / math.log(2.0)) if _FAST_EXP2 else (np.exp, 1.0)
 _SMALL_PRODUCT = 10**6  # multiplications: OpenBLAS's limit on processors with AVX-512
-_EXP_LIMIT = (
-    30.0  # scores up to here need no maximum subtracted: neither their exponentials nor the sums overflow float32
-)
+# Scores up to here need no maximum subtracted: neither their exponentials nor the sums overflow float32.
+_EXP_LIMIT = 30.0
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
@@ -107,22 +110,26 @@ def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tup
 def _gelu(x: Array, y: Array, slope: Array | None, scratch: Array, approximate: str) -> None:
     """gelu(x) into `y`, which may be `x`, and its derivative Phi(x) + x Phi'(x) into `slope` where wanted."""
     square, phi = scratch
-    coefficients = _PHI_TANH if approximate == "tanh" else _PHI
     with np.errstate(over="ignore"):  # tanh of infinity is 1, as it should be where x is in the thousands
         np.multiply(x, x, square)
-        _polynomial(coefficients, square, phi)
+        if approximate == "tanh":
+            np.multiply(square, _PHI_TANH[1], phi)
+            np.add(phi, _PHI_TANH[0], phi)
+        else:
+            if slope is not None:  # the normal density's exponent, while the square is there
+                np.multiply(square, -0.5 * _UNIT, slope)
+            _exact(square, phi)
         np.multiply(phi, x, phi)
     np.tanh(phi, phi)
     if slope is not None and approximate == "tanh":  # Phi's own derivative: (1 - tanh^2) (x P)' / 2
         np.multiply(phi, phi, slope)
         np.subtract(0.5, np.multiply(slope, 0.5, slope), slope)
-        np.multiply(square, 3.0 * coefficients[1], square)
-        np.add(square, coefficients[0], square)
+        np.multiply(square, 3.0 * _PHI_TANH[1], square)
+        np.add(square, _PHI_TANH[0], square)
         np.multiply(slope, square, slope)
-    elif slope is not None:  # the normal density
-        np.multiply(square, -0.5, slope)
-        np.add(slope, -0.5 * math.log(2.0 * math.pi), slope)
-        np.exp(slope, slope)
+    elif slope is not None:
+        np.add(slope, -0.5 * math.log(2.0 * math.pi) * _UNIT, slope)
+        _exp(slope, slope)
     np.multiply(phi, 0.5, phi)
     np.add(phi, 0.5, phi)
     if slope is not None:
@@ -131,27 +138,57 @@ def _gelu(x: Array, y: Array, slope: Array | None, scratch: Array, approximate: 
     np.multiply(phi, x, y)
 
 
-def _polynomial(coefficients: tuple[float, ...], x: Array, out: Array) -> None:
-    """Horner's scheme, lowest power first."""
-    np.multiply(x, coefficients[-1], out)
-    for c in coefficients[-2:0:-1]:
-        np.add(out, c, out)
-        np.multiply(out, x, out)
-    np.add(out, coefficients[0], out)
+def _exact(square: Array, p: Array) -> None:
+    """P(square) into `p`; `square` is overwritten."""
+    np.add(square, _A, p)
+    np.multiply(p, p, p)
+    np.add(p, _B, p)
+    np.multiply(p, p, p)
+    np.add(p, _C, p)
+    np.add(square, _D, square)
+    np.multiply(square, square, square)
+    np.add(square, _E, square)
+    np.multiply(p, square, p)
+    np.add(p, _F, p)
+    np.multiply(p, _K, p)
 
 
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
+    _, y, vjp = _layer_norm(x, None, weight, bias, eps, True in needs)
+    return y, functools.partial(vjp, None)
+
+
+def add_layer_norm(
+    xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+) -> tuple[tuple[Array, Array], VJP]:
+    total, y, vjp = _layer_norm(x, branch, weight, bias, eps, True in needs)
+
+    def vjp_of_both(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
+        dx, dweight, dbias = vjp(dtotal, np.zeros_like(y) if dy is None else dy)
+        return dx, dx, dweight, dbias
+
+    return (total, y), vjp_of_both
+
+
+def _layer_norm(
+    x: Array, branch: Array | None, weight: Array, bias: Array, eps: float, recording: bool
+) -> tuple[Array, Array, Callable]:
+    """x + branch (x alone if that is None), its norm, and the vjp (gradient of the sum or None, that of the norm)."""
     dim = x.shape[-1]
-    rows = np.ascontiguousarray(x).reshape(-1, dim)
+    first = np.ascontiguousarray(x).reshape(-1, dim)
+    second = None if branch is None else np.ascontiguousarray(branch).reshape(-1, dim)
+    rows = first if second is None else np.empty_like(first)
     y = np.empty_like(rows)
-    normal = np.empty_like(rows) if True in needs else y
+    normal = np.empty_like(rows) if recording else y
     rstd = np.empty((len(rows), 1), x.dtype)
     share = np.full(dim, 1.0 / dim, x.dtype)
     scale, shift = _tiled(weight, len(rows)), _tiled(bias, len(rows))
     for part, _ in _row_blocks(rows):
         n, r, out = normal[part], rstd[part], y[part]
+        if second is not None:
+            np.add(first[part], second[part], rows[part])
         np.subtract(rows[part], (rows[part] @ share)[:, None], n)
         np.vecdot(n, n, r[:, 0])
         np.multiply(r, 1.0 / dim, r)
@@ -162,8 +199,9 @@ def layer_norm(
         _by_row(np.multiply, n, scale, out)
         _by_row(np.add, out, shift, out)
 
-    def vjp(dy: Array) -> tuple[Array, Array, Array]:
+    def vjp(dtotal: Array | None, dy: Array) -> tuple[Array, Array, Array]:
         dy = np.ascontiguousarray(dy).reshape(-1, dim)
+        direct = None if dtotal is None else np.ascontiguousarray(dtotal).reshape(-1, dim)
         dx = np.empty_like(dy)
         dweight, dbias = np.zeros((2, dim), dy.dtype)
         mean_weight = weight * share
@@ -179,9 +217,11 @@ def layer_norm(
             np.multiply(n, along[:, None], product)
             np.subtract(out, product, out)
             np.multiply(out, rstd[part], out)
+            if direct is not None:
+                np.add(out, direct[part], out)
         return dx.reshape(x.shape), dweight, dbias
 
-    return y.reshape(x.shape), vjp
+    return rows.reshape(x.shape), y.reshape(x.shape), vjp
 
 
 def _row_blocks(rows: Array, scratch: int = 0) -> Iterator[tuple[slice, Array]]:
@@ -243,11 +283,11 @@ def qkv_attention(
     for part in samples:
         w = p[part] if needs[0] else p[: len(q[part])]
         np.matmul(q[part], _transposed(k[part], asking), w)
-        np.multiply(w, scale, w)
-        safe = w.size and w.dtype != np.float16 and w.min() > -_EXP_LIMIT and w.max() < _EXP_LIMIT
+        np.multiply(w, scale * _UNIT, w)
+        safe = w.size and w.min() > -_EXP_LIMIT * _UNIT and w.max() < _EXP_LIMIT * _UNIT
         if not safe:  # two quick passes often save two slow ones
             np.subtract(w, np.maximum.reduce(w, axis=3, keepdims=True), w)
-        np.exp(w, w)
+        _exp(w, w)
         np.divide(w, (w @ ones)[..., None], w)
         np.matmul(w, v[part], out[part])
 
@@ -288,6 +328,42 @@ def _heads(packed: Array, num_heads: int, parts: int = 3) -> Array:
     return packed.reshape(batch, n, parts, num_heads, width // (parts * num_heads)).transpose(2, 0, 3, 1, 4)
 
 
-KERNELS: dict[str, Callable] = {
-    f.__name__: in_fp32(f) for f in (linear, linear_gelu, gelu, layer_norm, qkv_attention)
-} | numpy_conv.KERNELS | numpy_optim.KERNELS
+def cross_entropy(
+    xp: Any, logits: Array, *, labels: Array, label_smoothing: float, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    batch, classes = logits.shape
+    numbers = labels.ndim == 1  # of classes, not probabilities
+    if numbers and not ((labels >= 0) & (labels < classes)).all():
+        return reference.cross_entropy(xp, logits, labels=labels, label_smoothing=label_smoothing, needs=needs)
+    even, rest = label_smoothing / classes, 1.0 - label_smoothing  # what each class and the labels get of the target
+    p, losses = np.empty_like(logits), np.empty(batch, logits.dtype)
+    mass = np.ones(batch, logits.dtype) if numbers else labels.sum(axis=1) * rest + label_smoothing  # of a row's target
+    ones = np.ones(classes, logits.dtype)
+    for part, _ in _row_blocks(p):
+        q, given = p[part], labels[part]
+        np.subtract(logits[part], logits[part].max(axis=1, keepdims=True), q)
+        chosen = q[np.arange(len(q)), given] if numbers else np.vecdot(q, given)
+        losses[part] = rest * chosen + even * (q @ ones)  # sum of target * shifted logit
+        np.exp(q, q)
+        total = q @ ones
+        np.divide(q, total[:, None], q)
+        losses[part] -= mass[part] * np.log(total)
+
+    def vjp(dy: Array) -> tuple[Array]:
+        dlogits = np.empty_like(p)
+        for part, _ in _row_blocks(p):
+            out, given = dlogits[part], labels[part]
+            np.multiply(p[part], mass[part][:, None], out)
+            np.subtract(out, even, out)
+            if numbers:
+                out[np.arange(len(out)), given] -= rest
+            else:
+                np.subtract(out, given * rest, out)
+            np.multiply(out, dy / batch, out)
+        return (dlogits,)
+
+    return -losses.sum() / batch, vjp
+
+
+_OWN = (linear, linear_gelu, gelu, layer_norm, add_layer_norm, qkv_attention, cross_entropy)
+KERNELS: dict[str, Callable] = {f.__name__: in_fp32(f) for f in _OWN} | numpy_conv.KERNELS | numpy_optim.KERNELS
