@@ -1,4 +1,4 @@
-"""What predictions on a GPU keep between calls, and how they are read; NumPy's arrays stand for CuPy's."""
+"""Predictions: how a batch is cut; on a GPU what is kept between calls, and how they are read (NumPy stands for CuPy)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tinyvit import arrays, inference, nn, predict, random
+from tinyvit import arrays, create_model, inference, nn, predict, random, shards
 from tinyvit.kernels import cuda
 
 
@@ -168,3 +168,18 @@ def test_a_batch_is_read_without_waiting_for_the_next(monkeypatch):
 
 def test_what_lies_on_the_host_is_read_as_it_is():
     assert arrays.reading(X)() is X
+
+
+def test_a_batch_is_cut_into_shards_of_so_many_tokens_for_every_thread(monkeypatch):
+    model = create_model("vit_micro_patch4_32", num_classes=3, depth=1)  # 65 tokens
+    plans = []
+    run = shards.run
+    monkeypatch.setattr(shards, "run", lambda plan, function: plans.append(plan) or run(plan, function))
+    images = np.zeros((100, 3, 32, 32), np.float32)
+    for threads, count, expected in [(1, None, 5), (2, None, 6), (3, None, 6), (8, None, 8), (2, 3, 3)]:
+        predict(model, images, threads=threads, shards_per_batch=count)
+        assert len(plans[-1].ranges) == expected
+    with pytest.raises(ValueError, match="threads and shards must be at least 1, got 0 and"):
+        predict(model, images, threads=0)
+    with pytest.raises(ValueError, match="threads and shards must be at least 1, got 1 and 0"):
+        predict(model, images, threads=1, shards_per_batch=0)

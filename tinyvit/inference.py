@@ -15,6 +15,8 @@ from tinyvit.kernels import cuda
 from tinyvit.precision import Precision
 from tinyvit.tensor import Array, Tensor, no_grad
 
+SHARD_TOKENS = 1280  # that a shard computes, about: measured. Its activations then stay in a processor's caches
+
 
 def predict(
     model: nn.Module,
@@ -30,7 +32,9 @@ def predict(
         model: gives (B, num_classes) for images (B, C, H, W).
         images: (N, C, H, W), floating.
         batch_size: how many pictures are computed at a time.
-        threads, shards_per_batch: as in `shards.plan`.
+        threads: as in `shards.plan`.
+        shards_per_batch: into how many shards a CPU's threads share a batch; by default as many as bring each of them
+            to about SHARD_TOKENS tokens.
         precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
 
     On a GPU batches of one size, also of several calls, are one CUDA graph, whose memory is kept as long as the model.
@@ -58,8 +62,6 @@ def predictions(
     A device computes a batch while the one before is read.
     """
     like = model.parameters()[0].data
-    if not arrays.on_host(like):
-        threads = 1
     unread: list[Callable[[], np.ndarray]] = []
     with _predictor(model, precision) as (mode, compute):
         try:
@@ -67,7 +69,7 @@ def predictions(
                 images = images.data if isinstance(images, Tensor) else images
                 with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
                     batch = arrays.convert(images, like)
-                    plan = shards.plan(batch.shape[0], threads, shards_per_batch)
+                    plan = _plan(model, batch.shape[0], threads, shards_per_batch)
                     computed = list(shards.run(plan, lambda start, stop, x=batch: compute(x[start:stop, ...])))
                     last, unread = unread, [arrays.reading(x) for x in computed]
                 mode.keep_copies()
@@ -79,6 +81,17 @@ def predictions(
         finally:
             for read in unread:  # nobody wants it any more, but its memory is written to until then
                 read()
+
+
+def _plan(model: nn.Module, samples: int, threads: int | None, count: int | None) -> shards.Plan:
+    """How a batch is cut into `count` shards, or into as many of about SHARD_TOKENS tokens for each thread."""
+    if not arrays.on_host(model.parameters()[0].data):  # a device runs its own threads
+        return shards.plan(samples, 1, 1 if count is None else count)
+    if count is None:
+        threads = shards.usual_threads() if threads is None else threads
+        tokens = samples * getattr(getattr(model, "config", None), "num_tokens", 1)
+        count = threads * max(1, round(tokens / SHARD_TOKENS / max(1, threads)))
+    return shards.plan(samples, threads, count)
 
 
 # --- what is kept between calls ---------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class FeaturesAndLogits(nn.Module):
     """A model whose output is its pooled feature and its logits side by side: (B, D + num_classes)."""
 
     def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
+        self.model, self.config = model, model.config
 
     def forward(self, images: Tensor | Array) -> Tensor:
         tokens = self.model.read_tokens(images)
