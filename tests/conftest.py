@@ -1,8 +1,10 @@
 """Settings shared by all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import capture_sim
 import pytest
 import running  # noqa: F401  (it notes the real number of cores)
 from hypothesis import HealthCheck, settings
@@ -27,3 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[capture_sim.Driver]:
+    """What stands for CuPy's streams, graphs and pools of memory during a test."""
+    with capture_sim.driver(monkeypatch) as driver:
+        yield driver

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ MARGIN = 1 << 16  # bytes before and after an array: several rows of it
 SCALARS = {"float": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bf16: its bits
 
 _margins: list[np.ndarray] = []
+allocate: Callable[[int], np.ndarray] | None = None  # stands for CuPy's allocator: gives bytes; None for fresh ones
+launch: Callable[[Callable[[], None]], None] = lambda work: work()  # what becomes of a kernel's launch
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -62,9 +64,11 @@ def error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def empty(shape: Sequence[int] | int, dtype: Any) -> np.ndarray:
-    """An array of NaN (or -1) between margins of the same."""
+    """An array of NaN (or -1) between margins of the same; a stand-in's arrays are as it gives them."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
+    if allocate is not None:
+        return allocate(size).view(dtype).reshape(shape)
     memory = np.full(size + 2 * MARGIN + 16, 0xFF, np.uint8)
     start = MARGIN - memory.ctypes.data % 16
     _margins.extend([memory[:start], memory[start + size :]])
@@ -118,6 +122,10 @@ class Kernel:
             cells.append(np.array([argument]))
         pointers = (ctypes.c_void_p * len(cells))(*(cell.ctypes.data for cell in cells))
         threes = [(ctypes.c_uint * 3)(*(*size, 1, 1)[:3]) for size in (grid, block)]
+        launch(functools.partial(self._launch, threes, shared_mem, cells, pointers))
+
+    def _launch(self, threes: list, shared_mem: int, cells: list[np.ndarray], pointers: ctypes.Array) -> None:
+        """With arguments that lie in `cells`, at these addresses."""
         message = self._run(*threes, ctypes.c_size_t(shared_mem), pointers, ctypes.c_uint64(_seed))
         if message:
             raise RuntimeError(f"{self._name}: {message.decode()}")

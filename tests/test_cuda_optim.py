@@ -112,7 +112,7 @@ def test_averages_of_many_parameters(folder):
         assert np.allclose(actual, x + 0.25 * (y - x), rtol=0, atol=1e-6)
 
 
-def test_a_captured_step_keeps_its_table(folder):
+def test_a_captured_step_keeps_its_table(driver, folder):
     """Its addresses reach the device after the capture; a later step in single launches does not write over them."""
     with cuda_sim.device(folder) as xp:
         table = cupy_optim._Table(xp)
@@ -127,6 +127,16 @@ def test_a_captured_step_keeps_its_table(folder):
         assert np.array_equal(captured, eager)
         later, *_ = table.fill([3], p=[32], lr_scale=[1.0])
         assert later is not captured and np.array_equal(captured, eager) and not np.array_equal(later, eager)
+
+
+def test_a_capture_that_fails_leaves_no_table(driver, folder):
+    """What was to be copied behind it never is."""
+    with cuda_sim.device(folder) as xp:
+        table = cupy_optim._Table(xp)
+        eager, *_ = table.fill([3], p=[16])
+        with kernels.capture():
+            table.fill([3], p=[16])
+        assert table.fill([3], p=[16])[0] is eager and (eager != 0xFF).any()
 
 
 def test_the_optimizer_updates_all_parameters_together(folder):

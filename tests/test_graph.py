@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
-import sys
+import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import capture_sim
 import cuda_sim
 import numpy as np
 import pytest
@@ -24,116 +25,14 @@ from tinyvit.graph import Graphed, Results
 from tinyvit.kernels import cublas, reference
 
 
-class Driver:
-    """Records launches while a stream captures, and otherwise runs them."""
-
-    def __init__(self) -> None:
-        self.captured: list[Callable[[], None]] | None = None
-        self.replays = 0
-        self.pools: list[Pool] = []
-        self.allocate: Callable[[int], np.ndarray] = np.zeros
-
-    @contextlib.contextmanager
-    def using_allocator(self, malloc: Callable[[int], np.ndarray]) -> Iterator[None]:
-        before, self.allocate = self.allocate, malloc
-        try:
-            yield
-        finally:
-            self.allocate = before
-
-    def held(self) -> list[int]:
-        """Bytes of all graphs' pools that hold any."""
-        return [pool.total_bytes() for pool in self.pools if pool.total_bytes()]
-
-    def launch(self, work: Callable[[], None]) -> None:
-        work() if self.captured is None else self.captured.append(work)
-
-
-class Pool:
-    """Of memory that is one split block: nothing goes back to the device while one piece is held; nor ever without
-    `free_all_blocks`."""
-
-    def __init__(self, driver: Driver) -> None:
-        self._pieces, self._held = [], 0
-        driver.pools.append(self)
-
-    def malloc(self, size: int) -> np.ndarray:
-        piece = np.zeros(size)
-        self._pieces.append(weakref.ref(piece))
-        self._held += piece.nbytes
-        return piece
-
-    def total_bytes(self) -> int:
-        return self._held
-
-    def free_all_blocks(self) -> None:
-        if all(piece() is None for piece in self._pieces):
-            self._held = 0
-
-
-class Stream:
-    def __init__(self, driver: Driver, **_: Any) -> None:
-        self._driver = driver
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-    def record(self) -> None:
-        pass
-
-    def wait_event(self, event: None) -> None:
-        pass
-
-    def begin_capture(self) -> None:
-        self._driver.captured = []
-
-    def end_capture(self) -> SimpleNamespace:
-        work, self._driver.captured = self._driver.captured, None
-
-        def launch(stream: Stream) -> None:
-            self._driver.replays += 1
-            for each in work:
-                each()
-
-        return SimpleNamespace(launch=launch)
-
-
-class Device(contextlib.nullcontext):
-    id = 0
-
-
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """Stands for CuPy's streams and pools; arrays are NumPy's."""
-    driver = Driver()
-    stream = Stream(driver)
-    cuda = SimpleNamespace(
-        Stream=lambda **options: Stream(driver, **options),
-        get_current_stream=lambda: stream,
-        Device=Device,
-        MemoryPool=lambda: Pool(driver),
-        using_allocator=driver.using_allocator,
-    )
-    pool = SimpleNamespace(free_all_blocks=lambda: None)
-    module = SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool, ndarray=SimpleNamespace)
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    graph._stream.cache_clear()
-    yield driver
-    graph._stream.cache_clear()
-    graph._left.clear()
-
-
-@pytest.fixture
-def adding(driver: Driver) -> Iterator[tuple[Graphed, np.ndarray, list]]:
+def adding(driver: capture_sim.Driver) -> Iterator[tuple[Graphed, np.ndarray, list]]:
     """total += x, twice x; the function, what it writes into, and how often Python ran it and the host its share."""
     total, counts, surroundings = np.zeros(()), [0, 0], [()]
 
     def function(x: np.ndarray) -> Results:
         counts[0] += 1
-        twice, thrice = driver.allocate(x.size), driver.allocate(x.size)
+        twice, thrice = cuda_sim.empty(x.size, float), cuda_sim.empty(x.size, float)
         driver.launch(lambda: np.add(total, x.sum(), out=total))
         driver.launch(lambda: np.multiply(x, 2, out=twice))
         driver.launch(lambda: np.multiply(x, 3, out=thrice))
@@ -197,7 +96,7 @@ def test_a_failure_keeps_graphs_from_calls_of_its_kind_alone(driver):
     def function(x: np.ndarray) -> Results:
         if driver.captured is not None:
             attempts.append(x.size)
-            driver.allocate(x.size)
+            cuda_sim.empty(x.size, float)
             if x.size > 3:
                 raise MemoryError("out of memory")
         return (x + 1,), []
@@ -210,6 +109,67 @@ def test_a_failure_keeps_graphs_from_calls_of_its_kind_alone(driver):
     assert attempts == [4, 5, 3] and driver.replays == 2 and len(caught) == 1
     assert graphed.reason == "MemoryError: out of memory"
     assert driver.held() == [3 * 8]  # what failed holds nothing
+
+
+def test_memory_that_a_capture_has_used_is_not_given_back_to_make_room(driver):
+    """A pool of CuPy's own would, and the graph would write into what others have."""
+
+    def function(x: np.ndarray) -> Results:
+        if driver.captured is not None:
+            cuda_sim.empty(600, np.uint8)
+            return (cuda_sim.empty(700, np.uint8),), []
+        return (x,), []
+
+    driver.room, graphed = 1000, Graphed(function)
+    with pytest.warns(UserWarning, match="no memory for a graph: out of memory"):
+        graphed(np.zeros(1)), graphed(np.zeros(1))
+    assert graphed.reason == "NotCapturable: no memory for a graph: out of memory"
+    assert driver.room == 1000 and not driver.held()
+
+
+def test_work_behind_a_replay_that_fails_waits_for_what_it_did(driver, adding):
+    graphed, *_ = adding
+    graphed(np.ones(2)), graphed(np.ones(2))
+    graphed._graph._inputs = [np.ones(3)]  # so that it fails on its way
+    driver.waited.clear()
+    with pytest.raises(ValueError):
+        graphed(np.ones(2))
+    assert driver.waited == [graphed._graph._stream, driver.current]
+
+
+def test_one_thread_at_a_time_uses_the_stream_of_graphs(driver, adding):
+    adding[0](np.ones(2)), adding[0](np.ones(2))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def function(x: np.ndarray) -> Results:
+        if driver.captured is not None:
+            begun.set()
+            assert go_on.wait(30)
+        return (x,), []
+
+    capturing = Graphed(function)
+    capturing(np.ones(2))
+    threads = [threading.Thread(target=graphed, args=(np.ones(2),)) for graphed in (capturing, adding[0])]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    threads[1].join(0.2)
+    assert threads[1].is_alive() and driver.replays == 1
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert driver.replays == 3 and capturing.reason is None
+
+
+def test_room_for_cublas_is_no_graphs(driver):
+    """It is made for the stream of all graphs when the first of them is captured, and outlives that."""
+    pool = capture_sim.Pool(driver, driver.memory)
+    try:
+        with kernels.capture(), driver.using_allocator(pool.malloc):
+            assert cublas._workspace(cuda_sim.Namespace(), 0, -1).nbytes == cublas.WORKSPACE
+    finally:
+        cublas._workspaces.clear()
+    assert not pool.total_bytes()
 
 
 def test_what_the_next_call_may_write_over_is_the_last_calls(driver, adding):
@@ -235,7 +195,7 @@ def test_the_memory_of_a_graph_is_given_back_when_another_takes_its_place(driver
 
 def test_the_memory_of_a_graph_is_given_back_with_it(driver):
     def function(x: np.ndarray) -> Results:
-        return (driver.allocate(x.size),), [driver.allocate(x.size)]
+        return (cuda_sim.empty(x.size, float),), [cuda_sim.empty(x.size, float)]
 
     graphed = Graphed(function)
     graphed(np.ones(3)), graphed(np.ones(3))
@@ -272,10 +232,11 @@ def test_the_largest_gradient_is_the_last_steps(monkeypatch):
 
 @pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monkeypatch):
-    """Dropout masks, clipping, AdamW and EMA: other masks, learning rates and gradients each time, the same bits."""
-    call = cuda_sim.Kernel.__call__
-    monkeypatch.setattr(cuda_sim.Kernel, "__call__", lambda *a, **k: driver.launch(lambda: call(*a, **k)))
+    """Dropout masks, clipping, AdamW and EMA: other masks, learning rates and gradients each time, the same bits.
 
+    Also though what the step needed first is memory of what it needs last, as activations are of the optimizer's.
+    """
+    monkeypatch.setattr(np_namespace(), "empty", cuda_sim.empty)
     def run(wrap: Callable) -> list[np.ndarray]:
         parameters = [nn.Parameter(np.ones(shape, np.float32)) for shape in ((5, 8), (3,))]
         model = SimpleNamespace(named_parameters=lambda: enumerate(parameters))
@@ -286,6 +247,10 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
                 mask = kernels.best(reference.dropout_mask, np_namespace())(
                     np_namespace(), a, drop=0.4, shape=(8,), draw=random.draw()
                 )
+            activation = cuda_sim.empty(1 << 12, np.uint8)
+            address, size = activation.ctypes.data, activation.nbytes
+            driver.launch(lambda: ctypes.memset(address, 0, size))  # a table of zeros updates nothing
+            del activation
             for p, g in zip(parameters, (a, b), strict=True):
                 p.grad = g
             norm = opt.step_together(1.5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -82,6 +83,21 @@ def _stream(device: int) -> Any:
     return cupy.cuda.Stream(non_blocking=True)
 
 
+_turn = threading.RLock()  # one thread at a time works on that stream
+
+
+def _once(size: int) -> Any:
+    """Memory of the device for a graph's pool. Where there is none a pool of CuPy's own gives back what it has free and
+    tries again; but launches that were captured before use that.
+    """
+    import cupy
+
+    try:
+        return cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise kernels.NotCapturable(f"no memory for a graph: {error}") from None
+
+
 _left: list[tuple[Any, Any]] = []  # devices and pools of graphs that are gone, but for arrays that somebody holds
 
 
@@ -103,7 +119,7 @@ class _Graph:
 
         _give_back()
         cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
-        self._device, self._pool = cupy.cuda.Device(), cupy.cuda.MemoryPool()
+        self._device, self._pool = cupy.cuda.Device(), cupy.cuda.MemoryPool(_once)
         self._inputs = [x.copy() for x in inputs]
         self._stream = _stream(self._device.id)
         with self._after_current(), kernels.capture() as self._waiting, cupy.cuda.using_allocator(self._pool.malloc):
@@ -142,7 +158,10 @@ class _Graph:
         import cupy
 
         current = cupy.cuda.get_current_stream()
-        self._stream.wait_event(current.record())
-        with self._stream:
-            yield
-        current.wait_event(self._stream.record())
+        with _turn:
+            self._stream.wait_event(current.record())
+            try:
+                with self._stream:
+                    yield
+            finally:
+                current.wait_event(self._stream.record())

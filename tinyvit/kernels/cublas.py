@@ -224,5 +224,5 @@ _workspaces: dict[tuple[int, int], Array] = {}
 def _workspace(xp: Any, device: int, stream: int) -> Array:
     """One for each stream, so that products on two streams do not meet in it."""
     if (device, stream) not in _workspaces:
-        _workspaces[device, stream] = xp.empty(WORKSPACE, dtype=xp.uint8)
+        _workspaces[device, stream] = cuda.lasting(xp, WORKSPACE)  # of no graph, for it outlives them all
     return _workspaces[device, stream]

@@ -69,7 +69,7 @@ class _Table:
     def fill(self, sizes: Sequence[int], **columns: Sequence) -> tuple[Array, np.int32, int]:
         """The table's address, rows, and pieces of all; nothing is copied there if nothing has changed.
 
-        A graph that is being captured gets a table of its own, which later steps do not write over.
+        A graph that is being captured gets a table of its own, which nothing writes over.
         """
         rows = np.zeros(len(sizes), TABLE)
         rows["size"] = sizes
@@ -77,10 +77,13 @@ class _Table:
         rows["first_piece"] = np.cumsum(pieces) - pieces
         for name, values in columns.items():
             rows[name] = values
-        if self._on_device is None or kernels.capturing() or not np.array_equal(rows, self._rows):
-            self._rows, self._on_device = rows, self._xp.empty(rows.nbytes, dtype=self._xp.uint8)
-            cuda.upload(self._on_device, rows.view(np.uint8))
-        return self._on_device, np.int32(len(rows)), int(pieces.sum())
+        table = self._on_device
+        if table is None or kernels.capturing() or not np.array_equal(rows, self._rows):
+            table = cuda.lasting(self._xp, rows.nbytes)
+            cuda.upload(table, rows.view(np.uint8))
+        if not kernels.capturing():  # what a capture that fails leaves is never filled
+            self._rows, self._on_device = rows, table
+        return table, np.int32(len(rows)), int(pieces.sum())
 
 
 def _writable(parameters: Sequence[Array], others: Sequence[Array]) -> bool:

@@ -38,10 +38,25 @@ def is_ready(x: Array) -> bool:
     return x.flags.c_contiguous and address(x) % 16 == 0
 
 
+def lasting(xp: Any, nbytes: int) -> Array:
+    """Bytes that keep what they are given from outside, also if a graph is being captured that reads them.
+
+    Other arrays then lie in the graph's own memory, where each replay writes other things before it comes to their
+    launch. Who has a graph read these holds them as long as it lives, as `upload` does.
+    """
+    if not kernels.capturing():
+        return xp.empty(nbytes, dtype=xp.uint8)
+    import cupy
+
+    with cupy.cuda.using_allocator(cupy.get_default_memory_pool().malloc):
+        return xp.empty(nbytes, dtype=xp.uint8)
+
+
 def upload(to: Array, values: np.ndarray) -> None:
     """Copy host numbers into a device array, in its place among the stream's work and without waiting for it.
 
-    While a graph is captured the copy is left for its end: what is captured is repeated, with the same numbers.
+    While a graph is captured the copy is left for its end: what is captured is repeated, with the same numbers. The
+    graph keeps the work that is left, and with it the array.
     """
     if kernels.capturing():
         kernels.after_capture(lambda: to.set(values))
