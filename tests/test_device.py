@@ -50,7 +50,7 @@ CASES = [
     (None, f"device cuda needs CuPy: {EXTRAS} (the CUDA version of the driver)"),
     (
         made_up(error="cudaErrorInsufficientDriver", driver=0),
-        f"device cuda cannot be used: there is no NVIDIA driver; with one installed, {EXTRAS} (its CUDA version)",
+        "device cuda cannot be used: there is no NVIDIA driver (cudaErrorInsufficientDriver)",
     ),
     (
         made_up(error="cudaErrorInsufficientDriver", driver=12040),
@@ -72,8 +72,7 @@ def test_what_is_missing_is_said_in_one_line(install, cupy, message):
     assert str(caught.value) == message
     with pytest.raises(EvaluationError) as caught:
         pick_device("cuda")
-    said = str(caught.value)
-    assert message in said and "\n" not in said and "cuda12" in said and "cuda13" in said
+    assert str(caught.value) == f"no GPU can be used: {message}"
     assert pick_device("auto") == "cpu"
     assert machine.examine().gpu == [f"none ({message.replace('device cuda', 'a GPU')})"]
 
@@ -111,14 +110,14 @@ def test_a_gpu_whose_kernels_do_not_compile_is_not_taken(install, monkeypatch):
     install(made_up())
 
     def move(x):
-        raise RuntimeError("Failed to find CUDA headers.\nPlease install cupy-cuda13x[ctk]")
+        raise RuntimeError("Failed to find CUDA headers.\nPlease install CUDA toolkit headers")
 
     monkeypatch.setattr(arrays, "mover", lambda target: move)
     assert pick_device("auto") == "cpu"
     with pytest.raises(EvaluationError) as caught:
         pick_device("cuda:0")
-    said = str(caught.value)
-    assert said.startswith("no GPU can be used: Failed to find CUDA headers. Please") and "cuda12" in said
+    said = "no GPU can be used: Failed to find CUDA headers. Please install CUDA toolkit headers"
+    assert str(caught.value) == said
 
 
 def test_info_names_the_gpus_and_versions(install):

@@ -274,7 +274,7 @@ def gpu_count(wanted: str) -> int:
     except runtime.CUDARuntimeError as error:
         driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         if not driver:
-            problem = f"there is no NVIDIA driver; with one installed, {bring} (its CUDA version)"
+            problem = f"there is no NVIDIA driver ({_one_line(error)})"
         elif driver // 1000 < needed // 1000:
             known, made_for = cuda_version(driver), cuda_version(needed)
             problem = f"the driver knows CUDA {known}, CuPy is made for {made_for}: {bring}, whichever fits"

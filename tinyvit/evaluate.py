@@ -41,8 +41,7 @@ def pick_device(name: str) -> str:
         if name == "auto":
             return "cpu"
         problem = " ".join(str(error).split())[:300]
-        hint = "" if "cuda12" in problem else "; tinyvit[cuda12] or tinyvit[cuda13] brings the CuPy for the driver"
-        raise EvaluationError(f"no GPU can be used: {problem}{hint}") from None
+        raise EvaluationError(f"no GPU can be used: {problem}") from None
 
 
 @dataclasses.dataclass(frozen=True)

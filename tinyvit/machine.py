@@ -152,7 +152,7 @@ def as_table(machine: Machine) -> str:
         ("GPU", "; ".join(machine.gpu)),
         ("cache", machine.cache),
     ]
-    lines = [f"{name:18}{value}" for name, value in rows]
+    lines = [f"{name:18} {value}" for name, value in rows]
     said = findings(machine)
     lines += ["", "Leaves speed behind:" if said else "Nothing found that leaves speed behind."]
     return "\n".join(lines + [f"  - {s}" for s in said])
