@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tinyvit.kernels import cuda, cupy_attention
 
 ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_LIMIT = 163 << 10  # of sm_80
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def nvcc(source: str, options: list[str], folder: Path) -> str:
@@ -71,14 +73,16 @@ INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarc
 
 
 def attention_variants() -> list[tuple[str, dict]]:
-    """Those that the wrappers choose for the ViTs' shapes."""
+    """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
+    shapes = [("bf16", 64, n, keep) for n in (50, 65, 197, 577) for keep in (0, 1)]
+    shapes += [("f16", 80, 197, 1), ("bf16", 128, 197, 0), ("float", 64, 197, 0)]
     found = []
-    for scalar, dim in (("bf16", 64), ("f16", 80), ("bf16", 128), ("float", 64)):
-        for n in (65, 197, 577) if (scalar, dim) == ("bf16", 64) else (197,):
-            size = 4 if scalar == "float" else 2
-            common = {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": int(scalar == "f16")}
-            found.append(("attention_forward", common | cupy_attention.forward_plan(n, n, dim, size).constants))
-            found.append(("attention_backward", common | cupy_attention.backward_plan(n, n, dim, size).constants))
+    for scalar, dim, n, keep in shapes:
+        size = 4 if scalar == "float" else 2
+        forward = cupy_attention.forward_plan(n, n, dim, size)
+        backward = cupy_attention.backward_plan(n, n, dim, size, dropout=bool(keep))
+        for file, plan in (("attention_forward", forward), ("attention_backward", backward)):
+            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": keep} | plan.constants))
     return [v for i, v in enumerate(found) if v not in found[:i]]
 
 
@@ -113,7 +117,8 @@ VARIANTS = [pytest.param(f, c, id=f"{f}-{'-'.join(map(str, c.values()))}") for f
 @pytest.mark.parametrize("file, constants", VARIANTS)
 def test_compiles_without_spills(file, constants, architecture, tmp_path):
     assert COMPILER, 'no CUDA compiler: pip install -e ".[test]" brings one'
-    options = ["-std=c++17", f"-arch={architecture}", *(f"-D{key}={value}" for key, value in constants.items())]
+    options = ["-std=c++17", "-ftz=true", f"-arch={architecture}"]  # CuPy's own: small numbers of float32 become 0
+    options += [f"-D{key}={value}" for key, value in constants.items()]
     report = COMPILER(cuda.source(file), options, tmp_path)
     assert "warning" not in report, report
     kernels = re.findall(r"entry function '(\w+)'", report)
@@ -121,3 +126,12 @@ def test_compiles_without_spills(file, constants, architecture, tmp_path):
     assert set(kernels) == set(kernel_names(cuda.source(file)))
     assert len(frames) >= len(kernels)
     assert all(int(spilled) == 0 for _, *pair in frames for spilled in pair), report
+
+
+def test_the_extra_brings_the_compiler_that_is_tested_here():
+    """A machine with nothing but a driver has no toolkit: what compiles here must come with the extra."""
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", line)[0] for line in extras[extra]} for extra in ("test", "cuda12", "cuda13")}
+    compiler = {name for name in names["test"] if name.startswith("nvidia-")}
+    assert len(compiler) == 2 and compiler | {"nvidia-cublas"} <= names["cuda13"]
+    assert {f"{name}-cu12" for name in compiler | {"nvidia-cublas"}} <= names["cuda12"]

@@ -29,7 +29,7 @@ def qkv_attention(
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
     covered = mask is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
     asking = n if queries is None else queries
-    plan = covered and n * width < 2**31 and backward_plan(n, asking, dim, size)
+    plan = covered and n * width < 2**31 and backward_plan(n, asking, dim, size, dropout=keep is not None)
     if not plan:
         return reference.qkv_attention(xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs)
     qkv, kept = cuda.ready(qkv), cuda.NULL if keep is None else cuda.ready(keep)
@@ -84,10 +84,13 @@ def forward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) -
     return Plan(constants, parts, shared(warps))
 
 
-def backward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) -> Plan | None:
+def backward_plan(
+    n: int, asking: int, dim: int, itemsize: int, *, dropout: bool = False, **choices: int
+) -> Plan | None:
     """The plan for N tokens of which the first so many ask; None if their statistics are too much for shared memory.
 
-    `choices` of TILES, QUERIES and WARPS (the most of a block) replace our own.
+    With dropout a block fewer is resident: its mask takes registers. `choices` of TILES, QUERIES and WARPS (the most of
+    a block) replace our own.
     """
     tiles = choices.get("TILES", 2 if n > 112 and dim <= 64 and itemsize == 2 else 1)
     queries = choices.get("QUERIES", 32)
@@ -100,7 +103,8 @@ def backward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) 
     if shared(1) > cuda.shared_limit():
         return None
     parts, warps = _split(math.ceil(_tiles(n) / tiles), choices.get("WARPS", 8), shared)
-    constants = {"TILES": tiles, "QUERIES": queries, "WARPS": warps, "RESIDENT": max(1, resident // warps)}
+    blocks = max(1, resident // warps - int(dropout))
+    constants = {"TILES": tiles, "QUERIES": queries, "WARPS": warps, "RESIDENT": blocks}
     return Plan(constants, parts, shared(warps))
 
 
