@@ -19,9 +19,10 @@ import pytest
 from cublas_sim import CuBLASLt
 from cuda_sim import SCALARS, decode, encode, error, guarded
 
-from tinyvit import arrays, kernels, nn, random
-from tinyvit.kernels import cublas, cupy_, cupy_attention, cupy_linear, reference, reference_optim
+from tinyvit import arrays, kernels, nn, ops, random
+from tinyvit.kernels import cublas, cuda, cupy_, cupy_attention, cupy_linear, half, reference, reference_optim
 from tinyvit.precision import Precision
+from tinyvit.tensor import Tensor, grad
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -345,6 +346,42 @@ def test_bias_kernels_in_bf16(folder, rows, columns):
         assert error(decode(actual), right) < 1e-2
 
 
+SUMS = [
+    ("bf16", (5, 3, 16), (0,)),
+    ("bf16", (4, 7, 13), (0, 1)),
+    ("f16", (9, 1, 24), (0, 1)),
+    ("float", (40, 2, 3), (0,)),
+    ("float", (3, 4, 5), (1,)),  # the others through the library
+    ("float", (3, 4, 5), (0, 2)),
+    ("float", (3, 4), (0, 1)),
+]
+
+
+@pytest.mark.parametrize("scalar, shape, axis", SUMS)
+def test_sums(folder, scalar, shape, axis):
+    x = encode(draw(0, shape), scalar)
+    with cuda_sim.device(folder, seed=2) as xp:
+        y = cupy_.KERNELS["sum_in_fp32"](xp, guarded(x), axis)
+    assert y.dtype == x.dtype and error(decode(y), decode(x).sum(axis=axis)) < TOLERANCE[scalar]
+
+
+def test_gradients_of_what_was_repeated_are_sums_of_columns(folder):
+    """Those of position embeddings, class tokens and layer scales."""
+    launched = []
+    with cuda_sim.everything_on_device(folder), pytest.MonkeyPatch.context() as patch:
+        kernel = cuda.kernel
+        patch.setattr(cuda, "kernel", lambda file, name, **c: launched.append(name) or kernel(file, name, **c))
+        x = draw(0, (3, 4, 5)).astype(np.float32)
+        position, scale = (Tensor(np.ones(shape, np.float32), requires_grad=True) for shape in ((1, 4, 5), (5,)))
+        token = Tensor(np.ones((1, 1, 5), np.float32), requires_grad=True)
+        gradients = grad((x + position) * scale, [position, scale], x)
+        gradients += [grad(ops.broadcast_to(token, (3, 1, 5)), token, x[:, :1])]
+    assert launched == ["column_sums", "sum_partials"] * 3
+    right = (x.sum(axis=0, keepdims=True), (x * (x + 1)).sum(axis=(0, 1)), x[:, :1].sum(axis=0, keepdims=True))
+    for ours, expected in zip(gradients, right, strict=True):
+        assert np.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +467,7 @@ def test_what_no_kernel_covers_runs_through_the_reference(folder):
 
 
 def test_kernels_have_their_references_signatures():
-    references = vars(reference) | vars(reference_optim)
+    references = vars(reference) | vars(reference_optim) | vars(half)
     for name, function in cupy_.KERNELS.items():
         ours, theirs = (list(inspect.signature(f).parameters) for f in (function, references[name]))
         assert ours == theirs, name

@@ -15,7 +15,7 @@ from typing import Any
 
 import array_api_compat
 
-from tinyvit import arrays
+from tinyvit import arrays, kernels
 from tinyvit.kernels import reference
 from tinyvit.kernels.half import in_fp32, numbers_in_fp32, sum_in_fp32
 from tinyvit.tensor import Array, Tensor, apply
@@ -60,7 +60,7 @@ def _unbroadcast(xp: Any, g: Array, shape: tuple[int, ...]) -> Array:
         return g
     extra = g.ndim - len(shape)
     repeated = tuple(range(extra)) + tuple(i + extra for i, n in enumerate(shape) if n == 1)
-    return xp.reshape(sum_in_fp32(xp, g, repeated), shape)
+    return xp.reshape(kernels.best(sum_in_fp32, xp)(xp, g, repeated), shape)
 
 
 def _binary(xp: Any, a: Array, b: Array, needs: tuple[bool, ...], da: Callable, db: Callable) -> VJP:

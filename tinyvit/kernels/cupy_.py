@@ -15,7 +15,7 @@ import numpy as np
 from tinyvit import random
 from tinyvit.kernels import cuda, cupy_optim, reference
 from tinyvit.kernels.cupy_attention import qkv_attention
-from tinyvit.kernels.cupy_linear import gelu, linear, linear_gelu, sum_partials
+from tinyvit.kernels.cupy_linear import gelu, linear, linear_gelu, sum_in_fp32, sum_partials
 
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
@@ -139,7 +139,5 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
 
 
 TOGETHER = cupy_optim.TOGETHER
-KERNELS: dict[str, Callable] = {
-    f.__name__: f
-    for f in (linear, linear_gelu, gelu, layer_norm, add_layer_norm, qkv_attention, cross_entropy, dropout_mask)
-} | cupy_optim.KERNELS
+_OURS = (linear, linear_gelu, gelu, layer_norm, add_layer_norm, qkv_attention, cross_entropy, dropout_mask, sum_in_fp32)
+KERNELS: dict[str, Callable] = {f.__name__: f for f in _OURS} | cupy_optim.KERNELS

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit import kernels
-from tinyvit.kernels import cublas, cuda, reference
+from tinyvit.kernels import cublas, cuda, half, reference
 
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
@@ -80,6 +80,14 @@ def _column_sums(xp: Any, dy: Array) -> Array:
     partial = partial_sums(xp, dy)
     columns("column_sums", dy, dy, partial)
     return sum_partials(xp, partial, dy.dtype)[0]
+
+
+def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
+    """Over the first axes, as in gradients of position embeddings, tokens and layer scales, it is a sum of columns."""
+    rest = x.shape[len(axis) :]
+    if not (rest and axis == tuple(range(len(axis))) and x.size and cuda.scalar(x.dtype)):
+        return half.sum_in_fp32(xp, x, axis)
+    return xp.reshape(_column_sums(xp, cuda.ready(xp.reshape(x, (-1, math.prod(rest))))), rest)
 
 
 def linear_gelu(
