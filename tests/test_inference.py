@@ -1,4 +1,4 @@
-"""Predictions: how a batch is cut; on a GPU what is kept between calls, and how they are read (NumPy stands for CuPy)."""
+"""Predictions: how a batch is cut; on a GPU what is kept between calls, how they are read (NumPy stands for CuPy)."""
 
 from __future__ import annotations
 
