@@ -163,6 +163,7 @@ def test_attention_plans_fit_every_shape():
 NORMS = [
     ("bf16", (5, 7, 192)),
     ("bf16", (20, 768)),  # several warps a row, several steps a block
+    ("bf16", (7, 1280)),  # as wide as ViT-H
     ("f16", (13, 257)),
     ("f16", (9, 30)),
     ("float", (3, 100)),
@@ -181,7 +182,7 @@ def test_layer_norm(folder, scalar, shape):
 @pytest.mark.parametrize("missing", [None, 0, 1])
 def test_layer_norm_of_a_sum(folder, scalar, missing):
     """Both results may have gradients, or only one of them."""
-    rng, dim = np.random.default_rng(0), 192 if scalar == "bf16" else 100
+    rng, dim = np.random.default_rng(0), 1280 if scalar == "bf16" else 100
     arrays = [encode(rng.standard_normal(shape), scalar) for shape in ((6, dim), (6, dim), (dim,), (dim,))]
     dys = [encode(rng.standard_normal((6, dim)), scalar) for _ in range(2)]
     with cuda_sim.device(folder, seed=3) as xp:
