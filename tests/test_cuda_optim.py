@@ -37,8 +37,9 @@ def test_adamw_of_one_parameter(folder):
         assert error(actual, exact) < 1e-6
 
 
+@pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
 @pytest.mark.parametrize("scalar, copied", [("float", "float"), ("float", "bf16"), ("f16", "f16"), ("bf16", "float")])
-def test_adamw_of_many_parameters(folder, scalar, copied):
+def test_adamw_and_adam_of_many_parameters(folder, scalar, copied, decoupled):
     """Smaller and larger than a piece, clipped, each with its own decay and rate; a low-precision copy of some."""
     rng, sizes = np.random.default_rng(1), [1, 0, 7, cupy_optim.PIECE, 2 * cupy_optim.PIECE + 5, 64]
     right = [[rng.standard_normal(n), np.zeros(n), np.zeros(n)] for n in sizes]
@@ -46,7 +47,7 @@ def test_adamw_of_many_parameters(folder, scalar, copied):
     with cuda_sim.device(folder, seed=2) as xp:
         ours = [[guarded(x.astype(np.float32)) for x in row] for row in right]
         copies = [None if n == 7 else xp.empty(n, SCALARS[copied]) for n in sizes]
-        opt = cupy_optim.ManyAdamW(xp, **ADAM)
+        opt = cupy_optim.ManyAdamW(xp, **ADAM, decoupled=decoupled)
         for step in (1, 2):
             gradients = [encode(rng.standard_normal(n), scalar) for n in sizes]
             norm = math.sqrt(sum((decode(g) ** 2).sum() for g in gradients))
@@ -58,8 +59,9 @@ def test_adamw_of_many_parameters(folder, scalar, copied):
             opt.update(p, [guarded(g) for g in gradients], m, v, **options)
             assert [opt.get("gradient_scale"), opt.get("norm")] == pytest.approx([factor, norm], rel=1e-12)
             for row, g, scale, decay in zip(right, gradients, scales, decays, strict=True):
-                options = {"lr": 0.01 * step * scale, "weight_decay": decay, "step": step, **ADAM}
-                reference_optim.adamw(numpy_namespace, row[0], decode(g) * factor, *row[1:], **options)
+                options = {"lr": 0.01 * step * scale, "weight_decay": decay * decoupled, "step": step, **ADAM}
+                g = decode(g) * factor + (0 if decoupled else decay * row[0])
+                reference_optim.adamw(numpy_namespace, row[0], g, *row[1:], **options)
     for row, exact, copy in zip(ours, right, copies, strict=True):
         for actual, x in zip(row, exact, strict=True):
             assert error(actual, x) < 2e-6
@@ -139,15 +141,16 @@ def test_a_capture_that_fails_leaves_no_table(driver, folder):
         assert table.fill([3], p=[16])[0] is eager and (eager != 0xFF).any()
 
 
-def test_the_optimizer_updates_all_parameters_together(folder):
-    """What AdamW and EMA do on a GPU: the same as one parameter after the other, also where a run is continued."""
+@pytest.mark.parametrize("make", [optim.AdamW, optim.Adam])
+def test_the_optimizer_updates_all_parameters_together(folder, make):
+    """What these and EMA do on a GPU: the same as one parameter after the other, also where a run is continued."""
 
     def run(steps: int, state: dict | None = None, start: list | None = None) -> tuple[list, dict, list]:
         rng = np.random.default_rng(3)
         parameters = [nn.Parameter(x.copy()) for x in (start or [np.ones((5, 7), np.float32), np.ones(3, np.float32)])]
         model = SimpleNamespace(named_parameters=lambda: enumerate(parameters))
         groups = [{"params": parameters[:1], "lr_scale": 0.5}, {"params": parameters[1:], "weight_decay": 0.0}]
-        opt, ema = optim.AdamW(groups, lr=0.1, weight_decay=0.1), optim.EMA(model, 0.9)
+        opt, ema = make(groups, lr=0.1, weight_decay=0.1), optim.EMA(model, 0.9)
         if state:
             opt.load_state_dict(state)
         for i in range(steps):
@@ -157,6 +160,7 @@ def test_the_optimizer_updates_all_parameters_together(folder):
             optim.limit_grad_norm(parameters, 1.5)
             opt.step()
             ema.update()
+        assert (opt._many is not None) == (kernels.together("adamw", numpy_namespace) is not None)
         return [p.data for p in parameters], opt.state_dict(), list(ema.state_dict().values())
 
     def both(*arguments: Any) -> list:
@@ -181,7 +185,7 @@ def test_what_cannot_be_updated_together_is_updated_alone(folder):
         return p.data
 
     for arguments in (
-        (lambda p: optim.Adam(p, weight_decay=0.1),),
+        (lambda p: optim.Adam(p, weight_decay=0.1), np.float64),
         (lambda p: optim.SGD(p, 0.1),),
         (optim.AdamW, np.float64),
     ):

@@ -196,6 +196,8 @@ class AdamW(Optimizer):
         betas: how much of the running means of the gradient and of its square is kept each step, in [0, 1).
     """
 
+    _decoupled = True  # whether weight decay shrinks the parameters or is added to their gradients
+
     def __init__(
         self,
         params: Params,
@@ -224,7 +226,8 @@ class AdamW(Optimizer):
         if make is None or not same_steps or not make.covers(parameters, gradients, m, v):
             return None
         if self._many is None:
-            self._many = make(arrays.namespace(parameters[0]), beta1=self._beta1, beta2=self._beta2, eps=self._eps)
+            numbers = {"beta1": self._beta1, "beta2": self._beta2, "eps": self._eps}
+            self._many = make(arrays.namespace(parameters[0]), **numbers, decoupled=self._decoupled)
         self._together = slots
         if kernels.capturing():
             kernels.after_capture(self.count_step)
@@ -282,6 +285,8 @@ class AdamW(Optimizer):
 class Adam(AdamW):
     """Adam (Kingma & Ba 2015), torch's: weight decay is added to the gradient (L2). Arguments as for `AdamW`."""
 
+    _decoupled = False
+
     def __init__(
         self,
         params: Params,
@@ -291,11 +296,6 @@ class Adam(AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
-
-    def step_together(
-        self, max_norm: float = math.inf, loss_scale: Any = None, copies: Mapping[int, Array] | None = None
-    ) -> None:
-        return None  # the kernels' decay is decoupled
 
     def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
         if slot.weight_decay:

@@ -1,4 +1,4 @@
-"""The optimizers' updates for CuPy arrays: AdamW in one launch, for one parameter or for all of a model."""
+"""The optimizers' updates for CuPy arrays: AdamW and Adam in one launch, for one parameter or for all of a model."""
 
 from __future__ import annotations
 
@@ -99,18 +99,19 @@ def _addresses(arrays: Sequence[Array | None]) -> list[int]:
 
 
 class ManyAdamW:
-    """AdamW for all parameters of a model in a few launches, all of whose changing numbers lie on the device.
+    """AdamW or Adam for all parameters of a model in a few launches, whose changing numbers all lie on the device.
 
     Args:
         xp: the array namespace.
         beta1, beta2, eps: as in `reference_optim.adamw`.
+        decoupled: whether weight decay shrinks the parameters (AdamW) or is added to their gradients (Adam).
 
     Attributes:
         control: float64 numbers on the device, named by `CONTROL`.
     """
 
-    def __init__(self, xp: Any, *, beta1: float, beta2: float, eps: float) -> None:
-        self._xp, self._betas, self._eps = xp, (beta1, beta2), eps
+    def __init__(self, xp: Any, *, beta1: float, beta2: float, eps: float, decoupled: bool = True) -> None:
+        self._xp, self._betas, self._eps, self._decoupled = xp, (beta1, beta2), eps, decoupled
         self._table = _Table(xp)
         self.control = xp.zeros(len(CONTROL), dtype=xp.float64)
 
@@ -180,7 +181,7 @@ class ManyAdamW:
         following = [x for x in copies or () if x is not None]
         types = {"SCALAR": scalar} | ({"COPY": cuda.scalar(following[0].dtype)} if following else {})
         adamw = cuda.kernel("adamw", "adamw_many", **types)
-        adamw((pieces,), (256,), (table, count, self.control, *numbers))
+        adamw((pieces,), (256,), (table, count, self.control, *numbers, np.int32(self._decoupled)))
 
 
 class ManyLerp:

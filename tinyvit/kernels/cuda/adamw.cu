@@ -1,4 +1,4 @@
-// AdamW (Loshchilov & Hutter 2019, algorithm 2) in one launch over many parameters, and the gradient's norm.
+// AdamW and Adam (Loshchilov & Hutter 2019, algorithm 2) in one launch over many parameters, and the gradient's norm.
 //
 // adamw reads p, m, v (fp32) and the gradient and writes p, m, v and, where wanted, a copy of p in the low precision:
 // 28 bytes a number in fp32, 30 with a 16-bit gradient and copy instead of 32 with both in fp32; 15 FLOPs.
@@ -61,21 +61,22 @@ extern "C" __global__ void prepare_adamw(Control* control, double beta1, double 
 }
 
 // New shares (1 - beta1, 1 - beta2) are numbers of their own: 1 - 0.999f is off by 1e-5. eps and rate include their
-// corrections; keep = 1 - lr weight_decay.
+// corrections. Weight decay: AdamW has keep = 1 - lr weight_decay, Adam has l2 = weight_decay, added to the gradient.
 struct Step {
-    float new1, beta2, new2, eps, rate, keep;
+    float new1, beta2, new2, eps, rate, keep, l2;
 };
 
 DEVICE void update(float& p, float& m, float& v, float g, const Step& s) {
+    g = fmaf(s.l2, p, g);
     m = fmaf(s.new1, g - m, m);
     v = fmaf(s.new2 * g, g, v * s.beta2);
     p = p * s.keep - s.rate * (m / (sqrtf(v) + s.eps));
 }
 
-// grid: all pieces.
+// grid: all pieces. decoupled: 1 for AdamW, 0 for Adam.
 extern "C" __global__ void __launch_bounds__(256, 4)
     adamw_many(const Parameter* __restrict__ table, int count, const Control* __restrict__ control, float new1,
-               float beta2, float new2, float eps) {
+               float beta2, float new2, float eps, int decoupled) {
     if (control->skip != 0.0) return;
     const Parameter& parameter = parameter_of(table, count, blockIdx.x);
     const double lr = control->lr * parameter.lr_scale;
@@ -84,7 +85,8 @@ extern "C" __global__ void __launch_bounds__(256, 4)
                        new2,
                        float(eps * control->correction),
                        float(lr * control->rate_over_lr),
-                       float(1.0 - lr * parameter.weight_decay)};
+                       decoupled ? float(1.0 - lr * parameter.weight_decay) : 1.0f,
+                       decoupled ? 0.0f : parameter.weight_decay};
     const float scale = float(control->gradient_scale);
     const long long start = (blockIdx.x - parameter.first_piece) * PIECE;
     const long long end = start + PIECE < parameter.size ? start + PIECE : parameter.size;
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(256, 4)
 extern "C" __global__ void __launch_bounds__(256)
     adamw(float* __restrict__ p, const T* __restrict__ g, float* __restrict__ m, float* __restrict__ v, long long size,
           float new1, float beta2, float new2, float eps, float rate, float keep) {
-    const Step step = {new1, beta2, new2, eps, rate, keep};
+    const Step step = {new1, beta2, new2, eps, rate, keep, 0.0f};
     for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < size; i += 1LL * gridDim.x * blockDim.x)
         update(p[i], m[i], v[i], to_float(g[i]), step);
 }
