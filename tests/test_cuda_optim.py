@@ -196,6 +196,23 @@ def test_what_cannot_be_updated_together_is_updated_alone(folder):
                 run(*arguments)
 
 
+def test_the_count_of_steps_is_read_once_and_is_that_of_a_state_that_was_loaded(folder, monkeypatch):
+    read, get = [], cupy_optim.ManyAdamW.get
+    monkeypatch.setattr(cupy_optim.ManyAdamW, "get", lambda self, name: read.append(name) or get(self, name))
+    parameters = [nn.Parameter(np.ones(3, np.float32)) for _ in range(4)]
+    opt = optim.AdamW(parameters)
+    with cuda_sim.everything_on_device(folder):
+        for _ in range(2):
+            for p in parameters:
+                p.grad = np.ones(3, np.float32)
+            opt.step()
+        read.clear()
+        state = opt.state_dict()
+        assert list(state["steps"]) == [2] * 4 and read == ["step"]
+        opt.load_state_dict(state | {"steps": np.full(4, 7)})
+        assert list(opt.state_dict()["steps"]) == [7] * 4
+
+
 @pytest.mark.parametrize("scalar", SCALARS)
 def test_sum_of_squares(folder, scalar):
     x = encode(np.random.default_rng(2).standard_normal((70, 100)), scalar)

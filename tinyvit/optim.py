@@ -258,9 +258,10 @@ class AdamW(Optimizer):
         self._told = self.lr, steps + 1
 
     def state_dict(self) -> State:
-        if self._many is not None:  # which has not counted steps whose gradients overflowed
+        if self._told is not None:  # the device has counted since, and left out gradients that overflowed
+            steps = int(self._many.get("step"))
             for slot in self._together:
-                slot.steps = int(self._many.get("step"))
+                slot.steps = steps
             self._told = None
         return super().state_dict()
 
