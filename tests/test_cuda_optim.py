@@ -104,14 +104,16 @@ def test_loss_scale_on_the_device(folder, good, expected):
         assert p == pytest.approx(np.array([0.9, 0.9, 1.0]), rel=1e-6)
 
 
-def test_averages_of_many_parameters(folder):
+@pytest.mark.parametrize("skipped", [None, 0.0, 1.0])
+def test_averages_of_many_parameters(folder, skipped):
     rng, sizes = np.random.default_rng(1), [1, 0, 7, 2 * cupy_optim.PIECE + 5, 64]
     a, b = ([rng.standard_normal(n).astype(np.float32) for n in sizes] for _ in "12")
     with cuda_sim.device(folder, seed=2) as xp:
         ours = [guarded(x) for x in a]
-        cupy_optim.ManyLerp(xp).update(ours, [guarded(x) for x in b], 0.25)
+        flag = None if skipped is None else np.array(skipped)
+        cupy_optim.ManyLerp(xp).update(ours, [guarded(x) for x in b], 0.25, flag)
     for actual, x, y in zip(ours, a, b, strict=True):
-        assert np.allclose(actual, x + 0.25 * (y - x), rtol=0, atol=1e-6)
+        assert np.allclose(actual, x if skipped else x + 0.25 * (y - x), rtol=0, atol=1e-6)
 
 
 def test_a_captured_step_keeps_its_table(driver, folder):

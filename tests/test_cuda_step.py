@@ -15,7 +15,7 @@ import pytest
 from cublas_sim import CuBLASLt
 
 import tinyvit
-from tinyvit import arrays, graph, optim
+from tinyvit import arrays, graph, kernels, optim
 from tinyvit.kernels import cuda
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
@@ -97,17 +97,41 @@ def test_a_step_of_16_bits(device, accumulate):
     compare(ours, right, 2e-2)
 
 
+class Counting:
+    """An average of another kind than ours."""
+
+    updates = 0
+
+    def update(self) -> None:
+        self.updates += 1
+
+
 def test_an_overflow_skips_the_step_and_halves_the_loss_scale(device):
     with device(CuBLASLt()):
         *_, step = train(steps=2, precision="fp16")
-        before = [p.data.copy() for p in step.model.parameters()]
+        before, averages = [p.data.copy() for p in step.model.parameters()], step.ema.state_dict()
         step(np.full((3, 3, 8, 8), 6e4, np.float32), np.array([0, 1, 2]))
         assert not np.isfinite(step.grad_norm) and step.loss_scale == 2**15
         assert all(np.array_equal(p.data, x) for p, x in zip(step.model.parameters(), before, strict=True))
+        assert all(np.array_equal(x, averages[name]) for name, x in step.ema.state_dict().items())
         assert list(step.optimizer.state_dict()["steps"]) == [2] * len(before)
         step(np.ones((3, 3, 8, 8), np.float32), np.array([0, 1, 2]))
         assert step.optimizer.state_dict()["steps"][0] == 3
+        assert not any(np.array_equal(x, averages[name]) for name, x in step.ema.state_dict().items() if "head" in name)
         assert not any(np.array_equal(p.data, x) for p, x in zip(step.parameters[-2:], before[-2:], strict=True))
+
+
+def test_an_average_of_another_kind_is_the_hosts(device):
+    """It is not told of a step that was skipped, and nothing that it does may be captured."""
+    with device(CuBLASLt()):
+        *_, step = train(steps=1, precision="fp16")
+        step.ema = Counting()
+        for scale, updates in ((1.0, 1), (6e4, 1), (1.0, 2)):
+            step(np.full((3, 3, 8, 8), scale, np.float32), np.array([0, 1, 2]))
+            assert step.ema.updates == updates
+        with kernels.capture(), pytest.raises(kernels.NotCapturable, match="Counting"):
+            step._follow(None)
+        assert step.ema.updates == 2
 
 
 def test_weights_that_are_replaced_between_steps_reach_the_copies(device):
@@ -138,6 +162,17 @@ def test_addresses_name_what_a_graph_works_on(device):
         assert cuda.address(step.parameters[0].data) in before[2]
         step.parameters[0].data = step.parameters[0].data.copy()
         assert step._surroundings() != before
+        for name, value in (
+            ("class_weights", np.ones(5, np.float32)),
+            ("class_weights", np.ones(5, np.float32)),
+            ("optimizer", optim.SGD(step.parameters, 0.1)),
+            ("optimizer", optim.SGD(step.parameters, 0.2)),
+            ("ema", Counting()),
+            ("ema", Counting()),
+        ):
+            before, replaced = step._surroundings(), getattr(step, name)  # which lives on, and keeps its address
+            setattr(step, name, value)
+            assert step._surroundings() != before, (name, replaced)
 
 
 def test_the_second_step_finds_what_the_first_one_did(device):

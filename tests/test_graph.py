@@ -237,6 +237,7 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
     Also though what the step needed first is memory of what it needs last, as activations are of the optimizer's.
     """
     monkeypatch.setattr(np_namespace(), "empty", cuda_sim.empty)
+
     def run(wrap: Callable) -> list[np.ndarray]:
         parameters = [nn.Parameter(np.ones(shape, np.float32)) for shape in ((5, 8), (3,))]
         model = SimpleNamespace(named_parameters=lambda: enumerate(parameters))

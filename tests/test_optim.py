@@ -436,6 +436,16 @@ def test_ema_agrees_with_torch(decay, dtype, tolerance):
     assert error(state["b"], average.module.bias.detach().numpy()) < tolerance
 
 
+@pytest.mark.parametrize("skipped, expected", [(None, 4.0), (0.0, 4.0), (1.0, 0.0)])
+@pytest.mark.parametrize("xp", [np, array_api_strict])
+def test_ema_does_not_follow_a_step_that_was_skipped(xp, skipped, expected):
+    model = model_of(p=parameter(xp.zeros(3, dtype=xp.float32)))
+    ema = optim.EMA(model, 0.5)
+    model.p.data = xp.full(3, 8.0, dtype=xp.float32)
+    ema.update(None if skipped is None else xp.asarray(skipped, dtype=xp.float64))
+    assert np.array_equal(ema.state_dict()["p"], np.full(3, expected, np.float32))
+
+
 def test_ema_is_applied_within_its_context_only():
     model = model_of(p=parameter(np.zeros(3)))
     ema = optim.EMA(model, 0.5)

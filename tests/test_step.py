@@ -328,6 +328,15 @@ def test_a_step_on_a_gpu_waits_for_nothing(precision):
     assert all(math.isfinite(float(loss)) for loss in losses) and step.step_index == 6
 
 
+def test_an_update_that_fails_leaves_no_gradients(monkeypatch):
+    model = nano()
+    step = TrainStep(model, optim.SGD(model.parameters(), lr=0.1))
+    monkeypatch.setattr(step.optimizer, "step", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(*batch())
+    assert all(p.grad is None for p in model.parameters())
+
+
 # --- predict ------------------------------------------------------------------------------------------------------
 
 

@@ -29,25 +29,31 @@ class EMA:
         self._applied = False
         self._many: Any = None
 
-    def update(self) -> None:
-        """Move the average towards the present parameters."""
+    def update(self, skipped: Array | None = None) -> None:
+        """Move the average towards the present parameters.
+
+        Args:
+            skipped: a float64 array without dimensions, beside the parameters: not 0 if the step before changed none
+                of them, and the average is not to move either. It is not read from the device.
+        """
         self._refuse_if_applied("update")
-        if self._update_together():
+        if self._update_together(skipped):
             return
+        weight = 1 - self._decay
         for name, p in self._parameters.items():
             check_like(f"the average of {name}", self._average[name], p.data)
             xp = arrays.namespace(p.data)
-            average = kernels.best(lerp, xp)(xp, self._average[name], p.data, weight=1 - self._decay)
-            self._average[name] = average
+            share = weight if skipped is None else xp.astype(weight * (1 - skipped), p.data.dtype)
+            self._average[name] = kernels.best(lerp, xp)(xp, self._average[name], p.data, weight=share)
 
-    def _update_together(self) -> bool:
+    def _update_together(self, skipped: Array | None) -> bool:
         """Update all averages in one go; False, and nothing done, where that cannot be."""
         averages, targets = list(self._average.values()), [p.data for p in self._parameters.values()]
         make = kernels.together("lerp", arrays.namespace(targets[0])) if targets else None
         if make is None or not make.covers(averages, targets):
             return False
         self._many = self._many or make(arrays.namespace(targets[0]))
-        self._many.update(averages, targets, 1 - self._decay)
+        self._many.update(averages, targets, 1 - self._decay, skipped)
         return True
 
     @contextlib.contextmanager

@@ -245,6 +245,11 @@ class AdamW(Optimizer):
         """What the last `step_together` multiplied the gradients by, to limit them and to take out the loss's scale."""
         return float(self._many.get("gradient_scale"))
 
+    @property
+    def skipped(self) -> Array:
+        """Not 0 if the last `step_together` updated nothing, for the gradient overflowed: always the same array."""
+        return self._many.skipped
+
     def count_step(self) -> None:
         """The host's share of `step_together`, which a captured graph leaves to its caller each time it is replayed."""
         steps = self._together[0].steps

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tinyvit import arrays, nn, optim, random, shards
+from tinyvit import arrays, kernels, nn, optim, random, shards
 from tinyvit import functional as F
 from tinyvit.graph import Graphed
 from tinyvit.kernels import cuda
@@ -18,7 +18,7 @@ from tinyvit.tensor import Array, Tensor, grad
 
 
 class Averaged(Protocol):
-    """What follows the weights after each update, such as `optim.EMA`."""
+    """What follows the weights after each update, such as `optim.EMA`. Steps with any other one are no CUDA graphs."""
 
     def update(self) -> None: ...
 
@@ -54,10 +54,11 @@ class TrainStep:
         precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
 
     In fp16 the loss is scaled while the gradient is computed, and a step whose gradient overflows changes nothing but
-    the scale (and on a GPU the average's distance to the weights).
+    the scale.
 
     A batch may lie on the host wherever the model is. On a device a step is only started: nothing waits for its end but
-    reading one of its numbers.
+    reading one of its numbers. Who changes a setting of the model, such as a dropout rate, makes another TrainStep: a
+    CUDA graph goes on with the old one.
 
     Attributes:
         step_index: how many steps were done; settable, to go on with an interrupted run.
@@ -134,31 +135,48 @@ class TrainStep:
     def _compute(self, images: Array, labels: Array, step: int | Array) -> tuple[Outcome, list[Array]]:
         """The step's arithmetic, with its gradients; a graph can repeat it where nothing of it depends on the host."""
         loss, correct, gradients = self._differentiate(images, labels, step)
+        try:
+            norm, gradients = self._update(gradients)
+        finally:
+            self.optimizer.zero_grad()  # also of a capture that fails, whose memory is wanted back
+        return Outcome(loss, correct, norm), gradients
+
+    def _update(self, gradients: list[Array]) -> tuple[Array, list[Array]]:
+        """Let the weights and their average follow the gradients; their norm, and they as they were used."""
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
         limit = math.inf if self.clip_norm is None else self.clip_norm
         norm = self.optimizer.step_together(limit, self._scale, self.precision.copies())
         self._together = norm is not None
-        updated = True
-        if not self._together:
-            if self.precision.dtype is not None:
-                gradients = [arrays.astype(g, "float32") for g in gradients]
-            for p, g in zip(self.parameters, gradients, strict=True):
-                p.grad = g
-            norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
-            updated = self._scale is None or self._scale.update(norm)
-            if updated:
-                self.optimizer.step()
-        if self.ema is not None and updated:
-            self.ema.update()
-        self.optimizer.zero_grad()
-        return Outcome(loss, correct, norm), gradients
+        if self._together:
+            self._follow(None if self._scale is None else self.optimizer.skipped)
+            return norm, gradients
+        if self.precision.dtype is not None:
+            gradients = [arrays.astype(g, "float32") for g in gradients]
+        for p, g in zip(self.parameters, gradients, strict=True):
+            p.grad = g
+        norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
+        if self._scale is None or self._scale.update(norm):
+            self.optimizer.step()
+            self._follow(None)
+        return norm, gradients
+
+    def _follow(self, skipped: Array | None) -> None:
+        """Let the average follow the weights, unless an array on the device says that they were not updated."""
+        if isinstance(self.ema, optim.EMA):
+            self.ema.update(skipped)
+        elif self.ema is not None:
+            if kernels.capturing():
+                raise kernels.NotCapturable(f"{type(self.ema).__name__} may do something else each time")
+            if skipped is None or not bool(skipped):
+                self.ema.update()
 
     def _surroundings(self) -> tuple:
         """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
         used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
         used += self.ema.arrays() if isinstance(self.ema, optim.EMA) else []
-        settings = (self.clip_norm, self.label_smoothing, self.accumulate, self.seed)
+        used += [] if self.class_weights is None else [self.class_weights]
+        settings = (self.clip_norm, self.label_smoothing, self.accumulate, self.seed, id(self.optimizer), id(self.ema))
         trained = tuple(p.requires_grad for p in self.parameters)
         return settings, trained, tuple(map(cuda.address, used))
 

@@ -108,12 +108,15 @@ class ManyAdamW:
 
     Attributes:
         control: float64 numbers on the device, named by `CONTROL`.
+        skipped: that of them, without dimensions, which is not 0 if the gradient overflowed and nothing was updated.
     """
 
     def __init__(self, xp: Any, *, beta1: float, beta2: float, eps: float, decoupled: bool = True) -> None:
         self._xp, self._betas, self._eps, self._decoupled = xp, (beta1, beta2), eps, decoupled
         self._table = _Table(xp)
         self.control = xp.zeros(len(CONTROL), dtype=xp.float64)
+        i = CONTROL.index("skip")
+        self.skipped = self.control[i : i + 1].reshape(())
 
     @staticmethod
     def covers(parameters: Sequence[Array], gradients: Sequence[Array], m: Sequence[Array], v: Sequence[Array]) -> bool:
@@ -195,11 +198,11 @@ class ManyLerp:
         """Whether `update` can bring these together."""
         return _writable(b, a) and _writable(b, b)
 
-    def update(self, a: Sequence[Array], b: Sequence[Array], weight: float) -> None:
-        """a += weight (b - a)."""
+    def update(self, a: Sequence[Array], b: Sequence[Array], weight: float, skipped: Array | None = None) -> None:
+        """a += weight (b - a), unless `skipped`, a float64 array without dimensions, is not 0."""
         table, count, pieces = self._table.fill([x.size for x in a], p=_addresses(a), m=_addresses(b))
         lerp = cuda.kernel("adamw", "lerp_many", SCALAR="float")
-        lerp((pieces,), (256,), (table, count, np.float32(weight)))
+        lerp((pieces,), (256,), (table, count, np.float32(weight), cuda.NULL if skipped is None else skipped))
 
 
 TOGETHER = {"adamw": ManyAdamW, "lerp": ManyLerp}

@@ -194,9 +194,11 @@ extern "C" __global__ void clip_gradient(const double* __restrict__ total, doubl
 }
 
 // p += weight (m - p) for all rows of a table, of which it reads p and m: an average p that follows m. Reads 8
-// bytes a number and writes 4. grid: all pieces.
+// bytes a number and writes 4. `skip`, unless null, points to a number that forbids it (control->skip). grid: all
+// pieces.
 extern "C" __global__ void __launch_bounds__(256, 4)
-    lerp_many(const Parameter* __restrict__ table, int count, float weight) {
+    lerp_many(const Parameter* __restrict__ table, int count, float weight, const double* __restrict__ skip) {
+    if (skip && *skip != 0.0) return;
     const Parameter& parameter = parameter_of(table, count, blockIdx.x);
     const long long start = (blockIdx.x - parameter.first_piece) * PIECE;
     const long long end = start + PIECE < parameter.size ? start + PIECE : parameter.size;
