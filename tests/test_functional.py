@@ -30,7 +30,7 @@ from operations import Example, agrees_with_torch, find_version, operations, sam
 
 from tinyvit import functional as F
 from tinyvit import ops, random
-from tinyvit.kernels import numpy_optim, reference, reference_conv
+from tinyvit.kernels import numpy_, numpy_optim, reference, reference_conv
 from tinyvit.tensor import Tensor, grad
 
 CASES: dict[str, Any] = {}
@@ -233,6 +233,18 @@ def test_every_version_gives_the_same_where_fewer_gradients_are_wanted(name, bac
     same_with_fewer_gradients(
         find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw
     )
+
+
+@pytest.mark.parametrize("exp, unit", [(np.exp, 1.0), (np.exp2, 1.0 / math.log(2.0))])
+@pytest.mark.parametrize("name", ["gelu", "qkv_attention"])
+@given(data=st.data())
+def test_the_kernels_may_take_either_exponential(name, exp, unit, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numpy_, "_exp", exp)
+        patch.setattr(numpy_, "_UNIT", unit)
+        agrees_with_torch(
+            find_version(reference, name, "numpy", "kernel"), CASES[name](data.draw), "numpy", data.draw
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
