@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,16 @@ import tinyvit
 
 
 def jax_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str = "cpu") -> Peer:
-    """On a GPU matrix products and attention are in bfloat16."""
+    """On a GPU matrix products and attention are in bfloat16, the latter by cuDNN where it can."""
     jax.config.update("jax_default_device", jax.devices(device)[0])
     on_gpu = device != "cpu"
     low = jnp.bfloat16 if on_gpu else jnp.float32
     config = model.config
     parameters = {name: jnp.asarray(value) for name, value in model.state_dict().items()}
+    heads = (len(images), config.num_tokens, config.num_heads, config.embed_dim // config.num_heads)
+    attention = functools.partial(
+        jax.nn.dot_product_attention, implementation=implementation(heads, low) if on_gpu else "xla"
+    )
 
     def norm(p, name, x):
         x = x.astype(jnp.float32)
@@ -40,7 +45,7 @@ def jax_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.nd
             block = f"blocks.{i}"
             qkv = linear(p, f"{block}.attn.qkv", norm(p, f"{block}.norm1", x))
             q, k, v = qkv.reshape(b, x.shape[1], 3, config.num_heads, -1).transpose(2, 0, 1, 3, 4)
-            y = jax.nn.dot_product_attention(q, k, v).reshape(b, x.shape[1], -1)
+            y = attention(q, k, v).reshape(b, x.shape[1], -1)
             x = x + linear(p, f"{block}.attn.proj", y)
             y = jax.nn.gelu(linear(p, f"{block}.mlp.fc1", norm(p, f"{block}.norm2", x)), approximate=False)
             x = x + linear(p, f"{block}.mlp.fc2", y)
@@ -83,3 +88,18 @@ def jax_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.nd
         return np.concatenate([np.asarray(y) for y in [compiled(state["p"], x) for _ in range(batches)]])
 
     return Peer("JAX", step, infer, gradients, lambda: jax.block_until_ready(state["p"]))
+
+
+def implementation(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
+    """The name of the attention to ask JAX for: "cudnn" if it takes such q, k and v (B, N, H, D), also backward."""
+
+    def attend(x: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(x, x, x, implementation="cudnn").sum()
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.zeros(shape, dtype)))
+    except Exception as error:  # refused while tracing, compiling or running
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"JAX: attention is XLA's, for cuDNN's is refused ({reason})", file=sys.stderr)
+        return "xla"
+    return "cudnn"

@@ -454,6 +454,28 @@ def test_gpu_times_graphs_and_what_cannot_be_captured(gpu):
     assert not gpu.stream.capturing
 
 
+def test_a_gpus_rate_is_that_of_the_faster_product(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "_times", lambda name, product, sets, rounds: [1.0 if product(0) == "Lt" else 2.0])
+    for found, seconds in (("Lt", 1.0), (None, 2.0)):  # None: not to be had
+        monkeypatch.setattr(devices.cublas, "input_gradient", lambda xp, a, b, found=found: found)
+        assert gpu.matmul_rate("float32", size=1) == 2 / seconds
+
+
+def test_jax_runs_xlas_attention_where_cudnns_is_refused(monkeypatch, capsys):
+    jax = pytest.importorskip("jax")
+    import peers_jax
+
+    shape, asked = (2, 5, 3, 8), []
+    assert peers_jax.implementation(shape, jax.numpy.bfloat16) == "xla"
+    said = capsys.readouterr().err
+    assert said.startswith("JAX: attention is XLA's, for cuDNN's is refused (") and said.count("\n") == 1
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, k, v, implementation: asked.append(implementation) or q
+    )
+    assert peers_jax.implementation(shape, jax.numpy.bfloat16) == "cudnn" and asked == ["cudnn"]
+    assert not capsys.readouterr().err
+
+
 def test_attention_on_a_gpu(gpu, monkeypatch, tmp_path, capsys):
     """NumPy stands for CuPy, and every graph takes a second: what the script itself does on a GPU."""
     monkeypatch.setattr(devices.Gpu, "matmul_rate", lambda self, dtype: 8e14)
