@@ -88,6 +88,10 @@ ATTENTION = [
     ("float", 1, 65, 2, 64),
     ("float", 2, 17, 1, 80),
     ("float", 1, 197, 1, 16),
+    # dimensions between multiples of 8
+    ("bf16", 2, 17, 2, 12),
+    ("f16", 1, 17, 3, 65),
+    ("float", 2, 17, 1, 79),
 ]
 
 
@@ -445,12 +449,13 @@ def test_dropout_masks_of_large_seeds_and_of_everything(folder):
 
 
 def test_what_no_kernel_covers_runs_through_the_reference(folder):
-    """float64, no rows, masks, odd head dimensions: the same values, without a launch."""
+    """float64, no rows, masks, large head dimensions: the same values, without a launch."""
     rng = np.random.default_rng(4)
+    large = rng.standard_normal((1, 2, 3 * 129)).astype(np.float32)
     qkv, mask = rng.standard_normal((2, 5, 24)).astype(np.float32), rng.standard_normal((5, 5)) > -1
     calls = [
         ("qkv_attention", [qkv.astype(np.float64)], {"num_heads": 1}),
-        ("qkv_attention", [qkv], {"num_heads": 2}),
+        ("qkv_attention", [large], {"num_heads": 1}),
         ("qkv_attention", [qkv], {"num_heads": 1, "mask": mask}),
         ("layer_norm", [qkv[:0], qkv[0, 0], qkv[0, 1]], {"eps": 1e-6}),
         ("gelu", [qkv[:0]], {"approximate": "none"}),

@@ -1,4 +1,7 @@
-"""Fused attention for CuPy arrays: how `cuda/attention_*.cu` are cut into blocks and launched."""
+"""Fused attention for CuPy arrays: how `cuda/attention_*.cu` are cut into blocks and launched.
+
+They copy 16 bytes at a time: heads whose dimension is no multiple of 8 are filled up with zeros, which alters nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,19 @@ def qkv_attention(
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     batch, n, width = qkv.shape
-    dim = width // (3 * num_heads)
+    own_dim = width // (3 * num_heads)
+    dim = 8 * math.ceil(own_dim / 8)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
-    covered = mask is None and scalar and qkv.size and dim % 8 == 0 and dim <= 128
+    covered = mask is None and scalar and qkv.size and dim <= 128
     asking = n if queries is None else queries
-    plan = covered and n * width < 2**31 and backward_plan(n, asking, dim, size, dropout=keep is not None)
+    plan = covered and n * 3 * num_heads * dim < 2**31 and backward_plan(n, asking, dim, size, dropout=keep is not None)
     if not plan:
         return reference.qkv_attention(xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs)
-    qkv, kept = cuda.ready(qkv), cuda.NULL if keep is None else cuda.ready(keep)
-    y = xp.empty((batch, asking, width // 3), dtype=qkv.dtype)
+    qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
+    kept = cuda.NULL if keep is None else cuda.ready(keep)
+    y = xp.empty((batch, asking, num_heads * dim), dtype=qkv.dtype)
     row_log = xp.empty((batch, num_heads, asking), dtype=xp.float32) if needs[0] else cuda.NULL
-    shape, scale = (np.int32(num_heads), np.int32(n), np.int32(asking)), np.float32(1.0 / math.sqrt(dim))
+    shape, scale = (np.int32(num_heads), np.int32(n), np.int32(asking)), np.float32(1.0 / math.sqrt(own_dim))
     heads, variant = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": int(keep is not None)}
 
     constants, blocks, shared = forward_plan(n, asking, dim, size)
@@ -45,14 +50,26 @@ def qkv_attention(
 
     def vjp(dy: Array) -> tuple[Array]:
         constants, portions, shared = plan
+        dy = cuda.ready(_with_dim(xp, dy, own_dim, dim))
         dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
         dq_sum = xp.empty((batch, num_heads, asking, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
         backward = cuda.kernel("attention_backward", "attention_backward", **variant, **constants)
-        arguments = (qkv, kept, y, cuda.ready(dy), row_log, dqkv, dq_sum, *shape, scale)
+        arguments = (qkv, kept, y, dy, row_log, dqkv, dq_sum, *shape, scale)
         backward((heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
-        return (dqkv,)
+        return (_with_dim(xp, dqkv, dim, own_dim),)
 
-    return y, vjp
+    return _with_dim(xp, y, dim, own_dim), vjp
+
+
+def _with_dim(xp: Any, x: Array, dim: int, wanted: int) -> Array:
+    """x (..., heads * dim) with the wanted dimension of each head, by zeros behind or by leaving out the last ones."""
+    if dim == wanted:
+        return x
+    heads = xp.reshape(x, (*x.shape[:-1], -1, dim))
+    if wanted > dim:
+        zeros = xp.zeros((*heads.shape[:-1], wanted - dim), dtype=x.dtype)
+        heads = xp.concat([heads, zeros], axis=-1)
+    return xp.reshape(heads[..., :wanted], (*x.shape[:-1], -1))
 
 
 class Plan(NamedTuple):
