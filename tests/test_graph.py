@@ -303,8 +303,10 @@ def test_dropout_takes_its_step_from_an_array(masked):
 
 
 @needs_gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_steps_on_a_gpu_replay_like_single_launches(precision):
+@pytest.mark.parametrize(
+    "precision, make", [("fp32", optim.AdamW), ("bf16", optim.AdamW), ("fp16", optim.AdamW), ("bf16", optim.Adam)]
+)
+def test_steps_on_a_gpu_replay_like_single_launches(precision, make):
     """The same bits, dropout, a falling learning rate, averages and a short batch included."""
     if cublas.library() is None:
         pytest.skip("nvmath-python is not installed")
@@ -313,7 +315,7 @@ def test_steps_on_a_gpu_replay_like_single_launches(precision):
     def run(captured: bool) -> list[np.ndarray]:
         with random.scope(1):
             model = tinyvit.create_model("vit_micro_patch4_32", depth=2, num_classes=10, **drops).to("cuda")
-        opt, ema = optim.AdamW(model.parameters()), optim.EMA(model, 0.9)
+        opt, ema = make(model.parameters(), weight_decay=0.1), optim.EMA(model, 0.9)
         step = tinyvit.TrainStep(model, opt, clip_norm=1.0, ema=ema, seed=2, precision=precision)
         if not captured:
             step.graph._capture = lambda *_: False
