@@ -142,6 +142,17 @@ def test_an_array_goes_to_the_place_of_another_and_back(backend):
         assert arrays.to_numpy(x + x).tolist() == [0, 2, 4, 6, 8, 10]
 
 
+def test_a_gpu_without_cublas_is_not_taken(monkeypatch):
+    class Array(np.ndarray):
+        def __matmul__(self, other):
+            raise ImportError("libcublas.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(arrays, "mover", lambda target: lambda x: x.view(Array))
+    assert pick_device("auto") == "cpu"
+    with pytest.raises(EvaluationError, match=r"^no GPU can be used: libcublas\.so\.13: cannot open"):
+        pick_device("cuda")
+
+
 @needs_gpu
 def test_auto_takes_a_gpu_that_works():
     assert pick_device("auto") == "cuda" and pick_device("cuda:0") == "cuda:0"
