@@ -68,6 +68,7 @@ PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, bui
 CPU_ONLY = {"torch bf16"}  # on a GPU all are
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
+UNCOUNTED = 0.3  # seconds of steps before each that is counted: after a pause short ones take up to twice their time
 GPU_REPEATS = {"step": 10, "infer": 40}  # in one reading, after which the host waits for the device
 
 
@@ -102,7 +103,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of every counted step of every contender.
 
-    They take turns. Each turn begins with a step that is not counted, which brings back what the others drove out of
+    They take turns. Each turn begins with steps that are not counted, which bring back what the others drove out of
     the caches, so that what is counted is the pace of a run of steps, as in a training. Who fails is dropped from
     `contenders`, its memory given back by `free`, and the others go on.
     """
@@ -122,8 +123,12 @@ def interleave(
 
 
 def reading(peer: Any, kind: str, repeats: int) -> float:
-    """Seconds of a step, by the clock over many, after one that is not counted."""
-    peer.run(kind)
+    """Seconds of a step, by the clock over many, after some that are not counted."""
+    start = time.perf_counter()
+    while True:
+        peer.run(kind)
+        if time.perf_counter() - start > UNCOUNTED:
+            break
     return timed(functools.partial(peer.run, kind, repeats)) / repeats
 
 
