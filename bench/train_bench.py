@@ -107,12 +107,14 @@ def interleave(
     the caches, so that what is counted is the pace of a run of steps, as in a training. Who fails is dropped from
     `contenders`, its memory given back by `free`, and the others go on.
     """
-    warm_up, repeats, settle = (1, 1, SETTLE) if device == "cpu" else (3, GPU_REPEATS[kind], 0.0)
+    warm_up, repeats, settle, uncounted = (
+        (1, 1, SETTLE, UNCOUNTED) if device == "cpu" else (3, GPU_REPEATS[kind], 0.0, 0.0)
+    )
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warm_up + steps):
         for name in list(contenders):
             time.sleep(settle)
-            seconds = attempt(name, functools.partial(reading, contenders[name], kind, repeats))
+            seconds = attempt(name, functools.partial(reading, contenders[name], kind, repeats, uncounted))
             if seconds is None:
                 del contenders[name], times[name]
                 gc.collect()
@@ -122,13 +124,12 @@ def interleave(
     return times
 
 
-def reading(peer: Any, kind: str, repeats: int) -> float:
-    """Seconds of a step, by the clock over many, after some that are not counted."""
+def reading(peer: Any, kind: str, repeats: int, uncounted: float) -> float:
+    """Seconds of a step, by the clock over many, after one or `uncounted` seconds of them that are not counted."""
     start = time.perf_counter()
-    while True:
+    peer.run(kind)
+    while time.perf_counter() - start < uncounted:
         peer.run(kind)
-        if time.perf_counter() - start > UNCOUNTED:
-            break
     return timed(functools.partial(peer.run, kind, repeats)) / repeats
 
 

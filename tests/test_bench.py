@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -340,6 +341,15 @@ def test_readings_on_a_gpu_are_of_many_steps():
     done.clear()
     train_bench.interleave({"x": peer}, "infer", 1, "cuda")
     assert done == ["i1", f"i{batches}"] * 4
+
+
+def test_short_steps_of_a_cpu_are_counted_only_when_they_have_run_for_a_while(monkeypatch):
+    monkeypatch.setattr(train_bench, "SETTLE", 0.0)
+    monkeypatch.setattr(train_bench, "UNCOUNTED", 0.1)
+    pauses = iter([0.06] * 2 + [0.01] + [0.2, 0.02])  # the first two, and the third of 0.2 s, are not counted
+    peer = peers.Peer("x", lambda: time.sleep(next(pauses)), None, None, None)
+    (seconds,) = train_bench.interleave({"x": peer}, "step", 1)["x"]
+    assert 0.015 < seconds < 0.1
 
 
 def test_training_peers_give_the_same_logits(nano):
