@@ -347,7 +347,7 @@ def test_short_steps_of_a_cpu_are_counted_only_when_they_have_run_for_a_while(mo
     monkeypatch.setattr(train_bench, "SETTLE", 0.0)
     monkeypatch.setattr(train_bench, "UNCOUNTED", 0.1)
     pauses = iter([0.06] * 2 + [0.01] + [0.2, 0.02])  # the first two, and the third of 0.2 s, are not counted
-    peer = peers.Peer("x", lambda: time.sleep(next(pauses)), None, None, None)
+    peer = peers.Peer("x", lambda: time.sleep(next(pauses)), None, None)
     (seconds,) = train_bench.interleave({"x": peer}, "step", 1)["x"]
     assert 0.015 < seconds < 0.1
 
