@@ -63,7 +63,11 @@ class Pool:
         self._driver, self._allocator = driver, allocator
         self._blocks: dict[int, np.ndarray] = {}  # by address
         self._free: set[int] = set()
+        self.limit: int | None = None
         driver.pools.append(self)
+
+    def set_limit(self, size: int) -> None:
+        self.limit = size
 
     def malloc(self, size: int) -> np.ndarray:
         fitting = [address for address in self._free if self._blocks[address].nbytes >= size]

@@ -211,6 +211,7 @@ def test_the_count_of_steps_is_read_once_and_is_that_of_a_state_that_was_loaded(
         read.clear()
         state = opt.state_dict()
         assert list(state["steps"]) == [2] * 4 and read == ["step"]
+        opt.step()
         opt.load_state_dict(state | {"steps": np.full(4, 7)})
         assert list(opt.state_dict()["steps"]) == [7] * 4
 

@@ -145,6 +145,8 @@ def test_an_array_goes_to_the_place_of_another_and_back(backend):
 def test_a_gpu_without_cublas_is_not_taken(monkeypatch):
     class Array(np.ndarray):
         def __matmul__(self, other):
+            if min(self.shape) == 1:  # such products CuPy computes without cuBLAS
+                return self * other
             raise ImportError("libcublas.so.13: cannot open shared object file")
 
     monkeypatch.setattr(arrays, "mover", lambda target: lambda x: x.view(Array))

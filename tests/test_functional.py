@@ -607,3 +607,11 @@ def test_what_gets_no_gradient_may_not_ask_for_one():
     with pytest.raises(ValueError, match="labels must not require a gradient"):
         F.cross_entropy(np.ones((2, 2)), asks)
     assert F.cross_entropy(np.ones((2, 2)), asks.detach()).shape == ()
+
+
+def test_labels_may_be_written_over_before_the_gradient_is_taken():
+    logits, labels = Tensor(np.eye(3, dtype=np.float32), requires_grad=True), np.array([0, 1, 2])
+    loss = F.cross_entropy(logits, labels)
+    before = grad(loss, logits, retain_graph=True)
+    labels[:] = 0
+    assert np.array_equal(grad(loss, logits), before)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from reference_models import randomise, torch_twin
 
 import tinyvit
+from tinyvit import create_model, nn, random, vit
 from tinyvit import functional as F
-from tinyvit import random
 from tinyvit.tensor import Tensor, grad, no_grad
 from tinyvit.vit import VisionTransformer, ViTConfig, sincos2d
 
@@ -373,3 +373,62 @@ def test_any_sound_config_makes_a_model_of_the_promised_shape(data):
     )
     assert model.config is config
     VisionTransformer(ViTConfig(**config.to_dict())).load_state_dict(model.state_dict())
+
+
+class Doubled(nn.Module):
+    """A user's own block: what the one within makes, twice."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def forward(self, x, tokens=None):
+        return self.block(x, tokens) * 2.0
+
+
+class Shifted(nn.LayerNorm):
+    """A user's own norm."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.5
+
+
+class Turned(vit.Block):
+    """A block whose `forward` is a user's own."""
+
+    def forward(self, x, tokens=None):
+        return super().forward(x, tokens) * 2.0
+
+
+def test_blocks_and_norms_of_a_user_are_what_the_model_runs():
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+    def build():
+        with random.scope(3):
+            model = create_model("vit_micro_patch4_32", image_size=8, depth=3, num_classes=5)
+        model.head.weight.data = np.random.default_rng(1).standard_normal(model.head.weight.shape).astype(np.float32)
+        return model.eval()
+
+    for place in range(3):
+        wrapped, turned, normed = build(), build(), build()
+        wrapped.blocks[place] = Doubled(wrapped.blocks[place])
+        turned.blocks[place].__class__ = Turned
+        normed.blocks[place].norm2.__class__ = Shifted
+        x, y = build().first_tokens(images), build().first_tokens(images)
+        plain = build().blocks
+        for i, block in enumerate(plain):
+            x = block(x) * (2.0 if i == place else 1.0)
+            block.norm2.__class__ = Shifted if i == place else nn.LayerNorm
+            y = y + block.attn(block.norm1(y))
+            y = y + block.mlp(block.norm2(y))
+        for model, tokens in ((wrapped, x), (turned, x), (normed, y)):
+            expected = model.forward_head(model.norm(tokens)).numpy()
+            assert np.allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):
+    model = create_model("vit_micro_patch4_32", image_size=8, depth=2, num_classes=5)
+    seen = []
+    forward = vit.Mlp.forward
+    monkeypatch.setattr(vit.Mlp, "forward", lambda self, x: seen.append(tuple(x.shape)) or forward(self, x))
+    model(np.zeros((2, 3, 8, 8), np.float32))
+    assert seen == [(2, 5, 128), (2, 1, 128)]

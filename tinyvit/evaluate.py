@@ -31,9 +31,10 @@ def pick_device(name: str) -> str:
         return "cpu"
     device = "cuda" if name == "auto" else name
     try:
-        probe = arrays.mover(device)(np.ones((1, 1), np.float32))
+        probe = arrays.mover(device)(np.ones((2, 2), np.float32))
         with arrays.on_device_of(probe):
-            float((probe + probe @ probe)[0, 0])  # for which cuBLAS, CUDA's headers and its compiler must be there
+            # cuBLAS (which 1 x 1 does not need), CUDA's headers and its compiler must be there for this.
+            float((probe + probe @ probe)[0, 0])
         if arrays.is_cupy(probe):
             probe.device.use()  # a command works on one GPU alone
         return device

@@ -120,6 +120,7 @@ class _Graph:
         _give_back()
         cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
         self._device, self._pool = cupy.cuda.Device(), cupy.cuda.MemoryPool(_once)
+        self._pool.set_limit(size=0)  # at a limit of the environment's, too, the pool would give back what it has free
         self._inputs = [x.copy() for x in inputs]
         self._stream = _stream(self._device.id)
         with self._after_current(), kernels.capture() as self._waiting, cupy.cuda.using_allocator(self._pool.malloc):

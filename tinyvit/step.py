@@ -163,7 +163,7 @@ class TrainStep:
 
     def _follow(self, skipped: Array | None) -> None:
         """Let the average follow the weights, unless an array on the device says that they were not updated."""
-        if isinstance(self.ema, optim.EMA):
+        if type(self.ema) is optim.EMA:
             self.ema.update(skipped)
         elif self.ema is not None:
             if kernels.capturing():
@@ -174,7 +174,7 @@ class TrainStep:
     def _surroundings(self) -> tuple:
         """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
         used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
-        used += self.ema.arrays() if isinstance(self.ema, optim.EMA) else []
+        used += self.ema.arrays() if type(self.ema) is optim.EMA else []
         used += [] if self.class_weights is None else [self.class_weights]
         settings = (self.clip_norm, self.label_smoothing, self.accumulate, self.seed, id(self.optimizer), id(self.ema))
         trained = tuple(p.requires_grad for p in self.parameters)

@@ -265,10 +265,18 @@ class Block(nn.Module):
 
     def addends(self, x: Tensor, branch: Tensor | None, tokens: int | None = None) -> tuple[Tensor, Tensor]:
         """The output of `forward` for x + branch, as two addends: the next block's norm adds them up on its way."""
-        x, y = (x, self.norm1(x)) if branch is None else self.norm1.after_add(x, branch)
+        x, y = (x, self.norm1(x)) if branch is None else _add_norm(self.norm1, x, branch)
         attended = self.drop_path(self.ls1(self.attn(y, tokens)))
-        x, y = self.norm2.after_add(x if tokens is None else x[:, :tokens, :], attended)
+        x, y = _add_norm(self.norm2, x if tokens is None else x[:, :tokens, :], attended)
         return x, self.drop_path(self.ls2(self.mlp(y)))
+
+
+def _add_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """x + branch and its norm, in one operation unless the norm is a user's own."""
+    if type(norm) is nn.LayerNorm:
+        return norm.after_add(x, branch)
+    x = x + branch
+    return x, norm(x)
 
 
 class VisionTransformer(nn.Module):
@@ -316,11 +324,14 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, images: Tensor | Array, read: int | None) -> Tensor:
         x, branch = self.first_tokens(images), None
-        *blocks, last = self.blocks
-        for block in blocks:
-            x, branch = block.addends(x, branch)
-        x, branch = last.addends(x, branch, read)  # only the first `read` tokens of the last block are computed
-        return self.norm(x + branch)
+        for block in self.blocks:
+            # Only the first `read` tokens of the last block are computed.
+            wanted = () if block is not self.blocks[-1] else (read,)
+            if type(block) is Block:
+                x, branch = block.addends(x, branch, *wanted)
+            else:  # a user's own
+                x, branch = block(x if branch is None else x + branch, *wanted), None
+        return self.norm(x if branch is None else x + branch)
 
     def features(self, images: Tensor | Array, layer: int | None = None) -> Tensor:
         """Pictures (B, C, H, W) -> the pooled feature before the head, (B, D) (what `num_classes=0` gives).

@@ -76,15 +76,15 @@ def _layer_norm(
     cuda.kernel("layer_norm", "layer_norm_forward", **constants)((math.ceil(rows / 8),), (256,), arguments)
 
     def vjp(dy: Array, dtotal: Array | None) -> tuple[Array, Array, Array]:
-        dx = xp.empty(x.shape, dtype=x.dtype)
-        threads = 32 * _vectors(x)
+        dx = xp.empty(total.shape, dtype=total.dtype)
+        threads = 32 * _vectors(total)
         blocks = min(math.ceil(rows / 3), cuda.multiprocessors() * max(1, 512 // threads))
         partial = xp.empty((blocks, 2 * dim), dtype=xp.float32)
         dtotal = cuda.NULL if dtotal is None else cuda.ready(dtotal)
         arguments = (cuda.ready(dy), total, weight, mean, rstd, dtotal, dx, partial, np.int64(rows))
         kernel = cuda.kernel("layer_norm", "layer_norm_backward", **constants)
         kernel((blocks,), (threads,), arguments, shared_mem=4 * 12 * threads // 32)
-        return dx, *sum_partials(xp, partial, x.dtype, parts=2)
+        return dx, *sum_partials(xp, partial, total.dtype, parts=2)
 
     return total, y, vjp
 

@@ -176,7 +176,7 @@ def _layer_norm(
     x: Array, branch: Array | None, weight: Array, bias: Array, eps: float, recording: bool
 ) -> tuple[Array, Array, Callable]:
     """x + branch (x alone if that is None), its norm, and the vjp (gradient of the sum or None, that of the norm)."""
-    dim = x.shape[-1]
+    shape, dim = x.shape, x.shape[-1]  # the vjp below holds on to no input
     first = np.ascontiguousarray(x).reshape(-1, dim)
     second = None if branch is None else np.ascontiguousarray(branch).reshape(-1, dim)
     rows = first if second is None else np.empty_like(first)
@@ -219,9 +219,9 @@ def _layer_norm(
             np.multiply(out, rstd[part], out)
             if direct is not None:
                 np.add(out, direct[part], out)
-        return dx.reshape(x.shape), dweight, dbias
+        return dx.reshape(shape), dweight, dbias
 
-    return rows.reshape(x.shape), y.reshape(x.shape), vjp
+    return rows.reshape(shape), y.reshape(shape), vjp
 
 
 def _row_blocks(rows: Array, scratch: int = 0) -> Iterator[tuple[slice, Array]]:
@@ -335,6 +335,7 @@ def cross_entropy(
     numbers = labels.ndim == 1  # of classes, not probabilities
     if numbers and not ((labels >= 0) & (labels < classes)).all():
         return reference.cross_entropy(xp, logits, labels=labels, label_smoothing=label_smoothing, needs=needs)
+    labels = labels.copy() if numbers else labels  # the caller may write over them before the vjp
     even, rest = label_smoothing / classes, 1.0 - label_smoothing  # what each class and the labels get of the target
     p, losses = np.empty_like(logits), np.empty(batch, logits.dtype)
     mass = np.ones(batch, logits.dtype) if numbers else labels.sum(axis=1) * rest + label_smoothing  # of a row's target
