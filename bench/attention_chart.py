@@ -37,7 +37,8 @@ def draw(record: dict, titles: dict[str, str], path: Path) -> None:
     panels[-1].set_xticks(range(len(results)), [_label(r, results) for r in results], fontsize=8)
     figure.suptitle(f"Attention, {record['machine'].get('gpu', 'CPU')}: higher is faster")
     named = sorted(zip(*panels[0].get_legend_handles_labels(), strict=True), key=lambda pair: pair[1] == ROOF)
-    figure.legend(*zip(*named, strict=True), loc="outside lower center", ncols=min(7, len(named)), frameon=False)
+    columns = min(len(named), int(figure.get_figwidth() // 1.75))  # which fit side by side
+    figure.legend(*zip(*named, strict=True), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=130, format="png")
 
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit.evaluate import EvaluationError, pick_device
 from tinyvit.kernels import cupy_, reference
 
 try:
+    pick_device("cuda")
     import array_api_compat.cupy as xp
     import cupy
-
-    cupy.cuda.runtime.getDeviceCount()
-except Exception as error:
-    sys.exit(f"gpu_check needs CuPy and a GPU: {error}")
+except EvaluationError as error:
+    sys.exit(f"gpu_check: {error}")
 
 try:
     import ml_dtypes

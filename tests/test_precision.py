@@ -302,7 +302,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(precision, tmp_path, monk
     [
         ("half", nano, "expected a precision of fp32, tf32, bf16, fp16, got 'half'"),
         ("bf16", lambda: nano(dtype="float64"), "precision bf16 expects a float32 model, got float64"),
-        ("tf32", nano, "precision tf32 is a GPU's: expected fp32, bf16 or fp16 on a CPU"),
+        ("tf32", nano, "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16"),
         ("fp16", lambda: nano().to(array_api_strict), "precision fp16: unknown dtype 'float16'"),
     ],
 )
@@ -340,7 +340,7 @@ def test_the_command_line(tmp_path):
     pictures = make_pictures(tmp_path / "pictures")
     common = ["--data", pictures, "--model", "vit_nano_patch8_32", "--epochs", 1, "--device", "cpu"]
     message = assert_one_line_error(tinyvit("train", *common, "--precision", "tf32", "--out", tmp_path / "a"), 1)
-    assert message == "precision tf32 is a GPU's: expected fp32, bf16 or fp16 on a CPU"
+    assert message == "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16"
     message = assert_one_line_error(tinyvit("train", *common, "--precision", "half"), 2)
     assert message == "--precision: expected fp32, tf32, bf16 or fp16, got 'half'"
     assert tinyvit("train", *common, "--precision", "bf16", "--out", tmp_path / "b").returncode == 0

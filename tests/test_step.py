@@ -183,7 +183,7 @@ def test_frozen_parameters_stay_and_averages_follow():
 def test_an_average_of_a_users_own_follows_too():
     class Last(optim.EMA):
         def update(self):
-            self.decay = 0.0
+            self._decay = 0.0
             super().update()
 
     model = nano()

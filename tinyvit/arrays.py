@@ -228,6 +228,7 @@ def free_memory(device: Any) -> float:
     """Bytes that are free on a device, named as for `mover`; infinite where its library does not tell."""
     if not (isinstance(device, str) and device.startswith("cuda")):
         return math.inf
+    gpu_count(device)  # says what is missing, if anything is
     import cupy
 
     with cupy.cuda.Device(_number(device)):

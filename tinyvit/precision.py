@@ -113,7 +113,7 @@ class Precision:
 
 def _check_tf32(like: Array) -> None:
     if not arrays.is_cupy(like):
-        raise ValueError("precision tf32 is a GPU's: expected fp32, bf16 or fp16 on a CPU")
+        raise ValueError("precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16")
     if cublas.library() is None:
         bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
         raise ValueError(f"precision tf32 needs nvmath-python: {bring} ({cublas.missing()})")

@@ -54,6 +54,8 @@ def train(given: dict[str, Any], *, resume: bool = False, started: float | None 
         run.check_unused(Path(given["out"]))
     check_pairs(given)
     options = TrainConfig(**with_recipe(given))
+    if options.device != "auto":
+        pick_device(options.device)  # before data are fetched for it
     checkpoint = open_init(options)
     data = load(options, checkpoint)
     options = complete(options, data)
