@@ -242,10 +242,6 @@ class LayerNorm(Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def after_add(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-        """x + branch, and the norm of that."""
-        return F.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
-
 
 class LayerScale(Module):
     """A learned factor per channel (Touvron et al. 2021, arXiv:2103.17239)."""

@@ -274,7 +274,7 @@ class Block(nn.Module):
 def _add_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """x + branch and its norm, in one operation unless the norm is a user's own."""
     if type(norm) is nn.LayerNorm:
-        return norm.after_add(x, branch)
+        return F.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
     x = x + branch
     return x, norm(x)
 
