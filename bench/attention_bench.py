@@ -8,7 +8,7 @@ of the latter into one of the former too. Each call takes other inputs, so that 
 are medians. Work is counted as 4 B H N^2 D operations forward and 3.5 times that with backward; memory as each array
 read or written once: 4 times B N H D numbers forward, 8 times more backward. "roof" is the share of the roofline: the
 time that the device needs at least, by its own rate of matrix products or of a copy, both measured here, over the time
-taken. "error" is |x - x64| / |x64| against float64, over the first and the last picture. "ours x" is a time over ours.
+taken. "error" is |x - x64| / |x64| against float64, over the first and the last image. "ours x" is a time over ours.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import array_api_compat.numpy
 import numpy as np
 
-from tinyvit import checkpoint, zoo
+from tinyvit.files import atomic
 from tinyvit.kernels import reference
+from tinyvit.models import registry
 
 sys.path.insert(0, str(Path(__file__).parent))
 import attention_chart
@@ -36,22 +37,22 @@ import attention_contenders
 import devices
 from attention_contenders import CONTENDERS, Inputs
 
-# The picture sizes that the published checkpoints use; huge has patches of 14, which divide 378 but not 384.
+# The image sizes that the published checkpoints use; huge has patches of 14, which divide 378 but not 384.
 CASES = {
-    "cifar-p4": zoo.model_config("vit_tiny_patch4_32"),
-    "cifar-p8": zoo.model_config("vit_tiny_patch4_32", patch_size=8),
-    "tiny-224": zoo.model_config("vit_tiny_patch16_224"),
-    "small-224": zoo.model_config("vit_small_patch16_224"),
-    "base-224": zoo.model_config("vit_base_patch16_224"),
-    "large-224": zoo.model_config("vit_large_patch16_224"),
-    "huge-224": zoo.model_config("vit_huge_patch14_224"),
-    "tiny-384": zoo.model_config("vit_tiny_patch16_384"),
-    "small-384": zoo.model_config("vit_small_patch16_384"),
-    "base-384": zoo.model_config("vit_base_patch16_384"),
-    "large-384": zoo.model_config("vit_large_patch16_384"),
-    "huge-378": zoo.model_config("vit_huge_patch14_224", image_size=378),
+    "cifar-p4": registry.model_config("vit_tiny_patch4_32"),
+    "cifar-p8": registry.model_config("vit_tiny_patch4_32", patch_size=8),
+    "tiny-224": registry.model_config("vit_tiny_patch16_224"),
+    "small-224": registry.model_config("vit_small_patch16_224"),
+    "base-224": registry.model_config("vit_base_patch16_224"),
+    "large-224": registry.model_config("vit_large_patch16_224"),
+    "huge-224": registry.model_config("vit_huge_patch14_224"),
+    "tiny-384": registry.model_config("vit_tiny_patch16_384"),
+    "small-384": registry.model_config("vit_small_patch16_384"),
+    "base-384": registry.model_config("vit_base_patch16_384"),
+    "large-384": registry.model_config("vit_large_patch16_384"),
+    "huge-378": registry.model_config("vit_huge_patch14_224", image_size=378),
 }
-# Batches by the picture's size in pixels, device by device.
+# Batches by the image's size in pixels, device by device.
 BATCHES = {
     "cpu": {32: (8, 64), 224: (1, 8), 378: (2,), 384: (2,)},
     "cuda": {32: (128, 1024), 224: (32, 256), 378: (16, 64), 384: (16, 64)},
@@ -85,19 +86,19 @@ def make_inputs(device: Any, config: Any, batch: int, dtype: str) -> Inputs:
 
 
 def exact(inputs: Inputs, backward: bool) -> np.ndarray:
-    """Results of the first set's first and last picture, in float64."""
+    """Results of the first set's first and last image, in float64."""
     qkv, dy = ends([inputs.qkvs[0]]), ends([inputs.dys[0]])
     y, vjp = reference.qkv_attention(array_api_compat.numpy, qkv, num_heads=inputs.heads, needs=(backward,))
     return vjp(dy)[0] if backward else y
 
 
 def error(results: list[Any], expected: np.ndarray) -> float:
-    """Relative error of the first and the last picture; NaN where there is one."""
+    """Relative error of the first and the last image; NaN where there is one."""
     return float(np.linalg.norm(ends(results) - expected) / np.linalg.norm(expected))
 
 
 def ends(parts: list[Any]) -> np.ndarray:
-    """The first and the last picture of a batch in parts."""
+    """The first and the last image of a batch in parts."""
     return np.stack([attention_contenders.to_numpy(x) for x in (parts[0][0], parts[-1][-1])])
 
 
@@ -199,7 +200,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
-    parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="pictures at a time (default: by case)")
+    parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="images at a time (default: by case)")
     parser.add_argument("--dtypes", nargs="+", choices=devices.Gpu.dtypes, help="float32 (CPU); bfloat16 (GPU)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help=", ".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, metavar="N", help="repetitions (default: 3 turns on a CPU, 20 on a GPU)")
@@ -254,11 +255,11 @@ def main(arguments: list[str] | None = None) -> None:
                 results.append(result)
                 print(table(result, device.name), end="\n\n", flush=True)
                 if args.json:  # after each, in case that the machine or its time is lost
-                    with checkpoint.atomic_write(args.json) as file:
+                    with atomic.atomic_write(args.json) as file:
                         file.write_text(json.dumps(record, indent=1))
     print(summary(results))
     if args.plot:
-        with checkpoint.atomic_write(args.plot) as file:
+        with atomic.atomic_write(args.plot) as file:
             attention_chart.draw(record, TITLES, file)
 
 

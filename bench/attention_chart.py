@@ -1,4 +1,4 @@
-"""A picture of an attention benchmark: each contender's rate for every shape, under what the device allows."""
+"""An image of an attention benchmark: each contender's rate for every shape, under what the device allows."""
 
 from __future__ import annotations
 

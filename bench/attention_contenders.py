@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import tinyvit
-from tinyvit import arrays, shards
 from tinyvit import functional as F
+from tinyvit.backend import arrays, parallel
 from tinyvit.kernels import reference
 
 Array = Any
@@ -64,7 +64,7 @@ def _in_shards(function: Callable[[Array, Array], Array], inputs: Inputs) -> Cal
         qkv, dy = inputs.qkvs[i], inputs.dys[i]
         if not arrays.on_host(qkv):
             return [function(qkv, dy)]
-        return list(shards.run(shards.plan(len(qkv)), lambda a, b: function(qkv[a:b], dy[a:b])))
+        return list(parallel.run(parallel.plan(len(qkv)), lambda a, b: function(qkv[a:b], dy[a:b])))
 
     return call
 

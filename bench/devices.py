@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 import tinyvit
-from tinyvit import memory, shards
-from tinyvit.evaluate import EvaluationError, pick_device
-from tinyvit.kernels import cublas
+from tinyvit.backend import memory, parallel
+from tinyvit.evaluation.metrics import EvaluationError, pick_device
+from tinyvit.kernels.cuda import cublas
 
 Call = Callable[[int], Any]  # does the work on the inputs of this number and gives its results
 Times = list[float]  # seconds of one call each
@@ -69,7 +69,7 @@ class Host:
         memory.keep_freed_memory()  # as training steps do
 
     def describe(self) -> str:
-        return f"{shards.available_cores()} cores"
+        return f"{parallel.available_cores()} cores"
 
     @property
     def cache(self) -> int:
@@ -92,10 +92,10 @@ class Host:
         """Bytes per second, read and written, of a large copy on all cores."""
         source = self.random((1 << 26,), "float32")
         target = np.empty_like(source)
-        plan = shards.plan(source.size)
+        plan = parallel.plan(source.size)
 
         def copy() -> None:
-            list(shards.run(plan, lambda a, b: np.copyto(target[a:b], source[a:b])))
+            list(parallel.run(plan, lambda a, b: np.copyto(target[a:b], source[a:b])))
 
         copy()
         return 2 * source.nbytes / min(timed(copy) for _ in range(5))
@@ -267,5 +267,5 @@ def machine(device: Host | Gpu | None = None) -> dict:
     blas = [f"{b['internal_api']} {b['version']} {b.get('architecture')}" for b in libraries]
     forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS_", "OMP_", "MKL_"))}
     gpu = {"gpu": device.describe()} if isinstance(device, Gpu) else {}
-    return gpu | {"cores": shards.available_cores(), "blas": blas, "versions": versions, "environment": forced,
+    return gpu | {"cores": parallel.available_cores(), "blas": blas, "versions": versions, "environment": forced,
             "processor": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip

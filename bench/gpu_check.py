@@ -48,8 +48,9 @@ from gpu_steps import (
 from gpu_times import time_attention, time_others, time_products, tune_attention
 
 import tinyvit
-from tinyvit import random
-from tinyvit.kernels import cuda, cupy_, cupy_optim, reference_optim
+from tinyvit.backend import random
+from tinyvit.kernels import cuda, reference
+from tinyvit.kernels.cuda import layers, optimizers
 
 
 def check_attention() -> None:
@@ -100,7 +101,7 @@ def check_adamw() -> None:
         p, m, v = zip(*ours, strict=True)
         copies = [cupy.empty(n, dtype) for n in sizes]
         many = {"copies": copies, "lr_scales": [1.0] * len(sizes), "weight_decays": [0.05] * len(sizes)}
-        opt = cupy_optim.ManyAdamW(xp, **options)
+        opt = optimizers.ManyAdamW(xp, **options)
         opt.set("lr", 0.01)
         for step in (1, 2, 3):
             gradients = [rng.standard_normal(n).astype(dtype) for n in sizes]
@@ -108,7 +109,7 @@ def check_adamw() -> None:
             opt.update(p, [cupy.asarray(g) for g in gradients], m, v, max_norm=norm / 2, **many)
             for row, g in zip(right, gradients, strict=True):
                 exact = g.astype(np.float64) * (norm / 2 / (norm + 1e-6))
-                reference_optim.adamw(
+                reference.adamw(
                     np_namespace(), row[0], exact, *row[1:], lr=0.01, weight_decay=0.05, step=step, **options
                 )
             record(f"gradient norm {dtype.name}", [abs(float(opt.get("norm")) / norm - 1)], 1e-10)
@@ -121,7 +122,7 @@ def check_adamw() -> None:
         )
         record(f"adamw's {dtype.name} copies", [0.0 if copied else math.inf], 1e-30)
     averages = [cupy.zeros(n, np.float32) for n in sizes]
-    cupy_optim.ManyLerp(xp).update(averages, p, 0.25)
+    optimizers.ManyLerp(xp).update(averages, p, 0.25)
     record(
         "averages of parameters",
         [error(cupy.asnumpy(a), cupy.asnumpy(x) / 4) for a, x in zip(averages, p, strict=True)],
@@ -144,7 +145,7 @@ def check_dropout() -> None:
                 for number in (step, cupy.asarray(np.array(step, np.int64))):
                     draw = random.Draw(seed, number, place, first)
                     like = cupy.empty((samples, 1), dtype)
-                    mask = cupy_.dropout_mask(Poisoned(), like, drop=drop, shape=shape, draw=draw)
+                    mask = layers.dropout_mask(Poisoned(), like, drop=drop, shape=shape, draw=draw)
                     same = cupy.asnumpy(mask).tobytes() == right.tobytes()
                     record(f"dropout masks {dtype.name} {samples} x {shape}", [0.0 if same else math.inf], 1e-30)
 
@@ -152,7 +153,7 @@ def check_dropout() -> None:
 def check_labels() -> None:
     """A number that is no class makes the loss NaN."""
     logits = cupy.zeros((4, 3), np.float32)
-    loss, vjp = cupy_.cross_entropy(xp, logits, labels=cupy.asarray([0, 1, 3, 2]), label_smoothing=0.1, needs=(True,))
+    loss, vjp = layers.cross_entropy(xp, logits, labels=cupy.asarray([0, 1, 3, 2]), label_smoothing=0.1, needs=(True,))
     (gradient,) = vjp(cupy.ones((), np.float32))
     good = bool(cupy.isnan(loss)) and list(cupy.asnumpy(cupy.isnan(gradient).any(axis=1))) == [
         False,

@@ -16,9 +16,11 @@ import numpy as np
 from gpu_common import FP32, LIMITS, cupy, record, results, rng, stream, xp
 
 import tinyvit
-from tinyvit import graph, inference, optim
-from tinyvit.graph import Graphed
-from tinyvit.kernels import cublas
+from tinyvit import optim
+from tinyvit.backend import cuda_graph, random
+from tinyvit.backend.cuda_graph import Graphed
+from tinyvit.execution import inference
+from tinyvit.kernels.cuda import cublas
 
 DROPS = {"drop_path": 0.2, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1, "pos_drop_rate": 0.1}
 MODEL, SMALL = "vit_tiny_patch4_32", {"depth": 3, "num_classes": 10}
@@ -101,7 +103,7 @@ def make_step(
     precision: str = "fp32", drops: dict | None = None, model: str = MODEL, config: dict = SMALL, **options: Any
 ) -> Any:
     """A TrainStep on the GPU; two that are made alike are alike."""
-    with tinyvit.random.scope(1):
+    with random.scope(1):
         vit = tinyvit.create_model(model, **config, **(drops or {}))
     vit.head.weight.data = np.random.default_rng(0).standard_normal(vit.head.weight.shape).astype(np.float32) * 0.02
     vit.to("cuda")
@@ -256,7 +258,7 @@ def check_memory() -> None:
 def free_memory() -> int:
     """Bytes that are free once everything that nobody uses is given back."""
     gc.collect()
-    graph._give_back()
+    cuda_graph._give_back()
     cupy.get_default_memory_pool().free_all_blocks()
     cupy.cuda.Device().synchronize()
     return cupy.cuda.runtime.memGetInfo()[0]
@@ -266,14 +268,14 @@ def check_precisions() -> None:
     """Every precision learns what fp32 learns."""
     finals = {}
     draw = np.random.default_rng(3)
-    picture = (3, *make_step().model.config.image_size)
-    means = draw.standard_normal((10, *picture)).astype(np.float32)
+    image = (3, *make_step().model.config.image_size)
+    means = draw.standard_normal((10, *image)).astype(np.float32)
     for precision in PRECISIONS:
         step, losses = make_step(precision), []
         data = np.random.default_rng(4)
         for _ in range(60):
             labels = data.integers(0, 10, 128)
-            images = 0.1 * means[labels] + data.standard_normal((128, *picture), np.float32)
+            images = 0.1 * means[labels] + data.standard_normal((128, *image), np.float32)
             losses.append(float(step(images, labels)))
         finals[precision] = float(np.mean(losses[-10:]))
         expect(f"{precision}: replayed", step.graph.reason is None)
@@ -313,7 +315,7 @@ def single_launches() -> Any:
 
 
 def flops(config: Any) -> int:
-    """Of one picture's forward pass in matrix products (multiply-adds x 2)."""
+    """Of one image's forward pass in matrix products (multiply-adds x 2)."""
     n, d = config.num_tokens, config.embed_dim
     patches = config.num_patches * config.in_chans * config.patch_size[0] * config.patch_size[1] * d
     return 2 * (patches + config.depth * n * d * (4 * d + 2 * config.mlp_dim + 2 * n) + d * config.num_classes)
@@ -345,11 +347,11 @@ def time_steps() -> None:
                 ms = milliseconds(lambda step=step, x=images, y=labels: step(x, y), 20)
                 rate = 3 * flops(config) * size / ms / 1e9
                 used = (cupy.cuda.runtime.memGetInfo()[1] - cupy.cuda.runtime.memGetInfo()[0]) / 2**30
-                what, pictures = f"{name} batch {size} {precision} {way}", size / ms * 1e3
-                print(f"    {what:48} {ms:8.2f} ms {pictures:9.0f} pictures/s {rate:5.0f} TFLOP/s {used:5.1f} GiB")
+                what, photos = f"{name} batch {size} {precision} {way}", size / ms * 1e3
+                print(f"    {what:48} {ms:8.2f} ms {images:9.0f} images/s {rate:5.0f} TFLOP/s {used:5.1f} GiB")
                 if way == "graph" and step.graph.reason:
                     print(f"        {step.graph.reason}")
-                results.append({"time": f"step {what}", "ms": ms, "pictures_per_second": pictures, "tflops": rate})
+                results.append({"time": f"step {what}", "ms": ms, "images_per_second": photos, "tflops": rate})
                 del step, images, labels
                 gc.collect()  # a step and its graph know each other
                 cupy.get_default_memory_pool().free_all_blocks()
@@ -365,5 +367,5 @@ def time_predictions() -> None:
                     model, x, batch_size=n, precision="bf16"
                 )
                 ms = milliseconds(predict, 3) / 8
-            print(f"    {name} batch {size} bf16 {way}: {ms:.2f} ms a batch, {size / ms * 1e3:.0f} pictures/s")
+            print(f"    {name} batch {size} bf16 {way}: {ms:.2f} ms a batch, {size / ms * 1e3:.0f} images/s")
             results.append({"time": f"predict {name} {way}", "ms": ms})

@@ -12,8 +12,8 @@ import numpy as np
 from gpu_common import BF16, FP32, cupy, microseconds, random_array, results, sets, xp
 
 import tinyvit
-from tinyvit import random
-from tinyvit.kernels import cublas, cupy_, cupy_attention, cupy_linear, cupy_optim
+from tinyvit.backend import random
+from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers
 
 # CIFAR's ViT with patches of 4 in batches of 1024, ViT-B/16 in batches of 256, ViT-L/16 at 384 of 64.
 ATTENTION = ((1024, 3, 65), (256, 12, 197), (64, 16, 577))  # batch, heads, rows; D = 64
@@ -26,8 +26,8 @@ def attention_calls(batch: int, heads: int, n: int, backward: bool, dtype: Any =
     nbytes = batch * n * heads * 64 * np.dtype(dtype).itemsize * (8 if backward else 4)
     qkvs = [random_array((batch, n, 3 * heads * 64), dtype) for _ in sets(nbytes)]
     if not backward:
-        return [lambda qkv=qkv: cupy_.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[0] for qkv in qkvs]
-    vjps = [cupy_.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[1] for qkv in qkvs]
+        return [lambda qkv=qkv: layers.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[0] for qkv in qkvs]
+    vjps = [layers.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[1] for qkv in qkvs]
     dys = [random_array((batch, n, heads * 64), dtype) for _ in qkvs]
     return [lambda vjp=vjp, dy=dy: vjp(dy) for vjp, dy in zip(vjps, dys, strict=True)]
 
@@ -44,7 +44,7 @@ def time_attention() -> None:
 
 def tune_attention() -> None:
     """Other plans than our own, fastest first."""
-    own = cupy_attention.forward_plan, cupy_attention.backward_plan
+    own = attention.forward_plan, attention.backward_plan
     step = {False: ("KEYS", (32, 64, 80)), True: ("QUERIES", (32, 64))}
     for batch, heads, n in ATTENTION:
         for back in (False, True):
@@ -54,13 +54,13 @@ def tune_attention() -> None:
                 if plan is None:
                     continue
                 name = "backward_plan" if back else "forward_plan"
-                setattr(cupy_attention, name, functools.partial(own[back], **choice))
+                setattr(attention, name, functools.partial(own[back], **choice))
                 try:
                     timed.append((microseconds(attention_calls(batch, heads, n, back), 7), plan.constants, plan.parts))
                 except Exception as problem:  # a plan that the device refuses
                     print(f"  {choice}: {problem}")
                 finally:
-                    cupy_attention.forward_plan, cupy_attention.backward_plan = own
+                    attention.forward_plan, attention.backward_plan = own
             print(f"\n{'backward' if back else 'forward'} {batch} x {heads} x {n}; ours is {own[back](n, n, 64, 2)}")
             for micros, constants, parts in sorted(timed, key=lambda row: row[0])[:6]:
                 print(f"  {micros:7.1f}  {constants} in {parts}")
@@ -95,25 +95,23 @@ def time_others() -> None:
 
         def norm(back: bool, rows: int = rows, dim: int = dim, vectors: list = vectors) -> Callable:
             x, dy = random_array((rows, dim)), random_array((rows, dim))
-            call = functools.partial(cupy_.layer_norm, xp, x, *vectors, eps=1e-6, needs=(True,) * 3)
+            call = functools.partial(layers.layer_norm, xp, x, *vectors, eps=1e-6, needs=(True,) * 3)
             return functools.partial(call()[1], dy) if back else lambda: call()[0]
 
         def add_norm(rows: int = rows, dim: int = dim, vectors: list = vectors) -> Callable:
             x, y = random_array((rows, dim)), random_array((rows, dim))
-            return lambda: cupy_.add_layer_norm(xp, x, y, *vectors, eps=1e-6, needs=(True,) * 4)[0]
+            return lambda: layers.add_layer_norm(xp, x, y, *vectors, eps=1e-6, needs=(True,) * 4)[0]
 
         def gelu(back: bool, rows: int = rows, columns: int = 4 * dim) -> Callable:
             x, bias, dy = random_array((rows, columns)), random_array(columns), random_array((rows, columns))
             out = cupy.empty((rows, columns), BF16)
             if back:
-                return lambda: cupy_linear.columns(
-                    "bias_gelu_backward", x, x, bias, dy, out, cupy_linear.partial_sums(xp, x)
-                )
-            return lambda: cupy_linear.columns("bias_gelu_forward", x, x, bias, out)
+                return lambda: linear.columns("bias_gelu_backward", x, x, bias, dy, out, linear.partial_sums(xp, x))
+            return lambda: linear.columns("bias_gelu_forward", x, x, bias, out)
 
         def column_sums(rows: int = rows, columns: int = 3 * dim) -> Callable:
             x = random_array((rows, columns))
-            return lambda: cupy_linear.columns("column_sums", x, x, cupy_linear.partial_sums(xp, x))
+            return lambda: linear.columns("column_sums", x, x, linear.partial_sums(xp, x))
 
         show(f"layer_norm {rows} x {dim}", 2 * size, functools.partial(norm, False))
         show(f"layer_norm backward {rows} x {dim}", 3 * size, functools.partial(norm, True))
@@ -127,13 +125,13 @@ def time_others() -> None:
         p, m, v = ([cupy.zeros(n, cupy.float32) for n in sizes] for _ in range(3))
         copies, gradients = ([random_array(n) for n in sizes] for _ in range(2))
         ones = [1.0] * len(sizes)
-        opt = cupy_optim.ManyAdamW(xp, beta1=0.9, beta2=0.999, eps=1e-8)
+        opt = optimizers.ManyAdamW(xp, beta1=0.9, beta2=0.999, eps=1e-8)
         options = {"copies": copies, "lr_scales": ones, "weight_decays": ones, "max_norm": 1.0}
         return lambda: opt.update(p, gradients, m, v, **options)
 
     def ema() -> Callable:
         a, b = ([cupy.zeros(p.size, cupy.float32) for p in model.parameters()] for _ in range(2))
-        lerp = cupy_optim.ManyLerp(xp)
+        lerp = optimizers.ManyLerp(xp)
         return lambda: lerp.update(a, b, 0.1)
 
     for name in MODELS:
@@ -141,11 +139,11 @@ def time_others() -> None:
         show(f"norm, clipping and AdamW of {name}", 30 * model.num_parameters(), adamw)
         show(f"averages of {name}", 12 * model.num_parameters(), ema)
 
-    mask = functools.partial(cupy_.dropout_mask, xp, random_array(1024), drop=0.1, shape=(65, 768))
+    mask = functools.partial(layers.dropout_mask, xp, random_array(1024), drop=0.1, shape=(65, 768))
     show("dropout masks, 1024 x 65 x 768", 2 * 1024 * 65 * 768, lambda: lambda: mask(draw=random.Draw(0, 0, 0, 0)))
 
     x = random_array(64)
-    call = functools.partial(cupy_.gelu, xp, x, approximate="none", needs=(False,))
+    call = functools.partial(layers.gelu, xp, x, approximate="none", needs=(False,))
     call()
     start = time.perf_counter()
     for _ in range(2000):

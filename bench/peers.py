@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 import tinyvit
-from tinyvit import arrays
+from tinyvit.backend import arrays
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.05
-CHECKED = 16  # pictures of which gradients are compared on a GPU, in float32
+CHECKED = 16  # images of which gradients are compared on a GPU, in float32
 
 
 @dataclass
@@ -68,11 +68,11 @@ def tinyvit_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: n
         return float(loss), dict(zip(names, found, strict=True))
 
     @functools.cache
-    def pictures(batches: int) -> Any:
+    def photos(batches: int) -> Any:
         return images if batches == 1 else arrays.namespace(images).concat([images] * batches)
 
     def infer(batches: int) -> np.ndarray:
-        return tinyvit.predict(model, pictures(batches), batch_size=len(images), **precision)
+        return tinyvit.predict(model, photos(batches), batch_size=len(images), **precision)
 
     if device == "cpu":
         return Peer("tinyvit", lambda: float(step(images, labels)), infer, gradients)

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 import tinyvit
-from tinyvit import checkpoint
+from tinyvit.files import atomic
 
 sys.path.insert(0, str(Path(__file__).parent))
 import devices
@@ -73,7 +73,7 @@ GPU_REPEATS = {"step": 10, "infer": 40}  # in one reading, after which the host 
 
 
 def flops(config: tinyvit.ViTConfig) -> int:
-    """Floating-point operations of one picture's forward pass in matrix products (multiply-adds x 2)."""
+    """Floating-point operations of one image's forward pass in matrix products (multiply-adds x 2)."""
     n, d = config.num_tokens, config.embed_dim
     patches = config.num_patches * config.in_chans * config.patch_size[0] * config.patch_size[1] * d
     block = n * d * (4 * d + 2 * config.mlp_dim) + 2 * n * n * d
@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
         record["results"].append(result)
         print(table(result), end="\n\n", flush=True)
         if args.json:  # after each, in case that the machine or its time is lost
-            with checkpoint.atomic_write(args.json) as file:
+            with atomic.atomic_write(args.json) as file:
                 file.write_text(json.dumps(record, indent=1))
     print("machine:", json.dumps(record["machine"]))
     if len(record["results"]) < len(cases):

@@ -9,7 +9,7 @@ import pytest
 import running  # noqa: F401  (it notes the real number of cores)
 from hypothesis import HealthCheck, settings
 
-from tinyvit import shards
+from tinyvit.backend import parallel
 
 # Derandomised: the same tree gives the same verdict on every machine. Deadlines say nothing on shared cores.
 settings.register_profile(
@@ -19,7 +19,7 @@ settings.load_profile("tinyvit")
 
 # TINYVIT_TEST_THREADS=4 runs the tests as a machine with four cores would.
 if "TINYVIT_TEST_THREADS" in os.environ:
-    shards.available_cores = lambda: int(os.environ["TINYVIT_TEST_THREADS"])
+    parallel.available_cores = lambda: int(os.environ["TINYVIT_TEST_THREADS"])
 
 
 @pytest.fixture(scope="session")

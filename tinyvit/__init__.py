@@ -4,17 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tinyvit import functional, nn, optim
-from tinyvit.inference import predict
-from tinyvit.step import TrainStep
-from tinyvit.tensor import Tensor, grad, no_grad
-from tinyvit.vit import VisionTransformer, ViTConfig
-from tinyvit.zoo import create_model, list_models, model_config
+from tinyvit.engine.tensor import Tensor, grad, no_grad
+from tinyvit.execution.inference import predict
+from tinyvit.execution.train_step import TrainStep
+from tinyvit.models.config import ViTConfig
+from tinyvit.models.registry import create_model, list_models, model_config
+from tinyvit.models.vit import VisionTransformer
 
 if TYPE_CHECKING:
-    from tinyvit.checkpoint import load_model
+    from tinyvit.checkpoints.loading import load_model
     from tinyvit.data import load_data
 
-__version__ = "0.1.0"
+from tinyvit._version import __version__ as __version__
+
 __all__ = [
     "Tensor",
     "TrainStep",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 # Loaded when asked for: they bring Pillow and safetensors along.
-_LAZY = {"load_model": "tinyvit.checkpoint", "load_data": "tinyvit.data"}
+_LAZY = {"load_model": "tinyvit.checkpoints", "load_data": "tinyvit.data"}
 
 
 def __getattr__(name: str) -> Any:

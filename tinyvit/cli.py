@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinyvit.settings import (
+from tinyvit.training.config import (
     FIELDS,
     UsageError,
     flag,
@@ -22,13 +22,13 @@ from tinyvit.settings import (
     merge,
     nearest,
     one_of,
-    picture_size,
+    parse_image_size,
     read_toml,
     whole,
 )
 
 if TYPE_CHECKING:
-    from tinyvit.evaluate import Scores
+    from tinyvit.evaluation.metrics import Scores
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,7 +52,7 @@ def typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def make_parser() -> Parser:
     parser = Parser(prog="tinyvit", description="Vision Transformers on NumPy and CuPy.", allow_abbrev=False)
-    from tinyvit import __version__
+    from tinyvit._version import __version__
 
     parser.add_argument("--version", action="version", version=f"tinyvit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -93,11 +93,11 @@ def make_parser() -> Parser:
     evaluate.add_argument("--skip-corrupt", action="store_true", help=FIELDS["skip_corrupt"].metadata["help"])
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
-    predict = command("predict", run_predict, "Name what pictures show.")
+    predict = command("predict", run_predict, "Name what images show.")
     predict.add_argument("checkpoint", metavar="RUN|CKPT")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
     predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
-    predict.add_argument("--attention", metavar="DIR", help="draw into DIR where in each picture the model looks")
+    predict.add_argument("--attention", metavar="DIR", help="draw into DIR where in each image the model looks")
     predict.add_argument(
         "--embed", metavar="FILE.npz", help="write the features before the head, to search by likeness"
     )
@@ -111,7 +111,7 @@ def make_parser() -> Parser:
     summary = command("summary", run_summary, "List a model's layers, parameters, FLOPs and memory.")
     summary.add_argument("model", metavar="NAME|RUN|CKPT")
     summary.add_argument(
-        "--image-size", type=typed(picture_size), metavar="S|HxW", help="for pictures of another size"
+        "--image-size", type=typed(parse_image_size), metavar="S|HxW", help="for images of another size"
     )
     summary.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -136,15 +136,15 @@ def run_train(args: argparse.Namespace) -> None:
     given = merge(file, {name: value for name, value in vars(args).items() if name in FIELDS})
     if "model" in given:
         known_model(given["model"])
-    from tinyvit.train import train
+    from tinyvit.training.run import train
 
     train(given, resume=args.resume, started=args.started)
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from tinyvit.checkpoint import open_checkpoint
+    from tinyvit.checkpoints.loading import open_checkpoint
     from tinyvit.data import Augment, load_data
-    from tinyvit.evaluate import evaluate, labels_for, pick_device
+    from tinyvit.evaluation.metrics import evaluate, labels_for, pick_device
 
     if args.probe and args.split != "test":
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
@@ -161,7 +161,7 @@ def run_eval(args: argparse.Namespace) -> None:
     part = args.split if args.split == "train" or data.own_test else "validation"
     about, what = {}, f"{part} split of {data.name}"
     if args.probe:
-        from tinyvit.probe import probe
+        from tinyvit.evaluation.probe import probe
 
         found = probe(args.probe, checkpoint, model, data, args.precision)
         scores, about = found.scores, {"probe": args.probe, **found.setting}
@@ -175,9 +175,9 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def run_predict(args: argparse.Namespace) -> None:
-    from tinyvit.checkpoint import open_checkpoint
-    from tinyvit.evaluate import check_head, look_at, pick_device
-    from tinyvit.exhibits import check_features_path, overlay_paths, write_features, write_overlays
+    from tinyvit.checkpoints.loading import open_checkpoint
+    from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
+    from tinyvit.evaluation.metrics import check_head, look_at, pick_device
 
     checkpoint = open_checkpoint(args.checkpoint)
     overlays = overlay_paths(Path(args.attention), args.images) if args.attention else []
@@ -203,9 +203,9 @@ def run_predict(args: argparse.Namespace) -> None:
 
 
 def run_summary(args: argparse.Namespace) -> None:
-    from tinyvit.checkpoint import open_checkpoint
-    from tinyvit.summary import summarise
-    from tinyvit.zoo import model_config
+    from tinyvit.checkpoints.loading import open_checkpoint
+    from tinyvit.models.registry import model_config
+    from tinyvit.models.summary import summarise
 
     by_name = not Path(args.model).exists()
     config = model_config(known_model(args.model)) if by_name else open_checkpoint(args.model).config
@@ -215,15 +215,15 @@ def run_summary(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from tinyvit.formats import convert
+    from tinyvit.checkpoints.convert import convert
 
     convert(Path(args.checkpoint), Path(args.path), args.to)
     print(f"{args.path}: {args.checkpoint} in the layout of {args.to}")
 
 
 def run_models(args: argparse.Namespace) -> None:
-    from tinyvit.summary import summarise
-    from tinyvit.zoo import list_models, model_config
+    from tinyvit.models.registry import list_models, model_config
+    from tinyvit.models.summary import summarise
 
     rows = [("name", "width", "depth", "heads", "resnet", "patch", "image", "parameters")]
     for name in list_models():
@@ -236,15 +236,15 @@ def run_models(args: argparse.Namespace) -> None:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    from tinyvit import machine
+    from tinyvit.execution import system_info
 
-    found = machine.examine()
-    print_json(found.to_dict()) if args.json else print(machine.as_table(found))
+    found = system_info.examine()
+    print_json(found.to_dict()) if args.json else print(system_info.as_table(found))
 
 
 def known_model(name: str) -> str:
     """`name`, which must be a model's. Raises UsageError."""
-    from tinyvit.zoo import list_models
+    from tinyvit.models.registry import list_models
 
     if name not in list_models():
         raise UsageError(f"there is no model {name!r}{nearest(name, list_models())}; `tinyvit models` lists them")
@@ -283,10 +283,10 @@ def scores_dict(scores: Scores) -> dict[str, Any]:
 
 def print_scores(scores: Scores, what: str) -> None:
     count = sum(n for _, _, n in scores.per_class)
-    print(f"{what}: {count} pictures")
+    print(f"{what}: {count} images")
     loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
     print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
-    rows = [("class", "accuracy", "pictures")]
+    rows = [("class", "accuracy", "images")]
     rows += [(name, "-" if a is None else f"{a:.2%}", str(n)) for name, a, n in scores.per_class]
     print_table(rows)
 
@@ -334,10 +334,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def fail_known(error: Exception) -> int:
     """Report an error that is expected to happen; raise the others, which are bugs."""
-    from tinyvit.checkpoint import CheckpointError
+    from tinyvit.checkpoints.checkpoint import CheckpointError
     from tinyvit.data import DataError
-    from tinyvit.evaluate import EvaluationError
-    from tinyvit.trainer import Stopped, TrainError
+    from tinyvit.evaluation.metrics import EvaluationError
+    from tinyvit.training.trainer import Stopped, TrainError
 
     if isinstance(error, Stopped):
         program = "python -m tinyvit" if sys.argv[0].endswith("__main__.py") else "tinyvit"

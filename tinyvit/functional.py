@@ -6,10 +6,11 @@ defined in `tinyvit.kernels.reference`. Arrays are accepted wherever Tensors are
 
 from __future__ import annotations
 
-from tinyvit import arrays, kernels, random
-from tinyvit.kernels import reference, reference_conv
-from tinyvit.ops import multiply
-from tinyvit.tensor import Array, Tensor, apply
+from tinyvit import kernels
+from tinyvit.backend import arrays, random
+from tinyvit.engine.ops import multiply
+from tinyvit.engine.tensor import Array, Tensor, apply
+from tinyvit.kernels import reference
 
 __all__ = [
     "add_layer_norm",
@@ -158,10 +159,10 @@ def qkv_attention(
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Cut pictures into patches, row by row: (B, C, H, W) -> (B, (H / h)(W / w), C h w).
+    """Cut images into patches, row by row: (B, C, H, W) -> (B, (H / h)(W / w), C h w).
 
     Raises:
-        ValueError: a picture's height or width is not a multiple of the patch's.
+        ValueError: an image's height or width is not a multiple of the patch's.
     """
     h, w = patch_size
     if len(images.shape) != 4:
@@ -200,7 +201,7 @@ def conv2d(
         x: (B, C, H, W).
         weight: (O, C, h, w).
         stride: pixels from one window to the next, one number or (down, right).
-        padding: zeros around the picture, one number or (above and below, left and right); or "same", as many as give
+        padding: zeros around the image, one number or (above and below, left and right); or "same", as many as give
             ceil(H / stride) x ceil(W / stride) windows, the odd one below and right (TensorFlow's rule).
 
     Returns:
@@ -209,7 +210,7 @@ def conv2d(
     if len(x.shape) != 4 or len(weight.shape) != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"conv2d expects x (B, C, H, W) and weight (O, C, h, w), got {_s(x)} and {_s(weight)}")
     stride, padding = _windows("conv2d", x, tuple(weight.shape[2:]), stride, padding)
-    return apply(reference_conv.conv2d, x, weight, stride=stride, padding=padding)
+    return apply(reference.conv2d, x, weight, stride=stride, padding=padding)
 
 
 def max_pool2d(
@@ -225,7 +226,7 @@ def max_pool2d(
     stride, padding = _windows("max_pool2d", x, kernel, stride, padding)
     if any(max(pads) >= k for pads, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"max_pool2d expects less padding than its kernel {kernel}, got {padding}")
-    return apply(reference_conv.max_pool2d, x, kernel=kernel, stride=stride, padding=padding)
+    return apply(reference.max_pool2d, x, kernel=kernel, stride=stride, padding=padding)
 
 
 def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -239,7 +240,7 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
         raise ValueError(f"group_norm expects x (B, C, H, W), weight and bias (C,), got {given}")
     if num_groups < 1 or x.shape[1] % num_groups:
         raise ValueError(f"group_norm expects groups of equal size, got {x.shape[1]} channels and {num_groups} groups")
-    return apply(reference_conv.group_norm, x, weight, bias, num_groups=num_groups, eps=eps)
+    return apply(reference.group_norm, x, weight, bias, num_groups=num_groups, eps=eps)
 
 
 def weight_standardize(weight: Tensor, eps: float = 1e-8) -> Tensor:
@@ -249,12 +250,12 @@ def weight_standardize(weight: Tensor, eps: float = 1e-8) -> Tensor:
     """
     if len(weight.shape) != 4:
         raise ValueError(f"weight_standardize expects weight (O, C, h, w), got {_s(weight)}")
-    return apply(reference_conv.weight_standardize, weight, eps=eps)
+    return apply(reference.weight_standardize, weight, eps=eps)
 
 
 def relu(x: Tensor) -> Tensor:
     """x where it is positive, else 0, elementwise; its gradient at 0 is 0."""
-    return apply(reference_conv.relu, x)
+    return apply(reference.relu, x)
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -354,7 +355,7 @@ def _check_norm(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
 
 def _windows(
     name: str, x: Tensor, kernel: tuple[int, int], stride: int | tuple[int, int], padding: int | tuple[int, int] | str
-) -> tuple[tuple[int, int], reference_conv.Padding]:
+) -> tuple[tuple[int, int], reference.Padding]:
     """Stride and padding, spelt out: (down, right) and ((top, bottom), (left, right))."""
     size, stride = tuple(x.shape[2:]), _two("stride", stride, 1)
     if padding == "same":
@@ -362,7 +363,7 @@ def _windows(
         top, left = ((total // 2, total - total // 2) for total in totals)
     else:
         top, left = ((pad, pad) for pad in _two("padding", padding, 0))
-    if min(size + kernel + reference_conv.output_size(size, kernel, stride, (top, left))) < 1:
+    if min(size + kernel + reference.output_size(size, kernel, stride, (top, left))) < 1:
         raise ValueError(f"{name} finds no place for a kernel {kernel} in {size} with padding {(top, left)}")
     return stride, (top, left)
 

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from tinyvit import arrays, random
 from tinyvit import functional as F
-from tinyvit.ops import multiply
-from tinyvit.tensor import Array, Tensor
+from tinyvit.backend import arrays, random
+from tinyvit.engine.ops import multiply
+from tinyvit.engine.tensor import Array, Tensor
 
 _initialise: ContextVar[bool] = ContextVar("tinyvit_initialise", default=True)
 

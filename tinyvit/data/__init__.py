@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tinyvit.data.augment import Augment
 from tinyvit.data.base import Data, DataError, Split, Statistics
-from tinyvit.data.cifar import find_cifar10, load_cifar10
-from tinyvit.data.download import cache_directory, fetch_cifar10
-from tinyvit.data.folder import find_in_folder, first_picture
-from tinyvit.data.listing import SMALL, Found, load_listings
+from tinyvit.data.image import read_image
 from tinyvit.data.loader import Loader
-from tinyvit.data.parquet import find_in_parquet, parquet_files
-from tinyvit.data.picture import read_picture
-from tinyvit.data.shapes import load_shapes
-from tinyvit.data.splits import PictureTransform, resident
-from tinyvit.data.table import find_in_csv
-from tinyvit.data.transforms import Augment
+from tinyvit.data.sources.cifar import find_cifar10, load_cifar10
+from tinyvit.data.sources.csv_table import find_in_csv
+from tinyvit.data.sources.download import cache_directory, fetch_cifar10
+from tinyvit.data.sources.image_folder import find_in_folder, first_image
+from tinyvit.data.sources.listing import SMALL, Found, load_listings
+from tinyvit.data.sources.parquet import find_in_parquet, parquet_files
+from tinyvit.data.sources.shapes import load_shapes
+from tinyvit.data.splits import ImageTransform, resident
 
 __all__ = [
     "Augment",
@@ -29,7 +29,7 @@ __all__ = [
     "Split",
     "default_augment",
     "load_data",
-    "read_picture",
+    "read_image",
     "resident",
 ]
 
@@ -44,13 +44,13 @@ def load_data(
     seed: int = 0,
     skip_corrupt: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
-    picture_transform: PictureTransform | None = None,
+    image_transform: ImageTransform | None = None,
     fit_options: Mapping[str, Any] | None = None,
     statistics: Statistics | None = None,
 ) -> Data:
     """The data set that `src` names.
 
-    - "shapes": ten classes of pictures drawn from `seed` (the test pictures are always the same).
+    - "shapes": ten classes of images drawn from `seed` (the test images are always the same).
     - "cifar10": found in `cache_dir` ($TINYVIT_CACHE, else the platform's), or downloaded into it.
     - a directory in CIFAR-10's binary or Python layout, or one that holds it under its usual name.
     - an image folder: `train/CLASS/*` with `test/CLASS/*` (or val, validation, valid), or just `CLASS/*`, of which
@@ -59,13 +59,13 @@ def load_data(
       directory of parquet files as Hugging Face's `datasets` writes them, or one such file. Their test split is the
       rows of the column split, or the files, called test, val, validation or valid; else it is drawn as above.
 
-    Of two such parts, test pictures and validation pictures, the latter become `val`.
-    `image_size` (one number or height and width) defaults to the pictures' own if all of them share one of at most
-    64, else to 224. Training pictures larger than 64 are read with a random resized crop, or with
-    `picture_transform(picture, rng)` on Pillow pictures; others are resized and cut as `read_picture` does it, with
-    `fit_options` as its arguments. An unreadable picture is an error, unless `skip_corrupt`:
-    then it is left out and listed in the split's `skipped`. Who reads pictures only once, with a mean and std that are
-    known, gives these as `statistics`: pictures of folders and tables are then decoded when they are read and not
+    Of two such parts, test images and validation images, the latter become `val`.
+    `image_size` (one number or height and width) defaults to the images' own if all of them share one of at most
+    64, else to 224. Training images larger than 64 are read with a random resized crop, or with
+    `image_transform(image, rng)` on Pillow images; others are resized and cut as `read_image` does it, with
+    `fit_options` as its arguments. An unreadable image is an error, unless `skip_corrupt`:
+    then it is left out and listed in the split's `skipped`. Who reads images only once, with a mean and std that are
+    known, gives these as `statistics`: images of folders and tables are then decoded when they are read and not
     before (but with `skip_corrupt`). Raises DataError with a one-line message.
     """
     try:
@@ -86,7 +86,7 @@ def load_data(
                 val,
                 image_size=image_size,
                 skip_corrupt=skip_corrupt,
-                picture_transform=picture_transform,
+                image_transform=image_transform,
                 fit_options=fit_options,
                 statistics=statistics,
             )
@@ -119,15 +119,15 @@ def existing(src: str | os.PathLike[str]) -> Path:
 
 
 def layout(path: Path) -> tuple[str, Callable[[Path, float, int], Found]]:
-    """What kind of source lies at `path`, and the function that finds its pictures. Raises DataError for two kinds."""
+    """What kind of source lies at `path`, and the function that finds its images. Raises DataError for two kinds."""
     if path.suffix.lower() == ".csv" and path.is_file():
         return "csv", find_in_csv
     tables = parquet_files(path)
     if not tables:
         return "folder", find_in_folder
-    if path.is_dir() and (picture := first_picture(path)):
+    if path.is_dir() and (image := first_image(path)):
         raise DataError(
-            f"{path} holds both pictures ({picture}) and parquet files ({tables[0].relative_to(path).as_posix()}), "
+            f"{path} holds both images ({image}) and parquet files ({tables[0].relative_to(path).as_posix()}), "
             "expected one of the two"
         )
     return "parquet", find_in_parquet

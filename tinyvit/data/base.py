@@ -1,4 +1,4 @@
-"""What a data set is: two splits of uint8 pictures, the class names, and the training pictures' mean and std."""
+"""What a data set is: two splits of uint8 images, the class names, and the training images' mean and std."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Split(Protocol):
     """One part of a data set, read by index."""
 
     labels: np.ndarray  # (N,) int64
-    skipped: list[str]  # unreadable pictures left out on request
+    skipped: list[str]  # unreadable images left out on request
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Pictures (B, C, H, W) uint8 at `indices`; with `rng`, as training wants them (random crops)."""
+        """Images (B, C, H, W) uint8 at `indices`; with `rng`, as training wants them (random crops)."""
         ...
 
     def take(self, indices: np.ndarray) -> Self:
@@ -36,11 +36,11 @@ class Split(Protocol):
 class Data:
     """A data set with a training and a test split.
 
-    `mean` and `std` are those of the training pictures, one per channel, in units of 0..1. `image_size` is
-    (height, width). `fingerprint` identifies the data: the same pictures give the same string, wherever they lie.
-    `fit_options` say how pictures were resized and cut: arguments of `read_picture` that differ from its defaults.
-    `own_test` is false where the test pictures were drawn from the training ones; `val` are
-    validation pictures apart from them, if there are any.
+    `mean` and `std` are those of the training images, one per channel, in units of 0..1. `image_size` is
+    (height, width). `fingerprint` identifies the data: the same images give the same string, wherever they lie.
+    `fit_options` say how images were resized and cut: arguments of `read_image` that differ from its defaults.
+    `own_test` is false where the test images were drawn from the training ones; `val` are
+    validation images apart from them, if there are any.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Data:
 
     @property
     def validation(self) -> Split:
-        """The pictures that choose the best epoch."""
+        """The images that choose the best epoch."""
         return self.test if self.val is None else self.val
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit import arrays
+from tinyvit.backend import arrays
 from tinyvit.data.base import Split
 
 AHEAD = 2  # batches prepared beyond the one in the caller's hands
@@ -21,9 +21,9 @@ Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[Any, A
 class Loader:
     """Iterates over a split in batches; what a batch holds depends only on (seed, epoch, batch number).
 
-    `transform(images, labels, rng)` turns uint8 (B, C, H, W) pictures into what the model takes (see Augment).
-    `shuffle` is training: a new order every epoch, and pictures read with random crops where the split has them.
-    `drop_last` leaves out a last batch that is not full. With a `device` (as for `nn.Module.to`) pictures that are read
+    `transform(images, labels, rng)` turns uint8 (B, C, H, W) images into what the model takes (see Augment).
+    `shuffle` is training: a new order every epoch, and images read with random crops where the split has them.
+    `drop_last` leaves out a last batch that is not full. With a `device` (as for `nn.Module.to`) images that are read
     elsewhere are moved there before they are transformed; without one they stay where the split has them.
     """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit.data.base import DataError
-from tinyvit.plain_pickle import PLAIN, PlainUnpickler, finished
+from tinyvit.files.plain_pickle import PLAIN, PlainUnpickler, finished
 
 __all__ = ["PLAIN", "load_plain_pickle"]
 

@@ -1,4 +1,4 @@
-"""Where a split's pictures come from: memory, memory and a resize, or files."""
+"""Where a split's images come from: memory, memory and a resize, or files."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image
 
-from tinyvit import arrays
+from tinyvit.backend import arrays
+from tinyvit.backend.parallel import available_cores
 from tinyvit.data.base import Data, DataError, Split
-from tinyvit.data.picture import StoredPicture, fit, open_rgb, to_array
-from tinyvit.shards import available_cores
+from tinyvit.data.image import StoredImage, fit, open_rgb, to_array
 
 Array = Any
 RESIDENT_SHARE = 0.25  # of a device's free memory, which a split may take for the whole run; the steps need the rest
 
 T, R = TypeVar("T"), TypeVar("R")
-PictureTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
+ImageTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """Pictures held in memory, the host's or a device's: `images` (N, C, H, W) uint8, `labels` (N,) int64, NumPy."""
+    """Images held in memory, the host's or a device's: `images` (N, C, H, W) uint8, `labels` (N,) int64, NumPy."""
 
     images: Array
     labels: np.ndarray
@@ -36,7 +36,7 @@ class ArraySplit:
         return len(self.labels)
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Array:
-        """Pictures (B, C, H, W) uint8, where all of them are; the same with and without `rng`."""
+        """Images (B, C, H, W) uint8, where all of them are; the same with and without `rng`."""
         if arrays.on_host(self.images):
             return self.images[indices]
         with arrays.on_device_of(self.images):
@@ -44,13 +44,13 @@ class ArraySplit:
             return arrays.namespace(self.images).take(self.images, places, axis=0)
 
     def take(self, indices: np.ndarray) -> Self:
-        """The pictures at `indices`, in that order."""
+        """The images at `indices`, in that order."""
         return replace(self, images=self.read(indices), labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class ResizedSplit:
-    """Pictures held in memory, `images` (N, 3, h, w) uint8, and resized to `size` when they are read.
+    """Images held in memory, `images` (N, 3, h, w) uint8, and resized to `size` when they are read.
 
     They are kept whole unless `fit_options`, arguments of `fit`, say otherwise.
     """
@@ -65,58 +65,58 @@ class ResizedSplit:
         return len(self.labels)
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Pictures (B, 3, H, W) uint8; the same with and without `rng`."""
+        """Images (B, 3, H, W) uint8; the same with and without `rng`."""
 
         def resized(index: int) -> np.ndarray:
-            picture = Image.fromarray(self.images[index].transpose(1, 2, 0))
-            return to_array(fit(picture, self.size, **{"crop_pct": 1.0, **self.fit_options}))
+            image = Image.fromarray(self.images[index].transpose(1, 2, 0))
+            return to_array(fit(image, self.size, **{"crop_pct": 1.0, **self.fit_options}))
 
         return stack(in_threads(resized, indices), self.size)
 
     def take(self, indices: np.ndarray) -> Self:
-        """The pictures at `indices`, in that order."""
+        """The images at `indices`, in that order."""
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Pictures decoded from `files` whenever they are asked for, at `size` (height, width).
+    """Images decoded from `files` whenever they are asked for, at `size` (height, width).
 
     They are resized and cut by `fit` with `fit_options`; for training (with `rng`) each goes through `transform` first.
     """
 
-    files: list[Path | StoredPicture]
+    files: list[Path | StoredImage]
     labels: np.ndarray
     skipped: list[str]
     size: tuple[int, int]
-    transform: PictureTransform | None
+    transform: ImageTransform | None
     fit_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """Pictures (B, 3, H, W) uint8. Raises DataError naming a file that cannot be read."""
+        """Images (B, 3, H, W) uint8. Raises DataError naming a file that cannot be read."""
         rngs = [None] * len(indices) if rng is None else rng.spawn(len(indices))
-        return stack(in_threads(self._picture, zip(indices, rngs, strict=True)), self.size)
+        return stack(in_threads(self._image, zip(indices, rngs, strict=True)), self.size)
 
     def take(self, indices: np.ndarray) -> Self:
-        """The pictures at `indices`, in that order."""
+        """The images at `indices`, in that order."""
         return replace(self, files=[self.files[i] for i in indices], labels=self.labels[indices])
 
-    def _picture(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
+    def _image(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
         index, rng = task
         try:
-            picture = open_rgb(self.files[index])
+            image = open_rgb(self.files[index])
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT}") from error
         if rng is None or self.transform is None:
-            return to_array(fit(picture, self.size, **self.fit_options))
-        return to_array(fit(self.transform(picture, rng), self.size, crop_pct=1.0))
+            return to_array(fit(image, self.size, **self.fit_options))
+        return to_array(fit(self.transform(image, rng), self.size, crop_pct=1.0))
 
 
 def draw_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which of the pictures with these labels (N,) are held out, (N,) booleans.
+    """Which of the images with these labels (N,) are held out, (N,) booleans.
 
     Of each class it is a random `share`, at least one and not all. Raises DataError for a share that is none.
     """
@@ -131,26 +131,26 @@ def draw_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def hold_out(data: Data, share: float, seed: int) -> Data:
-    """`data` with a random `share` of each class's training pictures as `val`, which then chooses the epoch."""
+    """`data` with a random `share` of each class's training images as `val`, which then chooses the epoch."""
     drawn = draw_share(data.train.labels, share, seed)
     if not drawn.any():
-        raise DataError(f"{data.name} has one training picture a class, so none can be held out")
+        raise DataError(f"{data.name} has one training image a class, so none can be held out")
     val = replace(data.train.take(np.flatnonzero(drawn)), skipped=[])
     return replace(data, train=data.train.take(np.flatnonzero(~drawn)), val=val)
 
 
 def unvaried(split: Split) -> Split:
-    """`split` with its pictures read for training as they are for evaluation."""
+    """`split` with its images read for training as they are for evaluation."""
     return replace(split, transform=None) if isinstance(split, FileSplit) else split
 
 
-SKIP_HINT = " (--skip-corrupt leaves such pictures out)"
+SKIP_HINT = " (--skip-corrupt leaves such images out)"
 
 
 def resident(data: Data, device: Any) -> Data:
-    """`data` whose training and validation pictures lie on `device` (as for `nn.Module.to`), as uint8, where they fit.
+    """`data` whose training and validation images lie on `device` (as for `nn.Module.to`), as uint8, where they fit.
 
-    Pictures that are read from files, resized at each reading, or larger than RESIDENT_SHARE of the device's free
+    Images that are read from files, resized at each reading, or larger than RESIDENT_SHARE of the device's free
     memory stay where they are: a `Loader` moves their batches.
     """
 
@@ -164,9 +164,9 @@ def resident(data: Data, device: Any) -> Data:
     return replace(data, train=moved(data.train), **{place: moved(data.validation)})
 
 
-def stack(pictures: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """(B, 3, H, W), also of no pictures at all."""
-    return np.stack([np.empty((3, *size), np.uint8), *pictures])[1:]
+def stack(images: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """(B, 3, H, W), also of no images at all."""
+    return np.stack([np.empty((3, *size), np.uint8), *images])[1:]
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

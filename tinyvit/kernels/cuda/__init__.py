@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit import arrays, kernels
+from tinyvit.backend import arrays, cuda_graph
 
 Array = Any
 
@@ -44,7 +44,7 @@ def lasting(xp: Any, nbytes: int) -> Array:
     Other arrays then lie in the graph's own memory, where each replay writes other things before it comes to their
     launch. Who has a graph read these holds them as long as it lives, as `upload` does.
     """
-    if not kernels.capturing():
+    if not cuda_graph.capturing():
         return xp.empty(nbytes, dtype=xp.uint8)
     import cupy
 
@@ -58,8 +58,8 @@ def upload(to: Array, values: np.ndarray) -> None:
     While a graph is captured the copy is left for its end: what is captured is repeated, with the same numbers. The
     graph keeps the work that is left, and with it the array.
     """
-    if kernels.capturing():
-        kernels.after_capture(lambda: to.set(values))
+    if cuda_graph.capturing():
+        cuda_graph.after_capture(lambda: to.set(values))
     else:
         to.set(values)
 

@@ -1,0 +1,195 @@
+"""From bytes to arrays: safetensors files, what a file is in spite of its name, and no second copy of the weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import tinyvit
+from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.convert import convert
+from tinyvit.checkpoints.loading import load_model
+from tinyvit.checkpoints.readers.safetensors import read_safetensors
+from tinyvit.checkpoints.readers.sources import read_weights
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+]  # fmt: skip
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------
+
+
+def test_every_dtype_comes_back(tmp_path):
+    values = torch.tensor([[0, 1, 2], [100, 7, 3]])
+    tensors = {str(dtype): values.to(dtype) for dtype in DTYPES}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "odd": torch.tensor([-0.0, np.inf, np.nan])}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    found = read_safetensors(tmp_path / "a.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        expected = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        assert found[name].dtype == expected.dtype and found[name].flags.writeable and found[name].flags.aligned
+        np.testing.assert_array_equal(found[name], expected)
+
+
+@given(bits=st.integers(0, 2**16 - 1))
+def test_bfloat16_is_widened_exactly(bits):
+    from tinyvit.checkpoints.readers.common import widen
+
+    expected = torch.tensor(bits, dtype=torch.uint16).view(torch.bfloat16).float().numpy()
+    assert widen(np.array(bits, np.uint16)).tobytes() == expected.tobytes()
+
+
+def header(entries, length=None):
+    text = json.dumps(entries).encode() if not isinstance(entries, bytes) else entries
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(16)
+
+
+GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (header({"x": GOOD | {"data_offsets": [0, 12]}}), "x has 12 bytes, expected 16"),
+        (header({"x": GOOD | {"data_offsets": [16, 32]}}), "the file is cut short"),
+        (header({"x": GOOD | {"data_offsets": [-16, 0]}}), "x has 16 bytes"),
+        (header({"x": GOOD | {"shape": [-2, -2]}}), "x has 16 bytes"),
+        (header({"x": GOOD | {"shape": [1 << 62, 1 << 62]}}), "expected"),
+        (header({"x": GOOD | {"shape": "ab"}}), ""),
+        (header({"x": GOOD | {"shape": [2.0, 2.0]}}), ""),
+        (header({"x": GOOD | {"shape": None}}), ""),
+        (header({"x": GOOD | {"data_offsets": [0]}}), ""),
+        (header({"x": GOOD | {"dtype": "F8_E4M3"}}), "x is of dtype F8_E4M3, expected one of F64, F32"),
+        (header({"x": GOOD | {"dtype": ["F32"]}}), ""),
+        (header({"x": 3}), ""),
+        (header({"x": {}}), ""),
+        (header([GOOD]), ""),
+        (header(b"{" * 50_000), ""),
+        (header(b"[" * 50_000), ""),
+        (header({"x": GOOD}, length=1 << 40), ""),
+        (header({"x": GOOD}, length=0), ""),
+        (header({"x": GOOD}, length=3), ""),
+    ],
+)
+def test_damaged_headers(tmp_path, content, problem):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(header({"x": GOOD}))
+    assert read_weights(path)["x"].tolist() == [[0.0, 0.0], [0.0, 0.0]], "the fixture itself must be readable"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(path)
+    assert problem in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "a.safetensors"
+    save_file({"a.b": np.arange(4, dtype=np.float32), "c": np.zeros((2, 1), np.float16)}, path)
+    return path.read_bytes()
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_no_damage_leads_to_another_error(small, tmp_path_factory, data):
+    damaged = bytearray(small)
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), min_size=1, max_size=3)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / f"damaged-{os.getpid()}.safetensors"
+    path.write_bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    try:
+        assert all(isinstance(array, np.ndarray) for array in read_weights(path).values())
+    except CheckpointError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+
+
+# --- what a file is ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "a.safetensors", "a.pth", "a.bin", "a.npz", "model.safetensors", "a.txt"])
+def test_content_counts_and_not_the_name(tmp_path, name):
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+    def npz(path):
+        with open(path, "wb") as file:
+            np.savez(file, w=array)
+
+    writers = {
+        "safetensors": lambda path: save_file({"w": array}, path),
+        "zip": lambda path: torch.save({"w": torch.from_numpy(array)}, path),
+        "legacy": lambda path: torch.save({"w": torch.from_numpy(array)}, path, _use_new_zipfile_serialization=False),
+        "npz": npz,
+    }
+    for write in writers.values():
+        write(tmp_path / name)
+        np.testing.assert_array_equal(read_weights(tmp_path / name)["w"], array)
+
+
+@pytest.mark.parametrize("length", range(0, 4096, 128))
+def test_a_safetensors_header_of_any_length_is_recognised(tmp_path, length):
+    """The first byte of the file is the lowest of the header's length, and may be that of a pickle (0x80)."""
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "a", metadata={"pad": "x" * length})
+    assert read_weights(tmp_path / "a")["w"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89HDF\r\n\x1a\n" + bytes(100), b"PK\x03\x04", bytes(64)])
+@pytest.mark.parametrize("name", ["a", "a.safetensors", "a.pth", "a.npz", "a.h5"])
+def test_files_that_are_nothing_of_the_kind(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\A[^\n]*\Z"):
+        load_model(tmp_path / name)
+
+
+def test_an_index_that_names_itself(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": index.name}}))
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_model(tmp_path)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+STATUS = Path("/proc/self/status")
+NAME = "vit_small_patch16_224"
+MEASURE = """
+import re, sys
+import tinyvit, tinyvit.checkpoints
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+model = tinyvit.load_model(sys.argv[1])
+print((peak() - before) / (4 * model.num_parameters()))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 86 MB in several layouts."""
+    folder = tmp_path_factory.mktemp("large")
+    source = folder / f"{NAME}.pth"
+    model = tinyvit.create_model(NAME, num_classes=10)
+    weights = {name: torch.from_numpy(array) for name, array in model.state_dict().items()}
+    torch.save({"model": {name: tensor.bfloat16() for name, tensor in weights.items()}}, folder / f"half_{source.name}")
+    torch.save({"model": weights, "optimizer": {"state": weights}}, source)
+    for to in ("tinyvit", "huggingface"):
+        convert(source, folder / to, to)
+    return folder
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the peak of memory is read from /proc")
+@pytest.mark.parametrize("name", [f"{NAME}.pth", f"half_{NAME}.pth", "tinyvit", "huggingface"])
+def test_loading_holds_the_weights_once(large, name):
+    result = subprocess.run([sys.executable, "-c", MEASURE, large / name], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert 0.9 < float(result.stdout) < 1.3, "the peak of memory, in multiples of the weights"

@@ -1,0 +1,103 @@
+"""What `tinyvit info` finds: every setting that leaves speed behind is named, and nothing else is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tinyvit.backend import parallel
+from tinyvit.execution.system_info import Machine, as_table, examine, findings, one_line
+
+GOOD = Machine(
+    versions={"tinyvit": "1", "cupy": None},
+    processor="a processor",
+    vector="avx512",
+    cores=8,
+    affinity=8,
+    quota=None,
+    usable=8,
+    blas={"library": "openblas", "version": "0.3.31", "core_type": "SkylakeX", "threads": 8},
+    settings={},
+    memory_gib=16.0,
+    gpu=["none (no CuPy)"],
+    cache="/cache",
+)
+
+
+def changed(**changes):
+    fields = {name: getattr(GOOD, name) for name in Machine.__dataclass_fields__}
+    return Machine(**(fields | changes))
+
+
+def blas(**changes):
+    return GOOD.blas | changes
+
+
+def test_a_machine_without_faults_has_no_findings():
+    assert findings(GOOD) == []
+    assert one_line(GOOD) == "8 cores, openblas SkylakeX"
+    assert "Nothing found" in as_table(GOOD)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            dict(blas=blas(core_type="Haswell"), settings={"OPENBLAS_CORETYPE": "Haswell"}),
+            ["OPENBLAS_CORETYPE=Haswell", "AVX512", "unset"],
+        ),
+        (dict(blas=blas(core_type="Haswell")), ["Haswell kernels", "AVX512", "newer NumPy"]),
+        (dict(vector="avx2", blas=blas(core_type="Nehalem")), ["Nehalem kernels", "AVX2"]),
+        (dict(settings={"OPENBLAS_L2_SIZE": "512"}), ["OPENBLAS_L2_SIZE=512", "unset"]),
+        (dict(blas=blas(threads=1), settings={"OMP_NUM_THREADS": "1"}), ["1 of 8 cores", "OMP_NUM_THREADS=1", "unset"]),
+        (dict(blas=blas(threads=1)), ["1 of 8 cores", "threaded BLAS"]),
+        (dict(affinity=2), ["2 of 8 cores", "affinity"]),
+        (dict(quota=3), ["3 of 8 cores", "--cpus"]),
+        (dict(blas=None), ["BLAS", "NumPy from PyPI"]),
+    ],
+)
+def test_each_fault_is_named_with_its_remedy(changes, words):
+    machine = changed(**changes)
+    (finding,) = findings(machine)
+    for word in words:
+        assert word in finding
+    assert finding in one_line(machine) and finding in as_table(machine)
+    assert "\n" not in one_line(machine)
+
+
+def test_settings_that_cost_nothing_are_shown_but_not_blamed():
+    machine = changed(vector="avx2", blas=blas(core_type="Zen"), settings={"OMP_NUM_THREADS": "8"})
+    assert findings(machine) == []
+    assert "OMP_NUM_THREADS=8" in as_table(machine)
+
+
+def test_this_machine_can_be_examined():
+    machine = examine({"OPENBLAS_CORETYPE": "Prescott", "HOME": "/home"})
+    assert machine.settings == {"OPENBLAS_CORETYPE": "Prescott"}
+    assert 1 <= machine.usable == parallel.available_cores()
+    assert json.loads(json.dumps(machine.to_dict()))["findings"] == findings(machine)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's own count of page faults")
+def test_freed_memory_is_kept_from_step_to_step():
+    """Without it each round would fault in its 64 MiB again: 16,384 pages, or 32 huge ones."""
+    script = """
+import resource, sys
+import numpy as np
+from tinyvit.backend.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        np.ones(2**21, np.float32) + np.ones(2**21, np.float32)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", script, mode], capture_output=True, text=True, check=True).stdout)
+        for mode in ("keep", "leave")
+    )
+    assert kept < 10 and returned > 40, (kept, returned)

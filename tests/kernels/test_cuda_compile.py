@@ -1,0 +1,138 @@
+"""Every CUDA source compiles for the architectures that matter, without a GPU, and no kernel spills registers."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cuda_sim import kernel_names
+
+from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import attention
+
+ARCHITECTURES = ("sm_80", "sm_90")
+SHARED_LIMIT = 163 << 10  # of sm_80
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def nvcc(source: str, options: list[str], folder: Path) -> str:
+    """What ptxas reports."""
+    (folder / "kernel.cu").write_text(source)
+    command = ["nvcc", "-cubin", "-Xptxas", "-v", *options, "kernel.cu", "-o", "kernel.cubin"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def toolkits() -> Iterator[tuple[list[Path], Path]]:
+    """Libraries of NVIDIA's run-time compiler and the headers of the same release, from its Python packages."""
+    spec = importlib.util.find_spec("nvidia")
+    for root in map(Path, spec.submodule_search_locations if spec else []):
+        for lib, include in (("cu13/lib", "cu13/include"), ("cuda_nvrtc/lib", "cuda_runtime/include")):
+            # libnvrtc-builtins comes first: the other looks for it by its name
+            libraries = sorted(p for p in (root / lib).glob("libnvrtc*.so.*") if ".alt." not in p.name)
+            if libraries and (root / include / "cuda_bf16.h").exists():
+                yield libraries, root / include
+
+
+def nvrtc() -> Callable[[str, list[str], Path], str] | None:
+    """The same through NVIDIA's run-time compiler, which is CuPy's too, if its packages are installed."""
+    libraries, headers = next(toolkits(), ([], None))
+    if not libraries:
+        return None
+    for path in libraries:
+        library = ctypes.CDLL(str(path))
+
+    def compile_source(source: str, options: list[str], folder: Path) -> str:
+        program, size = ctypes.c_void_p(), ctypes.c_size_t()
+        options = [*options, "--ptxas-options=-v", f"-I{headers}"]
+        assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
+        texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        status = library.nvrtcCompileProgram(program, len(options), texts)
+        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetProgramLog(program, log)
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+        assert status == 0, log.value.decode()
+        return log.value.decode()
+
+    return compile_source
+
+
+COMPILER = nvrtc() or (nvcc if shutil.which("nvcc") else None)
+# NVIDIA's packages exist for these alone (pyproject.toml says the same).
+INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
+
+
+def attention_variants() -> list[tuple[str, dict]]:
+    """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
+    shapes = [("bf16", 64, n, keep) for n in (50, 65, 197, 577) for keep in (0, 1)]
+    shapes += [("f16", 80, 197, 1), ("bf16", 128, 197, 0), ("float", 64, 197, 0)]
+    found = []
+    for scalar, dim, n, keep in shapes:
+        size = 4 if scalar == "float" else 2
+        forward = attention.forward_plan(n, n, dim, size)
+        backward = attention.backward_plan(n, n, dim, size, dropout=bool(keep))
+        for file, plan in (("attention_forward", forward), ("attention_backward", backward)):
+            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": keep} | plan.constants))
+    return [v for i, v in enumerate(found) if v not in found[:i]]
+
+
+def variants() -> list[tuple[str, dict]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "shared_limit", lambda: SHARED_LIMIT)
+        found = attention_variants()
+    for scalar, dim in (("bf16", 192), ("bf16", 768), ("f16", 1024), ("float", 768)):
+        found.append(("layer_norm", {"SCALAR": scalar, "DIM": dim}))
+    for scalar, vector in (("bf16", 8), ("float", 4), ("f16", 1)):
+        found.append(("columns", {"SCALAR": scalar, "VECTOR": vector, "APPROXIMATE": int(scalar == "f16")}))
+    found += [("gelu", {"SCALAR": "bf16", "APPROXIMATE": 0}), ("gelu", {"SCALAR": "float", "APPROXIMATE": 1})]
+    found += [("cross_entropy", {"SCALAR": "bf16", "SOFT": 0}), ("cross_entropy", {"SCALAR": "float", "SOFT": 1})]
+    found += [("dropout", {"SCALAR": "bf16"}), ("dropout", {"SCALAR": "float"})]
+    found += [
+        ("adamw", {"SCALAR": "float", "COPY": "bf16"}),
+        ("adamw", {"SCALAR": "bf16"}),
+        ("adamw", {"SCALAR": "float"}),
+    ]
+    return found
+
+
+def test_every_source_is_compiled():
+    assert {file for file, _ in variants()} == {path.stem for path in cuda.FOLDER.glob("*.cu")}
+
+
+VARIANTS = [pytest.param(f, c, id=f"{f}-{'-'.join(map(str, c.values()))}") for f, c in variants()]
+
+
+@pytest.mark.skipif(COMPILER is None and not INSTALLABLE, reason="no CUDA compiler can be installed here")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file, constants", VARIANTS)
+def test_compiles_without_spills(file, constants, architecture, tmp_path):
+    assert COMPILER, 'no CUDA compiler: pip install -e ".[test]" brings one'
+    options = ["-std=c++17", "-ftz=true", f"-arch={architecture}"]  # CuPy's own: small numbers of float32 become 0
+    options += [f"-D{key}={value}" for key, value in constants.items()]
+    report = COMPILER(cuda.source(file), options, tmp_path)
+    assert "warning" not in report, report
+    kernels = re.findall(r"entry function '(\w+)'", report)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert set(kernels) == set(kernel_names(cuda.source(file)))
+    assert len(frames) >= len(kernels)
+    assert all(int(spilled) == 0 for _, *pair in frames for spilled in pair), report
+
+
+def test_the_extra_brings_the_compiler_that_is_tested_here():
+    """A machine with nothing but a driver has no toolkit: what compiles here must come with the extra."""
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.match(r"[\w-]+", line)[0] for line in extras[extra]} for extra in ("test", "cuda12", "cuda13")}
+    compiler = {name for name in names["test"] if name.startswith("nvidia-")}
+    assert len(compiler) == 2 and compiler | {"nvidia-cublas"} <= names["cuda13"]
+    assert {f"{name}-cu12" for name in compiler | {"nvidia-cublas"}} <= names["cuda12"]

@@ -1,0 +1,487 @@
+"""The CUDA kernels' own sources and their Python wrappers, run on the CPU, against the reference in float64."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import array_api_compat.numpy as numpy_namespace
+import cuda_sim
+import numpy as np
+import pytest
+from cublas_sim import CuBLASLt
+from cuda_sim import SCALARS, decode, encode, error, guarded
+
+from tinyvit import nn
+from tinyvit.backend import arrays, cuda_graph, random
+from tinyvit.engine import ops
+from tinyvit.engine.tensor import Tensor, grad
+from tinyvit.execution.precision import Precision
+from tinyvit.kernels import cuda, half_precision, reference
+from tinyvit.kernels.cuda import attention, cublas, layers, linear
+
+pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
+
+TOLERANCE = {"float": 2e-6, "f16": 2e-3, "bf16": 1e-2}
+
+
+def draw(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def both(
+    folder: Path, name: str, scalar: str, inputs: list, params: dict, seed: int = 0, **machine: Any
+) -> tuple[list, list]:
+    """Results and gradients of a kernel and of the reference in float64.
+
+    Floating arrays among `inputs` and `params` are rounded to the kernel's numbers first.
+    """
+
+    def rounded(x: Any) -> Any:
+        return encode(x, scalar) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+    def exact(x: Any) -> Any:
+        return decode(rounded(x)) if isinstance(x, np.ndarray) and x.dtype.kind == "f" else x
+
+    def on_device(x: Any) -> Any:
+        return guarded(rounded(x)) if isinstance(x, np.ndarray) else x
+
+    def run(function: Callable, xp: Any, place: Callable) -> list:
+        needs = tuple(x is not None for x in inputs)
+        y, vjp = function(xp, *map(place, inputs), needs=needs, **{key: place(x) for key, x in params.items()})
+        return [np.asarray(y), *vjp(place(draw(9, y.shape)))]
+
+    expected = run(getattr(reference, name), numpy_namespace, exact)
+    with cuda_sim.device(folder, seed, **machine) as xp:
+        actual = run(layers.KERNELS[name], xp, on_device)
+    assert all(x is None or x.dtype == SCALARS[scalar] for x in actual)
+    return actual, expected
+
+
+def check(folder: Path, name: str, scalar: str, inputs: list, params: dict, **machine: Any) -> None:
+    """Values and gradients are right, and the same bits whatever order threads run in."""
+    actual, expected = both(folder, name, scalar, inputs, params, seed=0, **machine)
+    shuffled, _ = both(folder, name, scalar, inputs, params, seed=1, **machine)
+    for got, again, right in zip(actual, shuffled, expected, strict=True):
+        if right is not None:
+            assert error(decode(got), right) < TOLERANCE[scalar]
+            assert np.array_equal(got, again)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+ATTENTION = [
+    # scalar, batch, rows, heads, head dimension
+    ("bf16", 2, 1, 2, 64),
+    ("bf16", 2, 17, 2, 16),
+    ("bf16", 1, 65, 3, 64),
+    ("bf16", 1, 197, 1, 64),
+    ("bf16", 1, 65, 2, 80),
+    ("bf16", 1, 40, 1, 128),
+    ("f16", 2, 65, 1, 64),
+    ("f16", 1, 197, 2, 16),
+    ("f16", 1, 17, 3, 72),
+    ("float", 1, 65, 2, 64),
+    ("float", 2, 17, 1, 80),
+    ("float", 1, 197, 1, 16),
+    # dimensions between multiples of 8
+    ("bf16", 2, 17, 2, 12),
+    ("f16", 1, 17, 3, 65),
+    ("float", 2, 17, 1, 79),
+]
+
+
+@pytest.mark.parametrize("scalar, batch, n, heads, dim", ATTENTION)
+def test_attention(folder, scalar, batch, n, heads, dim):
+    qkv = np.random.default_rng(n + dim).standard_normal((batch, n, 3 * heads * dim))
+    check(folder, "qkv_attention", scalar, [qkv], {"num_heads": heads})
+
+
+@pytest.mark.parametrize("n, limit", [(197, 60 << 10), (96, 50 << 10)])
+def test_attention_over_several_blocks_and_portions_of_keys(folder, n, limit):
+    """More rows than a block's registers hold, and less shared memory than a block would like to have."""
+    qkv = np.random.default_rng(0).standard_normal((1, n, 3 * 2 * 64))
+    with cuda_sim.device(folder, shared_limit=limit):
+        constants, portions, _ = attention.backward_plan(n, n, 64, 2)
+        assert portions > 1
+        if n == 96:  # the last portion ends where the keys do
+            assert n == portions * 16 * constants["TILES"] * constants["WARPS"]
+        else:
+            assert attention.forward_plan(n, n, 64, 2).parts > 1
+    check(folder, "qkv_attention", "bf16", [qkv], {"num_heads": 2}, shared_limit=limit)
+
+
+@pytest.mark.parametrize("scalar, n, queries", [("bf16", 65, 1), ("float", 33, 17), ("f16", 17, 17)])
+def test_attention_of_the_first_tokens(folder, scalar, n, queries):
+    qkv = np.random.default_rng(n).standard_normal((2, n, 3 * 2 * 16))
+    check(folder, "qkv_attention", scalar, [qkv], {"num_heads": 2, "queries": queries})
+
+
+@pytest.mark.parametrize("scalar, n, queries", [("bf16", 65, None), ("float", 33, 17), ("f16", 17, 1)])
+def test_attention_with_dropout(folder, scalar, n, queries):
+    rng = np.random.default_rng(n)
+    qkv, kept = rng.standard_normal((2, n, 3 * 2 * 16)), rng.random((2, 2, queries or n, n)) > 0.3
+    params = {"num_heads": 2, "queries": queries, "keep": kept / 0.7}
+    check(folder, "qkv_attention", scalar, [qkv], params)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("scalar", SCALARS)
+def test_attention_of_large_logits(folder, scalar, negative):
+    """Up to 1e4, where all but one of a row's probabilities vanish: no overflow, no NaN."""
+    n, dim = 65, 64
+    qkv = np.random.default_rng(1).standard_normal((1, n, 3 * dim))
+    q, k = qkv[0, :, :dim], qkv[0, :, dim : 2 * dim]
+    if negative:  # all of them: what stands in for keys beyond the last must not count as 0, the largest
+        k[...] = k / 100 - q.mean(axis=0)
+        q[...] = q / 100 + q.mean(axis=0)
+    qkv[..., : 2 * dim] *= math.sqrt(1e4 * math.sqrt(dim) / np.abs(q @ k.T).max())
+    logits = q @ k.T / math.sqrt(dim)
+    assert 9.9e3 < np.abs(logits).max() < 1.01e4 and (not negative or logits.max() < -5e3)
+    actual, expected = both(folder, "qkv_attention", scalar, [qkv], {"num_heads": 1})
+    assert error(decode(actual[0]), expected[0]) < 10 * TOLERANCE[scalar]
+    # A probability near 0 or 1 is a difference of numbers near 1e4: single precision leaves three digits of it.
+    assert error(decode(actual[1]), expected[1]) < 3e-2
+
+
+def test_attention_plans_fit_every_shape():
+    """Whatever N and D are: every row has a warp, no part is empty, and no block takes more than there is."""
+    for limit, dim, itemsize in itertools.product((99 << 10, 163 << 10, 227 << 10), range(8, 129, 8), (2, 4)):
+        for n in (1, 16, 17, 50, 65, 80, 81, 112, 113, 197, 257, 577, 785, 1025, 4097):
+            with cuda_sim.device(Path(), shared_limit=limit):
+                forward = attention.forward_plan(n, n, dim, itemsize)
+                backward = attention.backward_plan(n, n, dim, itemsize)
+            assert backward or n > 1000  # a head's statistics fill the memory of a small device
+            for constants, parts, shared in filter(None, (forward, backward)):
+                rows = 16 * constants["TILES"] * constants["WARPS"]
+                assert parts * rows >= n > (parts - 1) * rows and shared <= limit
+                assert 1 <= constants["WARPS"] * constants["RESIDENT"] <= 64 and constants["WARPS"] <= 8
+
+
+# --- layer norm -------------------------------------------------------------------------------------------------------
+
+NORMS = [
+    ("bf16", (5, 7, 192)),
+    ("bf16", (20, 768)),  # several warps a row, several steps a block
+    ("bf16", (7, 1280)),  # as wide as ViT-H
+    ("f16", (13, 257)),
+    ("f16", (9, 30)),
+    ("float", (3, 100)),
+    ("float", (33, 8)),
+]
+
+
+@pytest.mark.parametrize("scalar, shape", NORMS)
+def test_layer_norm(folder, scalar, shape):
+    rng = np.random.default_rng(shape[-1])
+    x, weight, bias = rng.standard_normal(shape) + 3, rng.standard_normal(shape[-1]), rng.standard_normal(shape[-1])
+    check(folder, "layer_norm", scalar, [x, weight, bias], {"eps": 1e-6}, multiprocessors=1)
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+@pytest.mark.parametrize("missing", [None, 0, 1])
+def test_layer_norm_of_a_sum(folder, scalar, missing):
+    """Both results may have gradients, or only one of them."""
+    rng, dim = np.random.default_rng(0), 1280 if scalar == "bf16" else 100
+    arrays = [encode(rng.standard_normal(shape), scalar) for shape in ((6, dim), (6, dim), (dim,), (dim,))]
+    dys = [encode(rng.standard_normal((6, dim)), scalar) for _ in range(2)]
+    with cuda_sim.device(folder, seed=3) as xp:
+        (total, y), vjp = layers.add_layer_norm(xp, *map(guarded, arrays), eps=1e-5, needs=(True,) * 4)
+        got = vjp(*(None if i == missing else guarded(dy) for i, dy in enumerate(dys)))
+    a, b, weight, bias = map(decode, arrays)
+    right = decode(encode(a + b, scalar))  # what is normalised is the sum as it is kept
+    assert np.array_equal(decode(total), right)
+    expected, norm_vjp = reference.layer_norm(numpy_namespace, right, weight, bias, eps=1e-5, needs=(True,) * 3)
+    dtotal, dy = (0 * decode(dy) if i == missing else decode(dy) for i, dy in enumerate(dys))
+    dx, dweight, dbias = norm_vjp(dy)
+    for actual, exact in zip((y, *got), (expected, dx + dtotal, dx + dtotal, dweight, dbias), strict=True):
+        assert error(decode(actual), exact) < TOLERANCE[scalar]
+
+
+# --- linear layers and GELU -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("scalar, shape", [("bf16", (3, 5, 7)), ("f16", (16,)), ("float", (1000,)), ("bf16", ())])
+def test_gelu(folder, scalar, shape, approximate):
+    x = np.asarray(draw(3, shape) * 3)
+    check(folder, "gelu", scalar, [x], {"approximate": approximate})
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("scalar, tolerance", [("float", 1.5e-7), ("bf16", 4e-3), ("f16", 5e-4)])
+def test_gelu_everywhere(folder, scalar, tolerance, approximate):
+    """Each value by itself, also far out, where powers of x overflow."""
+    x = np.concatenate([np.linspace(-9, 9, 4001), [0.0, 1e4, -1e4, 6e4, -6e4, 1e-5, -1e-5]])
+    actual, expected = both(folder, "gelu", scalar, [x], {"approximate": approximate})
+    exact = decode(encode(x, scalar))
+    assert (np.abs(decode(actual[0]) - expected[0]) / np.maximum(np.abs(exact), 1)).max() < tolerance
+    dy = decode(encode(draw(9, x.shape), scalar))
+    assert (np.abs(decode(actual[1]) - expected[1]) / np.maximum(np.abs(dy), 1)).max() < 3 * tolerance
+
+
+LINEAR = [("float", 33, 40), ("f16", 100, 264), ("float", 7, 10), ("f16", 1, 3)]
+
+
+@pytest.mark.parametrize("scalar, rows, columns", LINEAR)
+def test_linear_and_linear_gelu(folder, scalar, rows, columns):
+    """With and without a bias; more rows than a block has, columns that end within a vector's width."""
+    rng = np.random.default_rng(columns)
+    x, weight, bias = rng.standard_normal((rows, 6)), rng.standard_normal((columns, 6)), rng.standard_normal(columns)
+    check(folder, "linear", scalar, [x, weight, bias], {})
+    check(folder, "linear", scalar, [x, weight, None], {})
+    for approximate in ("none", "tanh"):
+        check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate})
+
+
+@pytest.mark.parametrize("scalar, rows, inner, columns", [("float", 9, 5, 40), ("bf16", 33, 24, 16), ("f16", 3, 2, 7)])
+def test_products_through_cublas(folder, scalar, rows, inner, columns):
+    """Layouts, transpositions, leading dimensions and epilogues, as the library itself would read them."""
+    rng = np.random.default_rng(columns)
+    x, weight, bias = (rng.standard_normal(shape) for shape in ((2, rows, inner), (columns, inner), columns))
+    library = CuBLASLt()
+    check(folder, "linear", scalar, [x, weight, bias], {}, library=library)
+    check(folder, "linear", scalar, [x, weight, None], {}, library=library)
+    assert set(library.calls) == {"BIAS", "BGRADB", "DEFAULT"}
+    for approximate in ("none", "tanh"):
+        check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate}, library=library)
+    assert ("GELU_AUX_BIAS" in library.calls) == (scalar != "float" and columns % 8 == 0)
+
+
+@pytest.mark.parametrize("without", [("BGRADB",), ("BIAS", "GELU_AUX_BIAS"), ("DEFAULT", "BIAS", "BGRADB")])
+def test_products_without_some_epilogues(folder, without):
+    """Where cuBLASLt has no algorithm for one our own kernels, or CuPy's product, take its place."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape) for shape in ((9, 8), (16, 8), 16)]
+    library = CuBLASLt(without)
+    check(folder, "linear", "f16", inputs, {}, library=library)
+    check(folder, "linear_gelu", "f16", inputs, {"approximate": "tanh"}, library=library)
+    assert not set(without) & set(library.calls)
+
+
+def test_an_algorithm_that_is_refused_at_launch(folder):
+    """CuPy's product takes its place, from then on without asking again."""
+    rng, library = np.random.default_rng(0), CuBLASLt(refused=("BIAS", "BGRADB"))
+    x, weight, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((9, 8), (16, 8), 16))
+    with cuda_sim.device(folder, library=library) as xp, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            y, vjp = layers.KERNELS["linear"](xp, *map(guarded, (x, weight, bias)), needs=(True,) * 3)
+            gradients = vjp(guarded(y))
+    assert library.calls == ["DEFAULT", "DEFAULT"] * 3  # dW without db, dx
+    assert [("cuBLASLt refuses" in str(w.message), epilogue in str(w.message)) for w, epilogue in
+            zip(caught, ("BIAS", "BGRADB"), strict=True)] == [(True, True)] * 2  # fmt: skip
+    right = x @ weight.T + bias
+    assert np.allclose(y, right, rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(gradients, (right @ weight, right.T @ x, right.sum(axis=0)), strict=True):
+        assert np.allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scalar, alignment", [("f16", 2), ("float", 4)])
+def test_matrices_for_which_there_are_only_algorithms_of_less_alignment(folder, scalar, alignment):
+    rng, library = np.random.default_rng(0), CuBLASLt(alignment=alignment)
+    inputs = [rng.standard_normal(shape) for shape in ((9, 7), (5, 7), 5)]
+    check(folder, "linear", scalar, inputs, {}, library=library)
+    assert set(library.calls) == {"BIAS", "BGRADB", "DEFAULT"}
+
+
+def test_a_product_that_keeps_a_graph_from_being_captured_is_named(folder):
+    x, weight = (np.ones(shape, np.float32) for shape in ((9, 8), (16, 8)))
+    product = r"product of float32 \(9, 8\) and \(8, 16\)"
+    for library, reason in ((None, "no library"), (CuBLASLt(("DEFAULT",)), product)):
+        refused = pytest.raises(cuda_graph.NotCapturable, match=f"cuBLASLt's products: .*{reason}")
+        with cuda_sim.device(folder, library=library) as xp, cuda_graph.capture(), refused:
+            linear.linear(xp, x, weight, None, needs=(True, True, False))
+
+
+def test_what_cublas_misses_is_said(monkeypatch):
+    cublas._load.cache_clear()
+    monkeypatch.setitem(sys.modules, "nvmath.bindings", None)
+    monkeypatch.setattr(arrays, "is_cupy", lambda x: True)
+    try:
+        assert cublas.library() is None and "nvmath" in cublas.missing()
+        needed = r"^precision tf32 needs nvmath-python: pip install [^\n]*nvmath\.bindings"
+        with pytest.raises(ValueError, match=needed):
+            Precision("tf32", nn.Linear(2, 2))
+    finally:
+        cublas._load.cache_clear()
+
+
+def test_the_gradient_of_a_single_row(folder):
+    """Its bias's sums are not left to cuBLASLt, whose versions before 12.3.4 get them wrong."""
+    rng, library = np.random.default_rng(0), CuBLASLt()
+    check(
+        folder, "linear", "float", [rng.standard_normal(shape) for shape in ((1, 8), (16, 8), 16)], {}, library=library
+    )
+    assert "BGRADB" not in library.calls
+
+
+def test_the_stand_in_for_cublas_has_nvidias_numbers():
+    theirs = pytest.importorskip("nvmath.bindings.cublasLt")
+    for name in ("Epilogue", "MatmulDescAttribute", "MatmulPreferenceAttribute"):
+        for ours in getattr(CuBLASLt, name):
+            assert getattr(theirs, name)[ours.name] == ours
+    assert issubclass(theirs.cuBLASLtError, Exception) and theirs.matmul_heuristic_result_dtype.itemsize == 96
+    assert theirs.matmul_heuristic_result_dtype.fields["algo"][1] == 0 and theirs.ReductionScheme.COMPUTE_TYPE == 2
+    assert theirs.MatmulHeuristicResult(1).ptr % 8 == 0
+
+
+@pytest.mark.parametrize("rows, columns", [(37, 264), (5, 9)])
+def test_bias_kernels_in_bf16(folder, rows, columns):
+    """Whose matrix products NumPy cannot do: the kernels around them."""
+    rng = np.random.default_rng(rows)
+    x, bias, dy = (encode(rng.standard_normal(shape), "bf16") for shape in ((rows, columns), columns, (rows, columns)))
+    with cuda_sim.device(folder, seed=5) as xp:
+        y, sums, matrix = guarded(x), linear.partial_sums(xp, x), guarded(x)
+        linear.columns("add_bias", y, y, guarded(bias))
+        linear.columns("column_sums", matrix, matrix, sums)
+        out, dx, partial = xp.empty(x.shape, x.dtype), xp.empty(x.shape, x.dtype), linear.partial_sums(xp, x)
+        linear.columns("bias_gelu_forward", matrix, matrix, guarded(bias), out)
+        linear.columns("bias_gelu_backward", matrix, matrix, guarded(bias), guarded(dy), dx, partial)
+        (dbias,) = linear.sum_partials(xp, partial, x.dtype)
+    exact, vjp = reference.gelu(numpy_namespace, decode(x) + decode(bias), approximate="none", needs=(True,))
+    (slope,) = vjp(decode(dy))
+    assert error(decode(y), decode(x) + decode(bias)) < 1e-2
+    assert error(sums.sum(axis=0, dtype=np.float64), decode(x).sum(axis=0)) < 1e-6
+    for actual, right in ((out, exact), (dx, slope), (dbias, slope.sum(axis=0))):
+        assert error(decode(actual), right) < 1e-2
+
+
+SUMS = [
+    ("bf16", (5, 3, 16), (0,)),
+    ("bf16", (4, 7, 13), (0, 1)),
+    ("f16", (9, 1, 24), (0, 1)),
+    ("float", (40, 2, 3), (0,)),
+    ("float", (3, 4, 5), (1,)),  # the others through the library
+    ("float", (3, 4, 5), (0, 2)),
+    ("float", (3, 4), (0, 1)),
+]
+
+
+@pytest.mark.parametrize("scalar, shape, axis", SUMS)
+def test_sums(folder, scalar, shape, axis):
+    x = encode(draw(0, shape), scalar)
+    with cuda_sim.device(folder, seed=2) as xp:
+        y = layers.KERNELS["sum_in_fp32"](xp, guarded(x), axis)
+    assert y.dtype == x.dtype and error(decode(y), decode(x).sum(axis=axis)) < TOLERANCE[scalar]
+
+
+def test_gradients_of_what_was_repeated_are_sums_of_columns(folder):
+    """Those of position embeddings, class tokens and layer scales."""
+    launched = []
+    with cuda_sim.everything_on_device(folder), pytest.MonkeyPatch.context() as patch:
+        kernel = cuda.kernel
+        patch.setattr(cuda, "kernel", lambda file, name, **c: launched.append(name) or kernel(file, name, **c))
+        x = draw(0, (3, 4, 5)).astype(np.float32)
+        position, scale = (Tensor(np.ones(shape, np.float32), requires_grad=True) for shape in ((1, 4, 5), (5,)))
+        token = Tensor(np.ones((1, 1, 5), np.float32), requires_grad=True)
+        gradients = grad((x + position) * scale, [position, scale], x)
+        gradients += [grad(ops.broadcast_to(token, (3, 1, 5)), token, x[:, :1])]
+    assert launched == ["column_sums", "sum_partials"] * 3
+    right = (x.sum(axis=0, keepdims=True), (x * (x + 1)).sum(axis=(0, 1)), x[:, :1].sum(axis=0, keepdims=True))
+    for ours, expected in zip(gradients, right, strict=True):
+        assert np.allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scalar, classes", [("float", 10), ("f16", 1000), ("bf16", 33)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("soft", [False, True])
+def test_cross_entropy(folder, scalar, classes, smoothing, soft):
+    rng = np.random.default_rng(classes)
+    labels = rng.dirichlet(np.ones(classes), 5) if soft else rng.integers(0, classes, 5)
+    logits = rng.standard_normal((5, classes)) * 3
+    check(folder, "cross_entropy", scalar, [logits], {"labels": labels, "label_smoothing": smoothing})
+
+
+def test_cross_entropy_of_extreme_logits_and_of_labels_that_are_no_class(folder):
+    logits = np.array([[1e4, -1e4, 0], [-1e4, 1e4, 1e4]])
+    actual, _ = both(folder, "cross_entropy", "float", [logits], {"labels": np.array([1, 1]), "label_smoothing": 0.0})
+    dy = draw(9, ())
+    assert actual[0] == pytest.approx((2e4 + math.log(2)) / 2, rel=1e-6)
+    assert actual[1] / dy == pytest.approx(np.array([[0.5, -0.5, 0.0], [0.0, -0.25, 0.25]]), abs=1e-7)
+    for label in (3, -1, 2**32):
+        params = {"labels": np.array([label, 1]), "label_smoothing": 0.0}
+        for loss, gradient in both(folder, "cross_entropy", "float", [logits], params):
+            assert np.isnan(loss) and np.isnan(gradient[0]).all() and np.isfinite(gradient[1]).all()
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scalar, shape, samples", [("float", (3, 5), 4), ("f16", (1, 1), 7), ("bf16", (2, 24), 3)])
+@pytest.mark.parametrize("seed, step, place, first", [(0, 0, 0, 0), (7, 123456, 3, 5), (2**32 - 1, 1, 40, 1000)])
+def test_dropout_masks_are_the_hosts(folder, scalar, shape, samples, seed, step, place, first):
+    """Bit for bit, whether the step comes as a number or lies on the device."""
+    drop = 0.3
+    right = random.keep_mask(drop, samples, shape, random.Draw(seed, step, place, first))
+    assert 0 < right.sum() < right.size or right.size < 8
+    with cuda_sim.device(folder, seed=4) as xp:
+        like = xp.empty((samples, 2), SCALARS[scalar])
+        for steps in (step, guarded(np.array(step, np.int64))):
+            draw = random.Draw(seed, steps, place, first)
+            mask = layers.KERNELS["dropout_mask"](xp, like, drop=drop, shape=shape, draw=draw)
+            assert np.array_equal(mask, encode(right / (1 - drop), scalar))
+
+
+def test_dropout_masks_of_large_seeds_and_of_everything(folder):
+    with cuda_sim.device(folder) as xp:
+        like = xp.empty((4, 2), np.float32)
+        for draw, drop in (
+            (random.Draw(2**40, 1, 0, 0), 0.5),
+            (random.Draw(1, 1, 0, 0), 1.0),
+            (random.Draw(1, 1, 0, 0), 0.0),
+        ):
+            ours, right = (
+                f(numpy_namespace if f is reference.dropout_mask else xp, like, drop=drop, shape=(50,), draw=draw)
+                for f in (layers.KERNELS["dropout_mask"], reference.dropout_mask)
+            )
+            assert np.array_equal(ours, right)
+
+
+# --- around the kernels -----------------------------------------------------------------------------------------------
+
+
+def test_what_no_kernel_covers_runs_through_the_reference(folder):
+    """float64, no rows, masks, large head dimensions: the same values, without a launch."""
+    rng = np.random.default_rng(4)
+    large = rng.standard_normal((1, 2, 3 * 129)).astype(np.float32)
+    qkv, mask = rng.standard_normal((2, 5, 24)).astype(np.float32), rng.standard_normal((5, 5)) > -1
+    calls = [
+        ("qkv_attention", [qkv.astype(np.float64)], {"num_heads": 1}),
+        ("qkv_attention", [large], {"num_heads": 1}),
+        ("qkv_attention", [qkv], {"num_heads": 1, "mask": mask}),
+        ("layer_norm", [qkv[:0], qkv[0, 0], qkv[0, 1]], {"eps": 1e-6}),
+        ("gelu", [qkv[:0]], {"approximate": "none"}),
+        ("linear", [qkv.astype(np.float64), np.ones((3, 24)), None], {}),
+        ("linear_gelu", [qkv[:0], np.ones((3, 24), np.float32), np.ones(3, np.float32)], {"approximate": "none"}),
+    ]
+    with cuda_sim.device(folder):
+        for name, inputs, params in calls:
+            needs = tuple(x is not None for x in inputs)
+            y, vjp = layers.KERNELS[name](numpy_namespace, *inputs, needs=needs, **params)
+            right, right_vjp = getattr(reference, name)(numpy_namespace, *inputs, needs=needs, **params)
+            assert np.array_equal(y, right) and y.dtype == right.dtype
+            for g, expected in zip(vjp(y), right_vjp(right), strict=True):
+                assert (g is None and expected is None) or np.array_equal(g, expected)
+
+
+def test_kernels_have_their_references_signatures():
+    references = vars(reference) | vars(half_precision)
+    for name, function in layers.KERNELS.items():
+        ours, theirs = (list(inspect.signature(f).parameters) for f in (function, references[name]))
+        assert ours == theirs, name
+
+
+def test_importing_the_kernels_needs_no_cupy():
+    program = "import sys; sys.modules['cupy'] = None; import tinyvit.kernels.cuda.layers"
+    subprocess.run([sys.executable, "-c", program], check=True)

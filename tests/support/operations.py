@@ -1,0 +1,115 @@
+"""What holds of every version (reference or kernel) of every operation of arrays, for the tests that enumerate them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from drawing import (
+    LIBRARIES,
+    TOLERANCE,
+    check,
+    error,
+    host,
+    kernel_table,
+    layouts,
+    place,
+    small_blocks,
+    torch_vjp,
+    values,
+)
+from hypothesis import strategies as st
+
+from tinyvit.backend import arrays
+
+
+@dataclass
+class Example:
+    """One drawn call of an operation of arrays, in float64, and the same computation by torch."""
+
+    inputs: list[np.ndarray | None]
+    theirs: Any
+    params: dict[str, Any] = field(default_factory=dict)  # arrays among them are placed like the inputs
+    condition: float = 1.0  # by how much the function itself enlarges the rounding of its float32 inputs
+
+
+def operations(module: ModuleType) -> set[str]:
+    """The names of a module's operations."""
+    functions = {name: f for name, f in vars(module).items() if inspect.isfunction(f)}
+    return {name for name, f in functions.items() if "needs" in inspect.signature(f).parameters}
+
+
+def find_version(module: ModuleType, name: str, backend: str, version: str) -> Callable:
+    """The kernel for a library, or the reference in `module`; several results are joined along their last axis."""
+    op = (kernel_table(backend) if version == "kernel" else vars(module))[name]
+
+    def joined(xp: ModuleType, *inputs: Any, **params: Any) -> tuple[Any, Callable]:
+        result, vjp = op(xp, *inputs, **params)
+        if not isinstance(result, tuple):
+            return result, vjp
+        width = result[0].shape[-1]
+        parts = [slice(i * width, (i + 1) * width) for i in range(len(result))]
+        return xp.concat(result, axis=-1), lambda dy: vjp(*(dy[..., part] for part in parts))
+
+    return joined
+
+
+def place_params(params: dict[str, Any], backend: str, dtype: str, layout: str = "C") -> dict[str, Any]:
+    return {
+        key: place(v, backend, dtype if v.dtype.kind == "f" else v.dtype.name, layout)
+        if isinstance(v, np.ndarray)
+        else v
+        for key, v in params.items()
+    }
+
+
+def agrees_with_torch(function: Callable, example: Example, backend: str, draw: Callable) -> None:
+    """Values and gradients; what the operation saved and returned stays intact when it or its vjp runs once more."""
+    y, dy, gradients = torch_vjp(example.theirs, example.inputs, draw)
+    xp, layout, block = LIBRARIES[backend], draw(layouts), draw(st.sampled_from([None, 1, 17]))
+    for dtype in TOLERANCE:
+        inputs = [place(x, backend, dtype, layout) for x in example.inputs]
+        params = place_params(example.params, backend, dtype, layout)
+        needs = tuple(x is not None for x in inputs)
+        seed = place(dy, backend, dtype, draw(layouts))
+        with small_blocks(backend, block):
+            result, vjp = function(xp, *inputs, needs=needs, **params)
+            first = vjp(seed)
+            kept = [host(x).copy() for x in (result, *first) if x is not None]
+            again, vjp_again = function(xp, *inputs, needs=needs, **params)
+            second = vjp(seed)
+            vjp_again(seed)
+        tolerance = TOLERANCE[dtype] * (example.condition if dtype == "float32" else 1.0)
+        for got, expected in zip((result, *first), (y, *gradients), strict=True):
+            if expected is not None:
+                check(arrays.as_array(got), expected, backend, dtype, tolerance)
+        for before, once, twice in zip(
+            kept,
+            [x for x in (result, *first) if x is not None],
+            [x for x in (again, *second) if x is not None],
+            strict=True,
+        ):
+            assert np.array_equal(before, host(once)) and np.array_equal(before, host(twice))
+        for x, before in zip(inputs, example.inputs, strict=True):
+            assert x is None or np.array_equal(host(x), before.astype(dtype))
+
+
+def same_with_fewer_gradients(function: Callable, example: Example, backend: str, draw: Callable) -> None:
+    """What is returned does not depend on which gradients are wanted."""
+    inputs = [place(x, backend, "float32") for x in example.inputs]
+    params = place_params(example.params, backend, "float32")
+    some = tuple(x is not None and draw(st.booleans()) for x in inputs)
+    none, every = (False,) * len(inputs), tuple(x is not None for x in inputs)
+    results = {needs: function(LIBRARIES[backend], *inputs, needs=needs, **params) for needs in (none, some, every)}
+    y, vjp = results[every]
+    dy = place(values(draw, host(y).shape), backend, "float32")
+    full = vjp(dy)
+    for needs, (other, other_vjp) in results.items():
+        assert error(host(other), host(y)) < 1e-6
+        for wanted, g, expected in zip(needs, other_vjp(dy) if True in needs else none, full, strict=True):
+            if wanted:
+                assert error(host(g), host(expected)) < 1e-6

@@ -1,0 +1,139 @@
+"""A Vision Transformer written plainly with torch.nn, with the parameter names of ours: what it is compared with."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from reference_resnet import torch_backbone
+from torch import nn
+
+from tinyvit.models.config import ViTConfig
+from tinyvit.models.vit import VisionTransformer
+
+
+class TorchAttention(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.heads = c.num_heads
+        self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
+        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
+        )  # (B, H, N, D)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TorchMlp(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        hidden = int(c.mlp_ratio * c.embed_dim)
+        self.fc1 = nn.Linear(c.embed_dim, hidden)
+        self.act = nn.GELU(approximate="tanh" if c.act == "gelu_tanh" else "none")
+        self.fc2 = nn.Linear(hidden, c.embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Scale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gamma
+
+
+class TorchBlock(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(c.embed_dim, c.norm_eps)
+        self.attn = TorchAttention(c)
+        self.norm2 = nn.LayerNorm(c.embed_dim, c.norm_eps)
+        self.mlp = TorchMlp(c)
+        self.ls1 = nn.Identity() if c.init_values is None else Scale(c.embed_dim)
+        self.ls2 = nn.Identity() if c.init_values is None else Scale(c.embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class TorchViT(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.c, dim = c, c.embed_dim
+        for name, count in (
+            ("cls_token", c.class_token),
+            ("dist_token", c.distilled),
+            ("reg_token", c.reg_tokens),
+        ):
+            setattr(self, name, nn.Parameter(torch.zeros(1, int(count), dim)) if count else None)
+        prefix = 0 if c.no_embed_class else int(c.class_token) + int(c.distilled) + c.reg_tokens
+        self.patch_embed, features = nn.Module(), torch.zeros(1, c.in_chans, *c.image_size)
+        self.patch_embed.backbone = nn.Identity()
+        if c.resnet_layers is not None:
+            self.patch_embed.backbone = torch_backbone(c.in_chans, c.resnet_layers)
+            with torch.no_grad():
+                features = self.patch_embed.backbone(features)
+        self.patch_embed.proj = nn.Conv2d(features.shape[1], dim, c.patch_size, stride=c.patch_size)
+        rows, columns = (n // p for n, p in zip(features.shape[2:], c.patch_size, strict=True))
+        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
+        self.blocks = nn.ModuleList(TorchBlock(c) for _ in range(c.depth))
+        self.pools_first = c.global_pool == "avg" and c.fc_norm is not False
+        if self.pools_first:
+            self.fc_norm = nn.LayerNorm(dim, c.norm_eps)
+        else:
+            self.norm = nn.LayerNorm(dim, c.norm_eps)
+        if c.representation_size:
+            self.pre_logits = nn.Module()
+            self.pre_logits.fc = nn.Linear(dim, c.representation_size)
+        self.head = nn.Linear(c.representation_size or dim, c.num_classes) if c.num_classes else nn.Identity()
+        if c.distilled and c.num_classes:
+            self.head_dist = nn.Linear(dim, c.num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed.proj(self.patch_embed.backbone(images)).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        if self.c.no_embed_class:
+            x = torch.cat([*tokens, x + self.pos_embed], dim=1)
+        else:
+            x = torch.cat([*tokens, x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        if not self.pools_first:
+            x = self.norm(x)
+        pooled = x[:, 0]
+        if self.c.global_pool == "avg":
+            pooled = x[:, sum(t.shape[1] for t in tokens) :].mean(dim=1)
+        if self.pools_first:
+            pooled = self.fc_norm(pooled)
+        if self.c.representation_size:
+            pooled = torch.tanh(self.pre_logits.fc(pooled))
+        if self.c.distilled and self.c.num_classes:
+            return (self.head(pooled) + self.head_dist(x[:, 1])) / 2
+        return self.head(pooled)
+
+
+def torch_twin(model: VisionTransformer) -> TorchViT:
+    """The torch model with the same weights, in float64; loading is strict, so all names and shapes must agree."""
+    twin = TorchViT(model.config).double()
+    twin.load_state_dict({name: torch.tensor(x, dtype=torch.float64) for name, x in model.state_dict().items()})
+    return twin
+
+
+def randomise(model: VisionTransformer, seed: int = 0) -> VisionTransformer:
+    """Weights without the zeros and ones of an initialisation, behind which gradients would hide."""
+    rng = np.random.default_rng(seed)
+    for name, p in model.named_parameters():
+        noise = rng.standard_normal(p.shape)
+        if p.ndim == 1:
+            p.data = p.data + (0.2 * noise).astype(p.dtype)
+        elif "token" in name or "pos_embed" in name:
+            p.data = (0.5 * noise).astype(p.dtype)
+        else:
+            fan_in = p.size // p.shape[0]
+            p.data = (noise / fan_in**0.5).astype(p.dtype)
+    return model

@@ -1,0 +1,80 @@
+"""The rooms of the package and the one direction of its imports."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "tinyvit"
+
+# From top to bottom: a room imports from itself and from rooms below it.
+ROOMS = (
+    "__init__",  # the public names
+    "__main__",
+    "cli",
+    "training",
+    "evaluation",
+    "checkpoints",
+    "models",
+    "execution",
+    "nn",
+    "functional",
+    "optim",
+    "engine",
+    "data",
+    "kernels",
+    "backend",
+    "files",
+    "_version",
+)
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, by its name without "tinyvit."."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and parts[1:] else parts)] = path
+    return found
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that the file at `path` imports, at its top or within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [(node.module or "", alias.name) for alias in node.names]
+        else:
+            continue
+        for module, name in names:
+            if module.partition(".")[0] != "tinyvit":
+                continue
+            module = module.removeprefix("tinyvit").removeprefix(".") or "__init__"
+            submodule = name if module == "__init__" else f"{module}.{name}"
+            found.add(submodule if submodule in known else module)
+    return found
+
+
+def test_every_room_is_in_the_table():
+    assert {name.partition(".")[0] for name in modules()} == set(ROOMS)
+
+
+def test_imports_go_down():
+    known = modules()
+    upward = [
+        f"{name} imports {other}"
+        for name, path in known.items()
+        for other in imports(path, known)
+        if ROOMS.index(other.partition(".")[0]) < ROOMS.index(name.partition(".")[0])
+    ]
+    assert not upward, "\n".join(upward)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    arrows = {name: imports(path, known) - {name} for name, path in known.items()}
+    while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
+        for name in leaves:
+            del arrows[name]
+    assert not arrows, f"circles among {', '.join(sorted(arrows))}"

@@ -1,0 +1,296 @@
+"""What tinyvit needs to know of an array whatever library it belongs to: its namespace, dtype and place."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import array_api_compat
+import array_api_compat.numpy as numpy_namespace
+import numpy as np
+
+from tinyvit.backend import cuda_graph
+
+Array = Any
+
+
+def is_array(x: object) -> bool:
+    return type(x) is np.ndarray or (not isinstance(x, np.generic) and array_api_compat.is_array_api_obj(x))
+
+
+def namespace(x: Array) -> Any:
+    """The array-API namespace that `x` belongs to."""
+    if type(x) is np.ndarray:
+        return numpy_namespace
+    return array_api_compat.array_namespace(x)
+
+
+def is_floating(x: Array) -> bool:
+    dtype = x.dtype
+    if isinstance(dtype, np.dtype):  # NumPy's and CuPy's arrays; to both, bfloat16 is a foreign dtype of kind "V"
+        return dtype.kind == "f" or dtype.name == "bfloat16"
+    return namespace(x).isdtype(dtype, "real floating")
+
+
+def is_half(x: Array) -> bool:
+    """Whether `x` holds float16 or bfloat16."""
+    dtype = x.dtype
+    if isinstance(dtype, np.dtype):
+        return dtype.itemsize == 2 and dtype.name in ("float16", "bfloat16")
+    return str(dtype).rpartition(".")[2] in ("float16", "bfloat16")
+
+
+def common_namespace(name: str, values: list[Any]) -> Any:
+    """The one namespace of all arrays among `values`, whose dtypes must agree; numbers and None go with any.
+
+    Raises:
+        TypeError: no array, arrays of two libraries or two dtypes, or a fraction where the arrays hold integers.
+    """
+    first = None
+    fractional = False
+    for i, v in enumerate(values):
+        if type(v) is not np.ndarray:
+            if v is None:
+                continue
+            if isinstance(v, (bool, int, float, np.generic)):
+                if isinstance(v, np.generic):
+                    values[i] = v = v.item()  # a np.float64 scalar would turn float32 arrays into float64
+                elif type(v) not in (bool, int, float):
+                    values[i] = v = float(v)
+                fractional = fractional or isinstance(v, float)
+                continue
+            if not is_array(v):
+                raise TypeError(f"{name} expects arrays or numbers, got {type(v).__name__}")
+        if first is None:
+            first = v
+        elif type(v) is not type(first) and namespace(v) is not namespace(first):
+            libraries = " and ".join(type(a).__module__.partition(".")[0] for a in (first, v))
+            raise TypeError(f"{name} expects arrays of one library, got {libraries}")
+        elif v.dtype != first.dtype:
+            raise TypeError(f"{name} expects arrays of one dtype, got {first.dtype} and {v.dtype}; use astype")
+    if first is None:
+        raise TypeError(f"{name} expects at least one array")
+    if fractional and not is_floating(first):
+        raise TypeError(f"{name} expects whole numbers beside {first.dtype} arrays; use astype")
+    return namespace(first)
+
+
+def to_numpy(x: Array) -> np.ndarray:
+    """`x` as a NumPy array on the host."""
+    if type(x) is np.ndarray:
+        return x
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    if array_api_compat.is_torch_array(x):
+        x = x.detach().cpu()
+    return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
+
+
+def reading(x: Array) -> Callable[[], np.ndarray]:
+    """Start to bring `x` to the host. What is given waits for that alone, not for later work, and gives a NumPy array.
+
+    It must be called: memory of the host is written to until then.
+    """
+    if not is_cupy(x) or not x.size:
+        return functools.partial(to_numpy, x)
+    import cupy
+    import cupyx
+
+    host = cupyx.empty_pinned(x.shape, x.dtype)
+    x.get(out=host, blocking=False)
+    copied = cupy.cuda.get_current_stream().record()
+
+    def read() -> np.ndarray:
+        copied.synchronize()
+        return host
+
+    return read
+
+
+def convert(x: Array, like: Array) -> Array:
+    """`x` in the library and on the device of `like`, with its own dtype."""
+    if type(x) is type(like):
+        if type(x) is np.ndarray:
+            return x
+        device = array_api_compat.device(like)
+        return x if array_api_compat.device(x) == device else array_api_compat.to_device(x, device)
+    if cuda_graph.capturing():
+        raise cuda_graph.NotCapturable(f"an array {tuple(x.shape)} would be copied to the device each time")
+    return namespace(like).asarray(to_numpy(x), device=array_api_compat.device(like))
+
+
+def as_array(x: Array) -> Array:
+    """`x`, or if it is one of the scalars into which NumPy turns arrays without dimensions, such an array again."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
+
+
+def astype(x: Array, dtype: Any) -> Array:
+    """`x` with another dtype, given as a name, a NumPy dtype or the library's own; `x` itself if it has it."""
+    xp = namespace(x)
+    return xp.astype(x, resolve_dtype(xp, dtype), copy=False)
+
+
+def dtype_name(dtype: Any) -> str:
+    """The standard's name of a dtype, e.g. "float32", whichever library spells it."""
+    if dtype is None or isinstance(dtype, str):  # for NumPy, None is float64
+        return str(dtype)
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return str(dtype).rpartition(".")[2]
+
+
+def resolve_dtype(xp: Any, dtype: Any) -> Any:
+    """A dtype of the library `xp`, given as a name, a NumPy dtype or the library's own. Raises TypeError."""
+    name = dtype_name(dtype)
+    try:
+        return getattr(xp, name)
+    except AttributeError:
+        if name == "bfloat16" and xp.__name__ in ("array_api_compat.numpy", "array_api_compat.cupy"):
+            return _bfloat16()
+        raise TypeError(f"unknown dtype {dtype!r}") from None
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise TypeError("bfloat16 needs ml_dtypes: pip install ml_dtypes (cuda12 and cuda13 bring it)") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def owns_memory(x: Array) -> bool:
+    """Whether writing into `x` certainly changes no other array."""
+    return getattr(x, "base", x) is None
+
+
+def is_view_of(x: Array, y: Array) -> bool:
+    """Whether `x` looks into the memory of `y`, as far as the library tells: NumPy and CuPy name an array's base."""
+    base = getattr(x, "base", None)
+    return base is not None and (base is y or base is getattr(y, "base", None))
+
+
+def on_host(x: Array) -> bool:
+    """Whether looking at values of `x` costs nothing: a NumPy array, not a device's."""
+    return type(x) is np.ndarray
+
+
+def is_cupy(x: Array) -> bool:
+    return array_api_compat.is_cupy_array(x)
+
+
+def device(x: Array) -> Any:
+    """Where `x` lives, in the words of its library."""
+    return array_api_compat.device(x)
+
+
+def device_name(x: Array) -> Any:
+    """What `mover` knows the place of `x` by: "cpu", "cuda:N" or the namespace of another library."""
+    if on_host(x):
+        return "cpu"
+    return f"cuda:{x.device.id}" if is_cupy(x) else namespace(x)
+
+
+def on_device_of(x: Array) -> AbstractContextManager:
+    """The context in which CuPy works on the device of `x`: by itself it takes the current one."""
+    return x.device if array_api_compat.is_cupy_array(x) else contextlib.nullcontext()
+
+
+def mover(target: Any) -> Callable[[Array], Array]:
+    """The function that takes an array to `target`.
+
+    Args:
+        target: "cpu" (NumPy), "cuda" or "cuda:1" (CuPy), an array-API namespace module, or a floating dtype.
+
+    Raises:
+        RuntimeError: CuPy, its driver or a GPU is missing.
+        ValueError: none of those.
+    """
+    if target == "cpu":
+        return to_numpy
+    if isinstance(target, str) and target.split(":")[0] == "cuda":
+        return _to_cuda(target)
+    if isinstance(target, ModuleType):
+        return lambda x: x if namespace(x) is target else target.asarray(to_numpy(x))
+    if dtype_name(target) not in ("float16", "float32", "float64", "bfloat16"):
+        raise ValueError(
+            f'expected "cpu", "cuda", "cuda:N", an array-API namespace or a floating dtype, got {target!r}'
+        )
+    return lambda x: astype(x, target)
+
+
+def free_memory(device: Any) -> float:
+    """Bytes that are free on a device, named as for `mover`; infinite where its library does not tell."""
+    if not (isinstance(device, str) and device.startswith("cuda")):
+        return math.inf
+    gpu_count(device)  # says what is missing, if anything is
+    import cupy
+
+    with cupy.cuda.Device(_number(device)):
+        return cupy.cuda.runtime.memGetInfo()[0]
+
+
+def _number(target: str) -> int:
+    """The GPU that "cuda" or "cuda:N" names."""
+    number = target.partition(":")[2] if ":" in target else "0"
+    if not number.isdecimal():
+        raise ValueError(f'expected "cuda" or "cuda:N", got {target!r}')
+    return int(number)
+
+
+def _to_cuda(target: str) -> Callable[[Array], Array]:
+    number = _number(target)
+    count = gpu_count(f"device {target}")
+    if number >= count:
+        there = "is one GPU, cuda:0" if count == 1 else f"are {count} GPUs, cuda:0 to cuda:{count - 1}"
+        raise RuntimeError(f"device {target} does not exist: there {there}")
+    import cupy
+
+    def move(x: Array) -> Array:
+        with cupy.cuda.Device(number):
+            return cupy.asarray(x if is_cupy(x) else to_numpy(x))
+
+    return move
+
+
+def gpu_count(wanted: str) -> int:
+    """How many GPUs CuPy finds, at least one. Raises RuntimeError: why `wanted` cannot be had, in one line."""
+    bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise RuntimeError(f"{wanted} needs CuPy, which misses {error.name}: {bring}") from None
+        raise RuntimeError(f"{wanted} needs CuPy: {bring} (the CUDA version of the driver)") from None
+    except Exception as error:  # CuPy is installed, but not what it is built for
+        raise RuntimeError(f"{wanted} needs CuPy, which cannot be imported ({_one_line(error)}): {bring}") from None
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        if not driver:
+            problem = f"there is no NVIDIA driver ({_one_line(error)})"
+        elif driver // 1000 < needed // 1000:
+            known, made_for = cuda_version(driver), cuda_version(needed)
+            problem = f"the driver knows CUDA {known}, CuPy is made for {made_for}: {bring}, whichever fits"
+        else:
+            problem = f"CuPy finds no GPU ({_one_line(error)})"
+        raise RuntimeError(f"{wanted} cannot be used: {problem}") from None
+    if not count:
+        raise RuntimeError(f"{wanted} cannot be used: the driver finds no GPU")
+    return count
+
+
+def cuda_version(number: int) -> str:
+    """12090 -> "12.9"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

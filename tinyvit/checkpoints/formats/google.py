@@ -1,0 +1,174 @@
+"""Google's .npz files: the paper's models, those of AugReg (Steiner et al. 2021, arXiv:2106.10270), and big_vision's.
+
+The layout is that of github.com/google-research/vision_transformer: Flax kernels are (in, out), those of attention
+are split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w). A hybrid's
+ResNet runs with timm's epsilons (`tinyvit.resnet`), as all models here run with timm's GELU.
+
+github.com/google-research/big_vision writes the same under other names, perhaps all blocks in one array, with position
+embeddings for the patches alone; without a class token it takes the mean of the normalised tokens ("gap"), and without
+position embeddings in the file it has sines and cosines (Beyer et al. 2022, arXiv:2205.01580).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+
+import numpy as np
+
+from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
+from tinyvit.checkpoints.formats.common import mlp_ratio, names_of_classes, pack_qkv, renamed, resnet_layers, stem
+from tinyvit.checkpoints.readers.common import reason
+from tinyvit.checkpoints.readers.sources import Source
+from tinyvit.models import resnet
+from tinyvit.models.config import ViTConfig
+from tinyvit.models.preprocessing import Preprocessing
+from tinyvit.models.vit import sincos2d
+
+PREFIX = re.compile(r"^(opt/target/|params/(img/)?)")  # in files saved with their optimizer, and in big_vision's
+PATCHES = "embedding/kernel"
+NAMES = {  # theirs and ours
+    "cls": "cls_token",
+    "embedding": "patch_embed.proj",
+    "Transformer/posembed_input/pos_embedding": "pos_embed",
+    "pos_embedding": "pos_embed",
+    "Transformer/encoder_norm": "norm",
+    "pre_logits": "pre_logits.fc",
+    "head": "head",
+}
+BLOCK = {  # the same within a block
+    "LayerNorm_0": "norm1",
+    "MultiHeadDotProductAttention_1/query": "attn.query",
+    "MultiHeadDotProductAttention_1/key": "attn.key",
+    "MultiHeadDotProductAttention_1/value": "attn.value",
+    "MultiHeadDotProductAttention_1/out": "attn.proj",
+    "LayerNorm_2": "norm2",
+    "MlpBlock_3/Dense_0": "mlp.fc1",
+    "MlpBlock_3/Dense_1": "mlp.fc2",
+    "MultiHeadDotProductAttention_0/query": "attn.query",  # from here on: big_vision's
+    "MultiHeadDotProductAttention_0/key": "attn.key",
+    "MultiHeadDotProductAttention_0/value": "attn.value",
+    "MultiHeadDotProductAttention_0/out": "attn.proj",
+    "LayerNorm_1": "norm2",
+    "MlpBlock_0/Dense_0": "mlp.fc1",
+    "MlpBlock_0/Dense_1": "mlp.fc2",
+}
+STACKED = "Transformer/encoderblock/"  # before the names of arrays that hold all blocks
+RESNET = {  # the same before the patches
+    "conv_root": "stem.conv",
+    "gn_root": "stem.norm",
+    "conv_proj": "downsample.conv",
+    "gn_proj": "downsample.norm",
+    **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
+    **{f"gn{i}": f"norm{i}" for i in (1, 2, 3)},
+}
+KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def recognises(names: Collection[str]) -> bool:
+    return any(PREFIX.sub("", name) == PATCHES for name in names)
+
+
+def read(source: Source) -> Checkpoint:
+    """The model of an .npz file; its config follows from names and shapes. Raises CheckpointError."""
+    if found := next((name for name in source.arrays if "MAPHead_" in name), None):
+        raise CheckpointError(f"{source.path}: the model has attention pooling ({found}), which is not supported")
+    unstack(source)
+    state = renamed(source, our_name)
+    if resnet_layers(state) == ():  # a stem without stages has no name of its own
+        state = {name.replace(".backbone.stem.", ".backbone."): array for name, array in state.items()}
+    try:
+        config = read_config(state, source)
+        for name in state:
+            state[name] = ours(name, state[name])
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
+        raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
+    pack_qkv(state)
+    crop = {"crop_pct": 1.0, "crop_mode": "squash"}
+    if config.pos_embed == "sincos2d":
+        state["pos_embed"] = sincos2d(config.grid_size, config.embed_dim, config.num_patches)
+        crop = {"crop_pct": 0.875, "crop_mode": "center"}
+    return Checkpoint(
+        path=source.path,
+        config=config,
+        state=state,
+        class_names=names_of_classes((), config.num_classes),
+        preprocessing=Preprocessing((0.5,) * 3, (0.5,) * 3, interpolation="bilinear", **crop),
+    )
+
+
+def unstack(source: Source) -> None:
+    """Give each block an array of its own where one holds all blocks' along its first axis."""
+    for name in [name for name in source.arrays if PREFIX.sub("", name).startswith(STACKED)]:
+        for i, array in enumerate(source.arrays.pop(name)):
+            source.arrays[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = array
+
+
+def our_name(name: str) -> str:
+    """Our name of a weight, or the name as it is when we have none."""
+    theirs = PREFIX.sub("", name)
+    if theirs in NAMES:
+        return NAMES[theirs]
+    module, _, kind = theirs.rpartition("/")
+    block = re.fullmatch(r"Transformer/encoderblock_(\d+)/(.+)", module)
+    if block and block[2] in BLOCK and kind in KINDS:
+        return f"blocks.{block[1]}.{BLOCK[block[2]]}.{KINDS[kind]}"
+    unit = re.fullmatch(r"(?:block([1-9]\d*)/unit([1-9]\d*)/)?(\w+)", module)
+    if unit and unit[3] in RESNET and kind in KINDS and (unit[1] is None) == unit[3].endswith("_root"):
+        place = f"stages.{int(unit[1]) - 1}.blocks.{int(unit[2]) - 1}." if unit[1] else ""
+        return f"patch_embed.backbone.{place}{RESNET[unit[3]]}.{KINDS[kind]}"
+    return f"{NAMES[module]}.{KINDS[kind]}" if module in NAMES and kind in KINDS else name
+
+
+def read_config(state: dict[str, np.ndarray], source: Source) -> ViTConfig:
+    """The config that the still untransposed weights have. Raises KeyError, IndexError, TypeError or ValueError."""
+    height, width, in_chans, embed_dim = state["patch_embed.proj.weight"].shape
+    layers, stride = resnet_layers(state), 1
+    if layers is not None:
+        in_chans, stride = stem(state).shape[2], resnet.stride(layers)
+    token = "cls_token" in state
+    if token or "pos_embed" in state:
+        side, no_embed_class = find_grid(state["pos_embed"].shape[1], token)
+        grid = dict(image_size=(side * height * stride, side * width * stride), no_embed_class=no_embed_class)
+    else:
+        grid = dict(image_size=source.hints.get("image_size", 224), pos_embed="sincos2d")
+    return ViTConfig(
+        **grid,
+        class_token=token,
+        global_pool="token" if token else "avg",
+        fc_norm=None if token else False,
+        patch_size=(height, width),
+        resnet_layers=layers,
+        in_chans=in_chans,
+        num_classes=len(state["head.bias"]) if "head.bias" in state else 0,
+        embed_dim=embed_dim,
+        depth=1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=0),
+        num_heads=state["blocks.0.attn.query.weight"].shape[1],
+        mlp_ratio=mlp_ratio(state["blocks.0.mlp.fc1.weight"].shape[1], embed_dim),
+        representation_size=len(state["pre_logits.fc.bias"]) if "pre_logits.fc.bias" in state else None,
+    )
+
+
+def find_grid(embedded: int, token: bool) -> tuple[int, bool]:
+    """The side of a square of patches, and whether a class token has no position embedding. Raises ValueError."""
+    for prefix in (1, 0) if token else (0,):
+        side = math.isqrt(max(embedded - prefix, 0))
+        if side and side * side == embedded - prefix:
+            return side, token and not prefix
+    tokens = "patches and a class token" if token else "patches"
+    raise ValueError(f"{embedded} position embeddings do not fit a square of {tokens}")
+
+
+def ours(name: str, array: np.ndarray) -> np.ndarray:
+    """An array in our layout."""
+    if re.search(r"^patch_embed\..*norm\d?\.", name):  # some are (1, 1, 1, C)
+        return array.reshape(-1)
+    if name.startswith("patch_embed.") and name.endswith("weight"):
+        return array.transpose(3, 2, 0, 1)
+    if re.search(r"attn\.(query|key|value)\.", name):
+        return array.reshape(len(array), -1).T if name.endswith("weight") else array.reshape(-1)
+    if name.endswith("attn.proj.weight"):
+        return array.reshape(-1, array.shape[-1]).T
+    return array.T if name.endswith("weight") else array

@@ -1,0 +1,325 @@
+"""timm's ViT, DeiT and hybrids: state dicts in .safetensors and .pth files, and hub directories. Their names are ours.
+
+A state dict alone says nearly everything by its names and shapes; what it cannot say is taken from config.json in a
+hub directory, from a model's name in the file name, or from what timm does by default.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
+from tinyvit.checkpoints.formats import native
+from tinyvit.checkpoints.formats.common import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    mlp_ratio,
+    names_of_classes,
+    renamed,
+    resnet_layers,
+    stem,
+    write_directory,
+)
+from tinyvit.checkpoints.readers.common import reason
+from tinyvit.checkpoints.readers.sources import CONFIG, Source
+from tinyvit.models import registry, resnet
+from tinyvit.models.config import ViTConfig
+from tinyvit.models.preprocessing import Preprocessing
+
+PATCHES = "patch_embed.proj.weight"
+HEAD_WIDTH = 64  # of an attention head in nearly all published models
+NAMED_HEADS = (  # what a model's name says, its width, and its heads where they are not HEAD_WIDTH wide
+    ("giant_", 1408, 16),  # Zhai et al. 2021, arXiv:2106.04560, table 2
+    ("gigantic_", 1664, 16),
+    ("so400m_", 1152, 16),
+    ("giantopt_", 1536, 16),
+    ("base_patch16_gap_", 768, 16),
+)
+# Models to which timm gives the tanh GELU by their names alone.
+TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_gap_512")
+LAYER_SCALE = 1e-5  # its usual start value
+NORM_EPS = 1e-6
+FOREIGN = {  # parts of timm's other models, and what they are
+    "norm_pre.": "a layer norm before the blocks",
+    "attn_pool.": "attention pooling",
+    "rel_pos": "relative positions",
+    "relative_position": "relative positions",
+    "attn.q_norm.": "normalised queries and keys",
+    "attn.q_bias": "separate biases of queries and values",
+    "attn.norm.": "a layer norm within attention",
+    "mlp.norm.": "a layer norm within the MLP",
+    "mlp.w12.": "a gated MLP",
+    "mlp.fc1_g.": "a gated MLP",
+    "decoder_": "a decoder",
+}
+RESNET = re.compile(  # the parts of the ResNet that ours is, with stages or without
+    r"patch_embed\.backbone\.((stem\.)?(conv|norm)|stages\.\d+\.blocks\.\d+\.(downsample\.(conv|norm)|(conv|norm)[123]))\.\w+"
+)
+# The stages of blocks that timm has models with, and one of those models each: it takes all but these from model_args.
+HYBRIDS = {
+    layers: name
+    for name in reversed(registry.list_models())
+    if (layers := registry.model_config(name).resnet_layers) is not None
+}
+IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+
+
+def recognises(names: Collection[str]) -> bool:
+    return PATCHES in names or any(re.match(r"blocks\.\d+\.", name) for name in names)
+
+
+def read(source: Source) -> Checkpoint:
+    """The model of a state dict. Raises CheckpointError."""
+    state = renamed(source, our_name)
+    card = read_card(source.config)
+    name = str(source.config.get("architecture", source.path.name))
+    if part := foreign(state, name):
+        raise CheckpointError(f"{source.path}: the model has {part}, which is not supported")
+    try:
+        config = read_config(state, card, name, source)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
+        raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
+    return Checkpoint(
+        path=source.path,
+        config=config,
+        state=state,
+        class_names=names_of_classes(labels(card), config.num_classes),
+        preprocessing=read_preprocessing(source.path, card, name, config),
+    )
+
+
+def our_name(name: str) -> str:
+    """Our name: layer scale of DeiT III (gamma_1) is called ls1.gamma since."""
+    return re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+
+
+def foreign(state: dict[str, np.ndarray], name: str) -> str | None:
+    """A part of the model that ours do not have."""
+    for part, what in FOREIGN.items():
+        if found := next((key for key in state if key.startswith(part) or f".{part}" in key), None):
+            return f"{what} ({found})"
+    if found := next((key for key in state if "patch_embed.backbone." in key and not RESNET.fullmatch(key)), None):
+        return f"a convolutional stem of another kind ({found})"
+    if "_rpn_" in name:
+        return "its norms behind attention and MLP (rpn)"
+    if "norm.weight" in state and "fc_norm.weight" in state:
+        return "layer norms before and after pooling (norm, fc_norm)"
+    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight", np.empty(0)) for i in (1, 2))
+    if first.ndim == second.ndim == 2 and len(first) == 2 * second.shape[1]:
+        return "a gated MLP (blocks.0.mlp.fc1 is twice as wide as fc2)"
+    return None
+
+
+def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A hub directory's config.json with its parts in one: the pretrained_cfg, the model_args and the top level.
+
+    In older ones, all stands at the top level.
+    """
+    parts = [config.get(key) for key in ("pretrained_cfg", "model_args")]
+    return {k: v for part in (*parts, config) if isinstance(part, dict) for k, v in part.items() if v is not None}
+
+
+def labels(card: dict[str, Any]) -> tuple[str, ...]:
+    """The class names: label_names, or what label_descriptions calls them."""
+    names, described = card.get("label_names"), card.get("label_descriptions")
+    described = described if isinstance(described, dict) else {}
+    return tuple(str(described.get(name, name)) for name in names) if isinstance(names, list) else ()
+
+
+def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, source: Source) -> ViTConfig:
+    """The config of the model. Raises KeyError, IndexError, TypeError or ValueError."""
+    embed_dim, in_chans, *patch = state[PATCHES].shape
+    layers, stride = resnet_layers(state), 1
+    if layers is not None:
+        in_chans, stride = stem(state).shape[1], resnet.stride(layers)
+    blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+    after = "fc_norm.weight" in state
+    told = card.get("fc_norm") is False and card.get("global_pool") == "avg"
+    mean = after or told or "cls_token" not in state
+    pooling = "avg" if mean else "token"
+    if card.get("global_pool", "") not in ("", pooling):
+        raise ValueError(f"global_pool is {card['global_pool']!r}, but the norm is that of {pooling!r}")
+    act = card.get("act_layer", "gelu_tanh" if TANH_NAMES.search(name) else "gelu")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act_layer is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    pre_logits = state.get("pre_logits.fc.weight")
+    fields: dict[str, Any] = dict(
+        patch_size=tuple(patch),
+        resnet_layers=layers,
+        in_chans=in_chans,
+        num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
+        embed_dim=embed_dim,
+        depth=max(blocks, default=0) + 1,
+        num_heads=count_heads(source, card, name, embed_dim),
+        mlp_ratio=mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), embed_dim),
+        qkv_bias=any(key.endswith("attn.qkv.bias") for key in state),
+        class_token="cls_token" in state,
+        reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
+        distilled="dist_token" in state,
+        global_pool=pooling,
+        fc_norm=False if mean and not after else None,
+        act=ACTIVATIONS[act],
+        norm_eps=card.get("norm_eps", NORM_EPS),  # timm itself cannot say
+        init_values=LAYER_SCALE if any(key.endswith(".gamma") for key in state) else None,
+        representation_size=None if pre_logits is None else len(pre_logits),
+    )
+    prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
+    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), stride, image_sizes(card, name), source)
+    return ViTConfig(**fields, **grid)
+
+
+def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int) -> int:
+    """How many heads: from the config, else from a model's name (or size) in `name`, else from the width, warned of."""
+    if "num_heads" in card:
+        return card["num_heads"]
+    for part, width, heads in NAMED_HEADS:
+        if part in name and width == embed_dim:
+            return heads
+    models = registry.list_models()
+    by_name = [model for model in models if model in name]
+    by_size = [model for model in models if re.search(rf"(?<![a-z]){model.split('_')[1]}(?![a-z])", name)]
+    for config in map(registry.model_config, by_name + by_size):
+        if config.embed_dim == embed_dim:
+            return config.num_heads
+    heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
+    if "num_heads" not in source.hints:
+        warnings.warn(
+            f"{source.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads",
+            stacklevel=2,
+        )
+    return heads
+
+
+def find_grid(
+    embedded: int, prefix: int, patch: tuple[int, int], stride: int, told: list[tuple[int, int]], source: Source
+) -> dict[str, Any]:
+    """image_size and no_embed_class for `embedded` position embeddings, of patches alone or with `prefix` other tokens.
+
+    A size told of is preferred, then a square of patches. `stride` is that of the ResNet before the patches, 1 without.
+    Raises ValueError when nothing fits.
+    """
+
+    def square(patches: int) -> tuple[int, int]:
+        side = math.isqrt(max(patches, 0)) * stride
+        return side * patch[0], side * patch[1]
+
+    tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in told]
+    tries += [(square(embedded - prefix), False), *((size, False) for size in pairs(source.hints.get("image_size")))]
+    for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
+        features = -(-height // stride), -(-width // stride)  # rounded up
+        rows, columns = features[0] // patch[0], features[1] // patch[1]
+        count = rows * columns + (0 if no_embed_class else prefix)
+        if rows and count == embedded and (rows * patch[0], columns * patch[1]) == features:
+            if no_embed_class and prefix and (height, width) not in told:
+                taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
+                warnings.warn(f"{source.path}: {taken}: give image_size if that is wrong", stacklevel=2)
+            return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
+    raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
+
+
+def image_sizes(card: dict[str, Any], name: str) -> list[tuple[int, int]]:
+    """Image sizes that the config and the name tell of."""
+    in_name = map(int, re.findall(r"(?:patch|_[sp])\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
+    return pairs(card.get("img_size"), (card.get("input_size") or [None])[1:], *in_name)
+
+
+def pairs(*sizes: Any) -> list[tuple[int, int]]:
+    """Sizes as (height, width), without those that are None or of another form."""
+    both = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
+    return [pair for pair in both if len(pair) == 2]
+
+
+def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTConfig) -> Preprocessing:
+    """What the config says, else timm's usual values. Raises CheckpointError."""
+    imagenet = config.distilled or IMAGENET_FAMILIES.search(name)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.5,) * config.in_chans,) * 2
+    try:
+        return Preprocessing(
+            mean=tuple(map(float, card.get("mean", mean))),
+            std=tuple(map(float, card.get("std", std))),
+            crop_pct=float(card.get("crop_pct", 0.9 if max(config.image_size) < 384 else 1.0)),
+            crop_mode=str(card.get("crop_mode", "center")),
+            interpolation=str(card.get("interpolation", "bicubic")),
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its {CONFIG} cannot be followed: {reason(error)}") from None
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def write(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a hub directory, or with a name ending in .safetensors the state dict in one file.
+
+    `timm.create_model("local-dir:PATH", pretrained=True)` opens the directory. Raises CheckpointError for a part that
+    timm's models do not have; warns of an epsilon that they do not take.
+    """
+    config = checkpoint.config
+    if config.representation_size:
+        raise CheckpointError(f"{path}: timm's models have no layer between pooling and head (pre_logits)")
+    if config.norm_eps != NORM_EPS:
+        warnings.warn(f"timm's layer norms have epsilon {NORM_EPS:g}, this model's {config.norm_eps:g}", stacklevel=2)
+    if path.suffix == ".safetensors":
+        native.write(checkpoint, path)  # our names are timm's; what they cannot say goes into metadata, for us alone
+    elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
+        stages = f"stages of {config.resnet_layers} blocks before its patches"
+        what = "a distilled hybrid" if config.distilled else stages
+        raise CheckpointError(f"{path}: timm has no model with {what}; write a .safetensors file")
+    else:
+        write_directory(path, checkpoint.state, {CONFIG: json.dumps(write_card(checkpoint), indent=2)})
+
+
+def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A hub directory's config.json. model_args makes any architecture the model at hand."""
+    from tinyvit.data.image import usual_crop
+
+    c, p = checkpoint.config, checkpoint.preprocessing
+    hybrid = c.resnet_layers is not None
+    architecture = HYBRIDS[c.resnet_layers] if hybrid else "vit_base_patch16_224"
+    first = f"patch_embed.{'backbone.stem.conv' if c.resnet_layers else 'backbone.conv' if hybrid else 'proj'}"
+    model_args = {
+        "img_size": list(c.image_size),
+        "patch_size": list(c.patch_size),
+        "in_chans": c.in_chans,
+        "embed_dim": c.embed_dim,
+        "depth": c.depth,
+        "num_heads": c.num_heads,
+        "mlp_ratio": c.mlp_ratio,
+        "qkv_bias": c.qkv_bias,
+        "class_token": c.class_token,
+        "global_pool": c.global_pool,
+        "act_layer": c.act,
+        "no_embed_class": c.no_embed_class,
+        "reg_tokens": c.reg_tokens,
+    }
+    model_args |= {name: getattr(c, name) for name in ("init_values", "fc_norm") if getattr(c, name) is not None}
+    return {
+        "architecture": "deit_base_distilled_patch16_224" if c.distilled else architecture,
+        "num_classes": c.num_classes,
+        "num_features": c.embed_dim,
+        "global_pool": c.global_pool,
+        "model_args": model_args,
+        "norm_eps": c.norm_eps,
+        "label_names": list(checkpoint.class_names),
+        "pretrained_cfg": {
+            "input_size": [c.in_chans, *c.image_size],
+            "mean": list(p.mean),
+            "std": list(p.std),
+            "crop_pct": usual_crop(c.image_size) if p.crop_pct is None else p.crop_pct,
+            "crop_mode": p.crop_mode,
+            "interpolation": p.interpolation,
+            "num_classes": c.num_classes,
+            "first_conv": first,
+            "classifier": ["head", "head_dist"] if c.distilled else "head",
+        },
+    }

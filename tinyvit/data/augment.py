@@ -1,0 +1,170 @@
+"""Transforms of a whole batch of images: arrays in, arrays out, of any array-API library.
+
+Random decisions are drawn on the host from an explicit NumPy generator, a few numbers per image; the pixels move by
+integer gathers and arithmetic on whole batches, wherever the batch lives. So every library gives the same images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from array_api_compat import array_namespace, device
+
+Array = Any
+
+
+def _like(values: np.ndarray, images: Array) -> Array:
+    """`values` as an array of the library and on the device of `images`."""
+    return array_namespace(images).asarray(values, device=device(images))
+
+
+def _per_image(values: np.ndarray, images: Array) -> Array:
+    """(B,) as (B, 1, 1, 1)."""
+    return _like(values[:, None, None, None], images)
+
+
+def _count(length: int, images: Array) -> Array:
+    """0, 1, … beside `images`."""
+    return array_namespace(images).arange(length, device=device(images))
+
+
+def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """uint8 (B, C, H, W) in 0..255 -> float32 (pixel / 255 - mean) / std; `mean`, `std` per channel in 0..1."""
+    xp = array_namespace(images)
+    scale = 1 / (255 * np.asarray(std, dtype=np.float64))
+    shift = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
+    scale, shift = (_like(v.astype(np.float32)[:, None, None], images) for v in (scale, shift))
+    return xp.astype(images, xp.float32) * scale + shift
+
+
+def flip(images: Array, rng: np.random.Generator) -> Array:
+    """Mirror each image of (B, C, H, W) left to right with probability one half."""
+    xp = array_namespace(images)
+    return xp.where(_per_image(rng.random(images.shape[0]) < 0.5, images), xp.flip(images, axis=3), images)
+
+
+def pad_and_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
+    """Cut each image of (B, C, H, W) at a random place out of itself padded by reflection with `padding` pixels."""
+    if padding >= min(images.shape[2:]):
+        raise ValueError(f"padding {padding} given, expected less than the image's {min(images.shape[2:])} pixels")
+    batch, channels, height, width = images.shape
+
+    xp = array_namespace(images)
+
+    def places(length: int) -> Array:  # source of each row or column: shifted, and reflected at the edges
+        shifts = rng.integers(-padding, padding + 1, size=(batch, 1))
+        i = xp.abs(_count(length, images) + _like(shifts, images))
+        return length - 1 - xp.abs(length - 1 - i)  # (B, length)
+
+    rows, columns = places(height), places(width)
+    planes = xp.reshape(_count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
+    source = planes + rows[:, None, :, None] * width + columns[:, None, None, :]  # (B, C, H, W) into the flat batch
+    flat = xp.take(xp.reshape(images, (-1,)), xp.reshape(source, (-1,)), axis=0)
+    return xp.reshape(flat, images.shape)
+
+
+def _boxes(
+    heights: np.ndarray, widths: np.ndarray, images: Array, rng: np.random.Generator
+) -> tuple[Array, np.ndarray]:
+    """Boxes of `heights` x `widths` (B,) around a random pixel, cut off at the edges.
+
+    Returns masks (B, 1, H, W) beside `images`, true inside, and the pixels of each box (B,).
+    """
+
+    def spans(lengths: np.ndarray, total: int) -> tuple[Array, np.ndarray]:  # (B, total), and how many are true
+        start = rng.integers(total, size=len(lengths)) - lengths // 2
+        stop = start + lengths
+        at = _count(total, images)
+        inside = (at >= _like(start[:, None], images)) & (at < _like(stop[:, None], images))
+        return inside, np.minimum(stop, total) - np.maximum(start, 0)
+
+    (rows, height), (columns, width) = spans(heights, images.shape[2]), spans(widths, images.shape[3])
+    return (rows[:, :, None] & columns[:, None, :])[:, None, :, :], height * width
+
+
+def cutout(images: Array, size: int, rng: np.random.Generator) -> Array:
+    """Set a square of `size` pixels around a random pixel of each image of (B, C, H, W) to zero, the mean of
+    normalised images (DeVries and Taylor 2017)."""
+    sides = np.full(images.shape[0], size)
+    xp = array_namespace(images)
+    boxes, _ = _boxes(sides, sides, images, rng)
+    return xp.where(boxes, xp.zeros_like(images), images)
+
+
+def one_hot(labels: Array, num_classes: int) -> Array:
+    """Integer labels (B,) -> probabilities (B, num_classes) float32."""
+    xp = array_namespace(labels)
+    return xp.astype(labels[:, None] == xp.arange(num_classes, device=device(labels)), xp.float32)
+
+
+def mixup(images: Array, targets: Array, alpha: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Blend each image and its target with another's, in shares drawn from Beta(alpha, alpha) (Zhang et al. 2017).
+
+    `images` (B, C, H, W) float, `targets` (B, num_classes) probabilities.
+    """
+    shares = rng.beta(alpha, alpha, size=images.shape[0]).astype(np.float32)
+    partners = _like(rng.permutation(images.shape[0]), images)
+    return _blend(images, partners, shares[:, None, None, None]), _blend(targets, partners, shares[:, None])
+
+
+def cutmix(images: Array, targets: Array, alpha: float, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Paste a box of another image into each; targets mix by area (Yun et al. 2019).
+
+    `images` (B, C, H, W), `targets` (B, num_classes) probabilities. The box covers a share 1 - Beta(alpha, alpha).
+    """
+    batch, _, height, width = images.shape
+    side = np.sqrt(1 - rng.beta(alpha, alpha, size=batch))
+    boxes, areas = _boxes((height * side).astype(int), (width * side).astype(int), images, rng)
+    partners = _like(rng.permutation(batch), images)
+    xp = array_namespace(images)
+    mixed = xp.where(boxes, xp.take(images, partners, axis=0), images)
+    shares = 1 - areas.astype(np.float32) / (height * width)
+    return mixed, _blend(targets, partners, shares[:, None])
+
+
+def _blend(values: Array, partners: Array, shares: np.ndarray) -> Array:
+    """`shares` of each of `values`, the rest of its partner."""
+    xp = array_namespace(values)
+    return values * _like(shares, values) + xp.take(values, partners, axis=0) * _like(1 - shares, values)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What happens to a batch between the disk and the model; with the defaults, only normalisation.
+
+    `flip`: mirror half of the images. `padding`: pad-and-crop, in pixels. `cutout`: side of the square, in pixels.
+    `mixup`, `cutmix`: alpha, 0 for off; with both on, each batch takes one of them, evenly. They need `num_classes`
+    and turn labels into probabilities.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool = False
+    padding: int = 0
+    cutout: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.mixup or self.cutmix) and not self.num_classes:
+            raise ValueError("mixup and cutmix need num_classes, to turn labels into probabilities")
+
+    def __call__(self, images: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+        """uint8 (B, C, H, W) and int64 (B,) -> float32 (B, C, H, W) and the labels, (B, num_classes) if mixed."""
+        if self.flip:
+            images = flip(images, rng)
+        if self.padding:
+            images = pad_and_crop(images, self.padding, rng)
+        images = normalise(images, self.mean, self.std)
+        if self.cutout:
+            images = cutout(images, self.cutout, rng)
+        if not (self.mixup or self.cutmix):
+            return images, labels
+        targets = one_hot(labels, self.num_classes)
+        if self.mixup and (not self.cutmix or rng.random() < 0.5):
+            return mixup(images, targets, self.mixup, rng)
+        return cutmix(images, targets, self.cutmix, rng)

@@ -1,0 +1,182 @@
+"""One image file to one uint8 RGB array: colour modes, bit depths, EXIF rotation, resize and crop."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from tinyvit.data.base import DataError, pair
+from tinyvit.data.image_transforms import centre_crop, covering_size, margin, resize, resize_to_cover, trimmed_size
+
+# An image of more than Image.MAX_IMAGE_PIXELS (89 million) pixels is an error here, not a warning followed by
+# gigabytes of memory. The filter is process-wide because threads cannot have their own.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+ORIENTATION = 0x0112  # the EXIF tag; below, what undoes each of its values
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    """An image file's bytes that lie inside another file; `name` is what error messages call it."""
+
+    name: str
+    content: bytes
+
+
+Source = str | os.PathLike[str] | BinaryIO | StoredImage
+
+
+def decodable(source: Source) -> str | os.PathLike[str] | BinaryIO:
+    """What Pillow can open. Raises ValueError for an image without bytes."""
+    if not isinstance(source, StoredImage):
+        return source
+    if not source.content:
+        raise ValueError("it has no bytes")
+    return io.BytesIO(source.content)
+
+
+def read_image(
+    source: Source,
+    image_size: int | tuple[int, int],
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> np.ndarray:
+    """Decode an image for evaluation: uint8 (3, H, W), with timm's words for how it is cut.
+
+    The image is resized until it covers `image_size / crop_pct` ("center": keeping its aspect ratio; "squash": to
+    exactly that) and the centre is cut out. `crop_pct` defaults to 0.875 (256 -> 224) for sizes over 64, else to 1.
+    Raises DataError, naming the file, when it cannot be decoded.
+    """
+    size = pair(image_size)
+    image = fit(open_rgb(source), size, crop_pct=crop_pct, crop_mode=crop_mode, interpolation=interpolation)
+    return to_array(image)
+
+
+def open_rgb(source: Source) -> Image.Image:
+    """Decode `source` into an upright RGB image (of an animation, the first frame).
+
+    Transparency is laid on white; 16-bit, 32-bit and float greys are scaled, not clipped.
+    Raises DataError, naming the file, when it cannot be decoded.
+    """
+    try:
+        with Image.open(decodable(source)) as image:
+            image.load()
+            orientation = exif_orientation(image)
+            rgb = to_rgb(image)
+    except Exception as error:  # broken files make Pillow's decoders raise nearly anything
+        name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
+        raise DataError(f"cannot read image {name}: {reason(error)}") from error
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def reason(error: Exception) -> str:
+    """The error's message as one short line."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def exif_orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a broken EXIF block does not spoil the image
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Scale grey values to uint8: white is 65535 for integers, 1 or 255 for floats, or the image's own maximum
+    if that is higher."""
+    whites = (1, 255) if grey.dtype.kind == "f" else (65535,)
+    grey = np.nan_to_num(grey.astype(np.float64), posinf=0, neginf=0)
+    highest = grey.max(initial=0)
+    white = next((white for white in whites if highest <= white), highest)
+    return np.rint(np.maximum(grey, 0) * (255 / white)).astype(np.uint8)
+
+
+def fit(
+    image: Image.Image,
+    size: tuple[int, int],
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> Image.Image:
+    """Resize and centre-crop an RGB image to `size` (height, width), as read_image describes."""
+    larger = size_before_crop(size, crop_pct, crop_mode)
+    resized = (resize if crop_mode == "squash" else resize_to_cover)(image, larger, interpolation)
+    return centre_crop(resized, size)
+
+
+def size_before_crop(size: tuple[int, int], crop_pct: float | None, crop_mode: str) -> tuple[int, int]:
+    """The size that an image is resized to (or to cover), before the middle `size` is cut out. Raises DataError."""
+    if crop_mode not in ("center", "squash"):
+        raise DataError(f"crop mode {crop_mode!r} given, expected 'center' or 'squash'")
+    if crop_pct is None:
+        crop_pct = usual_crop(size)
+    if not 0 < crop_pct <= 1:
+        raise DataError(f"crop_pct {crop_pct} given, expected more than 0 and at most 1")
+    return int(size[0] / crop_pct), int(size[1] / crop_pct)
+
+
+def seen_part(
+    stored_size: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    crop_pct: float | None = None,
+    crop_mode: str = "center",
+    interpolation: str = "bicubic",
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Where in an image of `image_size` (height, width) lies what `fit` keeps of it, given the same arguments.
+
+    Returns:
+        (top, bottom) and (left, right) in the image's pixels.
+    """
+    larger = size_before_crop(size, crop_pct, crop_mode)
+    trimmed = stored_size if crop_mode == "squash" else trimmed_size(*stored_size)
+    resized = larger if crop_mode == "squash" else covering_size(*trimmed, larger)
+
+    def span(whole: int, trimmed: int, resized: int, kept: int) -> tuple[float, float]:
+        start, scale = margin(resized, kept), trimmed / resized
+        return margin(whole, trimmed) + scale * start, margin(whole, trimmed) + scale * (start + kept)
+
+    rows, columns = map(span, stored_size, trimmed, resized, size)
+    return rows, columns
+
+
+def usual_crop(size: tuple[int, int]) -> float:
+    """The share of a resized image that is kept when nothing else was said: 224 of 256, small images whole."""
+    return 0.875 if max(size) > 64 else 1.0
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """uint8 (3, H, W) of an RGB image."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

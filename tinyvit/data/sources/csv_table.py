@@ -1,0 +1,102 @@
+"""Images listed in tables, with their classes in words: a CSV file, and what other tables share with it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tinyvit.data.base import DataError
+from tinyvit.data.sources.listing import TEST_NAMES, Found, Listing, held_out_parts, split_classes
+
+SPLIT_NAMES = ("train", *TEST_NAMES)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The images of one split as a Listing has them, but with a word for the class of each."""
+
+    files: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    contents: list[bytes] | None = None
+
+    def numbered(self, root: Path, names: Sequence[str]) -> Listing:
+        """The listing with each class as its place in `names`."""
+        index = {name: i for i, name in enumerate(names)}
+        return Listing(root, self.files, np.array([index[c] for c in self.classes], dtype=np.int64), self.contents)
+
+
+def number_classes(
+    source: Path, train: Rows, tests: Sequence[Rows], order: Sequence[str], val_fraction: float, seed: int
+) -> Found:
+    """The images of the table(s) at `source`, with test and validation images in the order of preference.
+
+    The classes are those of the training images: first those in `order`, then the others by the alphabet. Without
+    `tests`, `val_fraction` of each class is kept for one. Raises DataError.
+    """
+    present = set(train.classes)
+    names = tuple(dict.fromkeys([*(name for name in order if name in present), *sorted(present)]))
+    if len(names) < 2:
+        found = f"only {names[0]}" if names else "none"
+        raise DataError(f"{source} must hold training images of at least two classes, found {found}")
+    root = source if source.is_dir() else source.parent
+    listing = train.numbered(root, names)
+    if not tests:
+        return names, *split_classes(listing, names, val_fraction, seed), None
+    if strangers := sorted({name for test in tests for name in test.classes} - present):
+        raise DataError(
+            f"{source}: {strangers[0]!r} is a class of test images that no training image has "
+            f"(they have {', '.join(names)[:200]})"
+        )
+    test, *others = (test.numbered(root, names) for test in tests)
+    return names, listing, test, others[0] if others else None
+
+
+def find_in_csv(path: Path, val_fraction: float, seed: int) -> Found:
+    """The images of a CSV file; see tinyvit.data.load_data. Raises DataError."""
+    parts = read_csv(path)
+    if "train" not in parts:
+        found = f"only {', '.join(parts)}" if parts else "no row at all"
+        raise DataError(f"{path} has no row with the split train, found {found}")
+    tests = [parts[name] for name in held_out_parts(path, parts)]
+    return number_classes(path, parts["train"], tests, (), val_fraction, seed)
+
+
+def read_csv(path: Path) -> dict[str, Rows]:
+    """The rows of each split, all of them "train" without a column of that name. Raises DataError."""
+    parts: dict[str, Rows] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            if not {"path", "label"} <= set(columns):
+                raise DataError(
+                    f"{path} begins with {', '.join(map(repr, columns)) or 'nothing'}, expected a header with the "
+                    "columns path and label (and split, if it has one)"
+                )
+            for row in reader:
+                split = checked(row, columns, f"{path}, line {reader.line_num}")
+                rows = parts.setdefault(split, Rows())
+                rows.files.append(row["path"])
+                rows.classes.append(row["label"].strip())
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not text in UTF-8") from None
+    except csv.Error as error:
+        raise DataError(f"{path}, after line {reader.line_num}: {error}") from None
+    return parts
+
+
+def checked(row: dict[str, str], columns: Sequence[str], where: str) -> str:
+    """The split of a row that has all that it needs. Raises DataError saying `where` it has not."""
+    if None in row or None in row.values():
+        raise DataError(f"{where} has another number of values than the header has columns ({len(columns)})")
+    for column in ("path", "label"):
+        if not row[column].strip():
+            raise DataError(f"{where} has no {column}")
+    split = row.get("split", "train").strip().lower()
+    if split not in SPLIT_NAMES:
+        raise DataError(f"{where} has the split {row['split']!r}, expected one of {', '.join(SPLIT_NAMES)}")
+    return split

@@ -1,0 +1,233 @@
+"""Labelled images by name, before they are decoded, and what every list of them goes through to become a data set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tinyvit.data.base import Data, DataError, Split, Statistics, mean_and_std, pair
+from tinyvit.data.image import StoredImage, decodable, fit, open_rgb, to_array
+from tinyvit.data.image_transforms import random_resized_crop
+from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_threads, stack
+
+TEST_NAMES = ("test", "val", "validation", "valid")  # the first there is; a second one chooses the best epoch
+SMALL = 64  # images up to this side are kept at their size and trained on whole
+LARGE_SIZE = 224
+MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
+SAMPLE = 20_000  # images of a larger split that are decoded beforehand, for the mean and std
+CHUNK = 1 << 20  # bytes that a thread decodes at a time
+
+
+# Class names, training images, test images and, where they are apart from those, validation images.
+Found = tuple[tuple[str, ...], "Listing", "Listing", "Listing | None"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of one split: `files` relative to `root`, and their classes, `labels` (N,) int64.
+
+    `contents` are the bytes of images that are no files of their own; their names then only tell them apart.
+    `drawn` is true of a test split that was drawn from the training images.
+    """
+
+    root: Path
+    files: list[str]
+    labels: np.ndarray
+    contents: list[bytes] | None = None
+    drawn: bool = False
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, i: int) -> str:
+        """What error messages call the image."""
+        return str(self.root / self.files[i])
+
+    def image(self, i: int) -> Path | StoredImage:
+        """Where its bytes are."""
+        return self.root / self.files[i] if self.contents is None else StoredImage(self.name(i), self.contents[i])
+
+    def identity(self) -> list[tuple[str | int, ...]]:
+        """What tells the split from others: each image's name, class, and size or digest."""
+        if self.contents is None:
+            marks: list[Any] = [(self.root / file).stat().st_size for file in self.files]
+        else:
+            marks = [hashlib.sha256(content).hexdigest() for content in self.contents]
+        return list(zip(self.files, self.labels.tolist(), marks, strict=True))
+
+    def take(self, positions: np.ndarray) -> Self:
+        """The images at `positions`, in that order."""
+        contents = None if self.contents is None else [self.contents[i] for i in positions]
+        return type(self)(self.root, [self.files[i] for i in positions], self.labels[positions], contents, self.drawn)
+
+
+def load_listings(
+    kind: str,
+    source: Path,
+    names: tuple[str, ...],
+    train: Listing,
+    test: Listing,
+    val: Listing | None,
+    *,
+    image_size: int | tuple[int, int] | None,
+    skip_corrupt: bool,
+    image_transform: ImageTransform | None,
+    fit_options: Mapping[str, Any] | None,
+    statistics: Statistics | None,
+) -> Data:
+    """The labelled images of `source`, in the classes `names`, as a data set; options as in tinyvit.data.load_data.
+
+    `kind` begins the fingerprint. Raises DataError.
+    """
+    size = pair(image_size or common_size(train, test) or LARGE_SIZE)
+    options = fit_options or {}
+    if image_transform is None and max(size) > SMALL:
+        image_transform = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
+    load = partial(load_split, size=size, skip_corrupt=skip_corrupt, fit_options=options, known=statistics)
+    train, train_split, (mean, std) = load(train, transform=image_transform, title="reading train")
+    test, test_split, _ = load(test, transform=None, title="reading test")
+    val_split = None if val is None else load(val, transform=None, title="reading val")[1]
+    if missing := classes_without(train, names):
+        raise DataError(f"class {missing[0]} of {source} has no readable image to train on")
+    identities = [part.identity() for part in (train, test, val) if part is not None]
+    digest = hashlib.sha256(repr((names, *identities)).encode()).hexdigest()
+    name = source.resolve().stem if source.is_file() else source.resolve().name
+    return Data(
+        name,
+        train_split,
+        test_split,
+        names,
+        mean,
+        std,
+        size,
+        in_chans=3,
+        fingerprint=f"{kind}-{digest[:16]}",
+        fit_options=options,
+        own_test=not test.drawn,
+        val=val_split,
+    )
+
+
+def held_out_parts(source: Path, parts: Collection[str]) -> list[str]:
+    """Those of `parts` that are not for training, the preferred one first. Raises DataError for two of one purpose."""
+    found = [name for name in TEST_NAMES if name in parts]
+    if len(same := [name for name in found if name != "test"]) > 1:
+        raise DataError(f"{source} has validation images under {len(same)} names, expected one of {', '.join(same)}")
+    return found
+
+
+def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:
+    """The classes of which `listing` has no image."""
+    return [names[i] for i in np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)]
+
+
+def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
+    """Training and test images: of each class a random `val_fraction`, at least one, is kept for the test."""
+    test = draw_share(listing.labels, val_fraction, seed)
+    for label, name in enumerate(names):
+        if np.count_nonzero(listing.labels == label) < 2:
+            raise DataError(f"class {name} of {listing.root} has one image, at least two are needed to split it")
+    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True)
+
+
+def common_size(*listings: Listing) -> tuple[int, int] | None:
+    """(height, width) shared by all readable images, if they do and it is small."""
+    found = None
+    for listing in listings:
+        for i in range(len(listing)):
+            try:
+                with Image.open(decodable(listing.image(i))) as image:
+                    size = image.size[::-1]
+            except Exception:  # unreadable: reported when it is decoded
+                continue
+            if max(size) > SMALL or size != (found or size):
+                return None
+            found = size
+    return found
+
+
+def load_split(
+    listing: Listing,
+    size: tuple[int, int],
+    skip_corrupt: bool,
+    transform: ImageTransform | None,
+    title: str,
+    fit_options: Mapping[str, Any],
+    known: Statistics | None,
+) -> tuple[Listing, Split, Statistics]:
+    """The images that can be read, as a split, with their mean and std, or with those that are `known`.
+
+    Images that training reads like evaluation and that fit in MEMORY are decoded once and kept. Others are decoded
+    here too, to find corrupt ones and the mean and std; but of a split of more than SAMPLE images only so
+    many, unless corrupt ones are to be skipped. Where mean and std are known, only to skip corrupt ones.
+    """
+    if known is not None and not skip_corrupt:
+        return listing, file_split(listing, [], size, transform, fit_options), known
+    count = len(listing)
+    keep = transform is None and count * 3 * size[0] * size[1] <= MEMORY
+    everything = keep or skip_corrupt or count <= SAMPLE
+    positions = np.arange(count) if everything else np.linspace(0, count - 1, SAMPLE).astype(int)
+    images = np.empty((count if keep else 0, 3, *size), np.uint8)
+    readable: list[int] = []
+    skipped: list[str] = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for chunk, pixels, failures in decode(listing, positions, size, title, fit_options):
+            if failures and not skip_corrupt:
+                raise DataError(f"{next(iter(failures.values()))}{SKIP_HINT}")
+            skipped.extend(map(listing.name, failures))
+            if keep:
+                images[len(readable) : len(readable) + len(pixels)] = pixels
+            readable.extend(i for i in chunk if i not in failures)
+            yield pixels
+        if not readable:
+            raise DataError(f"none of the {count} images of {listing.root} can be read")
+
+    statistics = mean_and_std(batches())
+    if everything:
+        listing = listing.take(np.array(readable, dtype=int))
+    if keep:
+        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
+    return listing, file_split(listing, skipped, size, transform, fit_options), statistics
+
+
+def file_split(
+    listing: Listing,
+    skipped: list[str],
+    size: tuple[int, int],
+    transform: ImageTransform | None,
+    fit_options: Mapping[str, Any],
+) -> FileSplit:
+    """The images of `listing`, to be decoded when they are read."""
+    images = [listing.image(i) for i in range(len(listing))]
+    return FileSplit(images, listing.labels, skipped, size, transform, fit_options)
+
+
+def decode(
+    listing: Listing, positions: np.ndarray, size: tuple[int, int], title: str, fit_options: Mapping[str, Any]
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, DataError]]]:
+    """Decode images in threads: chunks of positions, the readable ones' pixels (n, 3, H, W), the others' errors."""
+
+    def work(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, DataError]]:
+        images, failures = [], {}
+        for i in chunk:
+            try:
+                images.append(to_array(fit(open_rgb(listing.image(i)), size, **fit_options)))
+            except DataError as error:
+                failures[i] = error
+        return chunk, stack(images, size), failures
+
+    step = max(1, CHUNK // (3 * size[0] * size[1]))
+    chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
+    with tqdm(total=len(positions), desc=title, unit="image", leave=False, disable=None) as bar:
+        for result in in_threads(work, chunks):
+            yield result
+            bar.update(len(result[0]))

@@ -1,0 +1,212 @@
+"""Hugging Face data sets saved as parquet: a column of image files' bytes and a column of labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyvit.data.base import DataError
+from tinyvit.data.sources.csv_table import SPLIT_NAMES, Rows, number_classes
+from tinyvit.data.sources.listing import Found, held_out_parts
+
+if TYPE_CHECKING:
+    import pyarrow
+
+IMAGES = ("image", "img", "image", "photo")  # usual names of the columns, in the order of preference
+LABELS = ("label", "labels", "fine_label", "class", "target")
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """The parquet files of a data set: `path` itself, or those in it, or in the folders in it (`data/` mostly)."""
+    if path.is_file():
+        return [path]
+    found = sorted(path.glob("*.parquet")) or sorted(path.glob("*/*.parquet"))
+    return [file for file in found if file.is_file() and file.stem != "metadata"]  # the name of image folders' notes
+
+
+def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Found:
+    """The images of parquet files; see tinyvit.data.load_data.
+
+    The images' bytes are kept in memory as they are stored. Raises DataError, also without pyarrow.
+    """
+    parts = by_split(path, parquet_files(path))
+    order = parts["train"][0].class_names
+    train = read_split(path, parts["train"])
+    if train is None:
+        raise DataError(f"{path}: the training images have no labels (all are null or -1)")
+    parts_read = [read_split(path, parts[name]) for name in held_out_parts(path, parts)]
+    tests = [rows for rows in parts_read if rows is not None]  # published test splits may lack their labels
+    if not order and all(name.isdecimal() for name in train.classes):
+        order = sorted(set(train.classes), key=int)
+    return number_classes(path, train, tests, order, val_fraction, seed)
+
+
+def by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Shard]]:
+    """The files of each split, which begins a file's name or is its folder's; all are "train" where none says so.
+
+    Raises DataError for files of no split beside others, and for one that is missing from a directory.
+    """
+    if path.is_dir() and (missing := missing_shard(files)):
+        raise DataError(f"{path} lacks {missing.relative_to(path).as_posix()}")
+    parts: dict[str, list[Shard]] = {}
+    for file in files:
+        parts.setdefault(split_of(file), []).append(Shard(file))
+    if set(parts) == {""}:
+        parts = {"train": parts[""]}
+    if "" in parts:
+        raise DataError(
+            f"{parts[''][0].file} belongs to no split, as other files do: expected a name that begins with one of "
+            f"{', '.join(SPLIT_NAMES)}"
+        )
+    if "train" not in parts:
+        raise DataError(f"{path} has parquet files of {', '.join(parts)}, but none of train")
+    if len(folders := {shard.file.parent for shard in parts["train"]}) > 1:
+        names = ", ".join(sorted(folder.name for folder in folders))
+        raise DataError(f"{path} holds several data sets, expected one of them: {names}")
+    return parts
+
+
+def missing_shard(files: Sequence[Path]) -> Path | None:
+    """The first that is not there of the files that names such as train-00000-of-00002.parquet count."""
+    matches = [(file.parent, re.fullmatch(r"(.+-)(\d+)-of-(\d+)", file.stem)) for file in files]
+    heads = dict.fromkeys((folder, match[1], len(match[2]), match[3]) for folder, match in matches if match)
+    expected = (
+        folder / f"{name}{i:0{digits}}-of-{count}.parquet"
+        for folder, name, digits, count in heads
+        for i in range(int(count))
+    )
+    present = set(files)
+    return next((file for file in expected if file not in present), None)
+
+
+def split_of(file: Path) -> str:
+    """ "train" of train-00000-of-00001.parquet and of train/0000.parquet; "" where neither says."""
+    for name in (file.stem, file.parent.name):
+        if match := re.match(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", name.lower()):
+            return match[1]
+    return ""
+
+
+def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
+    """The images of a split, or None where it has no labels. Raises DataError naming a file, column or row."""
+    classes = [name for shard in shards for name in shard.classes]
+    if all(name is None for name in classes):
+        if not classes:
+            raise DataError(f"{shards[0].file} has no rows")
+        return None
+    base = root if root.is_dir() else root.parent
+    names = [f"{s.file.relative_to(base).as_posix()}, row {i}" for s in shards for i in range(len(s.classes))]
+    if None in classes:
+        raise DataError(f"{base / names[classes.index(None)]} has no label (it is null or -1)")
+    return Rows(names, classes, [content for shard in shards for content in shard.images()])
+
+
+class Shard:
+    """One parquet file. Raises DataError for what it lacks."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise DataError('reading parquet files needs pyarrow: pip install "tinyvit[parquet]"') from None
+        self.pyarrow = pyarrow
+
+    @cached_property
+    def schema(self) -> pyarrow.Schema:
+        def read(file: Path) -> pyarrow.Schema:
+            schema = self.pyarrow.parquet.read_schema(file)
+            str(schema)  # decodes all names, of which damaged ones fail here
+            return schema
+
+        return self._try(read)
+
+    @cached_property
+    def features(self) -> dict[str, Mapping[str, Any]]:
+        """What Hugging Face's `datasets` noted about each column; nothing where it did not."""
+        try:
+            found = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
+            return {name: found[name] for name in self.schema.names if isinstance(found.get(name), Mapping)}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names that the label column notes for its numbers; none where it does not."""
+        names = self.features.get(self.label_column, {}).get("names")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @cached_property
+    def classes(self) -> list[str | None]:
+        """Each row's class in words; None where it has none (null, or -1 as `datasets` writes it)."""
+        names = self.class_names
+        values = self._read(self.label_column)
+        if not names:
+            return [None if isinstance(v, int) and v < 0 else v if v is None else str(v) for v in values]
+        for row, value in enumerate(values):
+            if isinstance(value, int) and value >= len(names):
+                raise DataError(f"{self.file}, row {row} has the label {value}, expected 0 ... {len(names) - 1}")
+        return [names[v] if isinstance(v, int) and v >= 0 else v if isinstance(v, str) else None for v in values]
+
+    def images(self) -> list[bytes]:
+        """Each row's bytes; b"" for a row without an image."""
+        return [value or b"" for value in self._read(self.image_column)]
+
+    @property
+    def image_column(self) -> str:
+        """The column of images: as noted by `datasets`, else of bytes, alone or in a struct."""
+        types = self.pyarrow.types
+
+        def holds(kind: pyarrow.DataType) -> bool:
+            if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                kind = kind.field("bytes").type
+            return types.is_binary(kind) or types.is_large_binary(kind)
+
+        return self._pick("images (bytes, or a struct with bytes)", "Image", holds, IMAGES)
+
+    @property
+    def label_column(self) -> str:
+        """The column of labels: as noted by `datasets`, else of whole numbers or text."""
+        types = self.pyarrow.types
+
+        def holds(kind: pyarrow.DataType) -> bool:
+            kind = kind.value_type if types.is_dictionary(kind) else kind
+            return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+        return self._pick("labels (whole numbers or text)", "ClassLabel", holds, LABELS)
+
+    def _pick(self, what: str, noted_as: str, holds: Callable[[Any], bool], usual: Sequence[str]) -> str:
+        """The column whose type `holds` it: as noted, else of a usual name, else the only one."""
+        possible = [column.name for column in self.schema if holds(column.type)]
+        noted = [name for name in possible if self.features.get(name, {}).get("_type") == noted_as]
+        candidates = noted or possible
+        named = [name for name in usual if name in candidates] or candidates
+        if named and self.schema.names.count(named[0]) > 1:
+            raise DataError(f"{self.file} has several columns called {named[0]}")
+        if named and (len(candidates) == 1 or named[0] in usual):
+            return named[0]
+        kinds = ", ".join(f"{column.name} ({str(column.type)[:60]})" for column in self.schema)
+        raise DataError(
+            f"{self.file}: expected a column of {what} called {', '.join(usual[:-1])} or {usual[-1]}, "
+            f"found {kinds or 'no columns'}"
+        )
+
+    def _read(self, name: str) -> list[Any]:
+        """The values of a column; of a struct, its bytes."""
+        column = self._try(lambda file: self.pyarrow.parquet.ParquetFile(file).read([name]))[name]
+        if self.pyarrow.types.is_struct(column.type):
+            import pyarrow.compute
+
+            column = pyarrow.compute.struct_field(column, "bytes")
+        return column.to_pylist()
+
+    def _try(self, read: Callable[[Path], Any]) -> Any:
+        try:
+            return read(self.file)
+        except (self.pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            problem = " ".join(str(error).split())[:200]
+            raise DataError(f"{self.file} is not a readable parquet file: {problem}") from None

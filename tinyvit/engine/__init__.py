@@ -1,0 +1,1 @@
+"""The autograd engine: tensors, the tape, and elementary operations."""

@@ -1,0 +1,182 @@
+"""Running a trained model: where it runs, how good it is on a data set, what it sees in an image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tinyvit.backend import arrays
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tinyvit.checkpoints.checkpoint import Checkpoint
+    from tinyvit.data import Split
+    from tinyvit.models.vit import VisionTransformer
+
+BATCH_SIZE = 256
+
+
+class EvaluationError(Exception):
+    """A model that cannot be run on this data or device; the message is one line."""
+
+
+def pick_device(name: str) -> str:
+    """ "cpu", "cuda" or "cuda:N" for the same or "auto", which takes a GPU where one works. Raises EvaluationError."""
+    if name == "cpu":
+        return "cpu"
+    device = "cuda" if name == "auto" else name
+    try:
+        probe = arrays.mover(device)(np.ones((2, 2), np.float32))
+        with arrays.on_device_of(probe):
+            # cuBLAS (which 1 x 1 does not need), CUDA's headers and its compiler must be there for this.
+            float((probe + probe @ probe)[0, 0])
+        if arrays.is_cupy(probe):
+            probe.device.use()  # a command works on one GPU alone
+        return device
+    except Exception as error:  # a driver or GPU is missed in many ways, and CuPy's errors have no names without CuPy
+        if name == "auto":
+            return "cpu"
+        problem = " ".join(str(error).split())[:300]
+        raise EvaluationError(f"no GPU can be used: {problem}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How well a model did: shares in 0..1, the mean cross-entropy, and per class (name, accuracy, images)."""
+
+    accuracy: float
+    top5: float
+    loss: float | None  # None: what classified gives no probabilities
+    per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no image of that class
+
+
+def evaluate(
+    model: VisionTransformer,
+    split: Split,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    transform: Callable[..., Any],
+    *,
+    threads: int | None = None,
+    precision: str = "fp32",
+    stop: Callable[[], Any] = lambda: False,
+) -> Scores | None:
+    """Run `model` over all of `split`, whose images have the classes `labels` (N,) in the model's order.
+
+    `transform` is as for `data.Loader`, mostly `Augment(mean, std)`; `threads` and `precision` are as for `predict`.
+    Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
+    """
+    from tinyvit.data import Loader
+    from tinyvit.execution.inference import predictions
+
+    rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
+    done = 0
+    device = arrays.device_name(model.parameters()[0].data)
+    loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
+    batches = (images for images, _ in loader.epoch(0))
+    for outputs in predictions(model, batches, threads, precision=precision):
+        if stop():
+            return None
+        logits = outputs.astype(np.float64)  # (B, K)
+        if not np.all(np.isfinite(logits)):
+            raise EvaluationError("the model's outputs are not finite")
+        part = slice(done, done + len(logits))
+        rank[part], loss[part] = ranks(logits, labels[part]), cross_entropies(logits, labels[part])
+        done += len(logits)
+    return score(rank, loss, labels, class_names)
+
+
+def score(rank: np.ndarray, loss: np.ndarray | None, labels: np.ndarray, class_names: Sequence[str]) -> Scores:
+    """What each image's rank of its true class, cross-entropy and label, all (N,), amount to."""
+    hit = rank == 0
+    per_class = []
+    for k, name in enumerate(class_names):
+        of_class = labels == k
+        count = int(of_class.sum())
+        per_class.append((name, float(hit[of_class].mean()) if count else None, count))
+    mean_loss = None if loss is None else float(loss.mean())
+    return Scores(float(hit.mean()), float((rank < 5).mean()), mean_loss, tuple(per_class))
+
+
+def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes come before each image's true one (0: it came first), (B,), from logits (B, K).
+
+    Among equal logits the lower class comes first, as with argmax.
+    """
+    true = np.take_along_axis(logits, labels[:, None], axis=1)  # (B, 1)
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > true) | ((logits == true) & before)).sum(axis=1)
+
+
+def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each image's cross-entropy (B,), from logits (B, K) in float64."""
+    highest = logits.max(axis=1)
+    true = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true
+
+
+def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+    """Labels of a data set with `class_names`, counted in the checkpoint's classes. Raises EvaluationError."""
+    check_head(checkpoint)
+    if tuple(class_names) == checkpoint.class_names:
+        return labels
+    index = {name: i for i, name in enumerate(checkpoint.class_names)}
+    if unknown := [name for name in class_names if name not in index]:
+        raise EvaluationError(
+            f"the data set's class {unknown[0]!r} is not one of the model's: {', '.join(checkpoint.class_names[:12])}"
+            + (", …" if len(index) > 12 else "")
+        )
+    if several := [name for name in class_names if checkpoint.class_names.count(name) > 1]:
+        raise EvaluationError(f"the data set's class {several[0]!r} is the name of several classes of the model")
+    return np.array([index[name] for name in class_names], dtype=np.int64)[labels]
+
+
+def check_head(checkpoint: Checkpoint) -> None:
+    """Raises EvaluationError for a model that gives features."""
+    if not checkpoint.config.num_classes:
+        raise EvaluationError(f"{checkpoint.path}: the model has no head, so it gives features and names no classes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a model makes of images: features (N, D) float32 and class probabilities (N, num_classes) float64."""
+
+    features: np.ndarray
+    probabilities: np.ndarray
+
+
+def look_at(
+    checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path], precision: str = "fp32"
+) -> Seen:
+    """What the checkpoint's `model` sees in image files. Raises DataError for one that cannot be read."""
+    from tinyvit.data.image import open_rgb
+    from tinyvit.data.splits import in_threads
+    from tinyvit.execution.inference import predict
+    from tinyvit.models.inspection import FeaturesAndLogits
+
+    both = FeaturesAndLogits(model)
+    outputs = []
+    for start in range(0, len(paths), BATCH_SIZE):
+        batch = in_threads(lambda path: model_input(checkpoint, open_rgb(path)), paths[start : start + BATCH_SIZE])
+        outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
+    output = np.concatenate(outputs)  # (N, D + num_classes)
+    if not np.all(np.isfinite(output)):
+        raise EvaluationError("the model's outputs are not finite")
+    width = output.shape[1] - checkpoint.config.num_classes
+    features, logits = output[:, :width], output[:, width:].astype(np.float64)
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return Seen(features.astype(np.float32), exp / exp.sum(axis=1, keepdims=True))
+
+
+def model_input(checkpoint: Checkpoint, image: Image) -> np.ndarray:
+    """An RGB image as the checkpoint's model takes it: (1, C, H, W) float32."""
+    from tinyvit.data.augment import normalise
+    from tinyvit.data.image import fit, to_array
+
+    pixels = to_array(fit(image, checkpoint.image_size, **checkpoint.preprocessing.fit))
+    return normalise(pixels[None], checkpoint.mean, checkpoint.std)

@@ -1,0 +1,1 @@
+"""Whole training steps and predictions at full speed, and in which precision."""

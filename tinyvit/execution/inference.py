@@ -1,0 +1,150 @@
+"""Inference at full speed over many images: `predict`, and `predictions` for batches that come one by one."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyvit import nn
+from tinyvit.backend import arrays, parallel
+from tinyvit.backend.cuda_graph import Graphed
+from tinyvit.engine.tensor import Array, Tensor, no_grad
+from tinyvit.execution.precision import Precision
+from tinyvit.kernels import cuda
+
+SHARD_TOKENS = 1280  # that a shard computes, about: measured. Its activations then stay in a processor's caches
+
+
+def predict(
+    model: nn.Module,
+    images: Array,
+    batch_size: int = 256,
+    threads: int | None = None,
+    shards_per_batch: int | None = None,
+    precision: str = "fp32",
+) -> np.ndarray:
+    """The model's outputs for any number of images, in evaluation mode and with nothing recorded.
+
+    Args:
+        model: gives (B, num_classes) for images (B, C, H, W).
+        images: (N, C, H, W), floating.
+        batch_size: how many images are computed at a time.
+        threads: as in `shards.plan`.
+        shards_per_batch: into how many shards a CPU's threads share a batch; by default as many as bring each of them
+            to about SHARD_TOKENS tokens.
+        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
+
+    On a GPU batches of one size, also of several calls, are one CUDA graph, whose memory is kept as long as the model.
+
+    Returns:
+        (N, num_classes), NumPy; float32 also where the model computes in 16 bits for it.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    count = images.shape[0]
+    starts = range(0, max(count, 1), batch_size)
+    batches = (images[first : min(first + batch_size, count), ...] for first in starts)
+    return np.concatenate(list(predictions(model, batches, threads, shards_per_batch, precision)))
+
+
+def predictions(
+    model: nn.Module,
+    batches: Iterable[Array],
+    threads: int | None = None,
+    shards_per_batch: int | None = None,
+    precision: str = "fp32",
+) -> Iterator[np.ndarray]:
+    """What `predict` gives, for each of some batches (B, C, H, W).
+
+    A device computes a batch while the one before is read.
+    """
+    like = model.parameters()[0].data
+    unread: list[Callable[[], np.ndarray]] = []
+    with _predictor(model, precision) as (mode, compute):
+        try:
+            for images in batches:
+                images = images.data if isinstance(images, Tensor) else images
+                with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
+                    batch = arrays.convert(images, like)
+                    plan = _plan(model, batch.shape[0], threads, shards_per_batch)
+                    computed = list(parallel.run(plan, lambda start, stop, x=batch: compute(x[start:stop, ...])))
+                    last, unread = unread, [arrays.reading(x) for x in computed]
+                mode.keep_copies()
+                if last:
+                    yield np.concatenate([read() for read in last])
+            last, unread = unread, []
+            if last:
+                yield np.concatenate([read() for read in last])
+        finally:
+            for read in unread:  # nobody wants it any more, but its memory is written to until then
+                read()
+
+
+def _plan(model: nn.Module, samples: int, threads: int | None, count: int | None) -> parallel.Plan:
+    """How a batch is cut into `count` shards, or into as many of about SHARD_TOKENS tokens for each thread."""
+    if not arrays.on_host(model.parameters()[0].data):  # a device runs its own threads
+        return parallel.plan(samples, 1, 1 if count is None else count)
+    if count is None:
+        threads = parallel.usual_threads() if threads is None else threads
+        tokens = samples * getattr(getattr(model, "config", None), "num_tokens", 1)
+        count = threads * max(1, round(tokens / SHARD_TOKENS / max(1, threads)))
+    return parallel.plan(samples, threads, count)
+
+
+# --- what is kept between calls ---------------------------------------------------------------------------------------
+
+
+class _Predictor(NamedTuple):
+    """What computes the outputs of a model that is made of `parts`, whose parameters are of these `kinds`."""
+
+    mode: Precision
+    compute: Callable[[Array], Array]
+    parts: list[Any]
+    kinds: list[tuple]
+
+
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[str, _Predictor]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _predictor(model: nn.Module, precision: str) -> Iterator[tuple[Precision, Callable[[Array], Array]]]:
+    """How the model computes, and what computes its outputs; on a GPU the last call's, with its graph.
+
+    Within the context it is the caller's alone: its graph has room for one batch.
+    """
+    parts, kinds = _parts(model), [(arrays.device_name(p.data), p.dtype) for p in model.parameters()]
+    found = _kept.get(model, {}).pop(precision, None)
+    if found is None or not (found.kinds == kinds and _same(found.parts, parts)):
+        found = _Predictor(*_make(model, precision), parts, kinds)
+    try:
+        yield found.mode, found.compute
+    finally:
+        if arrays.is_cupy(model.parameters()[0].data):
+            _kept.setdefault(model, {})[precision] = found
+
+
+def _parts(model: nn.Module) -> list[Any]:
+    """Everything that the model's modules hold, but for their mode: what may be replaced between two calls."""
+    return [x for _, module in model.named_modules() for name, x in vars(module).items() if name != "training"]
+
+
+def _same(a: list[Any], b: list[Any]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _make(model: nn.Module, precision: str) -> tuple[Precision, Callable[[Array], Array]]:
+    mode, weights = Precision(precision, model), model.parameters()
+    of_model = weakref.ref(model)  # what is kept goes with the model, so it must not keep that
+
+    def compute(images: Array) -> Array:
+        logits = of_model()(images).data
+        return logits if mode.dtype is None else arrays.astype(logits, "float32")
+
+    if not arrays.is_cupy(weights[0].data):
+        return mode, compute
+    graph = Graphed(lambda images: ((compute(images),), []), lambda: tuple(cuda.address(p.data) for p in weights))
+    return mode, lambda images: graph(images)[0][0]

@@ -1,0 +1,161 @@
+"""In which precision a model computes: products of 16-bit numbers, of TF32, or of what its parameters are.
+
+Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): the parameters stay float32, as masters. For a step, or
+for predictions, they are rounded once to 16 bits, and the model runs on these copies. Products are added up in float32,
+layer norm, softmax and the loss computed in it; gradients come back as float32 and change the masters, so that an
+update far smaller than a copy's last digit is not lost. bfloat16 has float32's range; float16 has not, and its loss
+is scaled so that small gradients stay above zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from tinyvit.backend import arrays
+from tinyvit.engine.tensor import Array
+from tinyvit.kernels.cuda import cublas
+from tinyvit.nn import Module
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+class Precision:
+    """How `model` computes.
+
+    Args:
+        name: "fp32": as its parameters are; "tf32": the same with operands of products rounded to TF32 (10 bits of
+            mantissa, float32's range; NVIDIA GPUs from compute capability 8.0 on); "bf16", "fp16": on copies.
+        model: of float32, where the name says more than "fp32".
+
+    Raises:
+        ValueError: no such precision, or the model's dtype, library or device does not have it.
+    """
+
+    def __init__(self, name: str, model: Module) -> None:
+        if name not in PRECISIONS:
+            raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {name!r}")
+        self.name, self._parameters = name, model.parameters()
+        self.dtype = None  # of the copies
+        self._copies: list[Array] = []
+        self._followed: list[tuple[Array, int]] = []  # the masters that the copies equal, and their counts of changes
+        if name == "fp32":
+            return
+        like = self._parameters[0].data
+        if other := {arrays.dtype_name(p.dtype) for p in self._parameters} - {"float32"}:
+            raise ValueError(f"precision {name} expects a float32 model, got {', '.join(sorted(other))}")
+        if name == "tf32":
+            _check_tf32(like)
+            return
+        try:
+            self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
+        except TypeError as error:
+            raise ValueError(f"precision {name}: {error}") from None
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the model computes so; meanwhile the copies take the place of its parameters."""
+        if self.name == "tf32":
+            token = cublas.tf32.set(True)
+            try:
+                yield
+            finally:
+                cublas.tf32.reset(token)
+            return
+        parameters = [] if self.dtype is None else self._parameters
+        masters = [p.data for p in parameters]
+        # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
+        quiet = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
+        try:
+            with np.errstate(**quiet):
+                if not self.copies_are_current():
+                    self._round(masters)
+                for p, copy in zip(parameters, self._copies, strict=True):
+                    p.data = copy
+                yield
+        finally:
+            for p, master in zip(parameters, masters, strict=True):
+                p.data = master
+
+    def _round(self, masters: list[Array]) -> None:
+        """Make the copies, or bring them up to date in place: a captured graph knows where they lie."""
+        if not self._copies:
+            self._copies = [arrays.astype(x, self.dtype) for x in masters]
+        else:
+            for copy, master in zip(self._copies, masters, strict=True):
+                copy[...] = arrays.astype(master, self.dtype)
+
+    def refresh(self) -> None:
+        """Bring the copies up to date, unless they are."""
+        if self.dtype is not None and not self.copies_are_current():
+            with np.errstate(over="ignore"):
+                self._round([p.data for p in self._parameters])
+            self.keep_copies()
+
+    def copies(self) -> dict[int, Array]:
+        """The copies that there are, by the `id` of their parameters: for an optimizer to keep them up to date."""
+        return {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=False)}
+
+    def keep_copies(self) -> None:
+        """Note that the copies have followed the parameters to their present values, so that none need be rounded."""
+        self._followed = [(p.data, p._changes[0]) for p in self._parameters] if self._copies else []
+
+    def copies_are_current(self) -> bool:
+        """Whether no parameter was changed since `keep_copies`."""
+        return bool(self._followed) and all(
+            p.data is data and p._changes[0] == changes
+            for p, (data, changes) in zip(self._parameters, self._followed, strict=True)
+        )
+
+
+def _check_tf32(like: Array) -> None:
+    if not arrays.is_cupy(like):
+        raise ValueError("precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16")
+    if cublas.library() is None:
+        bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
+        raise ValueError(f"precision tf32 needs nvmath-python: {bring} ({cublas.missing()})")
+
+
+class LossScale:
+    """The factor of a float16 loss (section 3.2 of the paper), which finds its size by itself.
+
+    A gradient that overflows halves it, and is not used; GROW_AFTER good ones in a row double it. It lives beside
+    `like` and changes in place.
+    """
+
+    START, GROW_AFTER, LARGEST = 2.0**16, 2000, 2.0**24
+
+    def __init__(self, like: Array) -> None:
+        xp, device = arrays.namespace(like), arrays.device(like)
+        self.value = xp.asarray(self.START, dtype=xp.float32, device=device)
+        self.good = xp.asarray(0, dtype=xp.int32, device=device)  # steps since the last change
+
+    def update(self, grad_norm: Array | float) -> bool:
+        """Take note of the norm of the last gradient, and say whether it is finite, which is read from the device."""
+        xp = arrays.namespace(self.value)
+        finite = xp.isfinite(xp.asarray(grad_norm, device=arrays.device(self.value)))
+        zero, one = xp.zeros_like(self.good), xp.ones_like(self.value)
+        good = xp.where(finite, self.good + 1, zero)
+        grown = good >= self.GROW_AFTER
+        factor = xp.where(finite, xp.where(grown, one * 2.0, one), one * 0.5)
+        # Not clip, which array_api_compat puts together from masks: on a GPU each of them is waited for.
+        self.value[...] = xp.minimum(xp.maximum(self.value * factor, one), one * self.LARGEST)
+        self.good[...] = xp.where(grown, zero, good)
+        return bool(finite)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Copies of "loss_scale" and "good_steps"."""
+        return {name: np.array(arrays.to_numpy(x)) for name, x in self._state()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Raises ValueError where a name is missing."""
+        for name, x in self._state():
+            if name not in state:
+                raise ValueError(f"the state of the loss scale: missing {name}")
+            x[...] = arrays.astype(arrays.convert(np.array(state[name]), x), x.dtype)
+
+    def _state(self) -> list[tuple[str, Array]]:
+        return [("loss_scale", self.value), ("good_steps", self.good)]

@@ -1,0 +1,216 @@
+"""What this machine offers, what of it tinyvit may use, and which settings leave speed behind."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from tinyvit.backend import arrays, parallel
+
+# OpenBLAS's kernels by the vector width that they use (its names for core types).
+_AVX512_CORES = {"skylakex", "cooperlake", "sapphirerapids", "zen4", "zen5"}
+_AVX2_CORES = {"haswell", "zen", "excavator"}
+_SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `tinyvit info` shows.
+
+    Attributes:
+        versions: package or program name -> version; None where it is not installed.
+        processor: its name; vector: its widest vector instructions ("avx512", "avx2" or "").
+        cores: processors of the machine; affinity: those this process may run on; quota: cores that the cgroup
+            grants, None without a limit; usable: what tinyvit uses.
+        blas: NumPy's BLAS: library, version, core type, threads; None if none is known.
+        settings: environment variables that steer BLAS or its threads.
+        memory_gib: physical memory.
+        gpu: each GPU's name, memory and compute capability, or the reason why there is none.
+        cache: where downloads go.
+    """
+
+    versions: dict[str, str | None]
+    processor: str
+    vector: str
+    cores: int
+    affinity: int
+    quota: int | None
+    usable: int
+    blas: dict[str, Any] | None
+    settings: dict[str, str]
+    memory_gib: float | None
+    gpu: list[str]
+    cache: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, with the findings."""
+        return asdict(self) | {"findings": findings(self)}
+
+
+def examine(environment: Mapping[str, str] = os.environ) -> Machine:
+    """Look at this machine."""
+    from tinyvit.data.sources.download import cache_directory
+
+    cpuinfo = _read("/proc/cpuinfo")
+    flags = _field(cpuinfo, "flags").split()
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    meminfo = _field(_read("/proc/meminfo"), "MemTotal").split()
+    blas = next((b for b in threadpool_info() if b["user_api"] == "blas" and "numpy" in b["filepath"]), None)
+    blas = blas or next((b for b in threadpool_info() if b["user_api"] == "blas"), None)
+    return Machine(
+        versions={"tinyvit": _version("tinyvit"), "python": platform.python_version(), "numpy": np.__version__}
+        | {name: _version(name) for name in ("array-api-compat", "pillow", "safetensors", "matplotlib")}
+        | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")}
+        | {name: _version(name) for name in ("nvmath-python", "ml_dtypes")}
+        | _cuda_versions(),
+        processor=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        vector="avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "",
+        cores=os.cpu_count() or 1,
+        affinity=affinity,
+        quota=parallel.cgroup_cores(Path("/sys/fs/cgroup")),
+        usable=parallel.available_cores(),
+        blas=blas
+        and {
+            "library": blas["internal_api"],
+            "version": blas["version"],
+            "core_type": blas.get("architecture"),
+            "threads": blas["num_threads"],
+        },
+        settings={k: v for k, v in sorted(environment.items()) if k.startswith(_SETTINGS)},
+        memory_gib=round(int(meminfo[0]) / 2**20, 1) if meminfo else None,
+        gpu=_gpus(),
+        cache=str(cache_directory()),
+    )
+
+
+def findings(machine: Machine) -> list[str]:
+    """What leaves speed behind, each with what to do about it; empty if all is well. Nothing is changed."""
+    out = []
+    blas, settings = machine.blas, machine.settings
+    core = str(blas["core_type"] or "").lower() if blas else ""
+    if blas is None:
+        out.append("NumPy's BLAS is not known to be fast: install NumPy from PyPI, whose wheels bring OpenBLAS")
+    elif blas["library"] == "openblas":
+        below = (machine.vector == "avx512" and core not in _AVX512_CORES) or (
+            machine.vector == "avx2" and core not in _AVX2_CORES | _AVX512_CORES
+        )
+        if below and "OPENBLAS_CORETYPE" in settings:
+            out.append(
+                f"OPENBLAS_CORETYPE={settings['OPENBLAS_CORETYPE']} holds OpenBLAS below this processor's "
+                f"{machine.vector.upper()}: unset it"
+            )
+        elif below:
+            out.append(
+                f"OpenBLAS {blas['version']} uses its {blas['core_type']} kernels although the processor has "
+                f"{machine.vector.upper()}: a newer NumPy may know this processor"
+            )
+        for name in ("OPENBLAS_L2_SIZE", "OPENBLAS_BLOCK_FACTOR"):
+            if name in settings:
+                setting = f"{name}={settings[name]}"
+                out.append(f"{setting} overrides OpenBLAS's own block sizes: unset it unless you measured it")
+    limit = next((n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if n in settings), None)
+    if blas and blas["threads"] < machine.usable:
+        cause = f"{limit}={settings[limit]}" if limit else f"{blas['library']} was built or set so"
+        out.append(
+            f"BLAS uses {blas['threads']} of {machine.usable} cores ({cause}); tinyvit's own steps run on all cores "
+            f"all the same, other NumPy code does not: {'unset ' + limit if limit else 'use a threaded BLAS'}"
+        )
+    if machine.affinity < machine.cores:
+        out.append(f"this process may run on {machine.affinity} of {machine.cores} cores: widen its affinity (taskset)")
+    if machine.quota is not None and machine.quota < machine.affinity:
+        out.append(f"the cgroup grants {machine.quota} of {machine.affinity} cores: raise the container's --cpus")
+    return out
+
+
+def one_line(machine: Machine) -> str:
+    """For a training log: what computes, and how many findings there are."""
+    blas = machine.blas or {"library": "unknown BLAS", "core_type": ""}
+    said = findings(machine)
+    rest = f"; slower than it could be: {'; '.join(said)}" if said else ""
+    return f"{machine.usable} cores, {blas['library']} {blas['core_type'] or ''}".rstrip() + rest
+
+
+def as_table(machine: Machine) -> str:
+    """For a terminal."""
+    blas = machine.blas
+    quota = "no limit" if machine.quota is None else f"{machine.quota} cores"
+    rows = [(name, version or "not installed") for name, version in machine.versions.items()]
+    rows += [
+        ("processor", f"{machine.processor} ({machine.vector or 'no AVX2'})"),
+        ("cores", f"{machine.usable} used; machine {machine.cores}, affinity {machine.affinity}, cgroup {quota}"),
+        ("memory", f"{machine.memory_gib} GiB" if machine.memory_gib else "unknown"),
+        ("BLAS", "{library} {version}, {core_type} kernels, {threads} threads".format(**blas) if blas else "unknown"),
+        ("settings", ", ".join(f"{k}={v}" for k, v in machine.settings.items()) or "none that steer BLAS"),
+        ("GPU", "; ".join(machine.gpu)),
+        ("cache", machine.cache),
+    ]
+    lines = [f"{name:18} {value}" for name, value in rows]
+    said = findings(machine)
+    lines += ["", "Leaves speed behind:" if said else "Nothing found that leaves speed behind."]
+    return "\n".join(lines + [f"  - {s}" for s in said])
+
+
+def describe_gpu(number: int) -> str:
+    """Name, memory and compute capability of a GPU that is there."""
+    import cupy
+
+    gpu = cupy.cuda.runtime.getDeviceProperties(number)
+    return f"{gpu['name'].decode()}, {gpu['totalGlobalMem'] / 2**30:.0f} GiB, {gpu['major']}.{gpu['minor']}"
+
+
+def describe_device(x: Any) -> str:
+    """Where the array `x` lies: "cpu", a GPU with what `describe_gpu` says, or another library's name."""
+    name = arrays.device_name(x)
+    if arrays.is_cupy(x):
+        return f"{name} {describe_gpu(x.device.id)}"
+    return name if isinstance(name, str) else name.__name__
+
+
+def _gpus() -> list[str]:
+    try:
+        count = arrays.gpu_count("a GPU")
+    except RuntimeError as error:
+        return [f"none ({error})"]
+    return [f"cuda:{i} {describe_gpu(i)}" for i in range(count)]
+
+
+def _cuda_versions() -> dict[str, str | None]:
+    """The newest CUDA that the driver knows, and the one that CuPy runs; nothing without CuPy."""
+    try:
+        from cupy.cuda import runtime
+
+        numbers = {"CUDA of the driver": runtime.driverGetVersion(), "CUDA of CuPy": runtime.runtimeGetVersion()}
+    except Exception:  # CuPy is not installed, or broken, as the line about the GPU says
+        return {}
+    return {name: arrays.cuda_version(number) if number else None for name, number in numbers.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def _field(text: str, name: str) -> str:
+    """The value of the first "name : value" line."""
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""

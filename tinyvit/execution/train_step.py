@@ -1,0 +1,284 @@
+"""Whole training steps at full speed: one update of a model's parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tinyvit import functional as F
+from tinyvit import nn, optim
+from tinyvit.backend import arrays, cuda_graph, parallel, random
+from tinyvit.backend.cuda_graph import Graphed
+from tinyvit.backend.memory import keep_freed_memory
+from tinyvit.engine.tensor import Array, Tensor, grad
+from tinyvit.execution.precision import LossScale, Precision
+from tinyvit.kernels import cuda
+
+
+class Averaged(Protocol):
+    """What follows the weights after each update, such as `optim.EMA`. Steps with any other one are no CUDA graphs."""
+
+    def update(self) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """What one step brought, as arrays without dimensions where the model lives (NumPy: numbers).
+
+    Reading one from a device waits until the step is done; until then the next ones can be started.
+    """
+
+    loss: Any
+    correct: Any
+    grad_norm: Any
+
+
+class TrainStep:
+    """One training step: forward, cross-entropy, backward, clipping, update.
+
+    On a CPU the batch is cut into shards that run on threads. The result is the whole batch's, and the same bits come
+    out of every run with the same settings; dropout masks depend on neither threads nor shards.
+
+    Args:
+        model: gives logits (B, num_classes) for images (B, C, H, W); it is put into training mode.
+        optimizer: holds the model's parameters; set `optimizer.lr` between calls to follow a schedule.
+        clip_norm: largest global norm of the gradient, None for no limit.
+        label_smoothing: as in `functional.cross_entropy`.
+        accumulate: computes a batch in this many parts, one after the other, to use less memory.
+        ema: an average of the weights to update after each step.
+        seed: what dropout masks derive from, together with `step_index`.
+        threads, shards: as in `shards.plan`.
+        class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly
+            its mean over the whole batch, however that is cut.
+        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
+
+    In fp16 the loss is scaled while the gradient is computed, and a step whose gradient overflows changes nothing but
+    the scale.
+
+    A batch may lie on the host wherever the model is. On a device a step is only started: nothing waits for its end but
+    reading one of its numbers. Who changes a setting of the model, such as a dropout rate, makes another TrainStep: a
+    CUDA graph goes on with the old one.
+
+    Attributes:
+        step_index: how many steps were done; settable, to go on with an interrupted run.
+        outcome: loss, hits and norm of the last step, not yet read from the device.
+        graph: makes CUDA graphs of steps; `graph.reason` says why the last step on a GPU was not one, None if it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        clip_norm: float | None = None,
+        label_smoothing: float = 0.0,
+        accumulate: int = 1,
+        ema: Averaged | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+        shards: int | None = None,
+        class_weights: Array | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        keep_freed_memory()
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm}")
+        self.model, self.optimizer, self.ema = model, optimizer, ema
+        self.clip_norm, self.label_smoothing, self.accumulate = clip_norm, label_smoothing, accumulate
+        self.seed, self.threads, self.shards = seed, threads, shards
+        self._all_parameters = model.parameters()
+        self.parameters = [p for p in self._all_parameters if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("a training step needs a model with parameters that require a gradient")
+        like = self.parameters[0].data
+        self.class_weights = None if class_weights is None else arrays.convert(arrays.as_array(class_weights), like)
+        self.precision = Precision(precision, model)
+        self._scale = LossScale(self.parameters[0].data) if precision == "fp16" else None
+        self.step_index = 0
+        self.outcome = Outcome(math.nan, 0, math.nan)
+        self._gradients: list[Array] = []
+        self._together = False  # whether the optimizer updated all parameters, and their copies, in one go
+        self.graph = Graphed(self._compute, self._surroundings, lambda: self.optimizer.count_step())
+
+    def __call__(self, images: Array, labels: Array) -> Tensor:
+        """Do one step.
+
+        Args:
+            images: (B, C, H, W), floating.
+            labels: class numbers (B,) or probabilities (B, num_classes).
+
+        Returns:
+            the mean loss over the batch before the update, without dimensions or history.
+        """
+        batch, count = images.shape[0], labels.shape[0]
+        if batch != count or batch == 0:
+            raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
+        if not self.model.training:
+            self.model.train()
+        like = self.parameters[0].data
+        self._gradients = []  # the last step's: their memory is this one's
+        with parallel.limit(self.threads), arrays.on_device_of(like):
+            images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
+            if arrays.is_cupy(like):
+                self.precision.refresh()  # not in the graph, where it would be done each time
+                outcome, self._gradients = self.graph(images, labels, arrays.convert(np.array(self.step_index), like))
+            else:
+                outcome, self._gradients = self._compute(images, labels, self.step_index)
+        self.outcome = Outcome(*outcome)
+        if self._together:
+            self.precision.keep_copies()
+        self.step_index += 1
+        return Tensor(self.outcome.loss)
+
+    def _compute(self, images: Array, labels: Array, step: int | Array) -> tuple[Outcome, list[Array]]:
+        """The step's arithmetic, with its gradients; a graph can repeat it where nothing of it depends on the host."""
+        loss, correct, gradients = self._differentiate(images, labels, step)
+        try:
+            norm, gradients = self._update(gradients)
+        finally:
+            self.optimizer.zero_grad()  # also of a capture that fails, whose memory is wanted back
+        return Outcome(loss, correct, norm), gradients
+
+    def _update(self, gradients: list[Array]) -> tuple[Array, list[Array]]:
+        """Let the weights and their average follow the gradients; their norm, and they as they were used."""
+        for p, g in zip(self.parameters, gradients, strict=True):
+            p.grad = g
+        limit = math.inf if self.clip_norm is None else self.clip_norm
+        norm = self.optimizer.step_together(limit, self._scale, self.precision.copies())
+        self._together = norm is not None
+        if self._together:
+            self._follow(None if self._scale is None else self.optimizer.skipped)
+            return norm, gradients
+        if self.precision.dtype is not None:
+            gradients = [arrays.astype(g, "float32") for g in gradients]
+        for p, g in zip(self.parameters, gradients, strict=True):
+            p.grad = g
+        norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
+        if self._scale is None or self._scale.update(norm):
+            self.optimizer.step()
+            self._follow(None)
+        return norm, gradients
+
+    def _follow(self, skipped: Array | None) -> None:
+        """Let the average follow the weights, unless an array on the device says that they were not updated."""
+        if type(self.ema) is optim.EMA:
+            self.ema.update(skipped)
+        elif self.ema is not None:
+            if cuda_graph.capturing():
+                raise cuda_graph.NotCapturable(f"{type(self.ema).__name__} may do something else each time")
+            if skipped is None or not bool(skipped):
+                self.ema.update()
+
+    def _surroundings(self) -> tuple:
+        """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
+        used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
+        used += self.ema.arrays() if type(self.ema) is optim.EMA else []
+        used += [] if self.class_weights is None else [self.class_weights]
+        settings = (self.clip_norm, self.label_smoothing, self.accumulate, self.seed, id(self.optimizer), id(self.ema))
+        trained = tuple(p.requires_grad for p in self.parameters)
+        return settings, trained, tuple(map(cuda.address, used))
+
+    @property
+    def correct(self) -> int:
+        """How many images of the last batch were classified correctly (by their likeliest label)."""
+        return int(self.outcome.correct)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global norm of the last gradient before clipping."""
+        return float(self.outcome.grad_norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by while its gradient is computed: 1 except in fp16."""
+        return 1.0 if self._scale is None else float(self._scale.value)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What an interrupted run needs besides weights, optimizer, average and `step_index`: fp16's loss scale."""
+        return {} if self._scale is None else self._scale.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from `state`, as `state_dict` gave it in the same precision. Raises ValueError."""
+        if self._scale is not None:
+            self._scale.load_state_dict(state)
+        elif state:
+            raise ValueError(f"precision {self.precision.name} has no state, got {', '.join(sorted(state))}")
+
+    @property
+    def largest_grad(self) -> float:
+        """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
+        largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
+        factor = self.optimizer.gradient_scale if self._together else 1.0  # these were scaled on their way
+        return float(np.max(largest)) * factor if largest else math.nan
+
+    def _differentiate(self, images: Array, labels: Array, step: int | Array) -> tuple[Array, Array, list[Array]]:
+        """Loss, hits and gradients of the batch, summed over its shards in their order."""
+        batch = images.shape[0]
+        alone = self.accumulate == 1 and arrays.is_cupy(images)  # one part, whose gradients need no room to be added up
+        weighted = None
+        if self.class_weights is not None:  # for the whole batch, since its labels decide what the mean is divided by
+            like = self.parameters[0].data
+            weighted = F.weighted_targets(labels, self.class_weights, self.label_smoothing, like=like)
+
+        def shard(start: int, stop: int) -> tuple[Array, Array, list[Array]]:
+            with random.scope(self.seed, step, start):
+                logits = self.model(images[start:stop, ...])
+            if self.precision.dtype is not None:
+                logits = logits.astype("float32")
+            targets = _labels(labels[start:stop, ...], logits)
+            if weighted is None:
+                loss = F.cross_entropy(logits, targets, self.label_smoothing)
+            else:
+                loss = F.cross_entropy(logits, weighted[start:stop, ...])
+            loss = loss * ((stop - start) / batch)
+            part = grad(loss, self.parameters, None if self._scale is None else self._scale.value)
+            if self.precision.dtype is not None and not alone:
+                part = [arrays.astype(g, "float32") for g in part]
+            return loss.data, _hits(logits.data, targets), part
+
+        loss, correct, gradients = None, 0, []
+        with self.precision.applied():
+            for part_loss, hits, part in self._run(shard, batch):
+                correct += hits
+                if loss is None:
+                    loss, gradients = part_loss, part
+                else:
+                    loss = loss + part_loss
+                    gradients = _add(gradients, part)
+        return loss, correct, gradients
+
+    def _run(self, shard: Any, batch: int) -> Any:
+        if not arrays.on_host(self.parameters[0].data):  # a device runs its own threads
+            threads, n = 1, self.accumulate
+        else:
+            threads = parallel.usual_threads()
+            n = self.accumulate * (self.shards or threads)
+        return parallel.run(parallel.plan(batch, threads, n), shard)
+
+
+def _array(x: Tensor | Array) -> Array:
+    return x.data if isinstance(x, Tensor) else x
+
+
+def _add(a: list[Array], b: list[Array]) -> list[Array]:
+    """The sums of gradients, in `a`'s memory: `grad` gives arrays that nobody else holds."""
+    if not a or not arrays.on_host(a[0]):
+        return [x + y for x, y in zip(a, b, strict=True)]
+    pairs = list(zip(a, b, strict=True))
+    return parallel.each(lambda pair: np.add(*pair, out=pair[0]), pairs, [x.size for x in a])
+
+
+def _labels(labels: Array, logits: Tensor) -> Array:
+    """Probabilities in the logits' dtype, class numbers as they are."""
+    return arrays.astype(labels, logits.dtype) if arrays.is_floating(labels) else labels
+
+
+def _hits(logits: Array, labels: Array) -> Array:
+    """How many rows of logits are largest where the label is."""
+    xp = arrays.namespace(logits)
+    if labels.ndim == 2:
+        labels = xp.argmax(labels, axis=1)
+    return xp.sum(xp.astype(xp.argmax(logits, axis=1) == labels, xp.int64))

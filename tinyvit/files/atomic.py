@@ -1,0 +1,58 @@
+"""Files and directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside `path` to write to; it takes the place of `path` only once it is whole and on disk.
+
+    When the block raises, `path` is as it was before and nothing is left beside it. A process killed inside the
+    block leaves the hidden file `.NAME.tmp`, which the next write of the same file replaces.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        yield beside
+        with open(beside, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        unnamed = isinstance(error, OSError) and error.filename in (None, str(beside))  # a full disk, or no such place
+        if unnamed and error.errno is not None:
+            raise OSError(error.errno, f"could not write: {error.strerror}", str(path)) from None
+        raise
+    if os.name == "posix":  # the new name is on disk only when its directory is
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a UTF-8 text file whole or not at all."""
+    with atomic_write(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """Give a directory beside `path` that becomes `path` once the block is done."""
+    beside = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

@@ -1,0 +1,144 @@
+"""Kernels for CuPy arrays: the CUDA sources in `cuda/`, behind the reference's signatures.
+
+They compute in fp32 whatever the arrays' dtype is (float32, float16, bfloat16), and give the same bits every time. What
+they do not cover (float64, empty arrays, masks, unusual sizes) runs through the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinyvit.backend import random
+from tinyvit.kernels import cuda, reference
+from tinyvit.kernels.cuda import optimizers
+from tinyvit.kernels.cuda.attention import qkv_attention
+from tinyvit.kernels.cuda.linear import gelu, linear, linear_gelu, sum_in_fp32, sum_partials
+
+Array = Any
+VJP = Callable[..., tuple[Array | None, ...]]
+
+# --- layer normalisation --------------------------------------------------------------------------------------------
+
+
+def layer_norm(
+    xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    if not _normalises(x):
+        return reference.layer_norm(xp, x, weight, bias, eps=eps, needs=needs)
+    _, y, vjp = _layer_norm(xp, x, None, weight, bias, eps, True in needs)
+
+    def vjp_of_y(dy: Array) -> tuple[Array, Array, Array]:
+        return vjp(dy, None)
+
+    return y, vjp_of_y
+
+
+def add_layer_norm(
+    xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+) -> tuple[tuple[Array, Array], VJP]:
+    if not _normalises(x):
+        return reference.add_layer_norm(xp, x, branch, weight, bias, eps=eps, needs=needs)
+    total, y, vjp = _layer_norm(xp, x, branch, weight, bias, eps, True in needs)
+
+    def vjp_of_both(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
+        dx, dweight, dbias = vjp(xp.zeros_like(total) if dy is None else dy, dtotal)
+        return dx, dx, dweight, dbias
+
+    return (total, y), vjp_of_both
+
+
+def _normalises(x: Array) -> bool:
+    return bool(cuda.scalar(x.dtype) and x.size) and _vectors(x) <= 16
+
+
+def _vectors(x: Array) -> int:
+    """Vectors of a row for each lane of a warp, as in layer_norm.cu."""
+    dim, full = x.shape[-1], 16 // x.dtype.itemsize
+    width = full if dim % full == 0 else 2 if dim % 2 == 0 else 1
+    return math.ceil(dim / (32 * width))
+
+
+def _layer_norm(
+    xp: Any, x: Array, branch: Array | None, weight: Array, bias: Array, eps: float, recording: bool
+) -> tuple[Array, Array, Callable]:
+    x, weight, bias = cuda.ready(x), cuda.ready(weight), cuda.ready(bias)
+    dim = x.shape[-1]
+    rows = x.size // dim
+    constants = {"SCALAR": cuda.scalar(x.dtype), "DIM": dim}
+    y = xp.empty(x.shape, dtype=x.dtype)
+    total = x if branch is None else xp.empty(x.shape, dtype=x.dtype)
+    mean, rstd = (xp.empty(rows, dtype=xp.float32) if recording else cuda.NULL for _ in range(2))
+    sources = (x, cuda.NULL, cuda.NULL) if branch is None else (x, cuda.ready(branch), total)
+    arguments = (*sources, weight, bias, y, mean, rstd, np.int64(rows), np.float32(eps))
+    cuda.kernel("layer_norm", "layer_norm_forward", **constants)((math.ceil(rows / 8),), (256,), arguments)
+
+    def vjp(dy: Array, dtotal: Array | None) -> tuple[Array, Array, Array]:
+        dx = xp.empty(total.shape, dtype=total.dtype)
+        threads = 32 * _vectors(total)
+        blocks = min(math.ceil(rows / 3), cuda.multiprocessors() * max(1, 512 // threads))
+        partial = xp.empty((blocks, 2 * dim), dtype=xp.float32)
+        dtotal = cuda.NULL if dtotal is None else cuda.ready(dtotal)
+        arguments = (cuda.ready(dy), total, weight, mean, rstd, dtotal, dx, partial, np.int64(rows))
+        kernel = cuda.kernel("layer_norm", "layer_norm_backward", **constants)
+        kernel((blocks,), (threads,), arguments, shared_mem=4 * 12 * threads // 32)
+        return dx, *sum_partials(xp, partial, total.dtype, parts=2)
+
+    return total, y, vjp
+
+
+# --- loss -----------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    xp: Any, logits: Array, *, labels: Array, label_smoothing: float, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    scalar, soft = cuda.scalar(logits.dtype), labels.ndim == 2
+    if not scalar or labels.dtype != (logits.dtype if soft else np.int64):
+        return reference.cross_entropy(xp, logits, labels=labels, label_smoothing=label_smoothing, needs=needs)
+    batch, classes = logits.shape
+    logits, labels = cuda.ready(logits), cuda.ready(labels)
+    statistics, losses = xp.empty((batch, 3), dtype=xp.float32), xp.empty(batch, dtype=xp.float32)
+    loss = xp.empty((), dtype=logits.dtype)
+    sizes = (np.int32(classes), np.float32(label_smoothing))
+    threads = min(256, 32 * math.ceil(classes / 32))
+    constants = {"SCALAR": scalar, "SOFT": int(soft)}
+    forward = cuda.kernel("cross_entropy", "cross_entropy_forward", **constants)
+    forward((batch,), (threads,), (logits, labels, statistics, losses, *sizes), shared_mem=4 * 3 * 8)
+    mean = cuda.kernel("cross_entropy", "cross_entropy_mean", **constants)
+    mean((1,), (256,), (losses, loss, np.int32(batch)), shared_mem=4 * 8)
+
+    def vjp(dy: Array) -> tuple[Array]:
+        dlogits = xp.empty(logits.shape, dtype=logits.dtype)
+        backward = cuda.kernel("cross_entropy", "cross_entropy_backward", **constants)
+        arguments = (logits, labels, statistics, cuda.ready(dy), dlogits, np.int32(batch), *sizes)
+        backward((batch,), (threads,), arguments)
+        return (dlogits,)
+
+    return loss, vjp
+
+
+# --- dropout --------------------------------------------------------------------------------------------------------
+
+
+def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
+    scalar, samples, size = cuda.scalar(like.dtype), like.shape[0], math.prod(shape)
+    on_device = not isinstance(draw.step, int)
+    numbers = (draw.seed, 0 if on_device else draw.step, draw.place)
+    if not scalar or not samples * size or max(numbers) >= 2**32:
+        return reference.dropout_mask(xp, like, drop=drop, shape=shape, draw=draw)
+    mask = xp.empty((samples, *shape), dtype=like.dtype)
+    seed, step, place = (np.uint32(n) for n in numbers)
+    blocks = min(math.ceil(samples * math.ceil(size / 8) / 256), 8 * cuda.multiprocessors())
+    arguments = (mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, place)
+    arguments += (np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.kept(drop)))
+    cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
+    return mask
+
+
+TOGETHER = optimizers.TOGETHER
+_OURS = (linear, linear_gelu, gelu, layer_norm, add_layer_norm, qkv_attention, cross_entropy, dropout_mask, sum_in_fp32)
+KERNELS: dict[str, Callable] = {f.__name__: f for f in _OURS} | optimizers.KERNELS

@@ -1,0 +1,185 @@
+"""Linear layers and GELU for CuPy arrays: cuBLASLt's products, `cuda/columns.cu` and `cuda/gelu.cu`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tinyvit.backend import cuda_graph
+from tinyvit.kernels import cuda, half_precision, reference
+from tinyvit.kernels.cuda import cublas
+
+Array = Any
+VJP = Callable[..., tuple[Array | None, ...]]
+
+WAVE = 4  # blocks of 256 threads that a multiprocessor holds of any kernel here
+
+
+def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    if not _covered(x, weight):
+        return reference.linear(xp, x, weight, bias, needs=needs)
+    rows, weight = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight)
+    y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias))
+    return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), _linear_vjp(xp, x.shape, rows, weight, needs)
+
+
+def _covered(x: Array, weight: Array) -> bool:
+    return bool(cuda.scalar(x.dtype) and x.size and weight.size)
+
+
+def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None) -> Array:
+    """rows W^T + bias."""
+    y = cublas.linear(xp, rows, weight, bias)
+    if y is None:
+        y = _cupys_product(rows, weight.T)
+        if bias is not None:
+            columns("add_bias", y, y, bias)
+    return y
+
+
+def _cupys_product(a: Array, b: Array) -> Array:
+    """a b, where cuBLASLt does not compute it. Raises NotCapturable: CuPy's binding refuses that while capturing."""
+    if cuda_graph.capturing():
+        lacking = cublas.missing() or f"it computes no product of {a.dtype} {a.shape} and {b.shape}"
+        raise cuda_graph.NotCapturable(f"graphs need cuBLASLt's products: {lacking}")
+    return a @ b
+
+
+def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
+    saved_rows = rows if needs[1] else None
+
+    def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
+        dy = cuda.ready(xp.reshape(dy, (-1, dy.shape[-1])))
+        dweight = None
+        if needs[1]:
+            dweight, summed = _weight_gradient(xp, dy, saved_rows, needs[2] and dbias is None)
+            dbias = summed if dbias is None else dbias
+        elif needs[2] and dbias is None:
+            dbias = _column_sums(xp, dy)
+        return xp.reshape(_input_gradient(xp, dy, weight), shape) if needs[0] else None, dweight, dbias
+
+    return vjp
+
+
+def _input_gradient(xp: Any, dy: Array, weight: Array) -> Array:
+    dx = cublas.input_gradient(xp, dy, weight)
+    return _cupys_product(dy, weight) if dx is None else dx
+
+
+def _weight_gradient(xp: Any, dy: Array, rows: Array, with_bias: bool) -> tuple[Array, Array | None]:
+    both = cublas.weight_gradient(xp, dy, rows, with_bias)
+    if both is None and with_bias:  # perhaps without the sums
+        both = cublas.weight_gradient(xp, dy, rows, False)
+    dweight, dbias = (_cupys_product(dy.T, rows), None) if both is None else both
+    return dweight, _column_sums(xp, dy) if with_bias and dbias is None else dbias
+
+
+def _column_sums(xp: Any, dy: Array) -> Array:
+    partial = partial_sums(xp, dy)
+    columns("column_sums", dy, dy, partial)
+    return sum_partials(xp, partial, dy.dtype)[0]
+
+
+def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
+    """Over the first axes, as in gradients of position embeddings, tokens and layer scales, it is a sum of columns."""
+    rest = x.shape[len(axis) :]
+    if not (rest and axis == tuple(range(len(axis))) and x.size and cuda.scalar(x.dtype)):
+        return half_precision.sum_in_fp32(xp, x, axis)
+    return xp.reshape(_column_sums(xp, cuda.ready(xp.reshape(x, (-1, math.prod(rest))))), rest)
+
+
+def linear_gelu(
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    if not _covered(x, weight):
+        return reference.linear_gelu(xp, x, weight, bias, approximate=approximate, needs=needs)
+    rows, weight, bias = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight), cuda.ready(bias)
+    y, hidden, added = _linear_gelu(xp, rows, weight, bias, approximate, True in needs)
+    linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs)
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dy = cuda.ready(xp.reshape(dy, hidden.shape))
+        dhidden, partial = xp.empty(hidden.shape, dtype=hidden.dtype), partial_sums(xp, hidden)
+        columns("bias_gelu_backward", hidden, hidden, added, dy, dhidden, partial, approximate=approximate)
+        return linear_vjp(dhidden, *sum_partials(xp, partial, hidden.dtype))
+
+    return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), vjp
+
+
+def _linear_gelu(
+    xp: Any, rows: Array, weight: Array, bias: Array, approximate: str, recording: bool
+) -> tuple[Array, Array, Array]:
+    """gelu(rows W^T + bias); and, for the way back, what GELU was taken of, in two addends (the second may be NULL)."""
+    if approximate == "tanh" and rows.dtype.itemsize == 2:  # cuBLASLt's tanh is not good enough for fp32
+        fused = cublas.linear_gelu(xp, rows, weight, bias, recording)
+        if fused is not None:
+            return *fused, cuda.NULL
+    hidden = _forward(xp, rows, weight, None)  # without the bias, which both kernels add
+    y = xp.empty(hidden.shape, dtype=hidden.dtype) if recording else hidden
+    columns("bias_gelu_forward", hidden, hidden, bias, y, approximate=approximate)
+    return y, hidden, bias
+
+
+def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    scalar = cuda.scalar(x.dtype)
+    if not (scalar and x.size):
+        return reference.gelu(xp, x, approximate=approximate, needs=needs)
+    x = cuda.ready(x)
+    y = xp.empty(x.shape, dtype=x.dtype)
+    blocks, size = math.ceil(x.size / (256 * (16 // x.dtype.itemsize))), np.int64(x.size)
+    constants = {"SCALAR": scalar, "APPROXIMATE": int(approximate == "tanh")}
+    cuda.kernel("gelu", "gelu_forward", **constants)((blocks,), (256,), (x, y, size))
+
+    def vjp(dy: Array) -> tuple[Array]:
+        dx = xp.empty(x.shape, dtype=x.dtype)
+        cuda.kernel("gelu", "gelu_backward", **constants)((blocks,), (256,), (x, cuda.ready(dy), dx, size))
+        return (dx,)
+
+    return y, vjp
+
+
+# --- columns.cu -----------------------------------------------------------------------------------------------------
+
+
+def columns(name: str, matrix: Array, *arguments: Array, approximate: str = "none") -> None:
+    """Launch a kernel of columns.cu over `matrix` (rows, columns)."""
+    rows, width = matrix.shape
+    kernel = _columns_kernel(name, matrix.dtype, _vector(width, matrix.dtype.itemsize), approximate)
+    across, down = _columns_grid(matrix)
+    shared = 0 if name in ("add_bias", "bias_gelu_forward") else 4 * 256 * _vector(width, matrix.dtype.itemsize)
+    kernel((across, down), (32, 8), (*arguments, np.int64(rows), np.int32(width)), shared_mem=shared)
+
+
+def _columns_kernel(name: str, dtype: Any, vector: int, approximate: str = "none") -> Callable:
+    constants = {"SCALAR": cuda.scalar(dtype), "VECTOR": vector, "APPROXIMATE": int(approximate == "tanh")}
+    return cuda.kernel("columns", name, **constants)
+
+
+def _columns_grid(matrix: Array) -> tuple[int, int]:
+    """Blocks across the columns and down the rows: enough to fill the device once."""
+    rows, width = matrix.shape
+    across = math.ceil(width / (32 * _vector(width, matrix.dtype.itemsize)))
+    return across, min(math.ceil(rows / 8), max(1, WAVE * cuda.multiprocessors() // across))
+
+
+def _vector(width: int, itemsize: int) -> int:
+    """Numbers that a thread takes at once."""
+    return 16 // itemsize if width % (16 // itemsize) == 0 else 1
+
+
+def partial_sums(xp: Any, matrix: Array) -> Array:
+    """For a block's sums of columns, in each row."""
+    return xp.empty((_columns_grid(matrix)[1], matrix.shape[1]), dtype=xp.float32)
+
+
+def sum_partials(xp: Any, partial: Array, dtype: Any, parts: int = 1) -> list[Array]:
+    """The sums over the rows of `partial` (rows, columns), as 1 or 2 arrays of columns / parts numbers."""
+    rows, width = partial.shape
+    out = [xp.empty(width // parts, dtype=dtype) for _ in range(parts)]
+    sizes = (np.int32(rows), np.int32(width), np.int32(width // parts))
+    kernel = _columns_kernel("sum_partials", dtype, 16 // np.dtype(dtype).itemsize)
+    kernel((math.ceil(width / 32),), (32, 8), (partial, out[0], out[-1], *sizes), shared_mem=4 * 256)
+    return out

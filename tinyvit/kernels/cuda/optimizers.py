@@ -1,0 +1,209 @@
+"""The optimizers' updates for CuPy arrays: AdamW and Adam in one launch, for one parameter or for all of a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinyvit.backend import cuda_graph
+from tinyvit.kernels import cuda, reference
+
+Array = Any
+
+CONTROL = ("lr", "step", "correction", "rate_over_lr", "gradient_scale", "norm", "skip")  # struct Control in adamw.cu
+PIECE = 4096  # numbers of a parameter that a block takes, as in adamw.cu
+TABLE = np.dtype(
+    [(name, np.uint64) for name in ("p", "m", "v", "g", "copy")]
+    + [("size", np.int64), ("first_piece", np.int64), ("lr_scale", np.float32), ("weight_decay", np.float32)]
+)
+
+
+def adamw(
+    xp: Any, p: Array, g: Array, m: Array, v: Array,
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    in_place = all(x.flags.c_contiguous for x in (p, m, v))
+    if cuda.scalar(p.dtype) != "float" or not in_place or not p.size:
+        return reference.adamw(
+            xp, p, g, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step
+        )
+    correction = math.sqrt(1 - beta2**step)
+    rate = lr * correction / (1 - beta1**step)
+    numbers = (1 - beta1, beta2, 1 - beta2, eps * correction, rate, 1 - lr * weight_decay)
+    arguments = (p, cuda.ready(g), m, v, np.int64(p.size), *(np.float32(x) for x in numbers))
+    cuda.kernel("adamw", "adamw", SCALAR="float")((_blocks(p.size),), (256,), arguments)
+    return p, m, v
+
+
+def sum_of_squares(xp: Any, x: Array) -> Array:
+    scalar = cuda.scalar(x.dtype)
+    if not scalar or not x.size:
+        return reference.sum_of_squares(xp, x)
+    blocks = _blocks(x.size)
+    partial, total = xp.empty(blocks, dtype=xp.float64), xp.empty((), dtype=xp.float64)
+    squares = cuda.kernel("adamw", "squares", SCALAR=scalar)
+    squares((blocks,), (256,), (cuda.ready(x), np.int64(x.size), partial), shared_mem=8 * 256)
+    _sum_squares(scalar, partial, total)
+    return total
+
+
+def _blocks(size: int) -> int:
+    return min(math.ceil(size / 256), 8 * cuda.multiprocessors())
+
+
+def _sum_squares(scalar: str, partial: Array, total: Array) -> None:
+    kernel = cuda.kernel("adamw", "sum_squares", SCALAR=scalar)
+    kernel((1,), (256,), (partial, np.int32(partial.size), total), shared_mem=8 * 256)
+
+
+class _Table:
+    """Where the arrays of a model's parameters lie, on the device, for kernels that go over all of them."""
+
+    def __init__(self, xp: Any) -> None:
+        self._xp = xp
+        self._rows, self._on_device = np.zeros(0, TABLE), None
+
+    def fill(self, sizes: Sequence[int], **columns: Sequence) -> tuple[Array, np.int32, int]:
+        """The table's address, rows, and pieces of all; nothing is copied there if nothing has changed.
+
+        A graph that is being captured gets a table of its own, which nothing writes over.
+        """
+        rows = np.zeros(len(sizes), TABLE)
+        rows["size"] = sizes
+        pieces = -(-rows["size"] // PIECE)
+        rows["first_piece"] = np.cumsum(pieces) - pieces
+        for name, values in columns.items():
+            rows[name] = values
+        table = self._on_device
+        if table is None or cuda_graph.capturing() or not np.array_equal(rows, self._rows):
+            table = cuda.lasting(self._xp, rows.nbytes)
+            cuda.upload(table, rows.view(np.uint8))
+        if not cuda_graph.capturing():  # what a capture that fails leaves is never filled
+            self._rows, self._on_device = rows, table
+        return table, np.int32(len(rows)), int(pieces.sum())
+
+
+def _writable(parameters: Sequence[Array], others: Sequence[Array]) -> bool:
+    """Whether `others` are like the parameters, and kernels can change them in place as fp32 in vectors of 16 bytes."""
+    return all(
+        type(x) is type(p) and x.shape == p.shape and cuda.scalar(x.dtype) == "float" and cuda.is_ready(x)
+        for x, p in zip(others, parameters, strict=True)
+    )
+
+
+def _addresses(arrays: Sequence[Array | None]) -> list[int]:
+    return [0 if x is None else cuda.address(x) for x in arrays]
+
+
+class ManyAdamW:
+    """AdamW or Adam for all parameters of a model in a few launches, whose changing numbers all lie on the device.
+
+    Args:
+        xp: the array namespace.
+        beta1, beta2, eps: as in `reference_optim.adamw`.
+        decoupled: whether weight decay shrinks the parameters (AdamW) or is added to their gradients (Adam).
+
+    Attributes:
+        control: float64 numbers on the device, named by `CONTROL`.
+        skipped: that of them, without dimensions, which is not 0 if the gradient overflowed and nothing was updated.
+    """
+
+    def __init__(self, xp: Any, *, beta1: float, beta2: float, eps: float, decoupled: bool = True) -> None:
+        self._xp, self._betas, self._eps, self._decoupled = xp, (beta1, beta2), eps, decoupled
+        self._table = _Table(xp)
+        self.control = xp.zeros(len(CONTROL), dtype=xp.float64)
+        i = CONTROL.index("skip")
+        self.skipped = self.control[i : i + 1].reshape(())
+
+    @staticmethod
+    def covers(parameters: Sequence[Array], gradients: Sequence[Array], m: Sequence[Array], v: Sequence[Array]) -> bool:
+        """Whether `update` can do it."""
+        one_type = len({g.dtype for g in gradients}) == 1
+        return (
+            one_type
+            and cuda.scalar(gradients[0].dtype) is not None
+            and all(_writable(parameters, others) for others in (parameters, m, v))
+            and all(type(g) is type(p) and g.shape == p.shape for g, p in zip(gradients, parameters, strict=True))
+        )
+
+    def set(self, name: str, value: float) -> None:
+        """Give one of the numbers in `control` a value, without waiting for the device."""
+        i = CONTROL.index(name)
+        cuda.upload(self.control[i : i + 1], np.array([value], np.float64))
+
+    def get(self, name: str) -> Array:
+        """One of the numbers in `control`: a copy without dimensions, which is not waited for."""
+        return self.control[CONTROL.index(name)].copy()
+
+    def update(
+        self,
+        parameters: Sequence[Array],
+        gradients: Sequence[Array],
+        m: Sequence[Array],
+        v: Sequence[Array],
+        *,
+        copies: Sequence[Array | None] | None = None,
+        lr_scales: Sequence[float],
+        weight_decays: Sequence[float],
+        max_norm: float,
+        loss_scale: Any = None,
+    ) -> None:
+        """One step with the learning rate in `control`, of gradients that are limited to `max_norm` together.
+
+        Args:
+            parameters, m, v: fp32 arrays in C order, updated in place.
+            gradients: of one dtype.
+            copies: None, or for each parameter an array that follows it (or None); all of one dtype.
+            lr_scales, weight_decays: for each parameter.
+            loss_scale: what the gradients are divided by first, a `precision.LossScale`, which follows them.
+        """
+        scalar, gradients = cuda.scalar(gradients[0].dtype), [cuda.ready(g) for g in gradients]
+        table, count, pieces = self._table.fill(
+            [x.size for x in parameters],
+            p=_addresses(parameters), m=_addresses(m), v=_addresses(v), g=_addresses(gradients),
+            copy=_addresses(copies or [None] * len(parameters)), lr_scale=lr_scales, weight_decay=weight_decays,
+        )  # fmt: skip
+        partial, total = self._xp.empty(pieces, dtype=self._xp.float64), self._xp.empty((), dtype=self._xp.float64)
+        squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
+        squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
+        _sum_squares(scalar, partial, total)
+        clip = cuda.kernel("adamw", "clip_gradient", SCALAR=scalar)
+        scaling = (cuda.NULL, cuda.NULL, np.int32(0), np.float32(0))
+        if loss_scale is not None:
+            limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
+            scaling = (loss_scale.value, loss_scale.good, *limits)
+        clip((1,), (32,), (total, np.float64(max_norm), *scaling, self.control))
+
+        beta1, beta2 = self._betas
+        prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=scalar)
+        prepare((1,), (32,), (self.control, np.float64(beta1), np.float64(beta2)))
+        numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, self._eps))
+        following = [x for x in copies or () if x is not None]
+        types = {"SCALAR": scalar} | ({"COPY": cuda.scalar(following[0].dtype)} if following else {})
+        adamw = cuda.kernel("adamw", "adamw_many", **types)
+        adamw((pieces,), (256,), (table, count, self.control, *numbers, np.int32(self._decoupled)))
+
+
+class ManyLerp:
+    """`reference_optim.lerp` for many fp32 arrays at once."""
+
+    def __init__(self, xp: Any) -> None:
+        self._table = _Table(xp)
+
+    @staticmethod
+    def covers(a: Sequence[Array], b: Sequence[Array]) -> bool:
+        """Whether `update` can bring these together."""
+        return _writable(b, a) and _writable(b, b)
+
+    def update(self, a: Sequence[Array], b: Sequence[Array], weight: float, skipped: Array | None = None) -> None:
+        """a += weight (b - a), unless `skipped`, a float64 array without dimensions, is not 0."""
+        table, count, pieces = self._table.fill([x.size for x in a], p=_addresses(a), m=_addresses(b))
+        lerp = cuda.kernel("adamw", "lerp_many", SCALAR="float")
+        lerp((pieces,), (256,), (table, count, np.float32(weight), cuda.NULL if skipped is None else skipped))
+
+
+TOGETHER = {"adamw": ManyAdamW, "lerp": ManyLerp}
+KERNELS: dict[str, Callable] = {f.__name__: f for f in (adamw, sum_of_squares)}

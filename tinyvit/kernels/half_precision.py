@@ -1,0 +1,66 @@
+"""Operations on arrays of 16 bits (float16, bfloat16): computed in float32, rounded once.
+
+Sixteen bits are enough to keep and to multiply numbers, not to add many of them up. An operation that is decorated here
+sees float32 whatever it was given, and its results and gradients are rounded to the given dtype at its end. Kernels
+that do so by themselves, and steps that only move numbers or round once anyway, need no decoration.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tinyvit.backend import arrays
+
+Array = Any
+F = TypeVar("F", bound=Callable)
+
+
+def in_fp32(op: F) -> F:
+    """`op(xp, *arrays, needs=…, **parameters)`, which computes arrays of 16 bits in float32."""
+
+    @functools.wraps(op)
+    def wide(xp: Any, *inputs: Any, needs: tuple[bool, ...], **params: Any) -> tuple[Any, Callable]:
+        dtype = _half_dtype(inputs)
+        if dtype is None:
+            return op(xp, *inputs, needs=needs, **params)
+        params = {name: _widened(xp, x) for name, x in params.items()}
+        result, vjp = op(xp, *(_widened(xp, x) for x in inputs), needs=needs, **params)
+
+        def rounded(x: Array | None) -> Array | None:
+            return None if x is None else xp.astype(arrays.as_array(x), dtype)
+
+        def rounded_vjp(*dys: Array | None) -> tuple[Array | None, ...]:
+            return tuple(rounded(g) for g in vjp(*(_widened(xp, dy) for dy in dys)))
+
+        return tuple(map(rounded, result)) if isinstance(result, tuple) else rounded(result), rounded_vjp
+
+    return wide  # type: ignore[return-value]
+
+
+def numbers_in_fp32(op: F) -> F:
+    """The same only where a fraction is among the inputs, beside which bfloat16 would become float32 (NumPy, CuPy)."""
+    wide_op = in_fp32(op)
+
+    @functools.wraps(op)
+    def wide(xp: Any, *inputs: Any, needs: tuple[bool, ...], **params: Any) -> tuple[Any, Callable]:
+        chosen = wide_op if any(isinstance(x, float) for x in inputs) else op
+        return chosen(xp, *inputs, needs=needs, **params)
+
+    return wide  # type: ignore[return-value]
+
+
+def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
+    """The sum over some axes in the dtype of `x`, added up in float32 if that has 16 bits."""
+    if not arrays.is_half(x):
+        return xp.sum(x, axis=axis)
+    return xp.astype(arrays.as_array(xp.sum(x, axis=axis, dtype=xp.float32)), x.dtype)
+
+
+def _half_dtype(inputs: tuple[Any, ...]) -> Any:
+    return next((x.dtype for x in inputs if hasattr(x, "dtype") and arrays.is_half(x)), None)
+
+
+def _widened(xp: Any, x: Any) -> Any:
+    return xp.astype(x, xp.float32) if hasattr(x, "dtype") and arrays.is_half(x) else x

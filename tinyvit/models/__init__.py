@@ -1,0 +1,1 @@
+"""The Vision Transformer, its configurations by name, and what can be told about a model."""

@@ -1,0 +1,45 @@
+"""How images are prepared for a model: what its weights were trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input; its size is the model's `config.image_size`.
+
+    Attributes:
+        mean, std: one float per channel in 0..1 units: (pixels / 255 - mean) / std.
+        crop_pct: the share of the resized image that is kept; None: what `data.read_image` chooses for the size.
+        crop_mode: "center" keeps the aspect ratio when resizing, "squash" does not.
+        interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float | None = None
+    crop_mode: str = "center"
+    interpolation: str = "bicubic"
+
+    @property
+    def fit(self) -> dict[str, Any]:
+        """How an image is resized and cut: arguments of `data.read_image`, and `fit_options` of `data.load_data`."""
+        crop = {} if self.crop_pct is None else {"crop_pct": self.crop_pct}
+        return {**crop, "crop_mode": self.crop_mode, "interpolation": self.interpolation}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; `Preprocessing.from_dict` takes them back."""
+        return {**self.fit, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Reads `to_dict`'s values; other keys are passed over. Raises KeyError or TypeError without mean and std."""
+        optional = {key: values[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in values}
+        return cls(tuple(values["mean"]), tuple(values["std"]), **optional)
+
+
+def share(part: int, whole: int) -> float:
+    """`part / whole`, such that `int(part / share)` is `whole` in spite of rounding."""
+    return part / whole if int(part / (part / whole)) == whole else part / (whole + 0.5)

@@ -1,0 +1,321 @@
+"""What a training run can be told: one table from which the command line, the TOML file and config.json are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinyvit.execution.precision import PRECISIONS
+
+ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
+
+
+class UsageError(Exception):
+    """An option that makes no sense, or not with the others; the message is one line."""
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """A reader of whole numbers of at least `least`; raises ValueError."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """A reader of finite numbers for which `fits` holds; `expected` says so in words. Raises ValueError."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and fits(value)):
+            raise ValueError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A reader of one of a few words; raises ValueError."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            expected = f"{', '.join(choices[:-1])} or {choices[-1]}" if choices[1:] else choices[0]
+            raise ValueError(f"expected {expected}, got {text!r}")
+        return text
+
+    return parse
+
+
+def frozen_part(text: str) -> str | int:
+    """A reader of "all-but-head" or a number of blocks; raises ValueError."""
+    try:
+        return text if text == ALL_BUT_HEAD else whole(0)(text)
+    except ValueError:
+        raise ValueError(f"expected {ALL_BUT_HEAD} or a number of blocks, got {text!r}") from None
+
+
+def parse_image_size(text: str) -> int | str:
+    """A reader of S, the side of a square, or HxW, height and width of a rectangle; raises ValueError."""
+    try:
+        sides = [whole(1)(side) for side in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ValueError(f"expected a whole number of at least 1, or two as in 160x224, got {text!r}")
+    return sides[0] if len(set(sides)) == 1 else "x".join(map(str, sides))
+
+
+def height_and_width(size: int | str) -> tuple[int, int]:
+    """What `image_size` read, as two numbers."""
+    height, width = 2 * [size] if isinstance(size, int) else map(int, size.split("x"))
+    return height, width
+
+
+def device(text: str) -> str:
+    """A reader of a device's name; raises ValueError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N (a GPU's number), got {text!r}")
+    return text
+
+
+positive = number("a number above 0", lambda x: x > 0)
+not_negative = number("a number of at least 0", lambda x: x >= 0)
+positive_share = number("a number above 0 and at most 1", lambda x: 0 < x <= 1)
+share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+inner_share = number("a number between 0 and 1", lambda x: 0 < x < 1)
+
+
+def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str, *, free: bool = False) -> Any:
+    """A field of TrainConfig: its default, its reader, what it means; `free` ones may change on --resume."""
+    metadata = {"parse": parse, "metavar": metavar, "help": meaning, "free": free}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# The learning rate and weight decay that suit each optimizer.
+RATES = {"adamw": (1e-3, 0.05), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
+# Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
+EPOCHS, SHAPES_EPOCHS = 20, 4
+# The share that is held out of data without a test part.
+VAL_FRACTION = 0.1
+
+# Options that go together under a name; those given beside it count more.
+RECIPES: dict[str, dict[str, Any]] = {
+    # "Image classification with Vision Transformer" among Keras's code examples (K. Salama, 2021), but for its head (an
+    # MLP of 2048 and 1024 on all tokens side by side; here their mean and one layer), 64 wide queries and keys in each
+    # head (here 16), a second GELU in each MLP, and rotation and zoom of the training images (here only flipped).
+    "keras-cifar10": {
+        "data": "cifar10", "model": "vit_keras_patch6_72", "epochs": 100, "batch_size": 256, "optimizer": "adamw",
+        "lr": 1e-3, "weight_decay": 1e-4, "schedule": "constant", "warmup": 0.0, "clip_norm": 0.0,
+        "label_smoothing": 0.0, "dropout": 0.1, "val_fraction": 0.1,
+    },
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The options of one training run; None means: chosen from the data when the run starts, and then recorded."""
+
+    recipe: str | None = option(
+        None, one_of(*RECIPES), "NAME", f"options that go together, below those given beside it: {', '.join(RECIPES)}"
+    )
+    data: str = option(
+        "shapes", str, "SRC", "shapes, cifar10, a directory of images or parquet files, a .csv or .parquet", free=True
+    )
+    model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the images)")
+    init: str | None = option(
+        None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes"
+    )
+    head_init: str = option(
+        "zeros", one_of("zeros", "normal"), "HOW", "weights of a new head: zeros, or normal with 0.02"
+    )
+    freeze: str | int | None = option(
+        None,
+        frozen_part,
+        "PART",
+        f"keep weights of --init: {ALL_BUT_HEAD}, or N for the embeddings and the first N blocks",
+    )
+    layer_decay: float = option(
+        1.0, positive_share, "X", "each layer learns at this share of the rate of the one above it"
+    )
+    head_lr: float | None = option(
+        None, positive, "X", "highest learning rate of the head (default: --lr's); the schedule scales both alike"
+    )
+    out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
+    epochs: int | None = option(
+        None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})"
+    )
+    minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
+    batch_size: int | None = option(None, whole(1), "B", "images per step (default: 64, less for few images)")
+    lr: float | None = option(None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05)")
+    weight_decay: float | None = option(None, not_negative, "X", "default: 0.05, with sgd 0.0005, with adam 0")
+    warmup: float = option(0.1, not_negative, "X", "below 1: this share of the run; from 1: so many epochs")
+    clip_norm: float = option(1.0, not_negative, "X", "largest norm of a step's gradient; 0: no clipping")
+    label_smoothing: float = option(0.1, share, "X", "share of each label given to all classes")
+    drop_path: float = option(0.0, share, "X", "rate at which the last block's branches are dropped")
+    dropout: float = option(
+        0.0, share, "X", "dropout after the position embedding, the projections and in the MLP, and no other"
+    )
+    mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
+    cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none")
+    augment: bool | None = option(
+        None,
+        bool,
+        "",
+        f"flip, shift and vary the training images (default: yes; with --freeze {ALL_BUT_HEAD} no, so that the "
+        "features before the head are computed once)",
+    )
+    optimizer: str = option("adamw", one_of(*RATES), "NAME", "adamw, adam or sgd (with Nesterov momentum 0.9)")
+    schedule: str = option("cosine", one_of("cosine", "step", "constant"), "NAME", "course of the learning rate")
+    accumulate: int = option(1, whole(1), "N", "parts in which a batch is computed, to save memory")
+    ema: float = option(0.0, share, "DECAY", "decay of a moving average of the weights, used to evaluate; 0: none")
+    class_weights: str = option(
+        "none", one_of("none", "balanced"), "HOW", "balanced: rare classes count for more in the loss"
+    )
+    patience: int | None = option(
+        None, whole(1), "N", "end after N epochs without a better validation accuracy (or, where equal, loss)"
+    )
+    seed: int = option(0, whole(0), "S", "decides every random choice")
+    device: str = option("auto", device, "NAME", "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
+    precision: str = option("fp32", one_of(*PRECISIONS), "NAME", "fp32, tf32, bf16 or fp16; weights are kept in fp32")
+    threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)
+    image_size: int | str | None = option(
+        None, parse_image_size, "S|HxW", "side, or height and width, of the images (default: the data's or the model's)"
+    )
+    patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
+    val_fraction: float | None = option(
+        None,
+        inner_share,
+        "X",
+        "share of the training images that is held out to choose the best epoch "
+        f"(default: {VAL_FRACTION} where the data has neither validation nor test part; otherwise that chooses)",
+    )
+    skip_corrupt: bool = option(False, bool, "", "go on without images that cannot be read")
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def flag(name: str) -> str:
+    """How an option is written on the command line: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for the known word most like `word`, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Options from a TOML file of `option = value` lines, checked like the command line's. Raises UsageError."""
+    try:
+        with open(path, "rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
+    options: dict[str, Any] = {}
+    for key, value in table.items():
+        name, negated = key.replace("-", "_"), False
+        if name not in FIELDS and FIELDS.get(name.removeprefix("no_")) is not None:
+            name, negated = name.removeprefix("no_"), True
+        is_switch = name in FIELDS and FIELDS[name].metadata["parse"] is bool
+        if name not in FIELDS or (negated and not is_switch):
+            known = [flag(field)[2:] for field in FIELDS]
+            raise UsageError(f"{path}: there is no option {key!r}{nearest(key.replace('_', '-'), known)}")
+        if name in options:
+            raise UsageError(f"{path}: {name} is given twice")
+        value = read_value(path, key, name, value)
+        options[name] = value != negated if is_switch else value
+    if options.get("epochs") is not None and options.get("minutes") is not None:
+        raise UsageError(f"{path}: give epochs or minutes, not both")
+    return options
+
+
+def read_value(path: str | Path, key: str, name: str, value: Any) -> Any:
+    """The value that the file `path` gives the option `name` (as `key`). Raises UsageError."""
+    return (_switch if FIELDS[name].metadata["parse"] is bool else _value)(path, key, name, value)
+
+
+def _switch(path: str | Path, key: str, name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{path}: {key}: expected true or false, got {value!r}")
+    return value
+
+
+def _value(path: str | Path, key: str, name: str, value: Any) -> Any:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise UsageError(f"{path}: {key}: expected one value, got {value!r}")
+    try:
+        return FIELDS[name].metadata["parse"](str(value))
+    except ValueError as error:
+        raise UsageError(f"{path}: {key}: {error}") from None
+
+
+def merge(file: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for: the file's options, overridden by the command line's."""
+    given = {**file, **command_line}
+    if "minutes" in command_line:
+        given.pop("epochs", None)
+    if "epochs" in command_line:
+        given.pop("minutes", None)
+    return given
+
+
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` with the options of the recipe that it names."""
+    return merge(RECIPES[given["recipe"]], given) if given.get("recipe") else dict(given)
+
+
+def check_pairs(given: Mapping[str, Any]) -> None:
+    """Refuse options that exclude or need each other. Raises UsageError."""
+    options = with_recipe(given)
+    init, freeze = options.get("init"), options.get("freeze")
+    if init and options.get("model"):
+        name = "model" if given.get("model") else "recipe"
+        raise UsageError(f"{flag(name)} {given[name]} and --init {init} exclude each other: weights bring their model")
+    if freeze is not None and not init:
+        raise UsageError(f"--freeze {freeze} keeps weights of --init, and there is none")
+
+
+def shown(name: str, value: Any) -> str:
+    """An option with its value as one would type it."""
+    if isinstance(value, bool):
+        return flag(name) if value else flag("no_" + name)
+    return f"{flag(name)} {value}"
+
+
+def same(name: str, value: Any, recorded: Any) -> bool:
+    """Whether an option has the value that it had; a path may be written in another way."""
+    if name == "init" and value and recorded:
+        return Path(value).resolve() == Path(recorded).resolve()
+    return value == recorded
+
+
+def check_same(recorded: Mapping[str, Any], given: Mapping[str, Any], out: Path) -> None:
+    """Refuse options that contradict those of the run being resumed. Raises UsageError."""
+    for name, value in given.items():
+        if FIELDS[name].metadata["free"] or same(name, value, recorded[name]):
+            continue
+        if recorded[name] is None:
+            started = f"without {flag(name)}"
+        else:
+            started = f"with {shown(name, recorded[name])}, not {shown(name, value)}"
+        raise UsageError(f"{out} was started {started}: leave the option out, or choose another --out")

@@ -1,0 +1,142 @@
+"""Fine-tuning: a new head on old weights, and parts of a model that stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyvit import nn
+from tinyvit.backend import arrays, random
+from tinyvit.data import Augment, Data, Loader, Split
+from tinyvit.data.splits import ArraySplit
+from tinyvit.engine.ops import concat
+from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.evaluation.metrics import BATCH_SIZE
+from tinyvit.execution.inference import predictions
+from tinyvit.models.vit import VisionTransformer
+from tinyvit.optim.param_groups import in_head, layer_number
+from tinyvit.training.config import ALL_BUT_HEAD, TrainConfig
+
+
+def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
+    """Give the model a new classifier (a distilled one two): all zeros, or "normal" weights with zero biases.
+
+    "zeros" is the paper's (Dosovitskiy et al. 2020, section 3.2); "normal" is cut at two standard deviations of 0.02
+    and drawn from `seed`.
+    """
+    if how not in ("zeros", "normal"):
+        raise ValueError(f"a head begins with zeros or normal weights, got {how!r}")
+    with random.scope(seed, step=1):  # the other weights of a new model are drawn in step 0
+        for name, p in model.named_parameters():
+            if in_head(name):
+                drawn = how == "normal" and p.ndim > 1
+                values = nn.truncated_normal(p.shape, 0.02) if drawn else np.zeros(p.shape)
+                p.data = values.astype(p.dtype)
+
+
+def order_head(model: VisionTransformer, order: Sequence[int]) -> None:
+    """Give the model's classes another order: the new class i is the old class `order[i]`."""
+    for name, p in model.named_parameters():
+        if in_head(name):
+            p.data = p.data[list(order)]
+
+
+def freeze(model: VisionTransformer, part: str | int) -> None:
+    """Keep weights as they are: "all-but-head", or N for the embeddings (patches, tokens, positions) and N blocks.
+
+    What is frozen gets no gradient, and as nothing below it does either, no backward pass runs there. It also computes
+    as in evaluation, without dropout and drop path, which would only add noise to what cannot adapt to it;
+    `model.train()` leaves that as it is, and `model.requires_grad_(True).train()` thaws everything.
+
+    Raises:
+        ValueError: the model has no such part.
+    """
+    depth = model.config.depth
+    if part != ALL_BUT_HEAD and not (isinstance(part, int) and 0 <= part <= depth):
+        raise ValueError(f"expected {ALL_BUT_HEAD} or 0 to {depth} blocks to freeze, got {part}")
+
+    def frozen(name: str) -> bool:
+        if part == ALL_BUT_HEAD:
+            return not in_head(name) and name != "head_drop"
+        return layer_number(name, depth) <= part
+
+    for name, p in model.named_parameters():
+        if frozen(name):
+            p.requires_grad = False
+    for name, module in model.named_modules():
+        if name and frozen(name):
+            module.frozen, module.training = True, False
+
+
+def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """(num_classes,) float32: N / (num_classes count) for each class of the labels (N,), so that all weigh the same."""
+    counts = np.bincount(labels, minlength=num_classes)
+    return (len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32)
+
+
+# --- features that are computed once ------------------------------------------------------------------------------
+
+
+class Backbone(nn.Module):
+    """All but the head: images (B, C, H, W) -> what the head reads, (B, D); a distilled model's two side by side."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    def forward(self, images: Array) -> Tensor:
+        tokens = self.model.read_tokens(images)
+        pooled = self.model.pool(tokens)
+        return pooled if self.model.head_dist is None else concat([pooled, tokens[:, 1, :]], axis=1)
+
+
+class Head(nn.Module):
+    """The rest of the model: features of `Backbone` -> logits (B, num_classes). Its parameters are the head's alone."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.head, self.head_dist, self.head_drop = model.head, model.head_dist, model.head_drop
+        self.classify = model.classify
+
+    def forward(self, features: Array) -> Tensor:
+        weight = self.head.weight.data
+        x = Tensor(arrays.astype(arrays.convert(features, weight), weight.dtype))
+        if self.head_dist is None:
+            return self.classify(x)
+        width = weight.shape[1]
+        return self.classify(x[:, :width], x[:, width:])
+
+
+class FeatureSplit(ArraySplit):
+    """A split with features (N, D) float32 in place of its images."""
+
+
+def reuses_features(options: TrainConfig) -> bool:
+    """Whether a run sees the same images in every epoch, and trains nothing but the head."""
+    return options.freeze == ALL_BUT_HEAD and not (options.augment or options.mixup or options.cutmix)
+
+
+def with_features(part: nn.Module, data: Data, threads: int | None = None, precision: str = "fp32") -> Data:
+    """`data` with the output (B, D) of `part`, such as `Backbone`, in place of the images."""
+    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
+        train, val = (_features(part, split, data, threads, precision, bar) for split in (data.train, data.validation))
+    return dataclasses.replace(data, train=train, val=val)
+
+
+def _features(
+    part: nn.Module, split: Split, data: Data, threads: int | None, precision: str, bar: tqdm
+) -> FeatureSplit:
+    device = arrays.device_name(part.parameters()[0].data)
+    loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
+    batches = (images for images, _ in loader.epoch(0))
+    parts = []
+    for features in predictions(part, batches, threads, precision=precision):
+        parts.append(features)
+        bar.update(len(features))
+    return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)
+
+
+def as_they_are(features: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """What happens to a batch of features before a step: nothing."""
+    return features, labels
