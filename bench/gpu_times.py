@@ -26,8 +26,8 @@ def attention_calls(batch: int, heads: int, n: int, backward: bool, dtype: Any =
     nbytes = batch * n * heads * 64 * np.dtype(dtype).itemsize * (8 if backward else 4)
     qkvs = [random_array((batch, n, 3 * heads * 64), dtype) for _ in sets(nbytes)]
     if not backward:
-        return [lambda qkv=qkv: layers.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[0] for qkv in qkvs]
-    vjps = [layers.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[1] for qkv in qkvs]
+        return [lambda qkv=qkv: attention.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[0] for qkv in qkvs]
+    vjps = [attention.qkv_attention(xp, qkv, num_heads=heads, needs=(True,))[1] for qkv in qkvs]
     dys = [random_array((batch, n, heads * 64), dtype) for _ in qkvs]
     return [lambda vjp=vjp, dy=dy: vjp(dy) for vjp, dy in zip(vjps, dys, strict=True)]
 
@@ -143,7 +143,7 @@ def time_others() -> None:
     show("dropout masks, 1024 x 65 x 768", 2 * 1024 * 65 * 768, lambda: lambda: mask(draw=random.Draw(0, 0, 0, 0)))
 
     x = random_array(64)
-    call = functools.partial(layers.gelu, xp, x, approximate="none", needs=(False,))
+    call = functools.partial(linear.gelu, xp, x, approximate="none", needs=(False,))
     call()
     start = time.perf_counter()
     for _ in range(2000):

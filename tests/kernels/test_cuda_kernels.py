@@ -17,7 +17,7 @@ import cuda_sim
 import numpy as np
 import pytest
 from cublas_sim import CuBLASLt
-from cuda_sim import SCALARS, decode, encode, error, guarded
+from cuda_sim import SCALARS, cuda_version, decode, encode, error, guarded
 
 from tinyvit import nn
 from tinyvit.backend import arrays, cuda_graph, random
@@ -25,7 +25,8 @@ from tinyvit.engine import ops
 from tinyvit.engine.tensor import Tensor, grad
 from tinyvit.execution.precision import Precision
 from tinyvit.kernels import cuda, half_precision, reference
-from tinyvit.kernels.cuda import attention, cublas, layers, linear
+from tinyvit.kernels.cuda import attention, cublas, linear
+from tinyvit.kernels.cuda.table import KERNELS
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -60,7 +61,7 @@ def both(
 
     expected = run(getattr(reference, name), numpy_namespace, exact)
     with cuda_sim.device(folder, seed, **machine) as xp:
-        actual = run(layers.KERNELS[name], xp, on_device)
+        actual = run(cuda_version(getattr(reference, name)), xp, on_device)
     assert all(x is None or x.dtype == SCALARS[scalar] for x in actual)
     return actual, expected
 
@@ -193,7 +194,7 @@ def test_layer_norm_of_a_sum(folder, scalar, missing):
     arrays = [encode(rng.standard_normal(shape), scalar) for shape in ((6, dim), (6, dim), (dim,), (dim,))]
     dys = [encode(rng.standard_normal((6, dim)), scalar) for _ in range(2)]
     with cuda_sim.device(folder, seed=3) as xp:
-        (total, y), vjp = layers.add_layer_norm(xp, *map(guarded, arrays), eps=1e-5, needs=(True,) * 4)
+        (total, y), vjp = cuda_version(reference.add_layer_norm)(xp, *map(guarded, arrays), eps=1e-5, needs=(True,) * 4)
         got = vjp(*(None if i == missing else guarded(dy) for i, dy in enumerate(dys)))
     a, b, weight, bias = map(decode, arrays)
     right = decode(encode(a + b, scalar))  # what is normalised is the sum as it is kept
@@ -273,7 +274,7 @@ def test_an_algorithm_that_is_refused_at_launch(folder):
     with cuda_sim.device(folder, library=library) as xp, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            y, vjp = layers.KERNELS["linear"](xp, *map(guarded, (x, weight, bias)), needs=(True,) * 3)
+            y, vjp = cuda_version(reference.linear)(xp, *map(guarded, (x, weight, bias)), needs=(True,) * 3)
             gradients = vjp(guarded(y))
     assert library.calls == ["DEFAULT", "DEFAULT"] * 3  # dW without db, dx
     assert [("cuBLASLt refuses" in str(w.message), epilogue in str(w.message)) for w, epilogue in
@@ -369,7 +370,7 @@ SUMS = [
 def test_sums(folder, scalar, shape, axis):
     x = encode(draw(0, shape), scalar)
     with cuda_sim.device(folder, seed=2) as xp:
-        y = layers.KERNELS["sum_in_fp32"](xp, guarded(x), axis)
+        y = cuda_version(half_precision.sum_in_fp32)(xp, guarded(x), axis)
     assert y.dtype == x.dtype and error(decode(y), decode(x).sum(axis=axis)) < TOLERANCE[scalar]
 
 
@@ -429,7 +430,7 @@ def test_dropout_masks_are_the_hosts(folder, scalar, shape, samples, seed, step,
         like = xp.empty((samples, 2), SCALARS[scalar])
         for steps in (step, guarded(np.array(step, np.int64))):
             draw = random.Draw(seed, steps, place, first)
-            mask = layers.KERNELS["dropout_mask"](xp, like, drop=drop, shape=shape, draw=draw)
+            mask = cuda_version(reference.dropout_mask)(xp, like, drop=drop, shape=shape, draw=draw)
             assert np.array_equal(mask, encode(right / (1 - drop), scalar))
 
 
@@ -443,7 +444,7 @@ def test_dropout_masks_of_large_seeds_and_of_everything(folder):
         ):
             ours, right = (
                 f(numpy_namespace if f is reference.dropout_mask else xp, like, drop=drop, shape=(50,), draw=draw)
-                for f in (layers.KERNELS["dropout_mask"], reference.dropout_mask)
+                for f in (cuda_version(reference.dropout_mask), reference.dropout_mask)
             )
             assert np.array_equal(ours, right)
 
@@ -468,7 +469,7 @@ def test_what_no_kernel_covers_runs_through_the_reference(folder):
     with cuda_sim.device(folder):
         for name, inputs, params in calls:
             needs = tuple(x is not None for x in inputs)
-            y, vjp = layers.KERNELS[name](numpy_namespace, *inputs, needs=needs, **params)
+            y, vjp = cuda_version(getattr(reference, name))(numpy_namespace, *inputs, needs=needs, **params)
             right, right_vjp = getattr(reference, name)(numpy_namespace, *inputs, needs=needs, **params)
             assert np.array_equal(y, right) and y.dtype == right.dtype
             for g, expected in zip(vjp(y), right_vjp(right), strict=True):
@@ -476,12 +477,11 @@ def test_what_no_kernel_covers_runs_through_the_reference(folder):
 
 
 def test_kernels_have_their_references_signatures():
-    references = vars(reference) | vars(half_precision)
-    for name, function in layers.KERNELS.items():
-        ours, theirs = (list(inspect.signature(f).parameters) for f in (function, references[name]))
-        assert ours == theirs, name
+    for op, kernel in KERNELS.items():
+        ours, theirs = (list(inspect.signature(f).parameters) for f in (kernel.run, op))
+        assert ours == theirs, op.__name__
 
 
 def test_importing_the_kernels_needs_no_cupy():
-    program = "import sys; sys.modules['cupy'] = None; import tinyvit.kernels.cuda.layers"
+    program = "import sys; sys.modules['cupy'] = None; import tinyvit.kernels.cuda.table"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -11,13 +11,13 @@ import array_api_compat.numpy as numpy_namespace
 import cuda_sim
 import numpy as np
 import pytest
-from cuda_sim import SCALARS, decode, encode, error, guarded
+from cuda_sim import SCALARS, cuda_version, decode, encode, error, guarded
 
 from tinyvit import kernels, nn, optim
 from tinyvit.backend import cuda_graph
 from tinyvit.execution.precision import LossScale
 from tinyvit.kernels import reference
-from tinyvit.kernels.cuda import layers, optimizers
+from tinyvit.kernels.cuda import optimizers
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -33,7 +33,7 @@ def test_adamw_of_one_parameter(folder):
         for step in (1, 2, 3):
             options = {"lr": 0.1 * step, "weight_decay": 0.05, "step": step, **ADAM}
             reference.adamw(numpy_namespace, *right, **options)
-            result = layers.KERNELS["adamw"](xp, *ours, **options)
+            result = cuda_version(reference.adamw)(xp, *ours, **options)
             assert result[0] is ours[0] and result[1] is ours[2] and result[2] is ours[3]
     for actual, exact in zip(ours, right, strict=True):
         assert error(actual, exact) < 1e-6
@@ -222,5 +222,5 @@ def test_the_count_of_steps_is_read_once_and_is_that_of_a_state_that_was_loaded(
 def test_sum_of_squares(folder, scalar):
     x = encode(np.random.default_rng(2).standard_normal((70, 100)), scalar)
     with cuda_sim.device(folder, seed=1) as xp:
-        total = layers.KERNELS["sum_of_squares"](xp, guarded(x))
+        total = cuda_version(reference.sum_of_squares)(xp, guarded(x))
     assert float(total) == pytest.approx((decode(x) ** 2).sum(), rel=1e-12)

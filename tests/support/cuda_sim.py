@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import functools
+import importlib
 import math
 import os
 import re
@@ -197,19 +198,24 @@ def device(
 def everything_on_device(folder: Path, **machine: Any) -> Iterator[None]:
     """Within this context whole models of NumPy arrays run on the CUDA kernels (for what `device` takes)."""
     name = numpy_namespace.__name__
-    before = kernels._MODULES[name]
-    kernels._MODULES[name] = "tinyvit.kernels.cuda.layers"
+    before = kernels._TABLES[name]
+    kernels._TABLES[name] = "tinyvit.kernels.cuda.table"
     try:
         with device(folder, **machine):
             _forget_kernels()
             yield
     finally:
-        kernels._MODULES[name] = before
+        kernels._TABLES[name] = before
         _forget_kernels()
 
 
+def cuda_version(op: Callable) -> Callable:
+    """What runs for a reference operation on CuPy arrays: its CUDA kernel, or the reference where that covers less."""
+    return kernels._where_covered(op, importlib.import_module("tinyvit.kernels.cuda.table").KERNELS[op])
+
+
 def _forget_kernels() -> None:
-    kernels.best.cache_clear()
+    kernels._fastest.cache_clear()
     kernels.together.cache_clear()
 
 

@@ -6,12 +6,11 @@ theirs made at a time, in a layout that makes one product of matrices of them al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from tinyvit.kernels.half_precision import in_fp32
 from tinyvit.kernels.reference.convolution import VJP, Padding, Pair, output_size, pad, views
 
 Array = np.ndarray
@@ -75,6 +74,3 @@ def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
         return (dy * positive,)
 
     return y, vjp
-
-
-KERNELS: dict[str, Callable] = {f.__name__: f for f in (in_fp32(conv2d), relu)}

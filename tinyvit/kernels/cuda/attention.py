@@ -11,10 +11,31 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tinyvit.kernels import cuda, reference
+from tinyvit.kernels import cuda
 
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
+
+
+def covers_attention(
+    qkv: Array,
+    *,
+    num_heads: int,
+    queries: int | None = None,
+    mask: Array | None = None,
+    keep: Array | None = None,
+    **_: Any,
+) -> bool:
+    _, n, width = qkv.shape
+    dim = _padded_dim(width, num_heads)
+    if mask is not None or not cuda.scalar(qkv.dtype) or not qkv.size or dim > 128 or n * 3 * num_heads * dim >= 2**31:
+        return False
+    return backward_plan(n, queries or n, dim, qkv.dtype.itemsize, dropout=keep is not None) is not None
+
+
+def _padded_dim(width: int, num_heads: int) -> int:
+    """A head's dimension, rounded up to a multiple of 8."""
+    return 8 * math.ceil(width // (3 * num_heads) / 8)
 
 
 def qkv_attention(
@@ -29,13 +50,11 @@ def qkv_attention(
 ) -> tuple[Array, VJP]:
     batch, n, width = qkv.shape
     own_dim = width // (3 * num_heads)
-    dim = 8 * math.ceil(own_dim / 8)
+    dim = _padded_dim(width, num_heads)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
-    covered = mask is None and scalar and qkv.size and dim <= 128
     asking = n if queries is None else queries
-    plan = covered and n * 3 * num_heads * dim < 2**31 and backward_plan(n, asking, dim, size, dropout=keep is not None)
-    if not plan:
-        return reference.qkv_attention(xp, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep, needs=needs)
+    plan = backward_plan(n, asking, dim, size, dropout=keep is not None)
+    assert plan is not None  # as `covers_attention` found
     qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
     kept = cuda.NULL if keep is None else cuda.ready(keep)
     y = xp.empty((batch, asking, num_heads * dim), dtype=qkv.dtype)

@@ -1,7 +1,6 @@
 """Kernels for CuPy arrays: the CUDA sources in `cuda/`, behind the reference's signatures.
 
-They compute in fp32 whatever the arrays' dtype is (float32, float16, bfloat16), and give the same bits every time. What
-they do not cover (float64, empty arrays, masks, unusual sizes) runs through the reference.
+They compute in fp32 whatever the arrays' dtype is (float32, float16, bfloat16), and give the same bits every time.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ import numpy as np
 
 from tinyvit.backend import random
 from tinyvit.kernels import cuda, reference
-from tinyvit.kernels.cuda import optimizers
-from tinyvit.kernels.cuda.attention import qkv_attention
-from tinyvit.kernels.cuda.linear import gelu, linear, linear_gelu, sum_in_fp32, sum_partials
+from tinyvit.kernels.cuda.linear import sum_partials
 
 Array = Any
 VJP = Callable[..., tuple[Array | None, ...]]
@@ -27,8 +24,6 @@ VJP = Callable[..., tuple[Array | None, ...]]
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    if not _normalises(x):
-        return reference.layer_norm(xp, x, weight, bias, eps=eps, needs=needs)
     _, y, vjp = _layer_norm(xp, x, None, weight, bias, eps, True in needs)
 
     def vjp_of_y(dy: Array) -> tuple[Array, Array, Array]:
@@ -40,8 +35,6 @@ def layer_norm(
 def add_layer_norm(
     xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[tuple[Array, Array], VJP]:
-    if not _normalises(x):
-        return reference.add_layer_norm(xp, x, branch, weight, bias, eps=eps, needs=needs)
     total, y, vjp = _layer_norm(xp, x, branch, weight, bias, eps, True in needs)
 
     def vjp_of_both(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
@@ -51,7 +44,7 @@ def add_layer_norm(
     return (total, y), vjp_of_both
 
 
-def _normalises(x: Array) -> bool:
+def covers_layer_norm(x: Array, *_: Any, **__: Any) -> bool:
     return bool(cuda.scalar(x.dtype) and x.size) and _vectors(x) <= 16
 
 
@@ -93,12 +86,14 @@ def _layer_norm(
 # --- loss -----------------------------------------------------------------------------------------------------------
 
 
+def covers_cross_entropy(logits: Array, *, labels: Array, **_: Any) -> bool:
+    return bool(cuda.scalar(logits.dtype)) and labels.dtype == (logits.dtype if labels.ndim == 2 else np.int64)
+
+
 def cross_entropy(
     xp: Any, logits: Array, *, labels: Array, label_smoothing: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     scalar, soft = cuda.scalar(logits.dtype), labels.ndim == 2
-    if not scalar or labels.dtype != (logits.dtype if soft else np.int64):
-        return reference.cross_entropy(xp, logits, labels=labels, label_smoothing=label_smoothing, needs=needs)
     batch, classes = logits.shape
     logits, labels = cuda.ready(logits), cuda.ready(labels)
     statistics, losses = xp.empty((batch, 3), dtype=xp.float32), xp.empty(batch, dtype=xp.float32)
@@ -124,12 +119,15 @@ def cross_entropy(
 # --- dropout --------------------------------------------------------------------------------------------------------
 
 
+def covers_dropout_mask(like: Array, *, shape: tuple[int, ...], draw: random.Draw, **_: Any) -> bool:
+    numbers = (draw.seed, draw.step if isinstance(draw.step, int) else 0, draw.place)
+    return bool(cuda.scalar(like.dtype) and like.shape[0] * math.prod(shape)) and max(numbers) < 2**32
+
+
 def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
     scalar, samples, size = cuda.scalar(like.dtype), like.shape[0], math.prod(shape)
     on_device = not isinstance(draw.step, int)
     numbers = (draw.seed, 0 if on_device else draw.step, draw.place)
-    if not scalar or not samples * size or max(numbers) >= 2**32:
-        return reference.dropout_mask(xp, like, drop=drop, shape=shape, draw=draw)
     mask = xp.empty((samples, *shape), dtype=like.dtype)
     seed, step, place = (np.uint32(n) for n in numbers)
     blocks = min(math.ceil(samples * math.ceil(size / 8) / 256), 8 * cuda.multiprocessors())
@@ -137,8 +135,3 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
     arguments += (np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.kept(drop)))
     cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
     return mask
-
-
-TOGETHER = optimizers.TOGETHER
-_OURS = (linear, linear_gelu, gelu, layer_norm, add_layer_norm, qkv_attention, cross_entropy, dropout_mask, sum_in_fp32)
-KERNELS: dict[str, Callable] = {f.__name__: f for f in _OURS} | optimizers.KERNELS

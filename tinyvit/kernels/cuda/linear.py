@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import cuda_graph
-from tinyvit.kernels import cuda, half_precision, reference
+from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import cublas
 
 Array = Any
@@ -19,14 +19,12 @@ WAVE = 4  # blocks of 256 threads that a multiprocessor holds of any kernel here
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    if not _covered(x, weight):
-        return reference.linear(xp, x, weight, bias, needs=needs)
     rows, weight = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight)
     y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias))
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), _linear_vjp(xp, x.shape, rows, weight, needs)
 
 
-def _covered(x: Array, weight: Array) -> bool:
+def covers_linear(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
     return bool(cuda.scalar(x.dtype) and x.size and weight.size)
 
 
@@ -83,19 +81,20 @@ def _column_sums(xp: Any, dy: Array) -> Array:
     return sum_partials(xp, partial, dy.dtype)[0]
 
 
+def covers_sum(x: Array, axis: tuple[int, ...]) -> bool:
+    first_axes = axis == tuple(range(len(axis))) and len(axis) < x.ndim
+    return bool(first_axes and x.size and cuda.scalar(x.dtype))
+
+
 def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
     """Over the first axes, as in gradients of position embeddings, tokens and layer scales, it is a sum of columns."""
     rest = x.shape[len(axis) :]
-    if not (rest and axis == tuple(range(len(axis))) and x.size and cuda.scalar(x.dtype)):
-        return half_precision.sum_in_fp32(xp, x, axis)
     return xp.reshape(_column_sums(xp, cuda.ready(xp.reshape(x, (-1, math.prod(rest))))), rest)
 
 
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    if not _covered(x, weight):
-        return reference.linear_gelu(xp, x, weight, bias, approximate=approximate, needs=needs)
     rows, weight, bias = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight), cuda.ready(bias)
     y, hidden, added = _linear_gelu(xp, rows, weight, bias, approximate, True in needs)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs)
@@ -123,10 +122,12 @@ def _linear_gelu(
     return y, hidden, bias
 
 
+def covers_gelu(x: Array, **_: Any) -> bool:
+    return bool(cuda.scalar(x.dtype) and x.size)
+
+
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     scalar = cuda.scalar(x.dtype)
-    if not (scalar and x.size):
-        return reference.gelu(xp, x, approximate=approximate, needs=needs)
     x = cuda.ready(x)
     y = xp.empty(x.shape, dtype=x.dtype)
     blocks, size = math.ceil(x.size / (256 * (16 // x.dtype.itemsize))), np.int64(x.size)

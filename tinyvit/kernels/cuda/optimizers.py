@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from tinyvit.backend import cuda_graph
-from tinyvit.kernels import cuda, reference
+from tinyvit.kernels import Kernel, cuda, reference
 
 Array = Any
 
@@ -21,15 +21,14 @@ TABLE = np.dtype(
 )
 
 
+def covers_adamw(p: Array, g: Array, m: Array, v: Array, **_: Any) -> bool:
+    return cuda.scalar(p.dtype) == "float" and all(x.flags.c_contiguous for x in (p, m, v)) and bool(p.size)
+
+
 def adamw(
     xp: Any, p: Array, g: Array, m: Array, v: Array,
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    in_place = all(x.flags.c_contiguous for x in (p, m, v))
-    if cuda.scalar(p.dtype) != "float" or not in_place or not p.size:
-        return reference.adamw(
-            xp, p, g, m, v, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, step=step
-        )
     correction = math.sqrt(1 - beta2**step)
     rate = lr * correction / (1 - beta1**step)
     numbers = (1 - beta1, beta2, 1 - beta2, eps * correction, rate, 1 - lr * weight_decay)
@@ -38,10 +37,12 @@ def adamw(
     return p, m, v
 
 
+def covers_sum_of_squares(x: Array) -> bool:
+    return bool(cuda.scalar(x.dtype) and x.size)
+
+
 def sum_of_squares(xp: Any, x: Array) -> Array:
     scalar = cuda.scalar(x.dtype)
-    if not scalar or not x.size:
-        return reference.sum_of_squares(xp, x)
     blocks = _blocks(x.size)
     partial, total = xp.empty(blocks, dtype=xp.float64), xp.empty((), dtype=xp.float64)
     squares = cuda.kernel("adamw", "squares", SCALAR=scalar)
@@ -206,4 +207,7 @@ class ManyLerp:
 
 
 TOGETHER = {"adamw": ManyAdamW, "lerp": ManyLerp}
-KERNELS: dict[str, Callable] = {f.__name__: f for f in (adamw, sum_of_squares)}
+KERNELS = {
+    reference.adamw: Kernel(adamw, covers_adamw),
+    reference.sum_of_squares: Kernel(sum_of_squares, covers_sum_of_squares),
+}

@@ -1,0 +1,18 @@
+"""Every kernel for CuPy arrays. None covers float64, empty arrays, or a device that is too old for the sources."""
+
+from tinyvit.kernels import Kernel, half_precision, reference
+from tinyvit.kernels.cuda import attention, layers, linear, optimizers
+
+TOGETHER = optimizers.TOGETHER
+KERNELS = {
+    reference.linear: Kernel(linear.linear, linear.covers_linear),
+    reference.linear_gelu: Kernel(linear.linear_gelu, linear.covers_linear),
+    reference.gelu: Kernel(linear.gelu, linear.covers_gelu),
+    reference.layer_norm: Kernel(layers.layer_norm, layers.covers_layer_norm),
+    reference.add_layer_norm: Kernel(layers.add_layer_norm, layers.covers_layer_norm),
+    reference.qkv_attention: Kernel(attention.qkv_attention, attention.covers_attention),
+    reference.cross_entropy: Kernel(layers.cross_entropy, layers.covers_cross_entropy),
+    reference.dropout_mask: Kernel(layers.dropout_mask, layers.covers_dropout_mask),
+    half_precision.sum_in_fp32: Kernel(linear.sum_in_fp32, linear.covers_sum),
+    **optimizers.KERNELS,
+}
