@@ -98,10 +98,6 @@ def time_others() -> None:
             call = functools.partial(layers.layer_norm, xp, x, *vectors, eps=1e-6, needs=(True,) * 3)
             return functools.partial(call()[1], dy) if back else lambda: call()[0]
 
-        def add_norm(rows: int = rows, dim: int = dim, vectors: list = vectors) -> Callable:
-            x, y = random_array((rows, dim)), random_array((rows, dim))
-            return lambda: layers.add_layer_norm(xp, x, y, *vectors, eps=1e-6, needs=(True,) * 4)[0]
-
         def gelu(back: bool, rows: int = rows, columns: int = 4 * dim) -> Callable:
             x, bias, dy = random_array((rows, columns)), random_array(columns), random_array((rows, columns))
             out = cupy.empty((rows, columns), BF16)
@@ -115,7 +111,6 @@ def time_others() -> None:
 
         show(f"layer_norm {rows} x {dim}", 2 * size, functools.partial(norm, False))
         show(f"layer_norm backward {rows} x {dim}", 3 * size, functools.partial(norm, True))
-        show(f"add_layer_norm {rows} x {dim}", 4 * size, add_norm)
         show(f"bias_gelu {rows} x {4 * dim}", 8 * size, functools.partial(gelu, False))
         show(f"bias_gelu backward {rows} x {4 * dim}", 12 * size, functools.partial(gelu, True))
         show(f"column_sums {rows} x {3 * dim}", 3 * size, column_sums)

@@ -13,7 +13,6 @@ from tinyvit.engine.tensor import Array, Tensor, apply
 from tinyvit.kernels import reference
 
 __all__ = [
-    "add_layer_norm",
     "attention",
     "conv2d",
     "cross_entropy",
@@ -63,24 +62,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Te
 
     (x - mean) / sqrt(var + eps) * weight + bias with x (..., D), weight and bias (D,); returns (..., D).
     """
-    _check_norm("layer_norm", x, weight, bias)
+    _check_norm(x, weight, bias)
     return apply(reference.layer_norm, x, weight, bias, eps=eps)
-
-
-def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """A residual stream's sum x + branch and its layer norm, in one operation.
-
-    Args:
-        x, branch: (..., D), of one shape.
-        weight, bias: (D,).
-
-    Returns:
-        x + branch, and `layer_norm` of that, both (..., D).
-    """
-    _check_norm("add_layer_norm", x, weight, bias)
-    if _s(x) != _s(branch):
-        raise ValueError(f"add_layer_norm expects x and branch of one shape, got {_s(x)} and {_s(branch)}")
-    return apply(reference.add_layer_norm, x, branch, weight, bias, eps=eps)
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -348,9 +331,10 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"linear expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
 
 
-def _check_norm(name: str, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if len(x.shape) < 1 or not _s(weight) == _s(bias) == (x.shape[-1],):
-        raise ValueError(f"{name} expects x (..., D), weight and bias (D,), got {_s(x)}, {_s(weight)} and {_s(bias)}")
+        given = f"{_s(x)}, {_s(weight)} and {_s(bias)}"
+        raise ValueError(f"layer_norm expects x (..., D), weight and bias (D,), got {given}")
 
 
 def _windows(

@@ -368,54 +368,118 @@ def test_any_sound_config_makes_a_model_of_the_promised_shape(data):
     VisionTransformer(ViTConfig(**config.to_dict())).load_state_dict(model.state_dict())
 
 
-class Doubled(nn.Module):
-    """A user's own block: what the one within makes, twice."""
+class Bypassed(nn.Module):
+    """A user's own block around another one."""
 
     def __init__(self, block):
         self.block = block
 
-    def forward(self, x, tokens=None):
-        return self.block(x, tokens) * 2.0
+    def forward(self, x):
+        return x + self.block(x)
 
 
-class Shifted(nn.LayerNorm):
+class BypassedBlock(vit.Block):
+    """A user's subclass of the block."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class MeanAttention(nn.Module):
+    """A user's own attention: every token reads the mean of all."""
+
+    def __init__(self, dim):
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.proj(x - x.mean(axis=1, keepdims=True))
+
+
+class ShiftedNorm(nn.LayerNorm):
     """A user's own norm."""
 
     def forward(self, x):
         return super().forward(x) + 0.5
 
 
-class Turned(vit.Block):
-    """A block whose `forward` is a user's own."""
+class TokenNorm(nn.Module):
+    """A user's norm that mixes the tokens."""
 
-    def forward(self, x, tokens=None):
-        return super().forward(x, tokens) * 2.0
+    def forward(self, x):
+        return x - x.mean(axis=1, keepdims=True)
 
 
-def test_blocks_and_norms_of_a_user_are_what_the_model_runs():
+class MixingMlp(vit.Mlp):
+    """A user's MLP that mixes the tokens."""
+
+    def forward(self, x):
+        return super().forward(x + x.mean(axis=1, keepdims=True))
+
+
+def wrap(block):
+    return Bypassed(block)
+
+
+def subclass(block):
+    block.__class__ = BypassedBlock
+    return block
+
+
+def own_attention(block):
+    block.attn = MeanAttention(block.attn.proj.weight.shape[0])
+    return block
+
+
+def own_norm(block):
+    block.norm2.__class__ = ShiftedNorm
+    return block
+
+
+def own_mixing_norm(block):
+    block.norm2 = TokenNorm()
+    return block
+
+
+def own_mixing_mlp(block):
+    block.mlp.__class__ = MixingMlp
+    return block
+
+
+OWN_LAYERS = [wrap, subclass, own_attention, own_norm, own_mixing_norm, own_mixing_mlp]
+
+
+def deep_model(**changes):
+    with random.scope(3):
+        model = create_model("vit_micro_patch4_32", image_size=8, depth=3, num_classes=5, **changes)
+    return randomise(model).eval()
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("change", OWN_LAYERS)
+def test_the_model_runs_a_user_s_own_layers(change, place):
+    """They take one argument and know of no shortcut; the model is what its blocks compute for all tokens."""
+    model = deep_model()
     images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    plain = model(images).numpy()
+    with random.scope(4):
+        model.blocks[place] = change(model.blocks[place])
+    x = model.first_tokens(images)
+    for block in model.blocks:
+        x = block(x)
+    expected = model.forward_head(model.norm(x)).numpy()
+    assert np.allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(plain, expected, rtol=1e-2)
 
-    def build():
-        with random.scope(3):
-            model = create_model("vit_micro_patch4_32", image_size=8, depth=3, num_classes=5)
-        model.head.weight.data = np.random.default_rng(1).standard_normal(model.head.weight.shape).astype(np.float32)
-        return model.eval()
 
-    for place in range(3):
-        wrapped, turned, normed = build(), build(), build()
-        wrapped.blocks[place] = Doubled(wrapped.blocks[place])
-        turned.blocks[place].__class__ = Turned
-        normed.blocks[place].norm2.__class__ = Shifted
-        x, y = build().first_tokens(images), build().first_tokens(images)
-        plain = build().blocks
-        for i, block in enumerate(plain):
-            x = block(x) * (2.0 if i == place else 1.0)
-            block.norm2.__class__ = Shifted if i == place else nn.LayerNorm
-            y = y + block.attn(block.norm1(y))
-            y = y + block.mlp(block.norm2(y))
-        for model, tokens in ((wrapped, x), (turned, x), (normed, y)):
-            expected = model.forward_head(model.norm(tokens)).numpy()
-            assert np.allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("changes", [{}, dict(distilled=True), dict(init_values=0.5)])
+def test_the_shortcut_of_the_last_block_changes_neither_logits_nor_gradients(changes):
+    model = deep_model(**changes).to("float64")
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8))
+    logits, whole = model(images), model.forward_head(model.forward_features(images))
+    assert error(logits.numpy(), whole.numpy()) < 1e-12
+    weight = np.random.default_rng(1).standard_normal(logits.shape)
+    for got, want in zip(*(grad(y, model.parameters(), weight) for y in (logits, whole)), strict=True):
+        assert error(got, want, floor=1e-6) < 1e-10
 
 
 def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):

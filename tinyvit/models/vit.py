@@ -35,7 +35,7 @@ class PatchProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) -> (B, N, D), or (B, tokens, D) if only so many first tokens are wanted."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), or -> (B, queries, D) for the first tokens alone."""
 
     def __init__(self, config: ViTConfig) -> None:
         dim = config.embed_dim
@@ -46,10 +46,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
-    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
         qkv = self.qkv(x)  # (B, N, 3 D)
         rate, training = self.attn_drop_rate, self.training
-        y = F.qkv_attention(qkv, self.num_heads, dropout=rate, training=training, queries=tokens)
+        y = F.qkv_attention(qkv, self.num_heads, dropout=rate, training=training, queries=queries)
         return self.proj_drop(self.proj(y))
 
 
@@ -70,7 +70,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); (B, N, D) -> (B, N, D), or the first `tokens` of them."""
+    """Attention, then an MLP, each normalised and added to the residual stream: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: ViTConfig, drop_path: float) -> None:
         def layer_scale() -> nn.Module:
@@ -84,24 +84,10 @@ class Block(nn.Module):
         self.ls2 = layer_scale()
         self.drop_path = nn.DropPath(drop_path)
 
-    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
-        x, branch = self.addends(x, None, tokens)
-        return x + branch
-
-    def addends(self, x: Tensor, branch: Tensor | None, tokens: int | None = None) -> tuple[Tensor, Tensor]:
-        """The output of `forward` for x + branch, as two addends: the next block's norm adds them up on its way."""
-        x, y = (x, self.norm1(x)) if branch is None else _add_norm(self.norm1, x, branch)
-        attended = self.drop_path(self.ls1(self.attn(y, tokens)))
-        x, y = _add_norm(self.norm2, x if tokens is None else x[:, :tokens, :], attended)
-        return x, self.drop_path(self.ls2(self.mlp(y)))
-
-
-def _add_norm(norm: nn.Module, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """x + branch and its norm, in one operation unless the norm is a user's own."""
-    if type(norm) is nn.LayerNorm:
-        return F.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps)
-    x = x + branch
-    return x, norm(x)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        return x
 
 
 class VisionTransformer(nn.Module):
@@ -140,23 +126,20 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, images: Tensor | Array) -> Tensor:
         """Images (B, C, H, W) -> tokens (B, prefix + patches, D), normalised unless `fc_norm` is to do it."""
-        return self._tokens(images, None)
+        x = self.first_tokens(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def read_tokens(self, images: Tensor | Array) -> Tensor:
         """The tokens of `forward_features` that the head reads: all, or the class token (and that of distillation)."""
-        read = 1 + self.config.distilled if self.config.global_pool == "token" else None
-        return self._tokens(images, read)
-
-    def _tokens(self, images: Tensor | Array, read: int | None) -> Tensor:
-        x, branch = self.first_tokens(images), None
-        for block in self.blocks:
-            # Only the first `read` tokens of the last block are computed.
-            wanted = () if block is not self.blocks[-1] else (read,)
-            if type(block) is Block:
-                x, branch = block.addends(x, branch, *wanted)
-            else:  # a user's own
-                x, branch = block(x if branch is None else x + branch, *wanted), None
-        return self.norm(x if branch is None else x + branch)
+        if self.config.global_pool != "token":
+            return self.forward_features(images)
+        x = self.first_tokens(images)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.norm(_first_outputs(last, x, queries=1 + self.config.distilled))
 
     def features(self, images: Tensor | Array, layer: int | None = None) -> Tensor:
         """Images (B, C, H, W) -> the pooled feature before the head, (B, D) (what `num_classes=0` gives).
@@ -219,6 +202,22 @@ class VisionTransformer(nn.Module):
         if isinstance(images, Tensor) and images.requires_grad:
             return images if images.dtype == like.dtype else images.astype(like.dtype)
         return Tensor(arrays.astype(arrays.convert(data, like), like.dtype))
+
+
+# The layers that compute each token's output from that token alone, and those that are made of them and of attention.
+_KNOWN_LAYERS = {Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.LayerScale, nn.Dropout, nn.DropPath, nn.Identity}
+
+
+def _first_outputs(block: nn.Module, x: Tensor, queries: int) -> Tensor:
+    """The first `queries` tokens of block(x): (B, N, D) -> (B, queries, D).
+
+    A block of the layers above needs the other tokens only as keys and values, so nothing more is computed for them.
+    Any other block runs as it is.
+    """
+    if any(type(layer) not in _KNOWN_LAYERS for _, layer in block.named_modules()):
+        return block(x)[:, :queries, :]
+    x = x[:, :queries, :] + block.drop_path(block.ls1(block.attn(block.norm1(x), queries)))
+    return x + block.drop_path(block.ls2(block.mlp(block.norm2(x))))
 
 
 class PreLogits(nn.Module):

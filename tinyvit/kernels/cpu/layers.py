@@ -7,7 +7,6 @@ rows and columns are products with vectors, which BLAS does faster than reductio
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -149,39 +148,15 @@ def _exact(square: Array, p: Array) -> None:
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    _, y, vjp = _layer_norm(x, None, weight, bias, eps, True in needs)
-    return y, functools.partial(vjp, None)
-
-
-def add_layer_norm(
-    xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
-) -> tuple[tuple[Array, Array], VJP]:
-    total, y, vjp = _layer_norm(x, branch, weight, bias, eps, True in needs)
-
-    def vjp_of_both(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
-        dx, dweight, dbias = vjp(dtotal, np.zeros_like(y) if dy is None else dy)
-        return dx, dx, dweight, dbias
-
-    return (total, y), vjp_of_both
-
-
-def _layer_norm(
-    x: Array, branch: Array | None, weight: Array, bias: Array, eps: float, recording: bool
-) -> tuple[Array, Array, Callable]:
-    """x + branch (x alone if that is None), its norm, and the vjp (gradient of the sum or None, that of the norm)."""
-    shape, dim = x.shape, x.shape[-1]  # the vjp below holds on to no input
-    first = np.ascontiguousarray(x).reshape(-1, dim)
-    second = None if branch is None else np.ascontiguousarray(branch).reshape(-1, dim)
-    rows = first if second is None else np.empty_like(first)
+    shape, dim = x.shape, x.shape[-1]
+    rows = np.ascontiguousarray(x).reshape(-1, dim)
     y = np.empty_like(rows)
-    normal = np.empty_like(rows) if recording else y
+    normal = np.empty_like(rows) if True in needs else y  # the vjp below keeps this, and not the input
     rstd = np.empty((len(rows), 1), x.dtype)
     share = np.full(dim, 1.0 / dim, x.dtype)
     scale, shift = _tiled(weight, len(rows)), _tiled(bias, len(rows))
     for part, _ in _row_blocks(rows):
         n, r, out = normal[part], rstd[part], y[part]
-        if second is not None:
-            np.add(first[part], second[part], rows[part])
         np.subtract(rows[part], (rows[part] @ share)[:, None], n)
         np.vecdot(n, n, r[:, 0])
         np.multiply(r, 1.0 / dim, r)
@@ -192,9 +167,8 @@ def _layer_norm(
         _by_row(np.multiply, n, scale, out)
         _by_row(np.add, out, shift, out)
 
-    def vjp(dtotal: Array | None, dy: Array) -> tuple[Array, Array, Array]:
+    def vjp(dy: Array) -> tuple[Array, Array, Array]:
         dy = np.ascontiguousarray(dy).reshape(-1, dim)
-        direct = None if dtotal is None else np.ascontiguousarray(dtotal).reshape(-1, dim)
         dx = np.empty_like(dy)
         dweight, dbias = np.zeros((2, dim), dy.dtype)
         mean_weight = weight * share
@@ -210,11 +184,9 @@ def _layer_norm(
             np.multiply(n, along[:, None], product)
             np.subtract(out, product, out)
             np.multiply(out, rstd[part], out)
-            if direct is not None:
-                np.add(out, direct[part], out)
         return dx.reshape(shape), dweight, dbias
 
-    return rows.reshape(shape), y.reshape(shape), vjp
+    return y.reshape(shape), vjp
 
 
 def _row_blocks(rows: Array, scratch: int = 0) -> Iterator[tuple[slice, Array]]:

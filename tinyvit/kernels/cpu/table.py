@@ -30,7 +30,6 @@ KERNELS = {
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
     reference.gelu: Kernel(in_fp32(layers.gelu), _not_float64),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm)),
-    reference.add_layer_norm: Kernel(in_fp32(layers.add_layer_norm)),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
     reference.cross_entropy: Kernel(in_fp32(layers.cross_entropy), _valid_labels),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d)),

@@ -1,8 +1,7 @@
-// Layer normalisation over rows of DIM numbers (Ba et al. 2016, arXiv:1607.06450), also of a sum of two arrays.
+// Layer normalisation over rows of DIM numbers (Ba et al. 2016, arXiv:1607.06450).
 //
-// Forward reads x and writes y (and reads a residual and writes the sum), 8 bytes a row beside; backward reads dy and
-// x and writes dx (and reads the gradient that reaches the sum directly). About 8 and 15 FLOPs a number: bound by
-// memory.
+// Forward reads x and writes y, and 8 bytes a row; backward reads dy and x and writes dx. About 8 and 15 FLOPs a
+// number: bound by memory.
 //
 // Forward: a warp takes a row and keeps it in registers, so that mean and variance cost no second reading; a lane
 // holds VECTORS vectors of WIDTH numbers. Backward: a thread takes one vector of every row of its block, so that its
@@ -26,12 +25,11 @@ using V = Vector<T, WIDTH>;
 
 DEVICE int column(int vector) { return (vector * 32 + threadIdx.x % 32) * WIDTH; }
 
-// grid: blocks of warps enough for all rows. residual, sum, mean and rstd may be null; x + residual is normalised as
-// it is rounded into sum.
+// grid: blocks of warps enough for all rows. mean and rstd may be null.
 extern "C" __global__ void __launch_bounds__(256)
-    layer_norm_forward(const T* __restrict__ x, const T* __restrict__ residual, T* __restrict__ sum,
-                       const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
-                       float* __restrict__ mean, float* __restrict__ rstd, long long rows, float eps) {
+    layer_norm_forward(const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
+                       T* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, long long rows,
+                       float eps) {
     const long long row = 1LL * blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (row >= rows) return;
     V v[VECTORS];
@@ -41,12 +39,6 @@ extern "C" __global__ void __launch_bounds__(256)
         const int c = column(k);
         if (c >= DIM) continue;
         v[k] = load<WIDTH>(x + row * DIM + c);
-        if (residual) {
-            const V r = load<WIDTH>(residual + row * DIM + c);
-#pragma unroll
-            for (int i = 0; i < WIDTH; i++) v[k].set(i, v[k][i] + r[i]);
-            store(sum + row * DIM + c, v[k]);
-        }
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) total += v[k][i];
     }
@@ -75,12 +67,12 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// x is what was normalised. dsum, the gradient that reaches it past the normalisation, may be null. Blocks of
-// THREADS; each writes a row of partial (blocks, 2 DIM): dweight, dbias. Shared memory: 4 ROWS THREADS / 32 floats.
+// Blocks of THREADS; each writes a row of partial (blocks, 2 DIM): dweight, dbias. Shared memory: 4 ROWS THREADS / 32
+// floats.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     layer_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
-                        const float* __restrict__ mean, const float* __restrict__ rstd, const T* __restrict__ dsum,
-                        T* __restrict__ dx, float* __restrict__ partial, long long rows) {
+                        const float* __restrict__ mean, const float* __restrict__ rstd, T* __restrict__ dx,
+                        float* __restrict__ partial, long long rows) {
     DYNAMIC_SHARED(memory);
     const int column = threadIdx.x * WIDTH;
     const bool inside = column < DIM;
@@ -90,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     int turn = 0;
 
     for (long long first = 1LL * blockIdx.x * ROWS; first < rows; first += 1LL * gridDim.x * ROWS, turn ^= 1) {
-        V g[ROWS], n[ROWS], extra[ROWS];
+        V g[ROWS], n[ROWS];
         float centre[ROWS], scale[ROWS], sums[2 * ROWS];  // sums of g normal and of g, where g = dy weight
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -98,7 +90,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const long long at = (first + r) * DIM + column;
             g[r] = live ? load<WIDTH>(dy + at) : zero;
             n[r] = live ? load<WIDTH>(x + at) : zero;
-            extra[r] = live && dsum ? load<WIDTH>(dsum + at) : zero;
             centre[r] = first + r < rows ? mean[first + r] : 0.0f;
             scale[r] = first + r < rows ? rstd[first + r] : 0.0f;
         }
@@ -125,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 const float normal = (n[r][i] - centre[r]) * scale[r];
-                out.set(i, fmaf(scale[r], g[r][i] * w[i] - total - normal * along, extra[r][i]));
+                out.set(i, scale[r] * (g[r][i] * w[i] - total - normal * along));
             }
             store(dx + (first + r) * DIM + column, out);
         }

@@ -24,24 +24,26 @@ VJP = Callable[..., tuple[Array | None, ...]]
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    _, y, vjp = _layer_norm(xp, x, None, weight, bias, eps, True in needs)
+    x, weight, bias = cuda.ready(x), cuda.ready(weight), cuda.ready(bias)
+    dim = x.shape[-1]
+    rows = x.size // dim
+    constants = {"SCALAR": cuda.scalar(x.dtype), "DIM": dim}
+    y = xp.empty(x.shape, dtype=x.dtype)
+    mean, rstd = (xp.empty(rows, dtype=xp.float32) if True in needs else cuda.NULL for _ in range(2))
+    arguments = (x, weight, bias, y, mean, rstd, np.int64(rows), np.float32(eps))
+    cuda.kernel("layer_norm", "layer_norm_forward", **constants)((math.ceil(rows / 8),), (256,), arguments)
 
-    def vjp_of_y(dy: Array) -> tuple[Array, Array, Array]:
-        return vjp(dy, None)
+    def vjp(dy: Array) -> tuple[Array, Array, Array]:
+        dx = xp.empty(x.shape, dtype=x.dtype)
+        threads = 32 * _vectors(x)
+        blocks = min(math.ceil(rows / 3), cuda.multiprocessors() * max(1, 512 // threads))
+        partial = xp.empty((blocks, 2 * dim), dtype=xp.float32)
+        arguments = (cuda.ready(dy), x, weight, mean, rstd, dx, partial, np.int64(rows))
+        kernel = cuda.kernel("layer_norm", "layer_norm_backward", **constants)
+        kernel((blocks,), (threads,), arguments, shared_mem=4 * 12 * threads // 32)
+        return dx, *sum_partials(xp, partial, x.dtype, parts=2)
 
-    return y, vjp_of_y
-
-
-def add_layer_norm(
-    xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
-) -> tuple[tuple[Array, Array], VJP]:
-    total, y, vjp = _layer_norm(xp, x, branch, weight, bias, eps, True in needs)
-
-    def vjp_of_both(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
-        dx, dweight, dbias = vjp(xp.zeros_like(total) if dy is None else dy, dtotal)
-        return dx, dx, dweight, dbias
-
-    return (total, y), vjp_of_both
+    return y, vjp
 
 
 def covers_layer_norm(x: Array, *_: Any, **__: Any) -> bool:
@@ -53,34 +55,6 @@ def _vectors(x: Array) -> int:
     dim, full = x.shape[-1], 16 // x.dtype.itemsize
     width = full if dim % full == 0 else 2 if dim % 2 == 0 else 1
     return math.ceil(dim / (32 * width))
-
-
-def _layer_norm(
-    xp: Any, x: Array, branch: Array | None, weight: Array, bias: Array, eps: float, recording: bool
-) -> tuple[Array, Array, Callable]:
-    x, weight, bias = cuda.ready(x), cuda.ready(weight), cuda.ready(bias)
-    dim = x.shape[-1]
-    rows = x.size // dim
-    constants = {"SCALAR": cuda.scalar(x.dtype), "DIM": dim}
-    y = xp.empty(x.shape, dtype=x.dtype)
-    total = x if branch is None else xp.empty(x.shape, dtype=x.dtype)
-    mean, rstd = (xp.empty(rows, dtype=xp.float32) if recording else cuda.NULL for _ in range(2))
-    sources = (x, cuda.NULL, cuda.NULL) if branch is None else (x, cuda.ready(branch), total)
-    arguments = (*sources, weight, bias, y, mean, rstd, np.int64(rows), np.float32(eps))
-    cuda.kernel("layer_norm", "layer_norm_forward", **constants)((math.ceil(rows / 8),), (256,), arguments)
-
-    def vjp(dy: Array, dtotal: Array | None) -> tuple[Array, Array, Array]:
-        dx = xp.empty(total.shape, dtype=total.dtype)
-        threads = 32 * _vectors(total)
-        blocks = min(math.ceil(rows / 3), cuda.multiprocessors() * max(1, 512 // threads))
-        partial = xp.empty((blocks, 2 * dim), dtype=xp.float32)
-        dtotal = cuda.NULL if dtotal is None else cuda.ready(dtotal)
-        arguments = (cuda.ready(dy), total, weight, mean, rstd, dtotal, dx, partial, np.int64(rows))
-        kernel = cuda.kernel("layer_norm", "layer_norm_backward", **constants)
-        kernel((blocks,), (threads,), arguments, shared_mem=4 * 12 * threads // 32)
-        return dx, *sum_partials(xp, partial, total.dtype, parts=2)
-
-    return total, y, vjp
 
 
 # --- loss -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ KERNELS = {
     reference.linear_gelu: Kernel(linear.linear_gelu, linear.covers_linear),
     reference.gelu: Kernel(linear.gelu, linear.covers_gelu),
     reference.layer_norm: Kernel(layers.layer_norm, layers.covers_layer_norm),
-    reference.add_layer_norm: Kernel(layers.add_layer_norm, layers.covers_layer_norm),
     reference.qkv_attention: Kernel(attention.qkv_attention, attention.covers_attention),
     reference.cross_entropy: Kernel(layers.cross_entropy, layers.covers_cross_entropy),
     reference.dropout_mask: Kernel(layers.dropout_mask, layers.covers_dropout_mask),

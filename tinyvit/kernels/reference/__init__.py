@@ -22,9 +22,6 @@ from tinyvit.kernels.reference.convolution import (
     weight_standardize as weight_standardize,
 )
 from tinyvit.kernels.reference.layers import (
-    add_layer_norm as add_layer_norm,
-)
-from tinyvit.kernels.reference.layers import (
     attention as attention,
 )
 from tinyvit.kernels.reference.layers import (

@@ -97,22 +97,6 @@ def layer_norm(
 
 
 @in_fp32
-def add_layer_norm(
-    xp: Any, x: Array, branch: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
-) -> tuple[tuple[Array, Array], VJP]:
-    """x + branch, and its layer norm: what a residual stream's next branch reads. All of shape (..., D)."""
-    total = x + branch
-    y, norm_vjp = layer_norm(xp, total, weight, bias, eps=eps, needs=(True in needs,) * 3)
-
-    def vjp(dtotal: Array | None, dy: Array | None) -> tuple[Array, Array, Array, Array]:
-        dx, dweight, dbias = norm_vjp(xp.zeros_like(total) if dy is None else dy)
-        dx = dx if dtotal is None else dtotal + dx
-        return dx, dx, dweight, dbias
-
-    return (total, y), vjp
-
-
-@in_fp32
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x Phi(x), or its tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
     if approximate == "tanh":
