@@ -25,6 +25,7 @@ __all__ = [
     "linear_gelu",
     "log_softmax",
     "max_pool2d",
+    "mse_loss",
     "patch_embed",
     "patchify",
     "qkv_attention",
@@ -176,37 +177,50 @@ def patch_embed(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] | str = 0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
 ) -> Tensor:
-    """A convolution in deep learning's sense (cross-correlation), without bias.
+    """A convolution in deep learning's sense (cross-correlation).
 
     Args:
         x: (B, C, H, W).
         weight: (O, C, h, w).
+        bias: (O,) or None.
         stride: pixels from one window to the next, one number or (down, right).
-        padding: zeros around the image, one number or (above and below, left and right); or "same", as many as give
-            ceil(H / stride) x ceil(W / stride) windows, the odd one below and right (TensorFlow's rule).
+        padding: zeros around the image, one number or (above and below, left and right). "same" pads such that there
+            are ceil(H / stride) x ceil(W / stride) windows, the odd pixel below and right: torch's rule, which there is
+            for a stride of 1 only, and TensorFlow's.
 
     Returns:
         (B, O, R, S), R = (H + padding above and below - h) // stride + 1 and S likewise.
     """
     if len(x.shape) != 4 or len(weight.shape) != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"conv2d expects x (B, C, H, W) and weight (O, C, h, w), got {_s(x)} and {_s(weight)}")
+    if bias is not None and _s(bias) != (weight.shape[0],):
+        raise ValueError(f"conv2d expects a bias of shape ({weight.shape[0]},), got {_s(bias)}")
     stride, padding = _windows("conv2d", x, tuple(weight.shape[2:]), stride, padding)
-    return apply(reference.conv2d, x, weight, stride=stride, padding=padding)
+    y = apply(reference.conv2d, x, weight, stride=stride, padding=padding)
+    return y if bias is None else y + _tensor(bias).reshape(-1, 1, 1)
 
 
 def max_pool2d(
     x: Tensor,
-    kernel: int | tuple[int, int],
-    stride: int | tuple[int, int] = 1,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
     padding: int | tuple[int, int] | str = 0,
 ) -> Tensor:
-    """The largest entry of each window of x (B, C, H, W); `stride`, `padding` and result as in `conv2d`."""
+    """The largest entry of each window of x (B, C, H, W).
+
+    `kernel_size` is one number or (height, width). `stride` is `kernel_size` if None; it, `padding` and the result are
+    as in `conv2d`.
+    """
     if len(x.shape) != 4:
         raise ValueError(f"max_pool2d expects x (B, C, H, W), got {_s(x)}")
-    kernel = _two("kernel", kernel, 1)
-    stride, padding = _windows("max_pool2d", x, kernel, stride, padding)
+    kernel = _two("kernel_size", kernel_size, 1)
+    stride, padding = _windows("max_pool2d", x, kernel, kernel if stride is None else stride, padding)
     if any(max(pads) >= k for pads, k in zip(padding, kernel, strict=True)):
         raise ValueError(f"max_pool2d expects less padding than its kernel {kernel}, got {padding}")
     return apply(reference.max_pool2d, x, kernel=kernel, stride=stride, padding=padding)
@@ -241,20 +255,20 @@ def relu(x: Tensor) -> Tensor:
     return apply(reference.relu, x)
 
 
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero entries with probability p and divide the others by 1 - p (Srivastava et al. 2014). x (B, ...)."""
     keep = _keep(x, p, training, tuple(x.shape[1:]))
     return _tensor(x) if keep is None else multiply(x, keep)
 
 
-def drop_path(x: Tensor, p: float, training: bool = True) -> Tensor:
+def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
     """Zero whole samples with probability p and divide the others by 1 - p (Huang et al. 2016, arXiv:1603.09382)."""
     keep = _keep(x, p, training, (1,) * (len(x.shape) - 1))
     return _tensor(x) if keep is None else multiply(x, keep)
 
 
 def cross_entropy(
-    logits: Tensor, labels: Array | Tensor, label_smoothing: float = 0.0, weight: Array | None = None
+    logits: Tensor, labels: Array | Tensor, *, weight: Array | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """Mean cross-entropy over a batch, stable for any finite logits.
 
@@ -294,6 +308,14 @@ def cross_entropy(
     if weight is not None:
         labels, label_smoothing = weighted_targets(labels, weight, label_smoothing, like=_array(logits)), 0.0
     return apply(reference.cross_entropy, logits, labels=labels, label_smoothing=label_smoothing)
+
+
+def mse_loss(x: Tensor, target: Tensor | Array) -> Tensor:
+    """The mean of (x - target)^2 over all entries; x and target of one shape."""
+    if _s(x) != _s(target):
+        raise ValueError(f"mse_loss expects x and target of one shape, got {_s(x)} and {_s(target)}")
+    difference = _tensor(x) - target
+    return (difference * difference).mean()
 
 
 def weighted_targets(labels: Array, weight: Array, label_smoothing: float = 0.0, *, like: Array) -> Array:

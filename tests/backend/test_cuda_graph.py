@@ -296,7 +296,7 @@ def test_dropout_takes_its_step_from_an_array(masked):
 
     def drop(step: Any) -> np.ndarray:
         with random.scope(3, step):
-            return (F.dropout(x, 0.5) if masked else F.drop_path(x, 0.5)).data
+            return (F.dropout(x, 0.5) if masked else F.drop_path(x, 0.5, training=True)).data
 
     assert np.array_equal(drop(7), drop(np.array(7))) and not np.array_equal(drop(7), drop(np.array(9)))
 

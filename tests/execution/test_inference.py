@@ -6,11 +6,13 @@ import contextlib
 import gc
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from reference_models import randomise
 
 from tinyvit import create_model, nn, predict
 from tinyvit.backend import arrays, parallel, random
@@ -188,3 +190,28 @@ def test_a_batch_is_cut_into_shards_of_so_many_tokens_for_every_thread(monkeypat
         predict(model, images, threads=0)
     with pytest.raises(ValueError, match="threads and shards must be at least 1, got 1 and 0"):
         predict(model, images, threads=1, shards_per_batch=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_predicting_on_a_model_in_training_mode_changes_nothing_in_it(threads):
+    """Several threads predict on one model, with shards in threads of their own, while it stays in training mode."""
+    rates = dict(drop_path=0.5, drop_rate=0.5, attn_drop_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
+    model = randomise(create_model("vit_micro_patch4_32", image_size=8, num_classes=5, **rates))
+    images = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    expected = predict(model.eval(), images, threads=1, shards_per_batch=4)
+    model.train().blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    seen = []
+
+    def watch(module: nn.Module, args: Any) -> None:
+        seen.append(module._training)
+
+    def call(_: int) -> np.ndarray:
+        with nn.forward_pre_hook(watch):
+            return predict(model, images, threads=threads, shards_per_batch=4)
+
+    with ThreadPoolExecutor(4) as pool:
+        for scores in pool.map(call, range(8)):
+            assert np.array_equal(scores, expected)
+    assert {True, False} == set(seen) and modes == [module.training for module in model.modules()]
+    assert not np.array_equal(model(images).numpy(), model(images).numpy())

@@ -311,7 +311,8 @@ def test_one_hot_probabilities_are_class_numbers():
     logits, labels = np.random.default_rng(0).standard_normal((4, 5)), np.array([0, 4, 2, 2])
     for smoothing in (0.0, 0.1):
         losses = [
-            float(F.cross_entropy(logits, t, smoothing)) for t in (labels, np.eye(5)[labels], Tensor(np.eye(5)[labels]))
+            float(F.cross_entropy(logits, t, label_smoothing=smoothing))
+            for t in (labels, np.eye(5)[labels], Tensor(np.eye(5)[labels]))
         ]
         assert losses == [losses[0]] * 3
 
@@ -326,7 +327,7 @@ def test_dropout_zeroes_the_right_share_and_scales_the_rest(drop, dtype, backend
     x = Tensor(place(np.ones((400, 3, 5)), backend, dtype), requires_grad=True)
     for p in (0.25, np.float64(0.9)):
         with random.scope(1):
-            y = drop(x, p)
+            y = drop(x, p, training=True)
         kept = host(y.data) != 0
         check(y.data, kept / (1 - p), backend, dtype)
         n = 400 * (15 if drop is F.dropout else 1)
@@ -527,7 +528,10 @@ X = np.ones((2, 3), np.float32)
             lambda: F.cross_entropy(X[:0], np.ones(0, int)),
             "cross_entropy expects logits (B, C) with at least one entry, got (0, 3)",
         ),
-        (lambda: F.cross_entropy(X, np.array([0, 1]), 1.5), "label_smoothing must lie in 0 ... 1, got 1.5"),
+        (
+            lambda: F.cross_entropy(X, np.array([0, 1]), label_smoothing=1.5),
+            "label_smoothing must lie in 0 ... 1, got 1.5",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(make, message):

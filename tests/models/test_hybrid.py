@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from drawing import error
+from google_model import fixture, jax_forward
 from reference_models import TorchViT, randomise, torch_twin
 from reference_resnet import same
 from running import make_images, tinyvit
 from safetensors.numpy import load_file, save_file
-from test_formats_google import fixture, jax_forward
 
 from tinyvit import TrainStep, nn, optim
 from tinyvit.backend import random
@@ -253,7 +253,7 @@ def test_a_training_step_is_torch_s(kind):
 
 def test_a_frozen_resnet_gets_no_gradient_and_the_rest_the_same():
     model = build(config("stem"))
-    with nn.evaluating(model):
+    with nn.evaluating():
         model(random_images()).sum().backward()
         expected = {name: p.grad for name, p in model.named_parameters()}
         for p in model.parameters():

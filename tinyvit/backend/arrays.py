@@ -205,7 +205,8 @@ def mover(target: Any) -> Callable[[Array], Array]:
     """The function that takes an array to `target`.
 
     Args:
-        target: "cpu" (NumPy), "cuda" or "cuda:1" (CuPy), an array-API namespace module, or a floating dtype.
+        target: "cpu" (NumPy), "cuda" or "cuda:1" (CuPy), an array-API namespace module, or a floating dtype,
+            which leaves arrays of whole numbers as they are.
 
     Raises:
         RuntimeError: CuPy, its driver or a GPU is missing.
@@ -221,7 +222,7 @@ def mover(target: Any) -> Callable[[Array], Array]:
         raise ValueError(
             f'expected "cpu", "cuda", "cuda:N", an array-API namespace or a floating dtype, got {target!r}'
         )
-    return lambda x: astype(x, target)
+    return lambda x: astype(x, target) if is_floating(x) else x
 
 
 def free_memory(device: Any) -> float:

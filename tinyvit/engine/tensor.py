@@ -49,6 +49,11 @@ def no_grad() -> Iterator[None]:
         _recording.reset(token)
 
 
+def is_grad_enabled() -> bool:
+    """Whether operations record what a backward pass needs: not within `no_grad`."""
+    return _recording.get()
+
+
 class Node:
     """One recorded operation: where its inputs came from and how to carry a gradient back to them.
 

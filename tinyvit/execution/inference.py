@@ -68,7 +68,7 @@ def predictions(
         try:
             for images in batches:
                 images = images.data if isinstance(images, Tensor) else images
-                with no_grad(), nn.evaluating(model), arrays.on_device_of(like), mode.applied():
+                with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.applied():
                     batch = arrays.convert(images, like)
                     plan = _plan(model, batch.shape[0], threads, shards_per_batch)
                     computed = list(parallel.run(plan, lambda start, stop, x=batch: compute(x[start:stop, ...])))
@@ -129,7 +129,7 @@ def _predictor(model: nn.Module, precision: str) -> Iterator[tuple[Precision, Ca
 
 def _parts(model: nn.Module) -> list[Any]:
     """Everything that the model's modules hold, but for their mode: what may be replaced between two calls."""
-    return [x for _, module in model.named_modules() for name, x in vars(module).items() if name != "training"]
+    return [x for _, module in model.named_modules() for name, x in vars(module).items() if name != "_training"]
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

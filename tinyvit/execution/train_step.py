@@ -230,7 +230,7 @@ class TrainStep:
                 logits = logits.astype("float32")
             targets = _labels(labels[start:stop, ...], logits)
             if weighted is None:
-                loss = F.cross_entropy(logits, targets, self.label_smoothing)
+                loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
             else:
                 loss = F.cross_entropy(logits, weighted[start:stop, ...])
             loss = loss * ((stop - start) / batch)

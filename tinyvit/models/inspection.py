@@ -27,7 +27,7 @@ def attention_maps(model: VisionTransformer, images: Tensor | Array) -> Tensor:
         reads of each token (it sums to 1); the `config.num_prefix_tokens` first are class, distillation and register
         tokens, the others patches, row by row. It takes 4 * depth * B * num_heads * N^2 bytes.
     """
-    with no_grad(), nn.evaluating(model):
+    with no_grad(), nn.evaluating():
         return stack(list(_maps(model, images)))
 
 
@@ -78,7 +78,7 @@ def rollout(model: VisionTransformer, images: Tensor | Array) -> np.ndarray:
     """
     c = model.config
     product = None
-    with no_grad(), nn.evaluating(model):
+    with no_grad(), nn.evaluating():
         for weights in _maps(model, images):
             mixed = 0.5 * weights.numpy().mean(axis=1, dtype=np.float64) + 0.5 * np.eye(weights.shape[-1])  # (B, N, N)
             product = mixed if product is None else mixed @ product

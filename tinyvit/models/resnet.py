@@ -59,7 +59,7 @@ class Stem(nn.Module):
         self.norm = GroupNorm(STEM_CHANNELS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.norm(self.conv(x))), kernel=3, stride=2, padding="same")
+        return F.max_pool2d(F.relu(self.norm(self.conv(x))), kernel_size=3, stride=2, padding="same")
 
 
 class Stage(nn.Module):
@@ -107,10 +107,10 @@ class StdConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         self.stride = stride
-        self.weight = nn.Parameter(nn.lecun_normal((outputs, inputs, kernel, kernel)))
+        self.weight = nn.Parameter(nn.init.lecun_normal((outputs, inputs, kernel, kernel)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, F.weight_standardize(self.weight, WEIGHT_EPS), self.stride, padding="same")
+        return F.conv2d(x, F.weight_standardize(self.weight, WEIGHT_EPS), stride=self.stride, padding="same")
 
 
 class GroupNorm(nn.Module):

@@ -30,7 +30,7 @@ class PatchProjection(nn.Module):
     """The weight (D, C, h, w) and bias (D,) of the patch embedding."""
 
     def __init__(self, config: ViTConfig) -> None:
-        self.weight = nn.Parameter(nn.lecun_normal((config.embed_dim, config.feature_chans, *config.patch_size)))
+        self.weight = nn.Parameter(nn.init.lecun_normal((config.embed_dim, config.feature_chans, *config.patch_size)))
         self.bias = nn.Parameter(np.zeros(config.embed_dim, np.float32))
 
 
@@ -42,7 +42,9 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.attn_drop_rate = config.attn_drop_rate
         # Queries, keys and values share one matrix but are initialised as three.
-        self.qkv = nn.Linear(dim, 3 * dim, config.qkv_bias, lambda shape: nn.xavier_uniform(shape, fan_out=dim))
+        self.qkv = nn.Linear(
+            dim, 3 * dim, config.qkv_bias, weight_init=lambda shape: nn.init.xavier_uniform(shape, fan_out=dim)
+        )
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
@@ -61,7 +63,7 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
         self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
         for layer in (self.fc1, self.fc2):
-            layer.bias.data = nn.normal(layer.bias.shape, std=1e-6)
+            layer.bias.data = nn.init.normal(layer.bias.shape, std=1e-6)
         self.drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,9 +107,9 @@ class VisionTransformer(nn.Module):
         embedded = config.num_patches + (0 if config.no_embed_class else config.num_prefix_tokens)
         self.cls_token = nn.Parameter(np.zeros((1, 1, dim), np.float32)) if config.class_token else None
         self.dist_token = nn.Parameter(np.zeros((1, 1, dim), np.float32)) if config.distilled else None
-        self.reg_token = nn.Parameter(nn.normal((1, config.reg_tokens, dim), 1e-6)) if config.reg_tokens else None
+        self.reg_token = nn.Parameter(nn.init.normal((1, config.reg_tokens, dim), 1e-6)) if config.reg_tokens else None
         if config.pos_embed == "learn":
-            self.pos_embed = nn.Parameter(nn.normal((1, embedded, dim), std=0.02))
+            self.pos_embed = nn.Parameter(nn.init.normal((1, embedded, dim), std=0.02))
         else:
             self.pos_embed = nn.Parameter(sincos2d(config.grid_size, dim, embedded), requires_grad=False)
         self.pos_drop = nn.Dropout(config.pos_drop_rate)

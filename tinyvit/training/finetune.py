@@ -33,7 +33,7 @@ def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
         for name, p in model.named_parameters():
             if in_head(name):
                 drawn = how == "normal" and p.ndim > 1
-                values = nn.truncated_normal(p.shape, 0.02) if drawn else np.zeros(p.shape)
+                values = nn.init.truncated_normal(p.shape, 0.02) if drawn else np.zeros(p.shape)
                 p.data = values.astype(p.dtype)
 
 

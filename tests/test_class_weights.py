@@ -31,7 +31,7 @@ def test_weights_count_as_in_torch(batch, smoothing):
     expected = TF.cross_entropy(theirs, torch.tensor(labels), torch.tensor(weight), label_smoothing=smoothing)
     expected.backward()
     x = Tensor(logits, requires_grad=True)
-    loss = F.cross_entropy(x, labels, smoothing, weight)
+    loss = F.cross_entropy(x, labels, label_smoothing=smoothing, weight=weight)
     assert float(loss) == pytest.approx(expected.item(), rel=1e-11, abs=1e-13)
     assert error(grad(loss, x), theirs.grad.numpy()) < 1e-11
 
@@ -48,9 +48,11 @@ def test_equal_weights_change_nothing_and_a_class_may_count_for_nothing():
 
 def test_weights_of_any_array_library():
     logits, labels = np.random.default_rng(0).standard_normal((4, 3)), np.array([0, 2, 1, 1])
-    expected = float(F.cross_entropy(logits, labels, 0.1, np.array([1.0, 2.0, 3.0])))
+    expected = float(F.cross_entropy(logits, labels, label_smoothing=0.1, weight=np.array([1.0, 2.0, 3.0])))
     x = array_api_strict.asarray(logits)
-    assert float(F.cross_entropy(x, labels, 0.1, np.array([1.0, 2.0, 3.0]))) == pytest.approx(expected, rel=1e-12)
+    assert float(F.cross_entropy(x, labels, label_smoothing=0.1, weight=np.array([1.0, 2.0, 3.0]))) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("weight", [np.ones((2, 2)), np.ones(4), np.ones(())])
@@ -76,7 +78,7 @@ def test_a_sharded_step_has_the_whole_batch_s_mean(n_shards, soft):
         return net
 
     net = model()
-    expected = F.cross_entropy(net(images), given, 0.1, weight)
+    expected = F.cross_entropy(net(images), given, label_smoothing=0.1, weight=weight)
     logits = torch.tensor(net(images).numpy())
     theirs = TF.cross_entropy(logits, torch.tensor(given), torch.tensor(weight), label_smoothing=0.1)
     assert float(expected) == pytest.approx(float(theirs), rel=1e-11)
