@@ -337,9 +337,12 @@ def test_dropout_zeroes_the_right_share_and_scales_the_rest(drop, dtype, backend
         else:
             assert 0 < kept[0].mean() < 1 or 0 < kept[1].mean() < 1
         check(grad((y * 2.0).sum(), x), 2 * kept / (1 - p), backend, dtype)
-    for y in (drop(x, 0.5, training=False), drop(x, 0.0)):
+    for y in (drop(x, 0.5, training=False), drop(x, 0.0, training=True)):
         assert y is x
-    assert not host(drop(x, 1.0).data).any() and not np.isnan(host(grad(drop(x, 1.0).sum(), x))).any()
+    assert (
+        not host(drop(x, 1.0, training=True).data).any()
+        and not np.isnan(host(grad(drop(x, 1.0, training=True).sum(), x))).any()
+    )
 
 
 def test_attention_dropout_keeps_the_expectation():
