@@ -345,7 +345,7 @@ def change_config(directory, **changes):
         ({"hidden_size": "48"}, "describes no model"),
         ({"layer_norm_eps": None}, "describes no model"),
         ({"image_size": {"height": 3}}, "describes no model"),
-        ({"num_hidden_layers": 3}, "missing blocks.2.norm1.weight"),
+        ({"num_hidden_layers": 3}, "its config has a depth of 3, its weights 2 blocks"),
         ({"num_hidden_layers": 1}, "unexpected blocks.1.norm1.weight"),
         ({"image_size": 40}, "pos_embed has shape (1, 17, 48), expected (1, 26, 48)"),
         ({"qkv_bias": False}, "unexpected blocks.0.attn.qkv.bias"),

@@ -378,8 +378,8 @@ def test_the_weights_to_begin_with_are_read_once(trained, tmp_path, monkeypatch)
     from tinyvit.training.run import train
 
     opened = []
-    original = loading.load_run
-    monkeypatch.setattr(loading, "load_run", lambda path: (opened.append(path), original(path))[1])
+    original = loading.read_checkpoint
+    monkeypatch.setattr(loading, "read_checkpoint", lambda path: (opened.append(path), original(path))[1])
     train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "minutes": 0.01,
            "out": str(tmp_path / "a")})  # fmt: skip
     assert len(opened) == 1

@@ -1,10 +1,4 @@
-"""Saving and loading weights, whole or not at all, and never through pickle.
-
-A checkpoint of ours is one safetensors file: the weights under their state-dict names, and in its metadata one
-JSON object (key "tinyvit") with everything else that is needed to use them: the model's config, the class names,
-the size, mean and std of its images. A training checkpoint (`last.safetensors`) also carries tensors named
-`optimizer.…` and `ema.…`, and its position in the run under "progress". Other libraries' files are for `formats`.
-"""
+"""A checkpoint: weights, and what is needed to use them."""
 
 from __future__ import annotations
 
@@ -15,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tinyvit.files.fields import checked, list_of, number, one_of
 from tinyvit.models.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
@@ -22,11 +17,17 @@ if TYPE_CHECKING:
     from tinyvit.models.vit import VisionTransformer
 
 BEST, LAST = "best.safetensors", "last.safetensors"
+LONGEST_MESSAGE = 500
 TRAINING_PREFIXES = ("optimizer.", "ema.", "step.")
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read or does not fit; the message is one line."""
+    """A checkpoint that cannot be read or does not fit; the message is one line, LONGEST_MESSAGE characters at most."""
+
+    def __init__(self, message: str) -> None:
+        if len(message) > LONGEST_MESSAGE:  # its start names the file, its end the cure
+            message = f"{message[: LONGEST_MESSAGE - 203]} … {message[-200:]}"
+        super().__init__(" ".join(message.split()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,25 @@ class Checkpoint:
         model.class_names = self.class_names if config.num_classes == self.config.num_classes else ()
         model.preprocessing = self.preprocessing
         return model.eval()
+
+
+# What preprocessing may be: a smaller crop_pct would resize an image to many times the pixels that are used.
+PREPROCESSING = {
+    "mean": list_of(number(-1e4, 1e4), 1, 1024),
+    "std": list_of(number(1e-6, 1e4), 1, 1024),
+    "crop_pct": number(0.1, 1),
+    "crop_mode": one_of("center", "squash"),
+    "interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
+}
+
+
+def checked_preprocessing(values: Mapping[str, Any], in_chans: int) -> Preprocessing:
+    """Preprocessing from what a file says. Raises ValueError for values that no image can be prepared with."""
+    found = checked(values, PREPROCESSING, required=("mean", "std"))
+    for name in ("mean", "std"):
+        if len(found[name]) != in_chans:
+            raise ValueError(f"{name} has {len(found[name])} values for {in_chans} channels")
+    return Preprocessing.from_dict(found)
 
 
 def describe(

@@ -2,71 +2,85 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 from pathlib import Path
 from typing import Any
 
-from tinyvit.checkpoints import formats
-from tinyvit.checkpoints.checkpoint import BEST, LAST, TRAINING_PREFIXES, Checkpoint, CheckpointError
-from tinyvit.checkpoints.native_file import opened, read
-from tinyvit.models.config import ViTConfig
-from tinyvit.models.preprocessing import Preprocessing
+from tinyvit.checkpoints.checkpoint import BEST, LAST, Checkpoint, CheckpointError
+from tinyvit.checkpoints.formats import read_other
+from tinyvit.checkpoints.native_file import is_ours, read_checkpoint
+from tinyvit.checkpoints.readers.common import open_weights
+from tinyvit.checkpoints.readers.safetensors import looks_like_safetensors
 from tinyvit.models.vit import VisionTransformer
 
 
-def load_run(path: Path) -> Checkpoint:
-    """A run directory (best weights, else the last ones) or one of its safetensors files."""
-    if path.is_dir():
-        path = path / BEST if (path / BEST).is_file() else path / LAST
-    tensors, metadata = read(path)
-    try:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in metadata["config"].items()}
-        config = ViTConfig(**fields)
-        names = tuple(metadata["class_names"])
-        if config.num_classes and len(names) != config.num_classes:
-            raise ValueError(f"{len(names)} names for {config.num_classes} classes")
-        return Checkpoint(
-            path=path,
-            config=config,
-            state={name: array for name, array in tensors.items() if not name.startswith(TRAINING_PREFIXES)},
-            class_names=names,
-            preprocessing=Preprocessing.from_dict(metadata),
-            split={key: metadata["split"][key] for key in ("val_fraction", "seed") if key in metadata["split"]},
-            names_known=bool(metadata.get("names_known", True)),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata describes no model ({one_line(error)})") from None
+def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoint:
+    """Read the weights, the config and the preprocessing at `path`.
 
+    Args:
+        path: a run directory, of which the best weights are read and without them the last, or a checkpoint.
+        overrides: fields of the config, for what the files do not say: num_heads, image_size. A guess is warned of.
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run directory with weights, or a safetensors file with our metadata."""
-    if path.is_dir():
-        return (path / BEST).is_file() or (path / LAST).is_file()
-    with contextlib.suppress(CheckpointError), opened(path) as file:
-        return "tinyvit" in (file.metadata() or {})
-    return False
-
-
-def open_checkpoint(path: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Read the weights, the config and the preprocessing at `path`. Raises CheckpointError.
-
-    `hints` are fields of the config that help where the files do not tell (num_heads); a guess is warned of.
+    Raises:
+        CheckpointError: the message is one line.
     """
     path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such run or checkpoint")
-    if is_run(path):
-        return load_run(path)
-    return formats.open_foreign(path, hints)
+    try:
+        run_file = find_run_file(path)
+        checkpoint = read_other(path, overrides) if run_file is None else read_checkpoint(run_file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such run or checkpoint") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    check_sizes(checkpoint)
+    return checkpoint
+
+
+def find_run_file(path: Path) -> Path | None:
+    """The file of ours at `path`, or None for another library's checkpoint. Raises CheckpointError or OSError."""
+    path.stat()
+    if path.is_dir():
+        return next((path / name for name in (BEST, LAST) if (path / name).exists()), None)
+    with open_weights(path) as file:
+        head = file.read(16)
+    return path if looks_like_safetensors(head) and is_ours(path) else None
+
+
+def check_sizes(checkpoint: Checkpoint) -> None:
+    """Refuse a config that describes a much larger model than the weights, before one is built.
+
+    Raises:
+        CheckpointError: the config has more blocks or needs far more weights.
+    """
+    config, state = checkpoint.config, checkpoint.state
+    blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    if config.depth > blocks:
+        raise CheckpointError(
+            f"{checkpoint.path}: its config has a depth of {config.depth}, its weights {blocks} blocks"
+        )
+    stages = config.resnet_layers or ()
+    units = len({name.rpartition(".blocks.")[2].split(".")[0] for name in state if "backbone.stages." in name})
+    if max(stages, default=0) > units:
+        raise CheckpointError(f"{checkpoint.path}: its config has resnet_layers of {stages}, its weights fewer blocks")
+    width = config.embed_dim
+    needed = (
+        config.depth * width * (4 * width + 2 * config.mlp_dim)
+        + width * (config.feature_chans * math.prod(config.patch_size) + config.num_tokens)
+        + (config.representation_size or 0) * width
+        + config.num_classes * (config.representation_size or width)
+    )
+    held = sum(array.size for array in state.values())
+    if needed > 2 * held + 1_000_000:  # a few missing weights are named when the model is built
+        raise CheckpointError(f"{checkpoint.path}: its config describes {needed} weights, and it holds {held}")
 
 
 def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", **overrides: Any) -> VisionTransformer:
     """The model saved at `path`, in eval mode: a run directory (its best weights) or a checkpoint.
 
     Checkpoints are files of ours, Hugging Face directories of ViT and DeiT, timm's .safetensors, .pth and hub
-    directories, and Google's .npz; what it is shows in its content. `model.class_names` and `model.preprocessing` tell
-    what its outputs and inputs are.
+    directories, and Google's .npz; the content of a file decides what it is. `model.class_names` and
+    `model.preprocessing` describe the outputs and the inputs.
 
     Args:
         path: a file or a directory.
@@ -75,13 +89,7 @@ def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", 
             another number for a new head of zeros; `image_size=384` or `patch_size=8` resizes what depends on it.
 
     Raises:
-        CheckpointError: one line long, for what cannot be read or does not fit.
+        CheckpointError: the file cannot be read or does not fit; the message is one line.
         TypeError, ValueError: overrides that make no model.
     """
     return open_checkpoint(path, **overrides).build(interpolation=interpolation, copy=False, **overrides)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message on one line (str of a KeyError would quote it)."""
-    message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(message.split())

@@ -1,67 +1,139 @@
-"""A checkpoint of ours as one safetensors file: tensors by name, and one JSON object under the key "tinyvit"."""
+"""Our own checkpoints, each one safetensors file.
+
+It holds the weights under their state-dict names, and in its metadata, under the key "tinyvit", one JSON object with
+the model's config, the class names, and the size, mean and standard deviation of its images. A training checkpoint
+(`last.safetensors`) also holds tensors named `optimizer.…`, `ema.…` and `step.…`, and its position in the run under
+"progress".
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.checkpoint import (
+    BEST,
+    TRAINING_PREFIXES,
+    Checkpoint,
+    CheckpointError,
+    checked_preprocessing,
+    describe,
+)
 from tinyvit.checkpoints.readers.common import reason
+from tinyvit.checkpoints.readers.safetensors import read_metadata as read_strings
 from tinyvit.checkpoints.readers.safetensors import read_safetensors
-from tinyvit.files.atomic import atomic_write
+from tinyvit.files.atomic import atomic_write, new_directory
+from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, optional, text
+from tinyvit.files.reading import parse_json
+from tinyvit.models.config import ViTConfig
+
+KEY = "tinyvit"
+FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
+
+SIZE = either(integer(1, 65536), list_of(integer(1, 65536), 2, 2))
+RATE = number(0, 1)
+CONFIG = {
+    "image_size": SIZE,
+    "patch_size": SIZE,
+    "resnet_layers": optional(list_of(integer(1, 1000), 0, 4)),
+    "in_chans": integer(1, 1024),
+    "num_classes": integer(0, 1_000_000),
+    "embed_dim": integer(1, 65536),
+    "depth": integer(1, 10_000),
+    "num_heads": integer(1, 65536),
+    "mlp_ratio": number(1e-6, 1e6),
+    "qkv_bias": boolean,
+    "class_token": boolean,
+    "reg_tokens": integer(0, 65536),
+    "distilled": boolean,
+    "no_embed_class": boolean,
+    "pos_embed": one_of("learn", "sincos2d"),
+    "global_pool": one_of("token", "avg"),
+    "fc_norm": optional(boolean),
+    "act": one_of("gelu", "gelu_tanh"),
+    "norm_eps": number(0, 1),
+    "init_values": optional(number(-1e6, 1e6)),
+    "representation_size": optional(integer(1, 65536)),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"), RATE),
+}
+METADATA = {
+    "config": lambda values: checked(values, CONFIG),
+    "class_names": list_of(text, 0, 1_000_000),
+    "names_known": boolean,
+    "split": lambda values: checked(values, {"val_fraction": RATE, "seed": integer(0, 10**100)}),
+}
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Write `tensors` and `metadata` (anything that JSON can say) as one safetensors file, whole or not at all.
+    """Write `tensors` and `metadata` (anything that JSON can hold) as one safetensors file, whole or not at all.
 
     Raises OSError when the file cannot be written (a full disk, a missing directory).
     """
     from safetensors.numpy import save as serialise
 
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-    content = serialise(contiguous, metadata={"tinyvit": json.dumps(metadata)})
+    content = serialise(contiguous, metadata={**FORMAT, KEY: json.dumps(metadata)})
     with atomic_write(path) as beside:  # not save_file, which leaves files of its own beside when it is killed
         beside.write_bytes(content)
 
 
-@contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # the last two: a dtype that NumPy lacks
-        raise CheckpointError(f"{path}: not a readable safetensors file ({reason(error)})") from None
-
-
-def _metadata(path: str | os.PathLike[str], file: Any) -> dict[str, Any]:
-    try:
-        metadata = json.loads(file.metadata()["tinyvit"])
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{path}: not a checkpoint of tinyvit (its metadata describes no model)") from None
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: its metadata is damaged")
-    return metadata
+def is_ours(path: Path) -> bool:
+    """Whether a readable safetensors file has our metadata. Raises CheckpointError for one that is not readable."""
+    strings = read_strings(path)
+    return KEY in strings or FORMAT.items() <= strings.items()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata that `save` wrote, without the tensors. Raises CheckpointError."""
-    with opened(path) as file:
-        return _metadata(path, file)
+    strings = read_strings(Path(path))
+    if KEY not in strings:
+        raise CheckpointError(f"{path}: not a checkpoint of tinyvit (its metadata describes no model)")
+    try:
+        return parse_json(strings[KEY])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its metadata is damaged: {error}") from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Tensors and metadata that `save` wrote. Raises CheckpointError."""
     metadata = read_metadata(path)
     return read_safetensors(Path(path)), metadata
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The model in a file that `save` wrote. Raises CheckpointError."""
+    tensors, metadata = read(path)
+    try:
+        found = checked(metadata, METADATA, required=("config", "class_names"))
+        if unknown := sorted(metadata["config"].keys() - CONFIG.keys()):
+            raise ValueError(f"this version of tinyvit knows no setting {unknown[0][:100]!r}")
+        config, names = ViTConfig(**found["config"]), found["class_names"]
+        if config.num_classes and len(names) != config.num_classes:
+            raise ValueError(f"{len(names)} names for {config.num_classes} classes")
+        return Checkpoint(
+            path=path,
+            config=config,
+            state={name: array for name, array in tensors.items() if not name.startswith(TRAINING_PREFIXES)},
+            class_names=names,
+            preprocessing=checked_preprocessing(metadata, config.in_chans),
+            split=found.get("split", {}),
+            names_known=found.get("names_known", True),
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata describes no model ({reason(error)})") from None
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a safetensors file, or for a name without that ending a directory that opens as a run does."""
+    c = checkpoint
+    metadata = describe(c.config, c.class_names, c.preprocessing, c.split, c.names_known)
+    if path.suffix == ".safetensors":
+        save(path, checkpoint.state, metadata)
+    else:
+        with new_directory(path) as beside:
+            save(beside / BEST, checkpoint.state, metadata)

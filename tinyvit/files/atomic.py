@@ -26,8 +26,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
-        unnamed = isinstance(error, OSError) and error.filename in (None, str(beside))  # a full disk, or no such place
-        if unnamed and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(beside)):
             raise OSError(error.errno, f"could not write: {error.strerror}", str(path)) from None
         raise
     if os.name == "posix":  # the new name is on disk only when its directory is

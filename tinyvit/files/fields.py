@@ -37,7 +37,7 @@ def checked(values: Any, fields: Mapping[str, Check], *, required: Collection[st
             try:
                 found[name] = check(values[name])
             except ValueError as error:
-                raise ValueError(f"{name} is {shown(values[name])}: {error}") from None
+                raise ValueError(f"{name} is {shown(values[name])}, {error}") from None
     return found
 
 
@@ -86,10 +86,11 @@ def text(value: Any) -> str:
 
 def one_of(*choices: Any) -> Check:
     """One of a few values of JSON, of the same type."""
+    expected = f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
 
     def check(value: Any) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError(f"expected {', '.join(map(str, choices[:-1]))} or {choices[-1]}")
+            raise ValueError(f"expected {'one of ' if choices[2:] else ''}{expected}")
         return value
 
     return check

@@ -1,7 +1,7 @@
 """Checkpoints of other libraries: a table of layouts, each recognised by the names of its weights.
 
-A layout is a module with `recognises(names)`, `read(source)`, which gives a Checkpoint with our names and shapes, and
-perhaps `write(checkpoint, path)`. Which file holds the weights and how its bytes are read is `sources`' business.
+A layout is a module with `recognises(names)`, `read(files)`, which gives a Checkpoint with our names and shapes, and
+perhaps `write(checkpoint, path)`. `readers` find the file that holds the weights and read its bytes.
 """
 
 from __future__ import annotations
@@ -15,33 +15,45 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats import google, huggingface, native, timm
-from tinyvit.checkpoints.readers.sources import read_source
+from tinyvit.checkpoints.formats import google, huggingface, timm
+from tinyvit.checkpoints.native_file import write_checkpoint
+from tinyvit.checkpoints.readers.weight_files import read_weight_files
 
 LAYOUTS: dict[str, ModuleType] = {"huggingface": huggingface, "timm": timm, "google": google}
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
-    "tinyvit": native.write,
+    "tinyvit": write_checkpoint,
     "timm": timm.write,
     "huggingface": huggingface.write,
 }
 
 
-def open_foreign(path: Path, hints: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of another library at `path`, a file or a directory. Raises CheckpointError.
+def read_other(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of another library at `path`, a file or a directory.
 
-    `hints` are fields of the config that help where the files do not tell.
+    Args:
+        path: the file or the directory.
+        overrides: fields of the config, for what the files do not say.
+
+    Raises:
+        CheckpointError: it cannot be read, or is in no known layout.
     """
-    source = read_source(path, hints)
+    files = read_weight_files(path, overrides)
+    if empty := next((name for name, array in files.arrays.items() if not array.size), None):
+        raise CheckpointError(f"{path}: {empty} has the shape {files.arrays[empty].shape}, which holds no numbers")
     for layout in LAYOUTS.values():
-        if layout.recognises(source.arrays):
-            checkpoint = layout.read(source)
-            for name, array in checkpoint.state.items():  # in place: never are two copies of all weights in memory
+        if layout.recognises(files.arrays):
+            checkpoint = layout.read(files)
+            for name, array in checkpoint.state.items():  # in place: two copies of all weights are never in memory
                 checkpoint.state[name] = floating(path, name, array)
             return dataclasses.replace(checkpoint, names_known=not only_numbers(checkpoint.class_names))
-    some = ", ".join(list(source.arrays)[:3])
-    raise CheckpointError(
-        f"{path}: not the weights of a ViT in a known layout ({', '.join(LAYOUTS)}): it holds {some or 'nothing'} …"
-    )
+    some = ", ".join(list(files.arrays)[:3])
+    problem = f"not the weights of a ViT in a known layout ({', '.join(LAYOUTS)}): it holds {some or 'nothing'} …"
+    first = next(iter(files.arrays), "").partition(".")[0] + "."
+    if len(first) > 1 and any(
+        layout.recognises([n.removeprefix(first) for n in files.arrays]) for layout in LAYOUTS.values()
+    ):
+        problem += f"; save the weights without {first!r} before their names"
+    raise CheckpointError(f"{path}: {problem}")
 
 
 def only_numbers(names: tuple[str, ...]) -> bool:

@@ -5,24 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.sources import Source
+from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.files.atomic import atomic_write, new_directory, write_text
+from tinyvit.models.resnet import MOST_STAGES
 
+MOST_CLASSES = 1_000_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def renamed(source: Source, our_name: Callable[[str], str]) -> dict[str, np.ndarray]:
-    """The source's arrays under our names; the source is left empty. Raises CheckpointError when two get one name."""
+def renamed(files: WeightFiles, our_name: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """The arrays of `files` under our names, taken out of it. Raises CheckpointError when two get one name."""
     state: dict[str, np.ndarray] = {}
-    for name in list(source.arrays):
+    for name in list(files.arrays):
         ours = our_name(name)
         if ours in state:
-            raise CheckpointError(f"{source.path}: {name} and another of its names both mean {ours}")
-        state[ours] = source.arrays.pop(name)
+            raise CheckpointError(f"{files.path}: {name} and another of its names both mean {ours}")
+        state[ours] = files.arrays.pop(name)
     return state
 
 
@@ -43,12 +46,14 @@ def split_qkv(state: dict[str, np.ndarray]) -> None:
 
 
 def resnet_layers(state: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:
-    """Blocks in each stage of the ResNet before the patches; None without one."""
+    """Blocks in each stage of the ResNet before the patches; None without one. Raises ValueError for many stages."""
     if not any(name.startswith("patch_embed.backbone.") for name in state):
         return None
-    found = {re.match(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.", name) for name in state} - {None}
-    blocks = {tuple(map(int, match.groups())) for match in found}
+    found = (re.match(r"patch_embed\.backbone\.stages\.(\d+)\.blocks\.(\d+)\.", name) for name in state)
+    blocks = {(int(match[1]), int(match[2])) for match in found if match}
     stages = 1 + max((stage for stage, _ in blocks), default=-1)
+    if stages > MOST_STAGES:
+        raise ValueError(f"its ResNet has {stages} stages, expected at most {MOST_STAGES}")
     return tuple(sum(stage == i for stage, _ in blocks) for i in range(stages))
 
 
@@ -61,6 +66,19 @@ def stem(state: Mapping[str, np.ndarray]) -> np.ndarray:
 def mlp_ratio(hidden: int, dim: int) -> float:
     """`hidden / dim`, such that `int(dim * ratio)` is `hidden` in spite of rounding."""
     return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
+
+
+def without_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` without those that are null, which mean the same as none."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def count_classes(state: Mapping[str, np.ndarray], name: str) -> int:
+    """The outputs of the head, of which `name` is an array; 0 without a head. Raises TypeError or ValueError."""
+    count = len(state[name]) if name in state else 0
+    if count > MOST_CLASSES:
+        raise ValueError(f"{name} has {count} classes, expected at most {MOST_CLASSES}")
+    return count
 
 
 def names_of_classes(names: tuple[str, ...], count: int) -> tuple[str, ...]:

@@ -18,9 +18,17 @@ from collections.abc import Collection
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats.common import mlp_ratio, names_of_classes, pack_qkv, renamed, resnet_layers, stem
+from tinyvit.checkpoints.formats.common import (
+    count_classes,
+    mlp_ratio,
+    names_of_classes,
+    pack_qkv,
+    renamed,
+    resnet_layers,
+    stem,
+)
 from tinyvit.checkpoints.readers.common import reason
-from tinyvit.checkpoints.readers.sources import Source
+from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
@@ -63,6 +71,7 @@ RESNET = {  # the same before the patches
     **{f"conv{i}": f"conv{i}" for i in (1, 2, 3)},
     **{f"gn{i}": f"norm{i}" for i in (1, 2, 3)},
 }
+MOST_BLOCKS = 10_000
 KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -70,28 +79,27 @@ def recognises(names: Collection[str]) -> bool:
     return any(PREFIX.sub("", name) == PATCHES for name in names)
 
 
-def read(source: Source) -> Checkpoint:
+def read(files: WeightFiles) -> Checkpoint:
     """The model of an .npz file; its config follows from names and shapes. Raises CheckpointError."""
-    if found := next((name for name in source.arrays if "MAPHead_" in name), None):
-        raise CheckpointError(f"{source.path}: the model has attention pooling ({found}), which is not supported")
-    unstack(source)
-    state = renamed(source, our_name)
-    if resnet_layers(state) == ():  # a stem without stages has no name of its own
-        state = {name.replace(".backbone.stem.", ".backbone."): array for name, array in state.items()}
+    if found := next((name for name in files.arrays if "MAPHead_" in name), None):
+        raise CheckpointError(f"{files.path}: the model has attention pooling ({found}), which is not supported")
     try:
-        config = read_config(state, source)
+        unstack(files)
+        state = renamed(files, our_name)
+        if resnet_layers(state) == ():  # a stem without stages has no name of its own
+            state = {name.replace(".backbone.stem.", ".backbone."): array for name, array in state.items()}
+        config = read_config(state, files)
         for name in state:
             state[name] = ours(name, state[name])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
-        raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{files.path}: its weights describe no model of ours: {reason(error)}") from None
     pack_qkv(state)
     crop = {"crop_pct": 1.0, "crop_mode": "squash"}
     if config.pos_embed == "sincos2d":
         state["pos_embed"] = sincos2d(config.grid_size, config.embed_dim, config.num_patches)
         crop = {"crop_pct": 0.875, "crop_mode": "center"}
     return Checkpoint(
-        path=source.path,
+        path=files.path,
         config=config,
         state=state,
         class_names=names_of_classes((), config.num_classes),
@@ -99,11 +107,14 @@ def read(source: Source) -> Checkpoint:
     )
 
 
-def unstack(source: Source) -> None:
-    """Give each block an array of its own where one holds all blocks' along its first axis."""
-    for name in [name for name in source.arrays if PREFIX.sub("", name).startswith(STACKED)]:
-        for i, array in enumerate(source.arrays.pop(name)):
-            source.arrays[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = array
+def unstack(files: WeightFiles) -> None:
+    """Give each block an array of its own where one array holds those of all blocks. Raises ValueError or TypeError."""
+    for name in [name for name in files.arrays if PREFIX.sub("", name).startswith(STACKED)]:
+        blocks = files.arrays.pop(name)
+        if len(blocks) > MOST_BLOCKS:
+            raise ValueError(f"{name} has {len(blocks)} blocks, expected at most {MOST_BLOCKS}")
+        for i, array in enumerate(blocks):
+            files.arrays[name.replace("/encoderblock/", f"/encoderblock_{i}/")] = array
 
 
 def our_name(name: str) -> str:
@@ -122,7 +133,7 @@ def our_name(name: str) -> str:
     return f"{NAMES[module]}.{KINDS[kind]}" if module in NAMES and kind in KINDS else name
 
 
-def read_config(state: dict[str, np.ndarray], source: Source) -> ViTConfig:
+def read_config(state: dict[str, np.ndarray], files: WeightFiles) -> ViTConfig:
     """The config that the still untransposed weights have. Raises KeyError, IndexError, TypeError or ValueError."""
     height, width, in_chans, embed_dim = state["patch_embed.proj.weight"].shape
     layers, stride = resnet_layers(state), 1
@@ -133,7 +144,7 @@ def read_config(state: dict[str, np.ndarray], source: Source) -> ViTConfig:
         side, no_embed_class = find_grid(state["pos_embed"].shape[1], token)
         grid = dict(image_size=(side * height * stride, side * width * stride), no_embed_class=no_embed_class)
     else:
-        grid = dict(image_size=source.hints.get("image_size", 224), pos_embed="sincos2d")
+        grid = dict(image_size=files.overrides.get("image_size", 224), pos_embed="sincos2d")
     return ViTConfig(
         **grid,
         class_token=token,
@@ -142,7 +153,7 @@ def read_config(state: dict[str, np.ndarray], source: Source) -> ViTConfig:
         patch_size=(height, width),
         resnet_layers=layers,
         in_chans=in_chans,
-        num_classes=len(state["head.bias"]) if "head.bias" in state else 0,
+        num_classes=count_classes(state, "head.bias"),
         embed_dim=embed_dim,
         depth=1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=0),
         num_heads=state["blocks.0.attn.query.weight"].shape[1],

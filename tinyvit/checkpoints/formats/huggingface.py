@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
+from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError, checked_preprocessing
 from tinyvit.checkpoints.formats.common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    count_classes,
     mlp_ratio,
     pack_qkv,
     renamed,
     split_qkv,
+    without_null,
     write_directory,
 )
 from tinyvit.checkpoints.readers.common import reason
-from tinyvit.checkpoints.readers.sources import PREPROCESSOR, Source
+from tinyvit.checkpoints.readers.weight_files import CONFIG, PREPROCESSOR, WeightFiles
+from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, optional, text
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing, share
 
@@ -67,39 +71,92 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's
 DEFAULT_CLASSES = 2  # when config.json says nothing
 
 
+def names_by_number(value: Any) -> dict[str, Any]:
+    """id2label: an object, of any values."""
+    if not isinstance(value, dict):
+        raise ValueError("expected an object")
+    return value
+
+
+def resized_size(value: Any) -> tuple[str, int]:
+    """How images are resized ("squash" or "center"), and the height, or the shorter side, that they then have."""
+    pixels = integer(1, 65536)
+    if isinstance(value, dict):
+        found = checked(value, {"shortest_edge": optional(pixels), "height": optional(pixels)})
+        if found.get("shortest_edge"):
+            return "center", found["shortest_edge"]
+        value = found.get("height")
+    return "squash", pixels(value)
+
+
+PIXELS = either(integer(1, 65536), list_of(integer(1, 65536), 2, 2))
+FIELDS = {  # of config.json
+    "model_type": one_of("vit", "deit"),
+    "architectures": optional(list_of(text, 0, 100)),
+    "id2label": optional(names_by_number),
+    "hidden_act": one_of(*ACTIVATIONS),
+    "pooler_act": text,
+    "image_size": PIXELS,
+    "patch_size": PIXELS,
+    "num_channels": integer(1, 1024),
+    "hidden_size": integer(1, 65536),
+    "num_hidden_layers": integer(1, 10_000),
+    "num_attention_heads": integer(1, 65536),
+    "intermediate_size": integer(1, 1 << 20),
+    "qkv_bias": boolean,
+    "layer_norm_eps": number(0, 1),
+    "hidden_dropout_prob": number(0, 1),
+    "attention_probs_dropout_prob": number(0, 1),
+}
+PREPROCESSOR_FIELDS = {  # of preprocessor_config.json
+    "image_mean": list_of(number(-1e6, 1e6), 1, 1024),
+    "image_std": list_of(number(-1e6, 1e6), 1, 1024),
+    "do_normalize": boolean,
+    "do_rescale": boolean,
+    "rescale_factor": number(1e-6, 1e6),
+    "size": resized_size,
+    "crop_size": resized_size,
+    "do_center_crop": boolean,
+    "resample": one_of(*RESAMPLE),
+}
+
+
 def recognises(names: Collection[str]) -> bool:
     return any(name.endswith(TELLING) for name in names)
 
 
-def read(source: Source) -> Checkpoint:
+def read(files: WeightFiles) -> Checkpoint:
     """The model that config.json describes. Raises CheckpointError."""
-    given = source.config
-    if not given:
-        raise CheckpointError(f"{source.path}: Transformers' weights need their config.json beside them")
-    if given.get("model_type") not in ("vit", "deit"):
-        raise CheckpointError(f"{source.path}: model_type is {given.get('model_type')!r}, expected vit or deit")
-    for name in [name for name in source.arrays if base_name(name) in UNUSED]:
-        del source.arrays[name]
-    state = renamed(source, our_name)
+    if not files.config:
+        raise CheckpointError(f"{files.path}: Transformers' weights need their config.json beside them")
+    try:
+        given = checked(files.config, FIELDS, required=["model_type"])
+    except ValueError as error:
+        raise CheckpointError(f"{files.path}: its {CONFIG} describes no model: {reason(error)}") from None
+    for name in [name for name in files.arrays if base_name(name) in UNUSED]:
+        del files.arrays[name]
+    state = renamed(files, our_name)
     pack_qkv(state)
-    classifies = "head.weight" in state or "ForImageClassification" in str(given.get("architectures"))
+    names = given.get("id2label")
+    expected = DEFAULT_CLASSES if names is None else len(names)
+    classifies = "head.weight" in state or (
+        "ForImageClassification" in str(given.get("architectures")) and expected > 0
+    )
     if classifies:  # Transformers, too, passes over a pooler then
         state = {name: array for name, array in state.items() if not name.startswith("pre_logits.")}
     if classifies and "dist_token" in state and "head_dist.weight" not in state:
         state["reg_token"] = state.pop("dist_token")
-    names = labels(given) if classifies else ()
-    promised = (len(names) or DEFAULT_CLASSES) if classifies else 0
     try:
-        count = len(state["head.weight"]) if "head.weight" in state else promised
+        count = count_classes(state, "head.weight") or (expected if classifies else 0)
         config = read_config(given, count, state)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source.path}: its config.json describes no model: {reason(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{files.path}: its {CONFIG} describes no model: {reason(error)}") from None
     return Checkpoint(
-        path=source.path,
+        path=files.path,
         config=config,
         state=state,
-        class_names=names if len(names) == count else tuple(f"LABEL_{i}" for i in range(count)),
-        preprocessing=read_preprocessing(source, config),
+        class_names=class_names(files.path, names or {}, count),
+        preprocessing=read_preprocessing(files, given["model_type"], config),
     )
 
 
@@ -118,78 +175,71 @@ def our_name(name: str) -> str:
     return f"{NAMES[module]}.{kind}" if module in NAMES else name
 
 
-def labels(given: dict[str, Any]) -> tuple[str, ...]:
-    """The class names of id2label, in order of their numbers; none when they cannot be read."""
-    try:
-        return tuple(str(name) for _, name in sorted((int(k), v) for k, v in given["id2label"].items()))
-    except (KeyError, AttributeError, TypeError, ValueError):
-        return ()
+def class_names(path: Path, names: dict[str, Any], count: int) -> tuple[str, ...]:
+    """The names in id2label. If its keys are not exactly 0 to `count - 1`, the classes are numbered, with a warning."""
+    unnamed = tuple(f"LABEL_{i}" for i in range(count))
+    if names.keys() != {str(i) for i in range(count)}:
+        if names and count:
+            problem = f"the keys of id2label are not the numbers 0 to {count - 1}"
+            warnings.warn(f"{path}: {problem}: the classes are called LABEL_0, LABEL_1, …", stacklevel=2)
+        return unnamed
+    found = (names[str(i)] for i in range(count))
+    return tuple(
+        str(name) if isinstance(name, str | int) else without for name, without in zip(found, unnamed, strict=True)
+    )
 
 
 def read_config(given: dict[str, Any], num_classes: int, state: dict[str, np.ndarray]) -> ViTConfig:
-    """Our config for theirs. Raises KeyError, TypeError or ValueError."""
-    act = given.get("hidden_act", "gelu")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    """Our config for the checked fields of theirs. Raises ValueError."""
     embed_dim = given.get("hidden_size", 768)
     pooler = state.get("pre_logits.fc.weight")
     if pooler is not None and given.get("pooler_act", "tanh") != "tanh":
         raise ValueError(f"pooler_act is {given['pooler_act']!r}, expected tanh")
-    dropout = float(given.get("hidden_dropout_prob", 0.0))
+    dropout = given.get("hidden_dropout_prob", 0.0)
     return ViTConfig(
-        image_size=size(given.get("image_size", 224)),
-        patch_size=size(given.get("patch_size", 16)),
+        image_size=given.get("image_size", 224),
+        patch_size=given.get("patch_size", 16),
         in_chans=given.get("num_channels", 3),
         num_classes=num_classes,
         embed_dim=embed_dim,
         depth=given.get("num_hidden_layers", 12),
         num_heads=given.get("num_attention_heads", 12),
         mlp_ratio=mlp_ratio(given.get("intermediate_size", 3072), embed_dim),
-        qkv_bias=bool(given.get("qkv_bias", True)),
+        qkv_bias=given.get("qkv_bias", True),
         distilled="dist_token" in state,
         reg_tokens=int("reg_token" in state),
-        act=ACTIVATIONS[act],
-        norm_eps=float(given.get("layer_norm_eps", 1e-12)),
+        act=ACTIVATIONS[given.get("hidden_act", "gelu")],
+        norm_eps=given.get("layer_norm_eps", 1e-12),
         representation_size=None if pooler is None else len(pooler),
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
-        attn_drop_rate=float(given.get("attention_probs_dropout_prob", 0.0)),
+        attn_drop_rate=given.get("attention_probs_dropout_prob", 0.0),
     )
 
 
-def size(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def read_preprocessing(source: Source, config: ViTConfig) -> Preprocessing:
+def read_preprocessing(files: WeightFiles, model_type: str, config: ViTConfig) -> Preprocessing:
     """What preprocessor_config.json says; without one, the usual of the family. Raises CheckpointError."""
-    given = source.preprocessor
-    if not given and source.config["model_type"] == "deit":
+    if not files.preprocessor and model_type == "deit":
         return Preprocessing(IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875, crop_mode="squash")
     try:
-        mean, std = given.get("image_mean", [0.5] * config.in_chans), given.get("image_std", [0.5] * config.in_chans)
+        given = checked(without_null(files.preprocessor), PREPROCESSOR_FIELDS)
+        mean, std = (given.get(f"image_{name}", (0.5,) * config.in_chans) for name in ("mean", "std"))
         if not given.get("do_normalize", True):
-            mean, std = [0.0] * config.in_chans, [1.0] * config.in_chans
+            mean, std = (0.0,) * config.in_chans, (1.0,) * config.in_chans
         # They scale pixels by rescale_factor, or not at all; we by 1 / 255.
         factor = round(255 * given.get("rescale_factor", 1 / 255), 9) if given.get("do_rescale", True) else 255.0
-        mode, resized = read_size(given.get("size", config.image_size[0]))
-        crop = read_size(given.get("crop_size", resized))[1] if given.get("do_center_crop", False) else resized
-        return Preprocessing(
-            mean=tuple(float(m / factor) for m in mean),
-            std=tuple(float(s / factor) for s in std),
-            crop_pct=share(min(crop, resized), resized),
-            crop_mode=mode,
-            interpolation=RESAMPLE[given.get("resample", 2)],
-        )
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        raise CheckpointError(f"{source.path}: its {PREPROCESSOR} cannot be followed ({error!r})") from None
-
-
-def read_size(value: Any) -> tuple[str, int]:
-    """How images are resized, and the height, or the shorter side, they then have."""
-    if isinstance(value, int):
-        return "squash", value
-    return ("center", value["shortest_edge"]) if "shortest_edge" in value else ("squash", value["height"])
+        mode, resized = given.get("size", ("squash", config.image_size[0]))
+        crop = given.get("crop_size", (mode, resized))[1] if given.get("do_center_crop", False) else resized
+        found = {
+            "mean": tuple(m / factor for m in mean),
+            "std": tuple(s / factor for s in std),
+            "crop_pct": share(min(crop, resized), resized),
+            "crop_mode": mode,
+            "interpolation": RESAMPLE[given.get("resample", 2)],
+        }
+        return checked_preprocessing(found, config.in_chans)
+    except ValueError as error:
+        raise CheckpointError(f"{files.path}: its {PREPROCESSOR} cannot be followed: {reason(error)}") from None
 
 
 # --- writing --------------------------------------------------------------------------------------------------
@@ -213,7 +263,7 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     prefix = f"{kind}." if config.num_classes else ""
     weights = {their_name(name, prefix, config.distilled): array for name, array in state.items()}
     files = {
-        "config.json": json.dumps(write_config(checkpoint, kind), indent=2),
+        CONFIG: json.dumps(write_config(checkpoint, kind), indent=2),
         PREPROCESSOR: json.dumps(write_preprocessing(checkpoint), indent=2),
     }
     write_directory(path, weights, files)

@@ -16,20 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats import native
+from tinyvit.checkpoints.checkpoint import PREPROCESSING, Checkpoint, CheckpointError, checked_preprocessing
 from tinyvit.checkpoints.formats.common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    count_classes,
     mlp_ratio,
     names_of_classes,
     renamed,
     resnet_layers,
     stem,
+    without_null,
     write_directory,
 )
+from tinyvit.checkpoints.native_file import write_checkpoint
 from tinyvit.checkpoints.readers.common import reason
-from tinyvit.checkpoints.readers.sources import CONFIG, Source
+from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
+from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, text
 from tinyvit.models import registry, resnet
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
@@ -47,7 +50,7 @@ NAMED_HEADS = (  # what a model's name says, its width, and its heads where they
 TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_gap_512")
 LAYER_SCALE = 1e-5  # its usual start value
 NORM_EPS = 1e-6
-FOREIGN = {  # parts of timm's other models, and what they are
+UNSUPPORTED = {  # parts of timm's other models, and what they are
     "norm_pre.": "a layer norm before the blocks",
     "attn_pool.": "attention pooling",
     "rel_pos": "relative positions",
@@ -70,31 +73,58 @@ HYBRIDS = {
     if (layers := registry.model_config(name).resnet_layers) is not None
 }
 IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
+UNUSED = ("mask_token",)  # of pre-training by masked images
+
+
+def descriptions(value: Any) -> dict[str, str]:
+    """label_descriptions: an object of texts."""
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise ValueError("expected an object of texts")
+    return value
+
+
+PIXELS = integer(1, 65536)
+FIELDS = {  # of config.json
+    "architecture": text,
+    "num_heads": integer(1, 65536),
+    "global_pool": text,
+    "act_layer": one_of("gelu", "gelu_tanh"),
+    "norm_eps": number(0, 1),
+    "img_size": either(PIXELS, list_of(PIXELS, 2, 2)),
+    "input_size": list_of(PIXELS, 3, 3),
+    "label_names": list_of(text, 0, 1_000_000),
+    "label_descriptions": descriptions,
+    "fc_norm": either(boolean, text),
+    **PREPROCESSING,
+}
 
 
 def recognises(names: Collection[str]) -> bool:
     return PATCHES in names or any(re.match(r"blocks\.\d+\.", name) for name in names)
 
 
-def read(source: Source) -> Checkpoint:
+def read(files: WeightFiles) -> Checkpoint:
     """The model of a state dict. Raises CheckpointError."""
-    state = renamed(source, our_name)
-    card = read_card(source.config)
-    name = str(source.config.get("architecture", source.path.name))
-    if part := foreign(state, name):
-        raise CheckpointError(f"{source.path}: the model has {part}, which is not supported")
+    for unused in [name for name in files.arrays if name in UNUSED]:
+        del files.arrays[unused]
+    state = renamed(files, our_name)
     try:
-        config = read_config(state, card, name, source)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        problem = f"there is no {error.args[0]}" if isinstance(error, KeyError) else reason(error)
-        raise CheckpointError(f"{source.path}: its weights describe no model of ours: {problem}") from None
+        card = read_card(files.config)
+    except ValueError as error:
+        raise CheckpointError(f"{files.path}: its {CONFIG} cannot be followed: {reason(error)}") from None
+    name = card.get("architecture", files.path.name)[:255]
+    if part := unsupported_part(state, name):
+        raise CheckpointError(f"{files.path}: the model has {part}, which is not supported")
+    try:
+        config = read_config(state, card, name, files)
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{files.path}: its weights describe no model of ours: {reason(error)}") from None
     return Checkpoint(
-        path=source.path,
+        path=files.path,
         config=config,
         state=state,
         class_names=names_of_classes(labels(card), config.num_classes),
-        preprocessing=read_preprocessing(source.path, card, name, config),
+        preprocessing=read_preprocessing(files.path, card, name, config),
     )
 
 
@@ -103,9 +133,9 @@ def our_name(name: str) -> str:
     return re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
 
 
-def foreign(state: dict[str, np.ndarray], name: str) -> str | None:
+def unsupported_part(state: dict[str, np.ndarray], name: str) -> str | None:
     """A part of the model that ours do not have."""
-    for part, what in FOREIGN.items():
+    for part, what in UNSUPPORTED.items():
         if found := next((key for key in state if key.startswith(part) or f".{part}" in key), None):
             return f"{what} ({found})"
     if found := next((key for key in state if "patch_embed.backbone." in key and not RESNET.fullmatch(key)), None):
@@ -123,20 +153,20 @@ def foreign(state: dict[str, np.ndarray], name: str) -> str | None:
 def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
     """A hub directory's config.json with its parts in one: the pretrained_cfg, the model_args and the top level.
 
-    In older ones, all stands at the top level.
+    In older ones, all stands at the top level. Raises ValueError.
     """
     parts = [config.get(key) for key in ("pretrained_cfg", "model_args")]
-    return {k: v for part in (*parts, config) if isinstance(part, dict) for k, v in part.items() if v is not None}
+    merged = {k: v for part in (*parts, config) if isinstance(part, dict) for k, v in without_null(part).items()}
+    return checked(merged, FIELDS)
 
 
 def labels(card: dict[str, Any]) -> tuple[str, ...]:
     """The class names: label_names, or what label_descriptions calls them."""
-    names, described = card.get("label_names"), card.get("label_descriptions")
-    described = described if isinstance(described, dict) else {}
-    return tuple(str(described.get(name, name)) for name in names) if isinstance(names, list) else ()
+    described = card.get("label_descriptions", {})
+    return tuple(described.get(name, name) for name in card.get("label_names", ()))
 
 
-def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, source: Source) -> ViTConfig:
+def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, files: WeightFiles) -> ViTConfig:
     """The config of the model. Raises KeyError, IndexError, TypeError or ValueError."""
     embed_dim, in_chans, *patch = state[PATCHES].shape
     layers, stride = resnet_layers(state), 1
@@ -144,23 +174,20 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, s
         in_chans, stride = stem(state).shape[1], resnet.stride(layers)
     blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
     after = "fc_norm.weight" in state
-    told = card.get("fc_norm") is False and card.get("global_pool") == "avg"
-    mean = after or told or "cls_token" not in state
+    norm_first = card.get("fc_norm") is False and card.get("global_pool") == "avg"
+    mean = after or norm_first or "cls_token" not in state
     pooling = "avg" if mean else "token"
     if card.get("global_pool", "") not in ("", pooling):
         raise ValueError(f"global_pool is {card['global_pool']!r}, but the norm is that of {pooling!r}")
-    act = card.get("act_layer", "gelu_tanh" if TANH_NAMES.search(name) else "gelu")
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act_layer is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     pre_logits = state.get("pre_logits.fc.weight")
     fields: dict[str, Any] = dict(
         patch_size=tuple(patch),
         resnet_layers=layers,
         in_chans=in_chans,
-        num_classes=len(state["head.weight"]) if "head.weight" in state else 0,
+        num_classes=count_classes(state, "head.weight"),
         embed_dim=embed_dim,
         depth=max(blocks, default=0) + 1,
-        num_heads=count_heads(source, card, name, embed_dim),
+        num_heads=count_heads(files, card, name, embed_dim),
         mlp_ratio=mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), embed_dim),
         qkv_bias=any(key.endswith("attn.qkv.bias") for key in state),
         class_token="cls_token" in state,
@@ -168,17 +195,17 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, s
         distilled="dist_token" in state,
         global_pool=pooling,
         fc_norm=False if mean and not after else None,
-        act=ACTIVATIONS[act],
+        act=card.get("act_layer", "gelu_tanh" if TANH_NAMES.search(name) else "gelu"),
         norm_eps=card.get("norm_eps", NORM_EPS),  # timm itself cannot say
         init_values=LAYER_SCALE if any(key.endswith(".gamma") for key in state) else None,
         representation_size=None if pre_logits is None else len(pre_logits),
     )
     prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
-    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), stride, image_sizes(card, name), source)
+    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), stride, image_sizes(card, name), files)
     return ViTConfig(**fields, **grid)
 
 
-def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int) -> int:
+def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: int) -> int:
     """How many heads: from the config, else from a model's name (or size) in `name`, else from the width, warned of."""
     if "num_heads" in card:
         return card["num_heads"]
@@ -192,43 +219,43 @@ def count_heads(source: Source, card: dict[str, Any], name: str, embed_dim: int)
         if config.embed_dim == embed_dim:
             return config.num_heads
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
-    if "num_heads" not in source.hints:
+    if "num_heads" not in files.overrides:
         warnings.warn(
-            f"{source.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads",
+            f"{files.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads",
             stacklevel=2,
         )
     return heads
 
 
 def find_grid(
-    embedded: int, prefix: int, patch: tuple[int, int], stride: int, told: list[tuple[int, int]], source: Source
+    embedded: int, prefix: int, patch: tuple[int, int], stride: int, known: list[tuple[int, int]], files: WeightFiles
 ) -> dict[str, Any]:
     """image_size and no_embed_class for `embedded` position embeddings, of patches alone or with `prefix` other tokens.
 
-    A size told of is preferred, then a square of patches. `stride` is that of the ResNet before the patches, 1 without.
-    Raises ValueError when nothing fits.
+    The sizes in `known` are preferred, then a square of patches. `stride` is that of the ResNet before the patches, 1
+    without one. Raises ValueError when nothing fits.
     """
 
     def square(patches: int) -> tuple[int, int]:
         side = math.isqrt(max(patches, 0)) * stride
         return side * patch[0], side * patch[1]
 
-    tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in told]
-    tries += [(square(embedded - prefix), False), *((size, False) for size in pairs(source.hints.get("image_size")))]
+    tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in known]
+    tries += [(square(embedded - prefix), False), *((size, False) for size in pairs(files.overrides.get("image_size")))]
     for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
         features = -(-height // stride), -(-width // stride)  # rounded up
         rows, columns = features[0] // patch[0], features[1] // patch[1]
         count = rows * columns + (0 if no_embed_class else prefix)
         if rows and count == embedded and (rows * patch[0], columns * patch[1]) == features:
-            if no_embed_class and prefix and (height, width) not in told:
+            if no_embed_class and prefix and (height, width) not in known:
                 taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
-                warnings.warn(f"{source.path}: {taken}: give image_size if that is wrong", stacklevel=2)
+                warnings.warn(f"{files.path}: {taken}: give image_size if that is wrong", stacklevel=2)
             return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
     raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
 
 
 def image_sizes(card: dict[str, Any], name: str) -> list[tuple[int, int]]:
-    """Image sizes that the config and the name tell of."""
+    """Image sizes in the config and in the name."""
     in_name = map(int, re.findall(r"(?:patch|_[sp])\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
     return pairs(card.get("img_size"), (card.get("input_size") or [None])[1:], *in_name)
 
@@ -243,15 +270,10 @@ def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTC
     """What the config says, else timm's usual values. Raises CheckpointError."""
     imagenet = config.distilled or IMAGENET_FAMILIES.search(name)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.5,) * config.in_chans,) * 2
+    usual = {"mean": mean, "std": std, "crop_pct": 0.9 if max(config.image_size) < 384 else 1.0}
     try:
-        return Preprocessing(
-            mean=tuple(map(float, card.get("mean", mean))),
-            std=tuple(map(float, card.get("std", std))),
-            crop_pct=float(card.get("crop_pct", 0.9 if max(config.image_size) < 384 else 1.0)),
-            crop_mode=str(card.get("crop_mode", "center")),
-            interpolation=str(card.get("interpolation", "bicubic")),
-        )
-    except (TypeError, ValueError) as error:
+        return checked_preprocessing({**usual, **card}, config.in_chans)
+    except ValueError as error:
         raise CheckpointError(f"{path}: its {CONFIG} cannot be followed: {reason(error)}") from None
 
 
@@ -270,7 +292,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     if config.norm_eps != NORM_EPS:
         warnings.warn(f"timm's layer norms have epsilon {NORM_EPS:g}, this model's {config.norm_eps:g}", stacklevel=2)
     if path.suffix == ".safetensors":
-        native.write(checkpoint, path)  # our names are timm's; what they cannot say goes into metadata, for us alone
+        write_checkpoint(
+            checkpoint, path
+        )  # our names are timm's; what they cannot say goes into metadata, for us alone
     elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
         stages = f"stages of {config.resnet_layers} blocks before its patches"
         what = "a distilled hybrid" if config.distilled else stages

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.files import reading
+
+# The NumPy dtype of each dtype that is read, under its name in safetensors; of bfloat16, that of its bits.
+DTYPES = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
+        "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+        "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+    }.items()
+}  # fmt: skip
+LARGEST_DIRECTORY = 8_000_000  # bytes of a zip archive's list of members; a tensor takes about a hundred
 
 
 def reason(error: BaseException) -> str:
     """An error's message as one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    message = f"there is no {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(message[:400].split())[:200] or type(error).__name__
 
 
 def widen(bits: np.ndarray) -> np.ndarray:
@@ -22,23 +35,32 @@ def widen(bits: np.ndarray) -> np.ndarray:
     return np.left_shift(wide, 16, out=wide).view(np.float32)
 
 
-def read_into(file: BinaryIO, start: int, content: np.ndarray) -> None:
-    """Fill the bytes `content` from `start` of an unbuffered file. Raises ValueError when the file ends before."""
-    file.seek(start)
-    view, done = memoryview(content), 0
-    while done < len(view):
-        count = file.readinto(view[done : done + (1 << 30)])  # type: ignore[attr-defined]
-        if not count:
-            raise ValueError("the file is cut short")
-        done += count
+def open_weights(path: Path) -> BinaryIO:
+    """Open a file of weights for reading. Raises CheckpointError, which says why it cannot be read."""
+    try:
+        return reading.open_regular(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected an object")
-    return content
+        return reading.read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def zip_members(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip archive by name. Raises ValueError or zipfile.BadZipFile."""
+    end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # ZipFile would read a list of any length
+    if end and end[5] > LARGEST_DIRECTORY:
+        raise ValueError(f"its list of members has {end[5]} bytes, expected at most {LARGEST_DIRECTORY}")
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+    found = {member.filename: member for member in members}
+    if len(found) < len(members):
+        raise ValueError("it holds two members of one name")
+    return found

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from tinyvit.data.base import Data, DataError, in_batches, mean_and_std, pair
-from tinyvit.data.plain_pickle import load_plain_pickle
 from tinyvit.data.splits import ArraySplit, ResizedSplit
+from tinyvit.files.plain_pickle import load_pickle
+from tinyvit.files.reading import check_regular, open_regular
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -67,14 +68,30 @@ def class_names(directory: Path) -> tuple[str, ...]:
         return tuple(name.strip() for name in names if name.strip())
     if not pickled.is_file():
         return CLASSES
-    names = load_plain_pickle(pickled).get("label_names")
-    if not isinstance(names, list) or not names:
+    names = read_pickle(pickled).get("label_names")
+    if not isinstance(names, list) or not 1 <= len(names) <= 1000:
         raise DataError(f"{pickled} has no list of label_names")
-    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else str(name) for name in names)
+    if not all(isinstance(name, str | bytes) for name in names):
+        raise DataError(f"{pickled} has label_names that are not text")
+    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in names)
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickle file, its keys as strings; nothing in the file is executed. Raises DataError."""
+    with open_regular(path) as file:
+        try:
+            content = load_pickle(file)
+        except Exception as error:  # the functions of a damaged pickle can raise nearly anything
+            problem = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(f"cannot read {path}: {problem}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, expected a dictionary")
+    return {key.decode(errors="replace") if isinstance(key, bytes) else str(key): content[key] for key in content}
 
 
 def read_binary(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 3, 32, 32) uint8 and labels (N,) of a file of records: one label byte, then the pixels."""
+    check_regular(path)
     content = np.fromfile(path, dtype=np.uint8)
     if content.size == 0 or content.size % (1 + PIXELS):
         raise DataError(
@@ -86,11 +103,12 @@ def read_binary(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 def read_pickled(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 3, 32, 32) uint8 and labels (N,) of a pickled dictionary with `data` (N, 3072) and `labels`."""
-    batch = load_plain_pickle(path)
+    batch = read_pickle(path)
     pixels, labels = batch.get("data"), batch.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != PIXELS:
         raise DataError(f"{path} has no 'data' array of uint8 rows of {PIXELS}")
-    if not isinstance(labels, list) or not all(isinstance(label, int | np.integer) for label in labels):
+    whole = isinstance(labels, list) and all(isinstance(n, int | np.integer) and abs(n) < 2**31 for n in labels)
+    if not whole:
         raise DataError(f"{path} has no 'labels' list of integers")
     if len(labels) != len(pixels) or not labels:
         raise DataError(f"{path} has {len(pixels)} images and {len(labels)} labels, expected as many of each")

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import datetime
 import io
 import os
 import pickle
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.loading import load_model
-from tinyvit.checkpoints.readers.sources import read_weights
-from tinyvit.checkpoints.readers.torch_pickle import TorchFile
+from tinyvit.checkpoints.readers.torch_file import TorchFile
+from tinyvit.checkpoints.readers.weight_files import read_weights
 
 LAYOUTS = ["zip", "legacy"]
 DTYPES = [
@@ -188,23 +189,48 @@ def test_a_pickle_in_any_place_of_the_archive_runs_nothing(tmp_path):
     assert not marker.exists()
 
 
+class Settings:
+    """A class of a user's own, whose source the reader of a checkpoint does not have."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+OTHERS = [
+    (lambda: argparse.Namespace(lr=0.1, names=["a"]), "argparse.Namespace"),
+    (lambda: Settings(lr=0.1), "Settings"),
+    (lambda: Path("x"), "pathlib."),
+    (lambda: torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    (lambda: collections.Counter("aa"), "collections.Counter"),
+    (lambda: collections.defaultdict(list, a=[1]), "collections.defaultdict"),
+    (lambda: datetime.datetime(2024, 1, 1), "datetime.datetime"),
+    (lambda: {1, 2}, "a list"),
+    (lambda: 1 + 2j, "builtin"),
+    (lambda: torch.zeros(2).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
+    (lambda: torch.zeros(2, dtype=torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    (lambda: torch.zeros(2, dtype=torch.complex64), "torch.ComplexFloatStorage"),
+]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    ("thing", "name"),
-    [
-        (lambda: argparse.Namespace(lr=0.1), "argparse.Namespace"),
-        (lambda: Path("x"), "pathlib."),
-        (lambda: torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        (lambda: collections.Counter("aa"), "collections.Counter"),
-        (lambda: torch.zeros(2).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
-        (lambda: torch.zeros(2, dtype=torch.float8_e4m3fn), "torch.float8_e4m3fn"),
-        (lambda: torch.zeros(2, dtype=torch.complex64), "torch.ComplexFloatStorage"),
-    ],
-)
+@pytest.mark.parametrize(("thing", "name"), OTHERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_other_objects_beside_the_weights_are_refused_by_name(tmp_path, layout, thing, name):
-    message = refusal(save({"model": {"w": torch.zeros(2)}, "x": thing()}, tmp_path / "a.pth", layout))
-    assert f"it asks for {name}" in message and "only tensors" in message
+def test_other_objects_have_stand_ins_beside_the_weights_and_are_refused_among_them(
+    tmp_path, layout, thing, name, protocol
+):
+    def save(content):
+        path = tmp_path / "a.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=layout == "zip", pickle_protocol=protocol)
+        return path
+
+    if layout == "legacy" and "Complex" in name:  # the size of its elements is not known, so nothing behind it is found
+        assert name in refusal(save({"model": {}, "x": thing()}))
+        return
+    weights = {"w": torch.arange(3)}
+    assert_reads(save({"model": weights, "x": thing(), "more": [thing()]}), weights)
+    message = refusal(save({"model": weights | {"v": thing()}}))
+    assert "v cannot be read: expected a tensor, found " in message and name in message
 
 
 def test_things_among_the_weights_that_are_no_tensors(tmp_path):
@@ -305,10 +331,10 @@ HOOKS = collections.OrderedDict()
         ((0, (5,), (1,), False, HOOKS), "ends at byte 20 of a storage of 16"),
         ((1, (4,), (1,), False, HOOKS), "ends at byte 20 of a storage of 16"),
         ((0, (2,), (9,), False, HOOKS), "ends at byte 40 of a storage of 16"),
-        ((-1, (2,), (1,), False, HOOKS), "its shape is damaged"),
-        ((0, (-2,), (1,), False, HOOKS), "its shape is damaged"),
-        ((0, (2,), (-1,), False, HOOKS), "its shape is damaged"),
-        ((0, (2, 2), (1,), False, HOOKS), "its shape is damaged"),
+        ((-1, (2,), (1,), False, HOOKS), "shape is damaged"),
+        ((0, (-2,), (1,), False, HOOKS), "shape is damaged"),
+        ((0, (2,), (-1,), False, HOOKS), "shape is damaged"),
+        ((0, (2, 2), (1,), False, HOOKS), "shape is damaged"),
         ((0, (1 << 40,), (0,), False, HOOKS), "repeat"),
         ((0, (2.5,), (1,), False, HOOKS), ""),
         ((0, "no", None, False, HOOKS), ""),

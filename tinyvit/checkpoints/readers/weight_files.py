@@ -1,7 +1,8 @@
-"""From a path to arrays by name: which file of a directory holds the weights, and which reader a file needs."""
+"""From a path to arrays by name: the file of a directory that holds the weights, and the reader that a file needs."""
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import read_json
+from tinyvit.checkpoints.readers.common import open_weights, read_json, zip_members
 from tinyvit.checkpoints.readers.npz import read_npz
 from tinyvit.checkpoints.readers.safetensors import looks_like_safetensors, read_safetensors
-from tinyvit.checkpoints.readers.torch_pickle import TorchFile
+from tinyvit.checkpoints.readers.torch_file import TorchFile, describe
+from tinyvit.files.plain_pickle import as_text
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 STANDARD = (  # names that Transformers and timm give a directory's weights, the best first
@@ -23,36 +25,50 @@ STANDARD = (  # names that Transformers and timm give a directory's weights, the
 )  # fmt: skip
 TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 ENDINGS = (".safetensors", ".npz", *TORCH)
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where weights lie in a checkpoint, in timm's order
-WRAPPERS = ("module.", "_orig_mod.")  # what data parallelism and torch.compile put before each name
+NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of the weights in a checkpoint, in timm's order
+# What torch's wrappers add to names: data parallelism and torch.compile at the front, the others also inside.
+FRONT = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+INSIDE = re.compile(r"(?<=\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+BACKBONE = "backbone."  # before every name when the model is a part of another
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+MOST_TENSORS = 100_000
 
 
 @dataclass
-class Source:
-    """Arrays under their writer's names, what the JSON files beside them say ({} without such a file), and what the
-    caller says: `hints` are fields of our config."""
+class WeightFiles:
+    """The weights of another library's checkpoint and what describes them.
+
+    Attributes:
+        path: the file or the directory.
+        arrays: the weights by the names that their writer gave them.
+        config: config.json beside them, {} without one.
+        preprocessor: preprocessor_config.json beside them, {} without one.
+        overrides: fields of our config that the caller gives, for what the files do not say.
+    """
 
     path: Path
     arrays: dict[str, np.ndarray]
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
-    hints: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_source(path: Path, hints: Mapping[str, Any]) -> Source:
+def read_weight_files(path: Path, overrides: Mapping[str, Any]) -> WeightFiles:
     """The weights at `path`, a file or a directory with one set of weights. Raises CheckpointError."""
-    if path.is_file() and path.name not in STANDARD:
-        return Source(path, read_weights(path), hints=hints)
+    if not path.is_dir() and path.name not in STANDARD:
+        return WeightFiles(path, read_weights(path), overrides=overrides)
     folder = path if path.is_dir() else path.parent
+    config, preprocessor = (
+        read_json(folder / name) if (folder / name).exists() else {} for name in (CONFIG, PREPROCESSOR)
+    )
     arrays = read_weights(find_weights(folder) if path.is_dir() else path)
-    beside = [read_json(folder / name) if (folder / name).is_file() else {} for name in (CONFIG, PREPROCESSOR)]
-    return Source(path, arrays, *beside, hints)
+    return WeightFiles(path, arrays, config, preprocessor, overrides)
 
 
 def find_weights(folder: Path) -> Path:
     """The file that holds a directory's weights. Raises CheckpointError."""
     for name in STANDARD:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     found = sorted(child for child in folder.iterdir() if child.suffix in ENDINGS and child.is_file())
     if len(found) > 1:
@@ -64,14 +80,26 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file, or of the files an index names."""
+    """All arrays of a file, or of the files that an index names, without what wrappers add to their names."""
     arrays = read_shards(path) if path.suffix == ".json" else read_file(path)
-    return {unwrapped(name): array for name, array in arrays.items()}
+    if len(arrays) > MOST_TENSORS:
+        raise CheckpointError(f"{path}: holds {len(arrays)} tensors, expected at most {MOST_TENSORS}")
+    names = {name: without_wrappers(name) for name in arrays}
+    names = {name: plain for name, plain in names.items() if plain != COUNTER}
+    if names and all(plain.startswith(BACKBONE) for plain in names.values()):
+        names = {name: plain.removeprefix(BACKBONE) for name, plain in names.items()}
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(f"{path}: two of its tensors have the same name but for what wrappers add (module., …)")
+    return {plain: arrays.pop(name) for name, plain in names.items()}
+
+
+def without_wrappers(name: str) -> str:
+    return INSIDE.sub("", FRONT.sub("", name))
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a file. What it is shows in its first bytes; its name counts only where they leave it open."""
-    with open(path, "rb") as file:
+    """All arrays of a file. Its first bytes say what it is; its name counts only where they leave it open."""
+    with open_weights(path) as file:
         head = file.read(16)
     if looks_like_safetensors(head):
         return read_safetensors(path)
@@ -87,8 +115,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
 def is_npz(path: Path) -> bool:
     """Whether a zip archive is NumPy's; one that cannot be opened goes by its name."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith(".npy") for name in archive.namelist())
+        with open_weights(path) as file:
+            return any(name.endswith(".npy") for name in zip_members(file))
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return path.suffix == ".npz"
 
@@ -104,7 +132,7 @@ def read_shards(index: Path) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{index}: it names {name}, which is missing")
         arrays |= read_file(index.parent / name)
     if lost := sorted(name for name in places if name not in arrays):
-        raise CheckpointError(f"{index}: its files lack {', '.join(lost)}")
+        raise CheckpointError(f"{index}: its files lack {', '.join(lost[:3])}{' …' if lost[3:] else ''}")
     return arrays
 
 
@@ -116,11 +144,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a state dict")
-    return {str(name): file.read(str(name), value) for name, value in content.items()}
-
-
-def unwrapped(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
+        raise CheckpointError(f"{path}: holds {describe(content)}, expected a state dict")
+    if not all(isinstance(name, str | bytes) for name in content) or len(content) > MOST_TENSORS:
+        raise CheckpointError(f"{path}: holds a dictionary that is no state dict")
+    return {as_text(name): file.read(as_text(name), value) for name, value in content.items()}

@@ -1,0 +1,335 @@
+"""torch's own files (.pth, .pt, .bin), read without torch and without executing what is in them.
+
+There are two layouts. Since torch 1.6 a file is an uncompressed zip archive: `NAME/data.pkl` is a pickle in which every
+tensor names a storage, and `NAME/data/KEY` holds a storage's bytes. Before, a file was a row of pickles (a magic
+number, the protocol, the machine, the content, the storages' keys), then the storages, each after its length.
+
+`files.plain_pickle` interprets the pickles. The numbers of a tensor are read only when they are needed, so an
+optimizer's state beside the weights costs nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import struct
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.readers.common import DTYPES, open_weights, reason, widen, zip_members
+from tinyvit.files.plain_pickle import (
+    MOST_BYTES,
+    MOST_DIMENSIONS,
+    PLAIN,
+    Function,
+    StandIn,
+    as_it_is,
+    as_text,
+    load_pickle,
+)
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+SHARED = 1 << 26  # bytes that tensors may have beyond the file's size, when they share storages
+CHUNK = 1 << 24
+
+STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "UntypedStorage": "U8",
+}  # fmt: skip
+TYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+# Names of the standard library that stand for values. Others can do something: a file that names them is refused.
+VALUES = re.compile(
+    r"argparse\.Namespace|pathlib\.(\w+\.)?\w*Path|collections\.\w+|datetime\.\w+|decimal\.Decimal|fractions\.Fraction"
+    r"|uuid\.UUID|types\.SimpleNamespace|enum\.\w+|copy_?reg\._reconstructor"
+    r"|(builtins|__builtin__)\.(object|int|long|float|complex|bool|str|unicode|list|dict|tuple|range|slice)"
+)
+STANDARD_LIBRARY = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands", "cPickle", "urllib2"}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A row of numbers in the file; `start` is where this part of it begins."""
+
+    key: str
+    dtype: str
+    numel: int
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor whose numbers are still in the file; offset and strides count elements of `dtype`."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class Place:
+    """Where a storage's bytes are in the file; `crc` is their checksum, 0 for none or once it has been compared."""
+
+    start: int
+    size: int
+    crc: int = 0
+
+
+def rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2; `rest` is requires_grad, hooks, metadata."""
+    if len(rest) > 2 and rest[2]:
+        raise ValueError("it holds a conjugated or negated view of a tensor")
+    return stored_tensor(storage, offset, shape, strides, getattr(storage, "dtype", None))
+
+
+def rebuild_typed(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
+    """torch._utils._rebuild_tensor_v3, for dtypes without a storage class; `rest` is requires_grad, hooks, dtype, …"""
+    return stored_tensor(storage, offset, shape, strides, rest[2])
+
+
+def stored_tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any) -> Any:
+    """A tensor; a StandIn for one whose dtype is not read. Raises ValueError when it is damaged."""
+    if isinstance(storage, StandIn) or isinstance(dtype, StandIn):
+        return storage if isinstance(storage, StandIn) else dtype
+    sizes = (shape, strides)
+    if not all(isinstance(numbers, tuple) and len(numbers) <= MOST_DIMENSIONS for numbers in sizes):
+        raise ValueError(f"it holds a tensor without a shape of at most {MOST_DIMENSIONS} dimensions")
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in numbers):
+        raise ValueError(f"it holds a tensor whose shape is damaged: {str(numbers)[:100]}")
+    if not isinstance(storage, Storage) or dtype not in DTYPES:
+        raise ValueError("it holds a tensor without a storage or a dtype")
+    return StoredTensor(storage, offset, shape, strides, dtype)
+
+
+def rebuild_parameter(tensor: Any, *rest: Any) -> Any:
+    return tensor
+
+
+def rebuild_subclass(function: Any, kind: Any, arguments: Any, state: Any) -> Any:
+    """torch._tensor._rebuild_from_type_v2, for parameters with attributes and for subclasses of tensors."""
+    if not isinstance(function, Function) or not isinstance(arguments, tuple) or function.call is rebuild_subclass:
+        return StandIn("torch.Tensor")
+    return function.call(*arguments)
+
+
+def ordered_dict(items: Any = ()) -> dict[Any, Any]:
+    """OrderedDict(); Python 2 gives it a list of pairs, which is emptied, so that to give it again costs nothing."""
+    pairs = items[:] if isinstance(items, list) else []
+    if isinstance(items, list):
+        items.clear()
+    if not all(isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str | bytes) for pair in pairs):
+        raise ValueError("it holds an OrderedDict whose keys are not text")
+    return dict(pairs)
+
+
+TENSORS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): Function(ordered_dict),
+    ("torch", "Size"): Function(as_it_is),
+    ("torch._utils", "_rebuild_tensor"): Function(rebuild),
+    ("torch._utils", "_rebuild_tensor_v2"): Function(rebuild),
+    ("torch._utils", "_rebuild_tensor_v3"): Function(rebuild_typed),
+    ("torch._utils", "_rebuild_parameter"): Function(rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): Function(rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): Function(rebuild_subclass),
+}
+FUNCTIONS = PLAIN | TENSORS
+
+
+def other_name(module: str, name: str) -> Any:
+    """The value of a name that is no function of TENSORS. Raises ValueError for functions of the standard library."""
+    if name in STORAGES and module in ("torch", "torch.cuda", "torch.storage"):
+        return STORAGES[name]
+    if name in TYPES and module == "torch":
+        return TYPES[name]
+    full = f"{module}.{name}"[:100]
+    if module.partition(".")[0] in STANDARD_LIBRARY and not VALUES.fullmatch(full):
+        raise ValueError(f"it asks for {full}, and only tensors, arrays, strings, numbers and containers are read")
+    return StandIn(full)
+
+
+def describe(value: Any) -> str:
+    """What a value of a pickle is, for a message."""
+    return value.name if isinstance(value, StandIn) else f"a {type(value).__name__}"
+
+
+class TorchFile:
+    """The content of a .pth file: `content`, in which tensors are StoredTensor, and `read`, which gets their numbers.
+
+    Raises CheckpointError for a file that is damaged, or that asks for anything but tensors and plain containers.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.places: dict[str, Place] = {}
+        self.storages: dict[str, Storage | StandIn] = {}
+        try:
+            with open_weights(path) as file:
+                self.size = path.stat().st_size
+                archive = file.read(2) == b"PK"
+                file.seek(0)
+                self.content = self.open_archive(file) if archive else self.open_legacy(file)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a broken or hostile stream can raise nearly anything
+            raise CheckpointError(f"{path}: cannot be read as a torch file: {reason(error)}") from None
+        self.left = self.size + SHARED  # bytes that may still be read
+
+    def open_archive(self, file: BinaryIO) -> Any:
+        """The content of a zip archive."""
+        members, root = zip_members(file), None
+        for name in members:
+            if name.endswith("/data.pkl"):
+                if root is not None:
+                    raise ValueError("it holds several data.pkl")
+                root = name.removesuffix("data.pkl")
+        if root is None:
+            raise ValueError("it is a zip archive, but not one of torch's: it holds no data.pkl")
+        if any(name.startswith(f"{root}code/") for name in members):
+            raise ValueError("it is a TorchScript program, expected a state dict")
+        for name, member in members.items():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name[:100]} is compressed, which torch never does")
+            file.seek(member.header_offset)
+            name_length, extra_length = struct.unpack("<26x2H", file.read(30))
+            start = member.header_offset + 30 + name_length + extra_length
+            self.places[name.removeprefix(root).removeprefix("data/")] = Place(start, member.file_size, member.CRC)
+        if "byteorder" in self.places and self.member(file, "byteorder", 16) != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        return self.unpickle(io.BytesIO(self.member(file, "data.pkl", MOST_BYTES)))
+
+    def member(self, file: BinaryIO, key: str, most: int) -> bytes:
+        """All bytes of a member of the archive, compared with their checksum."""
+        place = self.places[key]
+        if place.size > most:
+            raise ValueError(f"its {key} has {place.size} bytes, expected at most {most}")
+        file.seek(place.start)
+        content = file.read(place.size)
+        if len(content) < place.size or (place.crc and zlib.crc32(content) != place.crc):
+            raise ValueError(f"its {key} is damaged (the checksum differs)")
+        return content
+
+    def open_legacy(self, file: BinaryIO) -> Any:
+        """The content of a row of pickles."""
+        magic, protocol, machine = (load_pickle(file, FUNCTIONS, unknown=other_name) for _ in range(3))
+        if magic != MAGIC:
+            raise ValueError("it does not begin as torch's files do")
+        if protocol != PROTOCOL:
+            raise ValueError(f"its protocol is not {PROTOCOL}")
+        if not isinstance(machine, dict) or machine.get("little_endian", machine.get(b"little_endian")) is False:
+            raise ValueError("it was written on a big-endian machine")
+        content = self.unpickle(file)
+        keys = load_pickle(file, FUNCTIONS, unknown=other_name)
+        position = file.tell()
+        for key in map(as_text, keys):
+            storage = self.storages[key]
+            if isinstance(storage, StandIn):
+                raise ValueError(f"it holds a {storage.name}, and only tensors of NumPy's dtypes and bfloat16 are read")
+            file.seek(position)
+            (numel,) = struct.unpack("<q", file.read(8))
+            length = numel * DTYPES[storage.dtype].itemsize
+            self.places[key] = Place(position + 8, length)
+            position += 8 + length
+            if numel < 0 or position > self.size:
+                raise ValueError("the file is cut short")
+        return content
+
+    def unpickle(self, file: BinaryIO) -> Any:
+        return load_pickle(file, FUNCTIONS, unknown=other_name, persistent=self.storage)
+
+    def storage(self, identifier: Any) -> Any:
+        """The storage that a persistent identifier names, ("storage", type, key, device, count); in old files also
+        with a view of it, (key, offset, count)."""
+        kind, *rest = map(as_text, identifier) if isinstance(identifier, tuple) and len(identifier) <= 6 else [None]
+        if kind == "module" and rest and isinstance(rest[0], StandIn):  # a class with its source, in old files
+            return rest[0]
+        if kind != "storage" or len(rest) < 4:
+            raise ValueError("it refers to something that is no storage")
+        dtype, key, _, numel, *view = rest
+        if isinstance(dtype, StandIn) and isinstance(key, str):
+            return self.storages.setdefault(key, dtype)
+        if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(key, str) or not isinstance(numel, int):
+            raise ValueError("it refers to a damaged storage")
+        storage = self.storages.setdefault(key, Storage(key, dtype, numel))
+        if not view or view[0] is None or isinstance(storage, StandIn):
+            return storage
+        start = view[0][1]
+        if not isinstance(start, int) or not 0 <= start < 1 << 60:
+            raise ValueError("it refers to a damaged view of a storage")
+        return replace(storage, start=start)
+
+    def read(self, name: str, value: Any) -> np.ndarray:
+        """The numbers of an entry of the content, in memory that nothing else uses; bfloat16 comes as float32."""
+        try:
+            if isinstance(value, np.ndarray):
+                self.count(value.nbytes)
+                return value.copy()
+            if not isinstance(value, StoredTensor):
+                raise ValueError(f"expected a tensor, found {describe(value)}")
+            return self.tensor(value)
+        except Exception as error:
+            raise CheckpointError(f"{self.path}: {name[:100]} cannot be read: {reason(error)}") from None
+
+    def tensor(self, tensor: StoredTensor) -> np.ndarray:
+        item, shape = DTYPES[tensor.dtype], tensor.shape
+        count = math.prod(shape)
+        reach = 1 + sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) if count else 0
+        self.count(max(count, reach) * item.itemsize)
+        flat = self.part(tensor.storage, tensor.offset * item.itemsize, reach * item.itemsize).view(item)
+        strides = [stride * item.itemsize for stride in tensor.strides]
+        view = np.lib.stride_tricks.as_strided(flat, shape, strides)  # within `flat`: it has `reach` elements
+        if tensor.dtype == "BF16":
+            return widen(view)
+        return view if view.flags.c_contiguous and count == reach else np.array(view, order="C")
+
+    def count(self, size: int) -> None:
+        """Keep what is read within the size of the file."""
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"its tensors have more bytes than the file ({self.size}): they repeat the same numbers")
+
+    def part(self, storage: Storage, skip: int, size: int) -> np.ndarray:
+        """`size` of a storage's bytes, after `skip`, from the file."""
+        place = self.places.get(storage.key)
+        if place is None:
+            raise ValueError(f"its storage {storage.key[:40]} is missing")
+        skip += storage.start * DTYPES[storage.dtype].itemsize
+        if skip + size > place.size:
+            raise ValueError(f"it ends at byte {skip + size} of a storage of {place.size}")
+        if place.start + place.size > self.size:
+            raise ValueError("the file is cut short")
+        with open(self.path, "rb") as file:
+            if place.crc and size < place.size:
+                self.check_storage(file, place)
+            file.seek(place.start + skip)
+            content = np.fromfile(file, np.uint8, size)
+        if place.crc and zlib.crc32(content.data) != place.crc:  # 0: the writer left it out
+            raise ValueError("its bytes are damaged (the checksum differs)")
+        return content
+
+    def check_storage(self, file: BinaryIO, place: Place) -> None:
+        """Compare a storage with its checksum, once."""
+        file.seek(place.start)
+        found, left = 0, place.size
+        while left:
+            chunk = file.read(min(left, CHUNK))
+            if not chunk:
+                raise ValueError("the file is cut short")
+            found, left = zlib.crc32(chunk, found), left - len(chunk)
+        if found != place.crc:
+            raise ValueError("its bytes are damaged (the checksum differs)")
+        place.crc = 0
