@@ -121,6 +121,10 @@ def make_parser() -> Parser:
     layouts = one_of("tinyvit", "timm", "huggingface")
     convert.add_argument("--to", type=typed(layouts), required=True, help="tinyvit, timm or huggingface")
 
+    for sub in (evaluate, predict, summary, convert):
+        heads = "attention heads of a checkpoint that does not say how many it has"
+        sub.add_argument("--num-heads", type=typed(whole(1)), metavar="N", help=heads)
+
     command("models", run_models, "List the models that can be created by name.")
 
     info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
@@ -148,7 +152,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
     if args.probe and args.split != "test":
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
-    checkpoint = open_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
     data = load_data(
         args.data,
@@ -179,7 +183,7 @@ def run_predict(args: argparse.Namespace) -> None:
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
     from tinyvit.evaluation.metrics import check_head, look_at, pick_device
 
-    checkpoint = open_checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     overlays = overlay_paths(Path(args.attention), args.images) if args.attention else []
     if args.embed:
         check_features_path(Path(args.embed), Path(args.checkpoint))
@@ -207,8 +211,11 @@ def run_summary(args: argparse.Namespace) -> None:
     from tinyvit.models.registry import model_config
     from tinyvit.models.summary import summarise
 
-    by_name = not Path(args.model).exists()
-    config = model_config(known_model(args.model)) if by_name else open_checkpoint(args.model).config
+    if Path(args.model).exists():
+        config = open_checkpoint(args.model, num_heads=args.num_heads).config
+    else:
+        heads = {} if args.num_heads is None else {"num_heads": args.num_heads}
+        config = model_config(known_model(args.model), **heads)
     size = None if args.image_size is None else height_and_width(args.image_size)
     summary = summarise(config, image_size=size)
     print_json(summary.as_dict()) if args.json else print(summary.as_table())
@@ -217,7 +224,7 @@ def run_summary(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     from tinyvit.checkpoints.convert import convert
 
-    convert(Path(args.checkpoint), Path(args.path), args.to)
+    convert(Path(args.checkpoint), Path(args.path), args.to, num_heads=args.num_heads)
     print(f"{args.path}: {args.checkpoint} in the layout of {args.to}")
 
 

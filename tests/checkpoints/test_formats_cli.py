@@ -153,3 +153,23 @@ def test_one_file_for_timm_keeps_what_its_names_cannot_say(tmp_path):
     convert(tmp_path / "own.safetensors", tmp_path / "timm.safetensors", "timm")
     opened = open_checkpoint(tmp_path / "timm.safetensors")
     assert (opened.config, opened.class_names) == (config, names)
+
+
+def test_the_number_of_heads_can_be_given_where_the_warning_asks_for_it(tmp_path, images):
+    model = library.create_model("vit_nano_patch8_32", num_classes=3, num_heads=4).eval()
+    rng = np.random.default_rng(0)
+    model.load_state_dict({n: rng.standard_normal(a.shape, np.float32) * 0.3 for n, a in model.state_dict().items()})
+    path = tmp_path / "mine.safetensors"
+    save_file(model.state_dict(), path)
+    image = sorted((images / "test" / "red").iterdir())[0]
+    guessed = tinyvit("predict", path, image, "--json")
+    assert guessed.returncode == 0 and "1 are assumed: give num_heads (--num-heads)" in guessed.stderr
+    found = tinyvit("predict", path, image, "--json", "--num-heads", 4)
+    assert found.returncode == 0 and found.stderr == "" and found.stdout != guessed.stdout
+    assert tinyvit("convert", path, tmp_path / "run", "--to", "tinyvit", "--num-heads", 4).returncode == 0
+    expected = library.load_model(tmp_path / "run")
+    assert expected.config.num_heads == 4
+    x = rng.standard_normal((2, 3, 32, 32), np.float32)
+    assert np.array_equal(library.predict(expected, x), library.predict(model, x))
+    assert tinyvit("summary", path, "--num-heads", 4).stderr == ""
+    assert_one_line_error(tinyvit("predict", path, image, "--num-heads", 7), 1)

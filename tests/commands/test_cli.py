@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -354,6 +355,23 @@ def test_a_toml_file_is_checked_like_the_command_line(tmp_path, text, message):
     with pytest.raises(UsageError) as caught:
         read_toml(path)
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ".".join("a" * 100_000) + " = 1", ".".join("a" * 40_000) + " = 1", "[" + ".".join("a" * 40_000) + "]",
+        "epochs = " + "[" * 50_000, "epochs = 0x" + "f" * 50_000, "data = '" + "x" * 90_000, "x" * 90_000 + " = 1",
+        "epochs = '" + "x" * 90_000 + "'", "augment = '" + "x" * 90_000 + "'", "# " + "x" * 200_000,
+    ],
+)  # fmt: skip
+def test_a_toml_file_takes_little_time_and_one_line(tmp_path, text):
+    (tmp_path / "a.toml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        read_toml(tmp_path / "a.toml")
+    assert time.monotonic() - started < 2 and len(str(caught.value)) <= 500 + len(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_toml_file_that_is_not_text(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -20,12 +21,15 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
 
     Args:
         path: a run directory, of which the best weights are read and without them the last, or a checkpoint.
-        overrides: fields of the config, for what the files do not say: num_heads, image_size. A guess is warned of.
+        overrides: fields of the config, for what the files do not say (None: not given): num_heads, which replaces the
+            config's, and image_size. A guess is warned of.
 
     Raises:
-        CheckpointError: the message is one line.
+        CheckpointError: it cannot be read; the message is one line.
+        TypeError, ValueError: a number of heads that the model cannot have.
     """
     path = Path(path)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     try:
         run_file = find_run_file(path)
         checkpoint = read_other(path, overrides) if run_file is None else read_checkpoint(run_file)
@@ -34,6 +38,9 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     check_sizes(checkpoint)
+    if "num_heads" in overrides:  # no weight depends on it
+        config = checkpoint.config.replace(num_heads=overrides["num_heads"])
+        return dataclasses.replace(checkpoint, config=config)
     return checkpoint
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyvit.execution.precision import PRECISIONS
+from tinyvit.files.fields import shown as shown_value
+from tinyvit.files.reading import read_text
 
+LONGEST_TOML, MOST_DOTS = 100_000, 1000  # bytes, and dots: a key of many parts takes tomllib minutes
 ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
 
 
@@ -225,12 +228,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Options from a TOML file of `option = value` lines, checked like the command line's. Raises UsageError."""
     try:
-        with open(path, "rb") as file:
-            table = tomllib.load(file)
+        text = read_text(path, LONGEST_TOML)
+        if text.count(".") > MOST_DOTS:
+            raise ValueError(f"it has more than {MOST_DOTS} dots")
+        table = tomllib.loads(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not TOML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: not TOML of options: it is nested too deeply") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not TOML: {' '.join(str(error)[:300].split())}") from None
     options: dict[str, Any] = {}
     for key, value in table.items():
         name, negated = key.replace("-", "_"), False
@@ -239,7 +246,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         is_switch = name in FIELDS and FIELDS[name].metadata["parse"] is bool
         if name not in FIELDS or (negated and not is_switch):
             known = [flag(field)[2:] for field in FIELDS]
-            raise UsageError(f"{path}: there is no option {key!r}{nearest(key.replace('_', '-'), known)}")
+            raise UsageError(f"{path}: there is no option {key[:100]!r}{nearest(key[:100].replace('_', '-'), known)}")
         if name in options:
             raise UsageError(f"{path}: {name} is given twice")
         value = read_value(path, key, name, value)
@@ -256,17 +263,17 @@ def read_value(path: str | Path, key: str, name: str, value: Any) -> Any:
 
 def _switch(path: str | Path, key: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise UsageError(f"{path}: {key}: expected true or false, got {value!r}")
+        raise UsageError(f"{path}: {key}: expected true or false, got {shown_value(value)}")
     return value
 
 
 def _value(path: str | Path, key: str, name: str, value: Any) -> Any:
     if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise UsageError(f"{path}: {key}: expected one value, got {value!r}")
+        raise UsageError(f"{path}: {key}: expected one value, got {shown_value(value)}")
     try:
         return FIELDS[name].metadata["parse"](str(value))
     except ValueError as error:
-        raise UsageError(f"{path}: {key}: {error}") from None
+        raise UsageError(f"{path}: {key}: {str(error)[:300]}") from None
 
 
 def merge(file: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:

@@ -221,7 +221,8 @@ def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: 
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
     if "num_heads" not in files.overrides:
         warnings.warn(
-            f"{files.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads",
+            f"{files.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads "
+            "(--num-heads)",
             stacklevel=2,
         )
     return heads
