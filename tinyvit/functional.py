@@ -14,6 +14,7 @@ from tinyvit.kernels import reference
 
 __all__ = [
     "attention",
+    "attention_weights",
     "conv2d",
     "cross_entropy",
     "drop_path",
@@ -133,13 +134,29 @@ def qkv_attention(
     Returns:
         (B, Q, num_heads * D), heads side by side.
     """
-    if len(qkv.shape) != 3 or num_heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {_s(qkv)} with {num_heads} heads")
+    _check_heads(qkv, num_heads)
     if queries is not None and not 0 < queries <= qkv.shape[1]:
         raise ValueError(f"queries must lie in 1 ... {qkv.shape[1]} tokens, got {queries}")
     scores = (num_heads, queries or qkv.shape[1], qkv.shape[1])
     keep, mask = _keep(qkv, dropout, training, scores), _mask(mask, qkv, scores)
     return apply(reference.qkv_attention, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep)
+
+
+def attention_weights(qkv: Tensor, num_heads: int) -> Tensor:
+    """The weights by which `qkv_attention` adds up the values: softmax(q k^T / sqrt(D)).
+
+    Args:
+        qkv, num_heads: as in `qkv_attention`.
+
+    Returns:
+        (B, num_heads, N, N); each row of the last axis sums to 1.
+    """
+    _check_heads(qkv, num_heads)
+    batch, tokens, width = qkv.shape
+    dim = width // (3 * num_heads)
+    parts = _tensor(qkv).reshape(batch, tokens, 3, num_heads, dim)
+    q, k = (parts[:, :, i, :, :].permute_dims(0, 2, 1, 3) for i in (0, 1))  # (B, H, N, D)
+    return softmax((q * dim**-0.5) @ k.transpose())
 
 
 def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
@@ -357,6 +374,11 @@ def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if len(x.shape) < 1 or not _s(weight) == _s(bias) == (x.shape[-1],):
         given = f"{_s(x)}, {_s(weight)} and {_s(bias)}"
         raise ValueError(f"layer_norm expects x (..., D), weight and bias (D,), got {given}")
+
+
+def _check_heads(qkv: Tensor, num_heads: int) -> None:
+    if len(qkv.shape) != 3 or num_heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {_s(qkv)} with {num_heads} heads")
 
 
 def _windows(

@@ -9,6 +9,7 @@ from test_vit import SMALL, VARIANTS, build
 
 import tinyvit
 from tinyvit.engine.tensor import grad
+from tinyvit.models import inspection, vit
 from tinyvit.models.inspection import FeaturesAndLogits, rollout
 
 
@@ -79,15 +80,55 @@ def test_maps_leave_the_mode_alone_and_know_no_dropout():
     assert [block.training for block in model.blocks] == [False, True]
 
 
-def test_maps_compute_each_attention_once_and_nothing_after_the_last(monkeypatch):
-    model, called = build(depth=3), []
-    for i, block in enumerate(model.blocks):
-        for name in ("qkv", "proj", "fc2"):
-            layer = getattr(block.mlp if name == "fc2" else block.attn, name)
-            forward = layer.forward
-            monkeypatch.setattr(layer, "forward", lambda x, at=(name, i), f=forward: (called.append(at), f(x))[1])
-    model.attention_maps(random_images(model.config))
-    assert called == [(name, i) for i in range(3) for name in ("qkv", "proj", "fc2")][:7]
+class Sharper(vit.Attention):
+    """A user's attention with weights of its own: half of each is the token's own."""
+
+    def attention_weights(self, x):
+        return super().attention_weights(x) * 0.5 + np.eye(x.shape[1], dtype=np.float32) * 0.5
+
+    def forward(self, x):
+        batch, tokens, dim = x.shape
+        v = self.qkv(x)[:, :, 2 * dim :].reshape(batch, tokens, self.num_heads, -1).permute_dims(0, 2, 1, 3)
+        y = (self.attention_weights(x) @ v).permute_dims(0, 2, 1, 3).reshape(batch, tokens, dim)
+        return self.proj(y)
+
+
+class Halved(vit.Attention):
+    """A user's attention that changes the outputs and says nothing of the weights."""
+
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+def test_weights_are_those_of_the_attention_that_runs():
+    model = build(depth=3)
+    images = random_images(model.config)
+    plain = model.attention_maps(images).numpy()
+    model.blocks[1].attn.__class__ = Sharper
+    maps = model.attention_maps(images).numpy()
+    np.testing.assert_allclose(maps[0], plain[0], rtol=1e-6)
+    np.testing.assert_allclose(maps[1], 0.5 * plain[1] + 0.5 * np.eye(plain.shape[-1]), rtol=1e-5)
+    assert not np.allclose(maps[2], plain[2], rtol=1e-3)  # what it reads went through the user's attention
+    tokens = model.features(images, layer=1)
+    block = model.blocks[2]
+    np.testing.assert_allclose(maps[2], block.attn.attention_weights(block.norm1(tokens)).numpy(), rtol=1e-5)
+
+
+def test_an_attention_that_does_not_define_its_weights_is_refused():
+    model = build()
+    model.blocks[1].attn.__class__ = Halved
+    for function in (inspection.attention_maps, rollout):
+        with pytest.raises(TypeError) as caught:
+            function(model, random_images(model.config))
+        assert str(caught.value) == (
+            "Halved has a forward of its own but no attention_weights: define the method, "
+            "or attention_weights = Attention.attention_weights if the weights are the same"
+        )
+    Halved.attention_weights = vit.Attention.attention_weights
+    try:
+        assert model.attention_maps(random_images(model.config)).shape == (2, 3, 3, 5, 5)
+    finally:
+        del Halved.attention_weights
 
 
 def test_features_carry_gradients():

@@ -20,7 +20,8 @@ from tinyvit.backend import random
 from tinyvit.engine.tensor import Tensor, grad, no_grad
 from tinyvit.models import vit
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.vit import VisionTransformer, sincos2d
+from tinyvit.models.positions import sincos2d
+from tinyvit.models.vit import VisionTransformer
 
 SMALL = ViTConfig(image_size=8, patch_size=4, num_classes=5, embed_dim=12, depth=2, num_heads=3, mlp_ratio=2.0)
 VARIANTS = {
@@ -142,7 +143,7 @@ def test_images_of_any_library_and_precision_follow_the_model():
     "images, message",
     [
         (np.zeros((2, 3, 8, 9)), "expected images (B, 3, 8, 8), got (2, 3, 8, 9)"),
-        (np.zeros((3, 8, 8)), "expected images (B, 3, 8, 8), got (3, 8, 8)"),
+        (np.zeros((3, 8, 8)), "expected images (B, 3, 8, 8), got (3, 8, 8); pass one image as images[None]"),
         (np.zeros((2, 1, 8, 8)), "expected images (B, 3, 8, 8), got (2, 1, 8, 8)"),
         (np.zeros((2, 3, 8, 8), np.uint8), "expected floating images, scaled and normalised, got uint8"),
         ([[1.0]], "expected an array of images (B, C, H, W), got list"),
@@ -430,6 +431,16 @@ def own_attention(block):
     return block
 
 
+def own_function(block):
+    block.attn.forward = MeanAttention(block.attn.proj.weight.shape[0]).forward
+    return block
+
+
+def own_output(block):
+    block.attn.proj = Bypassed(block.attn.proj)
+    return block
+
+
 def own_norm(block):
     block.norm2.__class__ = ShiftedNorm
     return block
@@ -445,7 +456,7 @@ def own_mixing_mlp(block):
     return block
 
 
-OWN_LAYERS = [wrap, subclass, own_attention, own_norm, own_mixing_norm, own_mixing_mlp]
+OWN_LAYERS = [wrap, subclass, own_attention, own_function, own_output, own_norm, own_mixing_norm, own_mixing_mlp]
 
 
 def deep_model(**changes):
@@ -463,12 +474,41 @@ def test_the_model_runs_a_user_s_own_layers(change, place):
     plain = model(images).numpy()
     with random.scope(4):
         model.blocks[place] = change(model.blocks[place])
-    x = model.first_tokens(images)
+    x = model.embed(images)
     for block in model.blocks:
         x = block(x)
     expected = model.forward_head(model.norm(x)).numpy()
     assert np.allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
     assert not np.allclose(plain, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("change", OWN_LAYERS)
+def test_features_and_maps_run_a_user_s_own_layers(change, pool):
+    """Each method computes with the model's own blocks, whatever their place."""
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    for place in range(3):
+        model = deep_model(global_pool=pool)
+        with random.scope(4):
+            model.blocks[place] = change(model.blocks[place])
+        x, inputs = model.embed(images), []
+        for i, block in enumerate(model.blocks):
+            inner = block.block if isinstance(block, Bypassed) else block
+            inputs.append(inner.norm1(x))
+            x = block(x)
+            assert np.array_equal(model.features(images, layer=i).numpy(), x.numpy())
+        assert np.allclose(model.features(images).numpy(), model.pool(model.norm(x)).numpy(), atol=1e-5)
+        if change in (own_attention, own_function):
+            with pytest.raises(TypeError) as caught:
+                model.attention_maps(images)
+            assert change is own_function or str(caught.value) == (
+                f"block {place} (Block) has no attention whose weights are known: "
+                "give its attention module a method attention_weights(x), (B, N, D) -> (B, heads, N, N)"
+            )
+            continue
+        for i, got in enumerate(model.attention_maps(images).numpy()):
+            inner = model.blocks[i].block if change is wrap and i == place else model.blocks[i]
+            assert np.allclose(got, inner.attn.attention_weights(inputs[i]).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(distilled=True), dict(init_values=0.5)])
@@ -489,3 +529,52 @@ def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):
     monkeypatch.setattr(vit.Mlp, "forward", lambda self, x: seen.append(tuple(x.shape)) or forward(self, x))
     model(np.zeros((2, 3, 8, 8), np.float32))
     assert seen == [(2, 5, 128), (2, 1, 128)]
+
+
+# --- another head -------------------------------------------------------------------------------------------------
+
+
+def token_pool(norm, x):
+    return norm(x)[:, 0, :]
+
+
+def average_of_normed(norm, x):
+    return norm(x)[:, 1:, :].mean(axis=1)
+
+
+def norm_of_average(norm, x):
+    return norm(x[:, 1:, :].mean(axis=1))
+
+
+@pytest.mark.parametrize(
+    "changes, pool, expected",
+    [
+        ({}, None, token_pool),
+        (dict(distilled=True), None, token_pool),
+        (dict(global_pool="avg"), None, norm_of_average),
+        (dict(global_pool="avg"), "avg", norm_of_average),
+        (dict(global_pool="avg"), "token", token_pool),
+        (dict(global_pool="avg", fc_norm=False), "token", token_pool),
+        (dict(global_pool="avg", fc_norm=False), "avg", average_of_normed),
+        ({}, "avg", average_of_normed),  # as in timm, the norm stays where it is
+    ],
+)
+def test_reset_classifier_gives_another_head_and_pooling(changes, pool, expected):
+    model = build("float64", **changes).eval()
+    model.class_names = tuple("abcde")
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8))
+    norm = model.fc_norm if model.config.norm_after_pool else model.norm
+    model.reset_classifier(7, pool)
+    assert model.config.num_classes == 7 and model.config.global_pool == (pool or changes.get("global_pool", "token"))
+    assert model.class_names == () and {p.dtype for p in model.parameters()} == {np.dtype(np.float64)}
+    logits = model(images).numpy()
+    assert logits.shape == (2, 7) and not logits.any()
+    features = model.features(images).numpy()
+    assert error(features, expected(norm, model.features(images, layer=-1)).numpy()) < 1e-10
+    rebuilt = VisionTransformer(model.config).to("float64")
+    rebuilt.load_state_dict(model.state_dict())
+    assert np.array_equal(rebuilt.eval().features(images).numpy(), features)
+    model.reset_classifier(0)
+    assert np.array_equal(model(images).numpy(), features)
+    with pytest.raises(ValueError, match="num_classes must be a whole number"):
+        model.reset_classifier("7")

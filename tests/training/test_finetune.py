@@ -358,13 +358,13 @@ def test_a_run_computes_features_once(trained, tmp_path, monkeypatch):
     from tinyvit.training.run import train
 
     seen = []
-    original = vit.VisionTransformer.read_tokens
+    original = vit.VisionTransformer.head_tokens
 
     def counted(self, x):
         seen.append(len(x))
         return original(self, x)
 
-    monkeypatch.setattr(vit.VisionTransformer, "read_tokens", counted)
+    monkeypatch.setattr(vit.VisionTransformer, "head_tokens", counted)
     source = {"data": str(trained / "other"), "init": str(trained / "run")}
     given = source | {"epochs": 3, "freeze": "all-but-head", "threads": 1}
     train(given | {"out": str(tmp_path / "a")})

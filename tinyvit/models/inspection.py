@@ -1,87 +1,113 @@
-"""Looking inside a model: attention weights, attention rollout, and features of any block."""
+"""Looking inside a model: the weights of its attentions, and attention rollout.
+
+The model's own forward pass runs, and each attention module that it calls says what its weights are: the module has a
+method `attention_weights(x)`, (B, N, D) -> (B, heads, N, N).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 
-from tinyvit import functional as F
 from tinyvit import nn
 from tinyvit.engine.ops import concat, stack
 from tinyvit.engine.tensor import Array, Tensor, no_grad
-
-if TYPE_CHECKING:
-    from tinyvit.models.vit import Attention, VisionTransformer
+from tinyvit.models.config import ViTConfig
 
 
-def attention_maps(model: VisionTransformer, images: Tensor | Array) -> Tensor:
+class Model(Protocol):
+    """What is used here of a `VisionTransformer`."""
+
+    config: ViTConfig
+    blocks: list[nn.Module]
+
+    def __call__(self, images: Tensor | Array, /) -> Tensor: ...
+    def head_tokens(self, images: Tensor | Array) -> Tensor: ...
+    def pool(self, x: Tensor) -> Tensor: ...
+    def forward_head(self, x: Tensor) -> Tensor: ...
+
+
+def attention_maps(model: Model, images: Tensor | Array) -> Tensor:
     """The softmax attention weights of every block, in evaluation mode and with nothing recorded.
 
     Args:
+        model: its state stays as it is.
         images: (B, C, H, W), floating.
 
     Returns:
         (depth, B, num_heads, N, N) in the model's library and dtype. Row i of the last two axes says how much token i
-        reads of each token (it sums to 1); the `config.num_prefix_tokens` first are class, distillation and register
+        reads of each token (it sums to 1); the first `config.num_prefix_tokens` are class, distillation and register
         tokens, the others patches, row by row. It takes 4 * depth * B * num_heads * N^2 bytes.
+
+    Raises:
+        TypeError: an attention of the model does not define its weights.
     """
-    with no_grad(), nn.evaluating():
-        return stack(list(_maps(model, images)))
+    maps: list[Tensor] = []
+    visit_attention(model, images, maps.append)
+    return stack(maps)
 
 
-def _maps(model: VisionTransformer, images: Tensor | Array) -> Iterator[Tensor]:
-    """Each block's attention weights (B, H, N, N), one after the other, so that they need not all be kept.
+def visit_attention(model: Model, images: Tensor | Array, visit: Callable[[Tensor], object]) -> None:
+    """Call `visit` with the weights (B, heads, N, N) of each attention, in the order in which the model runs them."""
+    for number, block in enumerate(model.blocks):
+        if not any(_weights(module) for module in block.modules()):
+            raise TypeError(
+                f"block {number} ({type(block).__name__}) has no attention whose weights are known: "
+                "give its attention module a method attention_weights(x), (B, N, D) -> (B, heads, N, N)"
+            )
 
-    Between them stands what `vit.Block` computes in evaluation, with the weights that are there already.
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        weights = _weights(module)
+        if weights is not None:
+            visit(weights(args[0]))
+
+    with no_grad(), nn.evaluating(), nn.forward_pre_hook(hook):
+        model(images)
+
+
+def _weights(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The module's method `attention_weights`, None if it has none.
+
+    Raises:
+        TypeError: a subclass has a `forward` of its own but inherits `attention_weights`, which need not fit it.
     """
-    x = model.first_tokens(images)
-    *blocks, last = model.blocks
-    for block in blocks:
-        weights, values = _attention(block.attn, block.norm1(x))
-        yield weights
-        read = (weights @ values).permute_dims(0, 2, 1, 3).reshape(*x.shape)  # (B, N, H D)
-        x = x + block.ls1(block.attn.proj(read))
-        x = x + block.ls2(block.mlp(block.norm2(x)))
-    yield _attention(last.attn, last.norm1(x))[0]
+    if not hasattr(module, "attention_weights"):
+        return None
+    for owner in (module, *type(module).__mro__):
+        if "attention_weights" in vars(owner):
+            break
+        if "forward" in vars(owner):
+            raise TypeError(
+                f"{type(module).__name__} has a forward of its own but no attention_weights: define the method, "
+                "or attention_weights = Attention.attention_weights if the weights are the same"
+            )
+    return module.attention_weights
 
 
-def _attention(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of normalised tokens (B, N, H D): softmax(q k^T / sqrt(D)), (B, H, N, N), and the values v, (B, H, N, D)."""
-    batch, tokens, dim = x.shape
-    heads = attention.num_heads
-    qkv = attention.qkv(x).reshape(batch, tokens, 3, heads, dim // heads)
-    q, k, v = (qkv[:, :, i, :, :].permute_dims(0, 2, 1, 3) for i in range(3))  # (B, H, N, D)
-    return F.softmax((q * (dim // heads) ** -0.5) @ k.permute_dims(0, 1, 3, 2)), v
-
-
-def block_tokens(model: VisionTransformer, images: Tensor | Array, layer: int) -> Tensor:
-    """Tokens (B, N, D) after block `layer`, before any final norm. Raises IndexError for a block that is not there."""
-    depth = len(model.blocks)
-    if not -depth <= layer < depth:
-        raise IndexError(f"layer {layer} given, the model's blocks are 0 ... {depth - 1} (or -{depth} ... -1)")
-    x = model.first_tokens(images)
-    for block in model.blocks[: layer % depth + 1]:
-        x = block(x)
-    return x
-
-
-def rollout(model: VisionTransformer, images: Tensor | Array) -> np.ndarray:
+def rollout(model: Model, images: Tensor | Array) -> np.ndarray:
     """How much the output draws on each patch: attention rollout (Abnar & Zuidema 2020, arXiv:2005.00928, section 3).
 
-    With A the mean of a block's attention weights over its heads, the blocks' 0.5 A + 0.5 I are multiplied up; of the
+    With A the mean of a block's attention weights over its heads, the blocks' 0.5 A + 0.5 I are multiplied. Of the
     product, the rows of the tokens that the head reads (class and distillation tokens, or all patches) are averaged.
+
+    Args:
+        model, images: as in `attention_maps`.
 
     Returns:
         (B, rows, columns) float64: shares of at least 0 that sum to 1 with those of the prefix tokens.
     """
     c = model.config
-    product = None
-    with no_grad(), nn.evaluating():
-        for weights in _maps(model, images):
-            mixed = 0.5 * weights.numpy().mean(axis=1, dtype=np.float64) + 0.5 * np.eye(weights.shape[-1])  # (B, N, N)
-            product = mixed if product is None else mixed @ product
+    product: np.ndarray | None = None
+
+    def multiply(weights: Tensor) -> None:
+        nonlocal product
+        mixed = 0.5 * weights.numpy().mean(axis=1, dtype=np.float64) + 0.5 * np.eye(weights.shape[-1])  # (B, N, N)
+        product = mixed if product is None else mixed @ product
+
+    visit_attention(model, images, multiply)
+    assert product is not None  # there is at least one block
     read = slice(0, 1 + c.distilled) if c.global_pool == "token" else slice(c.num_prefix_tokens, None)
     shares = product[:, read].mean(axis=1)  # (B, N)
     return shares[:, c.num_prefix_tokens :].reshape(-1, *c.grid_size)
@@ -90,12 +116,12 @@ def rollout(model: VisionTransformer, images: Tensor | Array) -> np.ndarray:
 class FeaturesAndLogits(nn.Module):
     """A model whose output is its pooled feature and its logits side by side: (B, D + num_classes)."""
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: Model) -> None:
         self.model, self.config = model, model.config
 
     def forward(self, images: Tensor | Array) -> Tensor:
-        tokens = self.model.read_tokens(images)
+        tokens = self.model.head_tokens(images)
         features = self.model.pool(tokens)
-        if not self.model.config.num_classes:
+        if not self.config.num_classes:
             return features
         return concat([features, self.model.forward_head(tokens)], axis=1)

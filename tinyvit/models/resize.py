@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.vit import sincos2d
+from tinyvit.models.positions import sincos2d
 
 
 def adapt(state: Mapping[str, Any], old: ViTConfig, new: ViTConfig, interpolation: str = "bicubic") -> dict[str, Any]:

@@ -87,7 +87,7 @@ class Backbone(nn.Module):
         self.model = model
 
     def forward(self, images: Array) -> Tensor:
-        tokens = self.model.read_tokens(images)
+        tokens = self.model.head_tokens(images)
         pooled = self.model.pool(tokens)
         return pooled if self.model.head_dist is None else concat([pooled, tokens[:, 1, :]], axis=1)
 

@@ -31,8 +31,8 @@ from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
+from tinyvit.models.positions import sincos2d
 from tinyvit.models.preprocessing import Preprocessing
-from tinyvit.models.vit import sincos2d
 
 PREFIX = re.compile(r"^(opt/target/|params/(img/)?)")  # in files saved with their optimizer, and in big_vision's
 PATCHES = "embedding/kernel"
