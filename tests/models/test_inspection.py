@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from drawing import BACKENDS, LIBRARIES, error, host
-from reference_models import torch_twin
-from test_vit import SMALL, VARIANTS, build
+from reference_models import SMALL, VARIANTS, build, torch_twin
 
 import tinyvit
 from tinyvit.engine.tensor import grad

@@ -65,6 +65,13 @@ def test_every_listed_model_has_a_sound_configuration():
     assert tinyvit.list_models()
 
 
+def test_names_are_listed_by_a_pattern():
+    names = tinyvit.list_models("*tiny*")
+    assert names == [name for name in tinyvit.list_models() if "tiny" in name] and len(names) > 5
+    assert tinyvit.list_models("vit_huge_patch14_???") == ["vit_huge_patch14_224"]
+    assert tinyvit.list_models("resnet*") == []
+
+
 def test_overrides_and_unknown_names():
     config = tinyvit.model_config("vit_tiny_patch16_224", num_classes=10, image_size=32, patch_size=4, drop_path=0.1)
     assert (config.embed_dim, config.depth, config.num_heads, config.num_tokens) == (192, 12, 3, 65)
@@ -75,7 +82,7 @@ def test_overrides_and_unknown_names():
             call("vit_tiny_patch16_225")
         with pytest.raises(ValueError, match=r"unknown model 'resnet'; tinyvit.list_models\(\) lists them all"):
             call("resnet")
-        with pytest.raises(TypeError, match="unknown model setting 'classes'; known are"):
+        with pytest.raises(TypeError, match="unknown model setting 'classes'; did you mean num_classes"):
             call("vit_nano_patch8_32", classes=3)
 
 

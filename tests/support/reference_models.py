@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from reference_resnet import torch_backbone
 from torch import nn
 
+from tinyvit.backend import random
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.vit import VisionTransformer
 
@@ -137,3 +140,40 @@ def randomise(model: VisionTransformer, seed: int = 0) -> VisionTransformer:
             fan_in = p.size // p.shape[0]
             p.data = (noise / fan_in**0.5).astype(p.dtype)
     return model
+
+
+SMALL = ViTConfig(
+    image_size=(8, 8), patch_size=(4, 4), num_classes=5, embed_dim=12, depth=2, num_heads=3, mlp_ratio=2.0
+)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "one channel, one head, one block": dict(in_chans=1, num_heads=1, depth=1),
+    "rectangular": dict(image_size=(6, 20), patch_size=(3, 5), in_chans=4),
+    "one patch": dict(patch_size=8),
+    "average": dict(global_pool="avg"),
+    "average without a class token": dict(global_pool="avg", class_token=False),
+    "average with register tokens": dict(global_pool="avg", reg_tokens=3),
+    "norm before the average": dict(global_pool="avg", fc_norm=False, reg_tokens=1),
+    "a stem before the patches": dict(resnet_layers=(), image_size=(33, 24), patch_size=(3, 2)),
+    "a stem before the only patch": dict(resnet_layers=(), patch_size=2),
+    "a ResNet before the patches": dict(resnet_layers=(2, 1), image_size=(30, 41), patch_size=(2, 1), in_chans=2),
+    "register tokens": dict(reg_tokens=2),
+    "register tokens outside the embedding": dict(reg_tokens=2, no_embed_class=True),
+    "distilled": dict(distilled=True),
+    "distilled, register tokens, layer scale": dict(distilled=True, reg_tokens=1, init_values=0.1),
+    "layer scale": dict(init_values=1e-2),
+    "pre-logits": dict(representation_size=7),
+    "no bias of queries, keys and values": dict(qkv_bias=False),
+    "tanh GELU": dict(act="gelu_tanh", mlp_ratio=2.5),
+    "sines and cosines": dict(pos_embed="sincos2d", image_size=(8, 12)),
+    "large epsilon": dict(norm_eps=0.1),
+    "features": dict(num_classes=0),
+    "features of a distilled model with pre-logits": dict(num_classes=0, distilled=True, representation_size=7),
+}
+
+
+def build(dtype: str = "float32", **changes: Any) -> VisionTransformer:
+    """A small model with random weights."""
+    with random.scope(0):
+        model = VisionTransformer(SMALL.replace(**changes)).to(dtype)
+    return randomise(model) if changes.get("pos_embed") != "sincos2d" else model

@@ -28,41 +28,16 @@ from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.safetensors import read_metadata as read_strings
 from tinyvit.checkpoints.readers.safetensors import read_safetensors
 from tinyvit.files.atomic import atomic_write, new_directory
-from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, optional, text
+from tinyvit.files.fields import boolean, checked, integer, list_of, number, text
 from tinyvit.files.reading import parse_json
-from tinyvit.models.config import ViTConfig
+from tinyvit.models.config import FIELDS, ViTConfig
 
 KEY = "tinyvit"
 FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
 
-SIZE = either(integer(1, 65536), list_of(integer(1, 65536), 2, 2))
 RATE = number(0, 1)
-CONFIG = {
-    "image_size": SIZE,
-    "patch_size": SIZE,
-    "resnet_layers": optional(list_of(integer(1, 1000), 0, 4)),
-    "in_chans": integer(1, 1024),
-    "num_classes": integer(0, 1_000_000),
-    "embed_dim": integer(1, 65536),
-    "depth": integer(1, 10_000),
-    "num_heads": integer(1, 65536),
-    "mlp_ratio": number(1e-6, 1e6),
-    "qkv_bias": boolean,
-    "class_token": boolean,
-    "reg_tokens": integer(0, 65536),
-    "distilled": boolean,
-    "no_embed_class": boolean,
-    "pos_embed": one_of("learn", "sincos2d"),
-    "global_pool": one_of("token", "avg"),
-    "fc_norm": optional(boolean),
-    "act": one_of("gelu", "gelu_tanh"),
-    "norm_eps": number(0, 1),
-    "init_values": optional(number(-1e6, 1e6)),
-    "representation_size": optional(integer(1, 65536)),
-    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"), RATE),
-}
 METADATA = {
-    "config": lambda values: checked(values, CONFIG),
+    "config": lambda values: checked(values, FIELDS),
     "class_names": list_of(text, 0, 1_000_000),
     "names_known": boolean,
     "split": lambda values: checked(values, {"val_fraction": RATE, "seed": integer(0, 10**100)}),
@@ -110,7 +85,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors, metadata = read(path)
     try:
         found = checked(metadata, METADATA, required=("config", "class_names"))
-        if unknown := sorted(metadata["config"].keys() - CONFIG.keys()):
+        if unknown := sorted(metadata["config"].keys() - FIELDS.keys()):
             raise ValueError(f"this version of tinyvit knows no setting {unknown[0][:100]!r}")
         config, names = ViTConfig(**found["config"]), found["class_names"]
         if config.num_classes and len(names) != config.num_classes:

@@ -3,14 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from tinyvit.files.fields import boolean, checked, integer, list_of, number, one_of, optional
 from tinyvit.models import resnet
 
 Size = int | tuple[int, int]
+
+
+def _size(value: Any) -> tuple[int, int]:
+    try:
+        height, width = map(integer(1, 65536), value if isinstance(value, (tuple, list)) else (value, value))
+    except ValueError:
+        raise ValueError("expected a whole number from 1 to 65536, or two of them as (height, width)") from None
+    return height, width
+
+
+def _stages(value: Any) -> tuple[int, ...]:
+    try:
+        return list_of(integer(1, 100), 0, resnet.MOST_STAGES)(value)
+    except ValueError:
+        raise ValueError(f"expected at most {resnet.MOST_STAGES} numbers of blocks from 1 to 100, or None") from None
+
+
+def _rate(value: Any) -> float:
+    if number(0, 1)(value) == 1:
+        raise ValueError("expected a number from 0 to 1 (1 excluded)")
+    return float(value)
+
+
+FIELDS = {  # the type and the range of each setting
+    "image_size": _size,
+    "patch_size": _size,
+    "resnet_layers": optional(_stages),
+    "in_chans": integer(1, 1024),
+    "num_classes": integer(0, 1_000_000),
+    "embed_dim": integer(1, 65536),
+    "depth": integer(1, 1000),
+    "num_heads": integer(1, 65536),
+    "mlp_ratio": number(1e-6, 1e6),
+    "qkv_bias": boolean,
+    "class_token": boolean,
+    "reg_tokens": integer(0, 65536),
+    "distilled": boolean,
+    "no_embed_class": boolean,
+    "pos_embed": one_of("learn", "sincos2d"),
+    "global_pool": one_of("token", "avg"),
+    "fc_norm": optional(boolean),
+    "act": one_of("gelu", "gelu_tanh"),
+    "norm_eps": number(0, 1),
+    "init_values": optional(number(-1e6, 1e6)),
+    "representation_size": optional(integer(1, 65536)),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"), _rate),
+}
+MOST_PARAMETERS = 10**11  # 400 GB in float32
+
+# What other libraries call a setting.
+_OTHER_NAMES = {
+    "img_size": "image_size",
+    "drop_path_rate": "drop_path",
+    "act_layer": "act",
+    "dim": "embed_dim",
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "heads": "num_heads",
+    "num_attention_heads": "num_heads",
+    "in_channels": "in_chans",
+    "num_channels": "in_chans",
+    "num_labels": "num_classes",
+}
 
 
 @dataclass(frozen=True)
@@ -18,7 +83,7 @@ class ViTConfig:
     """All that it takes to build a VisionTransformer.
 
     Attributes:
-        image_size, patch_size: pixels, one number or (height, width); kept as pairs.
+        image_size, patch_size: pixels, (height, width); one number n stands for (n, n).
         resnet_layers: blocks in each stage of a ResNet before the patches (at most 4), () for its stem alone, None for
             no ResNet. `patch_size` then counts pixels of its feature map, one for 4, 4, 8, 16 or 32 pixels of the
             image with 0, 1, 2, 3 or 4 stages, rounded up.
@@ -43,8 +108,8 @@ class ViTConfig:
         drop_path: probability of dropping a residual branch of the last block, rising linearly from 0 in the first.
     """
 
-    image_size: Size = 224
-    patch_size: Size = 16
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: tuple[int, int] = (16, 16)
     resnet_layers: tuple[int, ...] | None = None
     in_chans: int = 3
     num_classes: int = 1000
@@ -71,49 +136,45 @@ class ViTConfig:
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size"):
-            object.__setattr__(self, name, _pair(name, getattr(self, name)))
-        (height, width), (h, w) = self.image_size, self.patch_size
-        least = {"in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-            object.__setattr__(self, name, int(value))  # JSON does not know NumPy's
-        if self.representation_size is not None and self.representation_size < 1:
-            size = self.representation_size
-            raise ValueError(f"representation_size must be at least 1, or None for none, got {size}")
-        if self.resnet_layers is not None:
-            object.__setattr__(self, "resnet_layers", _stages(self.resnet_layers))
-        if self.fc_norm and self.global_pool != "avg":
-            raise ValueError(f'fc_norm=True needs global_pool="avg", got {self.global_pool!r}')
-        if min(height, width, h, w) < 1:
-            raise ValueError(f"image_size and patch_size must be positive, got {height}x{width} and {h}x{w}")
-        rows, columns = self.feature_size
-        if rows % h or columns % w:
-            image, patch = f"image size {height}x{width}", f"patch size {h if h == w else f'{h}x{w}'}"
-            if self.resnet_layers is not None:
-                image += f" makes a feature map of {rows}x{columns}, which"
-            raise ValueError(f"{image} is not divisible by {patch}")
+        """Check each setting, then what they make together. Raises ValueError."""
+        given = {name: _plain(value) for name, value in vars(self).items()}
+        for name, value in checked(given, FIELDS).items():
+            object.__setattr__(self, name, value)
+        self._check_patches()
+        self._check_head()
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
-        kinds = {"pos_embed": ("learn", "sincos2d"), "global_pool": ("token", "avg"), "act": ("gelu", "gelu_tanh")}
-        for name, choices in kinds.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.pos_embed == "sincos2d" and self.embed_dim % 4:
+            raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} of embed_dim {self.embed_dim} leaves the MLP no hidden layer")
+        if self._weights > MOST_PARAMETERS:
+            raise ValueError(f"a model of {self._weights:.1e} parameters is refused, at most {MOST_PARAMETERS:.0e}")
+
+    def _check_patches(self) -> None:
+        (rows, columns), (h, w) = self.feature_size, self.patch_size
+        if rows % h or columns % w:
+            image = f"image size {self.image_size[0]}x{self.image_size[1]}"
+            if self.resnet_layers is not None:
+                image += f" makes a feature map of {rows}x{columns}, which"
+            raise ValueError(f"{image} is not divisible by patch size {h if h == w else f'{h}x{w}'}")
+
+    def _check_head(self) -> None:
+        if self.fc_norm and self.global_pool != "avg":
+            raise ValueError(f'fc_norm=True needs global_pool="avg", got {self.global_pool!r}')
         if self.global_pool == "token" and not self.class_token:
             raise ValueError('global_pool "token" needs class_token=True; without one use global_pool="avg"')
         if self.distilled and self.global_pool != "token":
             raise ValueError(
                 'a distilled model needs global_pool="token": its heads read the class and distillation tokens'
             )
-        if self.pos_embed == "sincos2d" and self.embed_dim % 4:
-            raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
-        for name in ("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in 0 ... 1 (1 excluded), got {getattr(self, name)}")
-        if not self.mlp_ratio > 0 or self.mlp_dim < 1:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}")
+
+    @property
+    def _weights(self) -> int:
+        """The number of weights in the large matrices, outside a ResNet."""
+        dim, (h, w) = self.embed_dim, self.patch_size
+        blocks = self.depth * dim * (4 * dim + 2 * self.mlp_dim)
+        return blocks + dim * (self.num_tokens + self.feature_chans * h * w + self.num_classes)
 
     @property
     def feature_size(self) -> tuple[int, int]:
@@ -154,32 +215,33 @@ class ViTConfig:
     def mlp_dim(self) -> int:
         return int(self.embed_dim * self.mlp_ratio)
 
-    def replace(self, **changes: object) -> ViTConfig:
+    def replace(self, **changes: Any) -> ViTConfig:
         """A copy with other values.
 
+        Args:
+            changes: settings by name.
+
         Raises:
-            TypeError: an unknown field.
+            TypeError: an unknown setting.
+            ValueError: settings that do not fit together.
         """
-        known = {f.name for f in dataclasses.fields(self)}
         for name in changes:
-            if name not in known:
-                raise TypeError(f"unknown model setting {name!r}; known are {', '.join(sorted(known))}")
+            if name == "pretrained":
+                raise TypeError("there is no setting 'pretrained': tinyvit.load_model(path) opens trained weights")
+            if name not in FIELDS:
+                close = difflib.get_close_matches(name, FIELDS, n=1)
+                meant = _OTHER_NAMES.get(name) or (close[0] if close else None)
+                hint = f"did you mean {meant}?" if meant else f"known are {', '.join(sorted(FIELDS))}"
+                raise TypeError(f"unknown model setting {name!r}; {hint}")
         return dataclasses.replace(self, **changes)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `ViTConfig(**d)` takes them back."""
         return dataclasses.asdict(self)
 
 
-def _pair(name: str, size: Size) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, (int, np.integer)) for n in pair):
-        raise ValueError(f"{name} must be a whole number or a pair (height, width), got {size!r}")
-    return int(pair[0]), int(pair[1])
-
-
-def _stages(layers: Sequence[int]) -> tuple[int, ...]:
-    known = isinstance(layers, (tuple, list)) and len(layers) <= resnet.MOST_STAGES
-    if not known or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in layers):
-        raise ValueError(f"resnet_layers must be up to {resnet.MOST_STAGES} numbers of blocks, or None, got {layers!r}")
-    return tuple(map(int, layers))
+def _plain(value: Any) -> Any:
+    """A value with Python's numbers in place of NumPy's, also within lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,173 @@
+"""Blocks, norms and attentions of a user's own: the model runs them as they are."""
+
+import numpy as np
+import pytest
+from drawing import error
+from reference_models import randomise
+
+from tinyvit import create_model, nn
+from tinyvit.backend import random
+from tinyvit.engine.tensor import grad
+from tinyvit.models import vit
+
+
+class Bypassed(nn.Module):
+    """A user's own block around another one."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+class BypassedBlock(vit.Block):
+    """A user's subclass of the block."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class MeanAttention(nn.Module):
+    """A user's own attention: every token reads the mean of all."""
+
+    def __init__(self, dim):
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.proj(x - x.mean(axis=1, keepdims=True))
+
+
+class ShiftedNorm(nn.LayerNorm):
+    """A user's own norm."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.5
+
+
+class TokenNorm(nn.Module):
+    """A user's norm that mixes the tokens."""
+
+    def forward(self, x):
+        return x - x.mean(axis=1, keepdims=True)
+
+
+class MixingMlp(vit.Mlp):
+    """A user's MLP that mixes the tokens."""
+
+    def forward(self, x):
+        return super().forward(x + x.mean(axis=1, keepdims=True))
+
+
+def wrap(block):
+    return Bypassed(block)
+
+
+def subclass(block):
+    block.__class__ = BypassedBlock
+    return block
+
+
+def own_attention(block):
+    block.attn = MeanAttention(block.attn.proj.weight.shape[0])
+    return block
+
+
+def own_function(block):
+    block.attn.forward = MeanAttention(block.attn.proj.weight.shape[0]).forward
+    return block
+
+
+def own_output(block):
+    block.attn.proj = Bypassed(block.attn.proj)
+    return block
+
+
+def own_norm(block):
+    block.norm2.__class__ = ShiftedNorm
+    return block
+
+
+def own_mixing_norm(block):
+    block.norm2 = TokenNorm()
+    return block
+
+
+def own_mixing_mlp(block):
+    block.mlp.__class__ = MixingMlp
+    return block
+
+
+OWN_LAYERS = [wrap, subclass, own_attention, own_function, own_output, own_norm, own_mixing_norm, own_mixing_mlp]
+
+
+def deep_model(**changes):
+    with random.scope(3):
+        model = create_model("vit_micro_patch4_32", image_size=8, depth=3, num_classes=5, **changes)
+    return randomise(model).eval()
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("change", OWN_LAYERS)
+def test_the_model_runs_a_user_s_own_layers(change, place):
+    """They take one argument and know of no shortcut; the model is what its blocks compute for all tokens."""
+    model = deep_model()
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    plain = model(images).numpy()
+    with random.scope(4):
+        model.blocks[place] = change(model.blocks[place])
+    x = model.embed(images)
+    for block in model.blocks:
+        x = block(x)
+    expected = model.forward_head(model.norm(x)).numpy()
+    assert np.allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(plain, expected, rtol=1e-2)
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("change", OWN_LAYERS)
+def test_features_and_maps_run_a_user_s_own_layers(change, pool):
+    """Each method computes with the model's own blocks, whatever their place."""
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    for place in range(3):
+        model = deep_model(global_pool=pool)
+        with random.scope(4):
+            model.blocks[place] = change(model.blocks[place])
+        x, inputs = model.embed(images), []
+        for i, block in enumerate(model.blocks):
+            inner = block.block if isinstance(block, Bypassed) else block
+            inputs.append(inner.norm1(x))
+            x = block(x)
+            assert np.array_equal(model.features(images, layer=i).numpy(), x.numpy())
+        assert np.allclose(model.features(images).numpy(), model.pool(model.norm(x)).numpy(), atol=1e-5)
+        if change in (own_attention, own_function):
+            with pytest.raises(TypeError) as caught:
+                model.attention_maps(images)
+            assert change is own_function or str(caught.value) == (
+                f"block {place} (Block) has no attention whose weights are known: "
+                "give its attention module a method attention_weights(x), (B, N, D) -> (B, heads, N, N)"
+            )
+            continue
+        for i, got in enumerate(model.attention_maps(images).numpy()):
+            inner = model.blocks[i].block if change is wrap and i == place else model.blocks[i]
+            assert np.allclose(got, inner.attn.attention_weights(inputs[i]).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(distilled=True), dict(init_values=0.5)])
+def test_the_shortcut_of_the_last_block_changes_neither_logits_nor_gradients(changes):
+    model = deep_model(**changes).to("float64")
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8))
+    logits, whole = model(images), model.forward_head(model.forward_features(images))
+    assert error(logits.numpy(), whole.numpy()) < 1e-12
+    weight = np.random.default_rng(1).standard_normal(logits.shape)
+    for got, want in zip(*(grad(y, model.parameters(), weight) for y in (logits, whole)), strict=True):
+        assert error(got, want, floor=1e-6) < 1e-10
+
+
+def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):
+    model = create_model("vit_micro_patch4_32", image_size=8, depth=2, num_classes=5)
+    seen = []
+    forward = vit.Mlp.forward
+    monkeypatch.setattr(vit.Mlp, "forward", lambda self, x: seen.append(tuple(x.shape)) or forward(self, x))
+    model(np.zeros((2, 3, 8, 8), np.float32))
+    assert seen == [(2, 5, 128), (2, 1, 128)]
