@@ -96,3 +96,18 @@ def test_a_module_s_mode_is_not_assumed_by_drop_path():
     """timm's `drop_path` drops nothing unless it is given training=True: whoever calls ours says which."""
     with pytest.raises(TypeError, match="training"):
         F.drop_path(np.ones((2, 3), np.float32), 0.5)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x: F.cross_entropy(x, [0, 1]), "labels must be an array or a Tensor, got list; use numpy.asarray"),
+        (lambda x: F.linear([[1.0]], x), "expected a Tensor or an array, got list; use numpy.asarray"),
+        (lambda x: F.layer_norm(x, 3, x), "expected a Tensor or an array, got int; use numpy.asarray"),
+        (lambda x: F.attention(x, None, x), "expected a Tensor or an array, got NoneType; use numpy.asarray"),
+    ],
+)
+def test_what_is_no_array_is_named(call, message):
+    with pytest.raises(TypeError) as caught:
+        call(np.ones((2, 3), np.float32))
+    assert str(caught.value) == message
