@@ -23,6 +23,7 @@ ROOMS = (
     "kernels",
     "backend",
     "files",
+    "errors",
     "_version",
 )
 

@@ -125,6 +125,9 @@ def make_parser() -> Parser:
         heads = "attention heads of a checkpoint that does not say how many it has"
         sub.add_argument("--num-heads", type=typed(whole(1)), metavar="N", help=heads)
 
+    plot = command("plot", run_plot, "Draw a run's curves into its curves.png.")
+    plot.add_argument("run_directory", metavar="RUN")
+
     command("models", run_models, "List the models that can be created by name.")
 
     info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
@@ -226,6 +229,12 @@ def run_convert(args: argparse.Namespace) -> None:
 
     convert(Path(args.checkpoint), Path(args.path), args.to, num_heads=args.num_heads)
     print(f"{args.path}: {args.checkpoint} in the layout of {args.to}")
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    from tinyvit.training.run_directory import plot
+
+    print(f"curves in {plot(Path(args.run_directory))}")
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -332,7 +341,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         given = f", got {rest[0]}" if rest else ""
-        raise UsageError(f"expected a command: train, eval, predict, summary, convert, models or info{given}")
+        raise UsageError(f"expected a command: train, eval, predict, summary, convert, plot, models or info{given}")
     if rest:
         options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")

@@ -88,7 +88,7 @@ def test_a_validation_part_is_not_thrown_away(tmp_path):
     images = make_images(tmp_path / "images", train=4, test=2)
     shutil.copytree(images / "test", images / "val")
     result = tinyvit("train", "--data", images, *NANO, "--val-fraction", 0.25, "--out", tmp_path / "run")
-    expected = "--val-fraction 0.25 holds out images, but images has validation images of its own"
+    expected = "--val-fraction 0.25 holds out images, but images has validation images of its own: leave the option out"
     assert assert_one_line_error(result, 2) == expected and not (tmp_path / "run").exists()
 
 

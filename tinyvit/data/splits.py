@@ -139,7 +139,7 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
     return replace(data, train=data.train.take(np.flatnonzero(~drawn)), val=val)
 
 
-def unvaried(split: Split) -> Split:
+def without_augmentation(split: Split) -> Split:
     """`split` with its images read for training as they are for evaluation."""
     return replace(split, transform=None) if isinstance(split, FileSplit) else split
 

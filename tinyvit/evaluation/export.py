@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinyvit.errors import UsageError
 from tinyvit.evaluation.metrics import Seen, model_input
 from tinyvit.files.atomic import atomic_write
-from tinyvit.training.config import UsageError
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint

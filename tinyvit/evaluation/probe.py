@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tinyvit import nn
 from tinyvit.data.splits import draw_share
-from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.evaluation.features import Pooled, with_features
 from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, ranks, score
 
 if TYPE_CHECKING:
@@ -33,16 +32,6 @@ class Probe:
     setting: dict[str, float]
 
 
-class Pooled(nn.Module):
-    """A model that gives `model.features(images)`: (B, D)."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
-
-    def forward(self, images: Array) -> Tensor:
-        return self.model.features(images)
-
-
 def probe(kind: str, checkpoint: Checkpoint, model: VisionTransformer, data: Data, precision: str = "fp32") -> Probe:
     """Features of both splits, a classifier on the training split's, and its accuracy on the test split.
 
@@ -51,8 +40,6 @@ def probe(kind: str, checkpoint: Checkpoint, model: VisionTransformer, data: Dat
         data: of any classes; read with the checkpoint's size and fit options.
         precision: as for `inference.predict`.
     """
-    from tinyvit.training.finetune import with_features
-
     data = dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std, val=data.test)
     seen = with_features(Pooled(model), data, precision=precision)
     train, test = (split.images.astype(np.float32) for split in (seen.train, seen.validation))  # (N, D), (M, D)

@@ -14,10 +14,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path beside `path` to write to; it takes the place of `path` only once it is whole and on disk.
 
     When the block raises, `path` is as it was before and nothing is left beside it. A process killed inside the
-    block leaves the hidden file `.NAME.tmp`, which the next write of the same file replaces.
+    block leaves the hidden file `.NAME.PID.tmp`.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
         with open(beside, "rb+") as written:
@@ -46,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Give a directory beside `path` that becomes `path` once the block is done."""
-    beside = path.with_name(f".{path.name}.tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
     beside.mkdir(parents=True)
     try:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from tinyvit import optim
-from tinyvit.checkpoints.checkpoint import Checkpoint
-from tinyvit.data import Augment, Data, default_augment
+import numpy as np
+
+from tinyvit import nn, optim
+from tinyvit.backend import arrays
+from tinyvit.checkpoints.checkpoint import TRAINING_PREFIXES, Checkpoint, CheckpointError
+from tinyvit.checkpoints.native_file import read
+from tinyvit.data import Augment, Data, Loader, Split, default_augment
+from tinyvit.data.splits import without_augmentation
+from tinyvit.engine.tensor import Array
+from tinyvit.errors import UsageError
+from tinyvit.evaluation.features import FeatureSplit
+from tinyvit.evaluation.metrics import Scores, evaluate, pick_device
+from tinyvit.execution.train_step import TrainStep
 from tinyvit.models.registry import create_model
 from tinyvit.models.vit import VisionTransformer
-from tinyvit.training.config import TrainConfig, UsageError
-from tinyvit.training.finetune import freeze, init_head, order_head
+from tinyvit.training.config import TrainConfig
+from tinyvit.training.finetune import Head, class_weights, freeze, init_head, order_head
+
+SAVE_FEATURE_RUNS_EVERY = 10.0  # seconds: epochs on stored features are shorter than saving the frozen weights
 
 
 def make_model(options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> VisionTransformer:
@@ -67,3 +81,112 @@ def make_augmentation(options: TrainConfig, data: Data) -> Augment:
     """What happens to a batch before a step."""
     augment = default_augment(data) if options.augment else Augment(data.mean, data.std)
     return dataclasses.replace(augment, mixup=options.mixup, cutmix=options.cutmix, num_classes=len(data.class_names))
+
+
+# --- all parts of a run -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What trains: a model with its optimizer, the step that updates it, and the batches.
+
+    Attributes:
+        model: the whole model; `trained` is what the steps compute: all of it, or its head alone on stored features.
+        ema: the averaged weights, None for none.
+        evaluate: scores of the model, as it is, on a split.
+        save_every: seconds that must pass between two saves, except the last one.
+    """
+
+    model: VisionTransformer
+    trained: nn.Module
+    optimizer: optim.Optimizer
+    ema: optim.EMA | None
+    step: TrainStep
+    loader: Loader
+    evaluate: Callable[..., Scores | None]
+    save_every: float
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """What last.safetensors holds: the weights under their own names, the rest with a prefix."""
+        states = {"optimizer": self.optimizer, "ema": self.ema, "step": self.step}
+        tensors = self.model.state_dict()
+        for prefix, part in states.items():
+            if part is not None:
+                tensors |= {f"{prefix}.{name}": array for name, array in part.state_dict().items()}
+        return tensors
+
+    def restore(self, path: Path) -> None:
+        """Take over the tensors of a last.safetensors.
+
+        Raises:
+            CheckpointError: it cannot be read, does not fit, or holds values that are not finite.
+        """
+        states: dict[str, dict[str, np.ndarray]] = {"": {}, "optimizer": {}, "ema": {}, "step": {}}
+        for name, array in read(path)[0].items():
+            if not np.all(np.isfinite(array)):
+                raise CheckpointError(f"{path}: {name} holds values that are not finite")
+            prefix, _, rest = name.partition(".")
+            if f"{prefix}." in TRAINING_PREFIXES:
+                states[prefix][rest] = array
+            else:
+                states[""][name] = array
+        try:
+            self.model.load_state_dict(states[""])
+            self.optimizer.load_state_dict(states["optimizer"])
+            if self.ema is not None:
+                self.ema.load_state_dict(states["ema"])
+            self.step.load_state_dict(states["step"])
+        except ValueError as error:
+            raise CheckpointError(f"{path} does not fit the run: {error}") from None
+
+
+def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, shards: int) -> Parts:
+    """The parts of a run.
+
+    Args:
+        options: complete ones; see `run.complete`.
+        data: images, or features of `finetune.Backbone`.
+        checkpoint: what `options.init` names.
+        shards: the number of shards of a batch on a CPU.
+    """
+    model = make_model(options, data, checkpoint).to(pick_device(options.device))
+    optimizer = make_optimizer(options, model)
+    ema = optim.EMA(model, options.ema) if options.ema else None
+    on_features = isinstance(data.train, FeatureSplit)
+    trained = Head(model) if on_features else model
+    balanced = options.class_weights == "balanced"
+    step = TrainStep(
+        trained,
+        optimizer,
+        clip_norm=options.clip_norm or None,
+        label_smoothing=options.label_smoothing,
+        accumulate=options.accumulate,
+        ema=ema,
+        seed=options.seed,
+        threads=options.threads,
+        shards=shards,
+        class_weights=class_weights(data.train.labels, len(data.class_names)) if balanced else None,
+        precision=options.precision,
+    )
+    loader = Loader(
+        data.train if options.augment else without_augmentation(data.train),
+        options.batch_size,
+        transform=unchanged if on_features else make_augmentation(options, data),
+        seed=options.seed,
+        drop_last=True,
+        device=arrays.device_name(model.parameters()[0].data),
+    )
+
+    def evaluation(split: Split, stop: Callable[[], Any] = lambda: None) -> Scores | None:
+        scaling = unchanged if on_features else Augment(data.mean, data.std)
+        return evaluate(
+            trained, split, split.labels, data.class_names, scaling,
+            threads=options.threads, precision=options.precision, stop=stop,
+        )  # fmt: skip
+
+    return Parts(model, trained, optimizer, ema, step, loader, evaluation, SAVE_FEATURE_RUNS_EVERY * on_features)
+
+
+def unchanged(features: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """The transform of batches that need none."""
+    return features, labels

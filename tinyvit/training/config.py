@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tinyvit.errors import UsageError
 from tinyvit.execution.precision import PRECISIONS
 from tinyvit.files.fields import shown as shown_value
 from tinyvit.files.reading import read_text
 
 LONGEST_TOML, MOST_DOTS = 100_000, 1000  # bytes, and dots: a key of many parts takes tomllib minutes
 ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
-
-
-class UsageError(Exception):
-    """An option that makes no sense, or not with the others; the message is one line."""
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -95,6 +92,29 @@ def device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise ValueError(f"expected auto, cpu, cuda or cuda:N (a GPU's number), got {text!r}")
     return text
+
+
+def channel_values(text: str) -> tuple[float, ...]:
+    """The numbers in a text such as 0.5,0.5,0.5, one for each channel; raises ValueError."""
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise ValueError(f"expected numbers of at least 0 separated by commas, as in 0.5,0.5,0.5, got {text!r}")
+    return values
+
+
+def mean(text: str) -> str:
+    """A reader of each channel's mean; raises ValueError."""
+    return ",".join(f"{value:g}" for value in channel_values(text))
+
+
+def std(text: str) -> str:
+    """A reader of each channel's standard deviation; raises ValueError."""
+    if 0 in channel_values(text):
+        raise ValueError(f"expected standard deviations above 0, got {text!r}")
+    return mean(text)
 
 
 positive = number("a number above 0", lambda x: x > 0)
@@ -208,6 +228,10 @@ class TrainConfig:
         "share of the training images that is held out to choose the best epoch "
         f"(default: {VAL_FRACTION} where the data has neither validation nor test part; otherwise that chooses)",
     )
+    mean: str | None = option(
+        None, mean, "X,Y,Z", "mean of each channel, in 0..1, that the images are normalised by (default: the data's)"
+    )
+    std: str | None = option(None, std, "X,Y,Z", "standard deviation of each channel, with --mean")
     skip_corrupt: bool = option(False, bool, "", "go on without images that cannot be read")
 
 
@@ -300,6 +324,14 @@ def check_pairs(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{flag(name)} {given[name]} and --init {init} exclude each other: weights bring their model")
     if freeze is not None and not init:
         raise UsageError(f"--freeze {freeze} keeps weights of --init, and there is none")
+    mean, std = options.get("mean"), options.get("std")
+    if (mean is None) != (std is None) or (mean and std and mean.count(",") != std.count(",")):
+        raise UsageError(f"--mean and --std go together, with a value for each channel, got {mean} and {std}")
+
+
+def reuses_features(options: TrainConfig) -> bool:
+    """Whether a run sees the same images in every epoch, and trains nothing but the head."""
+    return options.freeze == ALL_BUT_HEAD and not (options.augment or options.mixup or options.cutmix)
 
 
 def shown(name: str, value: Any) -> str:

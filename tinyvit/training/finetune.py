@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyvit import nn
 from tinyvit.backend import arrays, random
-from tinyvit.data import Augment, Data, Loader, Split
-from tinyvit.data.splits import ArraySplit
 from tinyvit.engine.ops import concat
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.evaluation.metrics import BATCH_SIZE
-from tinyvit.execution.inference import predictions
 from tinyvit.models.vit import VisionTransformer
 from tinyvit.optim.param_groups import in_head, layer_number
-from tinyvit.training.config import ALL_BUT_HEAD, TrainConfig
+from tinyvit.training.config import ALL_BUT_HEAD
 
 
 def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
@@ -77,7 +71,7 @@ def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return (len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32)
 
 
-# --- features that are computed once ------------------------------------------------------------------------------
+# --- a model in two parts, of which only the head learns ------------------------------------------------------------
 
 
 class Backbone(nn.Module):
@@ -106,37 +100,3 @@ class Head(nn.Module):
             return self.classify(x)
         width = weight.shape[1]
         return self.classify(x[:, :width], x[:, width:])
-
-
-class FeatureSplit(ArraySplit):
-    """A split with features (N, D) float32 in place of its images."""
-
-
-def reuses_features(options: TrainConfig) -> bool:
-    """Whether a run sees the same images in every epoch, and trains nothing but the head."""
-    return options.freeze == ALL_BUT_HEAD and not (options.augment or options.mixup or options.cutmix)
-
-
-def with_features(part: nn.Module, data: Data, threads: int | None = None, precision: str = "fp32") -> Data:
-    """`data` with the output (B, D) of `part`, such as `Backbone`, in place of the images."""
-    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
-        train, val = (_features(part, split, data, threads, precision, bar) for split in (data.train, data.validation))
-    return dataclasses.replace(data, train=train, val=val)
-
-
-def _features(
-    part: nn.Module, split: Split, data: Data, threads: int | None, precision: str, bar: tqdm
-) -> FeatureSplit:
-    device = arrays.device_name(part.parameters()[0].data)
-    loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
-    batches = (images for images, _ in loader.epoch(0))
-    parts = []
-    for features in predictions(part, batches, threads, precision=precision):
-        parts.append(features)
-        bar.update(len(features))
-    return FeatureSplit(np.concatenate(parts), split.labels, split.skipped)
-
-
-def as_they_are(features: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """What happens to a batch of features before a step: nothing."""
-    return features, labels

@@ -1,71 +1,153 @@
-"""What a training run shows while it goes: a bar on a terminal, plain lines elsewhere."""
+"""How far a run has come: everything besides arrays that changes while it trains."""
 
 from __future__ import annotations
 
-import os
-import sys
-import time
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
 
-SILENCE = 60.0  # seconds after which a line is due where there is no bar
+from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.native_file import read_metadata
+from tinyvit.evaluation.metrics import Scores
+from tinyvit.files.fields import boolean, checked, integer, list_of, number
+
+_COUNT, _SECONDS, _SHARE = integer(0, 10**15), number(0, 1e12), number(0, 1)
+_LOSS = number(-1e30, 1e30)  # class weights can make a mean of losses as large as they like, but not infinite
+_ROW = {
+    "epoch": integer(1, 10**15),
+    "step": integer(1, 10**15),
+    "train_loss": _LOSS,
+    "train_accuracy": _SHARE,
+    "val_loss": _LOSS,
+    "val_accuracy": _SHARE,
+    "val_top5": _SHARE,
+    "lr": number(0, 1e30),
+    "images_per_second": number(0, 1e15),
+    "seconds": _SECONDS,
+}
+_FIELDS = {
+    "step": _COUNT,
+    "epoch": _COUNT,
+    "batch": _COUNT,
+    "seen": _COUNT,
+    "correct": _COUNT,
+    "loss_sum": _LOSS,
+    "epoch_seconds": _SECONDS,
+    "seconds": _SECONDS,
+    "best_accuracy": number(-1, 1),
+    "best_loss": _LOSS,
+    "best_epoch": _COUNT,
+    "finished": boolean,
+    "history": list_of(lambda row: checked(row, _ROW, required=_ROW), 0, 10**6),
+}
 
 
-def clock(seconds: float) -> str:
-    """75 -> "1:15", 3675 -> "1:01:15"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+@dataclasses.dataclass
+class Progress:
+    """Where a run is.
 
+    Attributes:
+        step, epoch: training steps and whole epochs that are done.
+        batch: batches that are done of the present epoch.
+        seen, correct, loss_sum, epoch_seconds: sums over those batches; the seconds are those of the steps alone.
+        seconds: duration of the run so far, evaluations included.
+        best_accuracy, best_loss, best_epoch: the best validation result so far.
+        finished: whether the run is at its end.
+        history: one row for each epoch, as in metrics.jsonl.
+    """
 
-class Display:
-    """Lines go to standard output; a bar, when standard error is a terminal, to standard error."""
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seen: int = 0
+    correct: int = 0
+    loss_sum: float = 0.0
+    epoch_seconds: float = 0.0
+    seconds: float = 0.0
+    best_accuracy: float = -1.0
+    best_loss: float = 0.0
+    best_epoch: int = 0
+    finished: bool = False
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def __init__(self) -> None:
-        self._bar = None
+    @classmethod
+    def read(cls, path: Path) -> Progress:
+        """The progress in a last.safetensors.
 
-    def start(self, total_steps: int, done: int) -> None:
-        """Begin to show steps, `done` of which lie behind."""
-        self._total, self._first, self._done = total_steps, done, done
-        self._begun = self._spoken = time.monotonic()
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        Raises:
+            CheckpointError: the file cannot be read, or a value is missing, of a wrong type or out of range.
+        """
+        try:
+            values = checked(read_metadata(path).get("progress"), _FIELDS, required=_FIELDS)
+            progress = cls(**{**values, "history": list(values["history"])})
+            progress._check_sums()
+        except ValueError as error:
+            raise CheckpointError(f"{path}: the progress of its run is damaged: {error}") from None
+        return progress
 
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-            size = {"dynamic_ncols": True} if columns else {"ncols": 100, "nrows": 20}  # some do not say, and tqdm
-            self._bar = tqdm(total=total_steps, initial=done, unit="step", file=sys.stderr, **size)  # would be silent
+    def _check_sums(self) -> None:
+        if [row["epoch"] for row in self.history] != list(range(1, self.epoch + 1)):
+            raise ValueError(f"its history does not list the epochs 1 to {self.epoch}")
+        if not self.correct <= self.seen or self.batch > self.step or self.best_epoch > self.epoch:
+            raise ValueError("its counts contradict each other")
 
-    def step(self, done: int, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Show that so many steps are done, with this epoch's figures so far."""
-        more, self._done = done - self._done, done
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.set_description(f"epoch {epoch}", refresh=False)
-            figures = f"loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_second:.0f} images/s"
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(more)
-        elif now - self._spoken >= SILENCE:
-            left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
-            self.line(
-                f"epoch {epoch}  step {self._done}/{self._total}  loss {loss:.3f}  accuracy {accuracy:.1%}  "
-                f"{images_per_second:.0f} images/s  {clock(left)} left"
-            )
+    def add_seconds(self, seconds: float) -> None:
+        """Count the time of a training step."""
+        self.epoch_seconds += seconds
+        self.seconds += seconds
 
-    def lengthen(self, total_steps: int) -> None:
-        """Another number of steps is the whole."""
-        self._total = total_steps
-        if self._bar is not None:
-            self._bar.total = total_steps
+    def add_result(self, loss: float, correct: int, images: int) -> None:
+        """Count the mean loss and the hits of a batch."""
+        self.loss_sum += loss * images
+        self.correct += correct
+        self.seen += images
 
-    def line(self, text: str) -> None:
-        """Print a line of the log."""
-        self._spoken = time.monotonic()
-        if self._bar is not None:
-            self._bar.clear()
-        print(text, flush=True)
-        if self._bar is not None:
-            self._bar.refresh()
+    @property
+    def mean_loss(self) -> float:
+        """The mean training loss of the present epoch."""
+        return self.loss_sum / self.seen if self.seen else math.nan
 
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    @property
+    def accuracy(self) -> float:
+        """The training accuracy of the present epoch, in 0..1."""
+        return self.correct / self.seen if self.seen else math.nan
+
+    @property
+    def images_per_second(self) -> float:
+        """The speed of the present epoch's steps."""
+        return self.seen / self.epoch_seconds if self.epoch_seconds else math.nan
+
+    def improved_by(self, scores: Scores) -> bool:
+        """Whether validation scores beat all earlier ones; the loss decides between equal accuracies."""
+        assert scores.loss is not None
+        return (scores.accuracy, -scores.loss) > (self.best_accuracy, -self.best_loss)
+
+    def end_epoch(self, scores: Scores, lr: float, seconds: float) -> dict[str, Any]:
+        """Close the present epoch and return its row of metrics.jsonl.
+
+        Args:
+            scores: the validation scores.
+            lr: the learning rate of the epoch's last step.
+            seconds: how long the validation took.
+        """
+        self.seconds += seconds
+        self.epoch += 1
+        if self.improved_by(scores):
+            assert scores.loss is not None
+            self.best_accuracy, self.best_loss, self.best_epoch = scores.accuracy, scores.loss, self.epoch
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": self.mean_loss,
+            "train_accuracy": self.accuracy,
+            "val_loss": scores.loss,
+            "val_accuracy": scores.accuracy,
+            "val_top5": scores.top5,
+            "lr": lr,
+            "images_per_second": self.images_per_second,
+            "seconds": self.seconds,
+        }
+        self.history.append(row)
+        self.batch, self.seen, self.correct, self.loss_sum, self.epoch_seconds = 0, 0, 0, 0.0, 0.0
+        return row

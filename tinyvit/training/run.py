@@ -1,30 +1,38 @@
-"""From options to a trained model: which data, model and run directory; starting, timing and resuming a run."""
+"""From options to a trained model: the data, the model and the run directory; starting and resuming a run."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
+import platform
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tinyvit.backend import arrays
-from tinyvit.checkpoints.checkpoint import BEST, LAST, Checkpoint
+import numpy as np
+
+from tinyvit._version import __version__
+from tinyvit.backend import arrays, parallel
+from tinyvit.checkpoints.checkpoint import Checkpoint, describe
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Data, load_data, resident
 from tinyvit.data.sources.listing import SMALL
 from tinyvit.data.splits import hold_out
+from tinyvit.errors import UsageError
+from tinyvit.evaluation.features import with_features
 from tinyvit.evaluation.metrics import pick_device
 from tinyvit.execution import system_info
+from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.registry import model_config
-from tinyvit.training import run_directory
-from tinyvit.training.build import keeps_head, make_model
+from tinyvit.models.vit import VisionTransformer
+from tinyvit.training.build import Parts, keeps_head, make_model, make_parts
 from tinyvit.training.config import (
     ALL_BUT_HEAD,
     EPOCHS,
@@ -32,80 +40,114 @@ from tinyvit.training.config import (
     SHAPES_EPOCHS,
     VAL_FRACTION,
     TrainConfig,
-    UsageError,
+    channel_values,
     check_pairs,
+    check_same,
     height_and_width,
+    reuses_features,
     with_recipe,
 )
-from tinyvit.training.finetune import Backbone, reuses_features, with_features
-from tinyvit.training.progress import Display, clock
-from tinyvit.training.schedule import Deadline, Plan, make_plan
-from tinyvit.training.trainer import Position, Stop, Trainer, read_position
+from tinyvit.training.display import Display, clock
+from tinyvit.training.finetune import Backbone
+from tinyvit.training.progress import Progress
+from tinyvit.training.run_directory import Record, RunDirectory, curve_labels
+from tinyvit.training.schedule import RunLength, learning_rate
+from tinyvit.training.time_budget import TimeBudget
+from tinyvit.training.trainer import Stop, Trainer
 
 
-def train(given: dict[str, Any], *, resume: bool = False, started: float | None = None) -> Position:
-    """Train as `given` (fields of TrainConfig) says, in a new run directory or, with `resume`, in one begun before.
+def train(given: Mapping[str, Any], *, resume: bool = False, started: float | None = None) -> Progress:
+    """Train in a new run directory or, with `resume`, continue in one.
 
-    `started` is when the clock of `minutes` began (of time.monotonic; default: now). Returns where the run ended.
-    Raises UsageError, TrainError, EvaluationError, CheckpointError, DataError, ValueError (a model that does not
-    fit the images), OSError, and Stopped after SIGINT or SIGTERM.
+    Args:
+        given: fields of TrainConfig.
+        resume: continue the run in `given["out"]`.
+        started: when the time of `minutes` began, of time.monotonic(); now if None.
+
+    Returns:
+        where the run ended.
+
+    Raises:
+        UsageError, TrainError, EvaluationError, CheckpointError, DataError, OSError: each with a message of one line.
+        ValueError: a model that does not fit the images.
+        Stopped: SIGINT or SIGTERM came, and the run was saved.
     """
     started = time.monotonic() if started is None else started
     if resume and given.get("out"):
-        return resume_run(Path(given["out"]), given)
-    if not resume and given.get("out"):
-        run_directory.check_unused(Path(given["out"]))
+        return resume_run(RunDirectory(given["out"]), given)
     check_pairs(given)
     options = TrainConfig(**with_recipe(given))
+    if options.out and not resume:
+        RunDirectory(options.out).check_unused()
     if options.device != "auto":
         pick_device(options.device)  # before data are fetched for it
-    checkpoint = open_init(options)
+    checkpoint = None if options.init is None else open_checkpoint(options.init)
+    check_model(options, checkpoint)
     data = load(options, checkpoint)
     options = complete(options, data)
-    if resume:  # the run to resume goes by its usual name; it may have been started with options of its own
-        return resume_run(Path(options.out), given)
+    assert options.out is not None
+    if resume:  # the run has its default name
+        return resume_run(RunDirectory(options.out), given)
     return start_run(options, data, checkpoint, started)
 
 
-def open_init(options: TrainConfig) -> Checkpoint | None:
-    """The weights to begin with, read once for all that needs them."""
-    return None if options.init is None else open_checkpoint(options.init)
+# --- the data and the options -----------------------------------------------------------------------------------------
+
+
+def wanted_size(options: TrainConfig, checkpoint: Checkpoint | None) -> tuple[int, int] | None:
+    """(height, width) of the images as the options or the model say; None leaves it to the data."""
+    if options.image_size is not None:
+        return height_and_width(options.image_size)
+    if checkpoint is not None:
+        return checkpoint.image_size
+    return None if options.model is None else model_config(options.model).image_size
+
+
+def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
+    """Refuse sizes that make no model, before data are read. Raises ValueError."""
+    if checkpoint is None and options.model is None:
+        return
+    config = model_config(options.model) if checkpoint is None else checkpoint.config
+    patch = {} if options.patch_size is None else {"patch_size": options.patch_size}
+    config.replace(image_size=wanted_size(options, checkpoint), **patch)
 
 
 def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
-    """The data set, in the size asked for, else the model's, else the images'; prepared as for `checkpoint`."""
-    size = None if options.image_size is None else height_and_width(options.image_size)
-    if size is None and checkpoint is not None:
-        size = checkpoint.image_size
-    elif size is None and options.model is not None:
-        size = model_config(options.model).image_size
+    """The data set, prepared as for the options and the checkpoint. Raises DataError, UsageError."""
+    statistics = None if checkpoint is None else (checkpoint.mean, checkpoint.std)
+    if options.mean is not None and options.std is not None:
+        statistics = channel_values(options.mean), channel_values(options.std)
     data = load_data(
         options.data,
-        image_size=size,
+        image_size=wanted_size(options, checkpoint),
         val_fraction=VAL_FRACTION if options.val_fraction is None else options.val_fraction,
         seed=options.seed,
         skip_corrupt=options.skip_corrupt,
         fit_options=None if checkpoint is None else checkpoint.preprocessing.fit,
-        statistics=(checkpoint.mean, checkpoint.std) if checkpoint is not None and reuses_features(options) else None,
+        statistics=statistics if reuses_features(options) else None,
     )
     if options.val_fraction is not None and data.val is not None:
         raise UsageError(
-            f"--val-fraction {options.val_fraction} holds out images, but {data.name} has validation images of its own"
+            f"--val-fraction {options.val_fraction} holds out images, "
+            f"but {data.name} has validation images of its own: leave the option out"
         )
     if options.val_fraction is not None and data.own_test:
         data = hold_out(data, options.val_fraction, options.seed)
-    return data if checkpoint is None else dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std)
+    if statistics is None:
+        return data
+    if len(statistics[0]) != data.in_chans:
+        raise UsageError(f"--mean and --std have {len(statistics[0])} values, the images {data.in_chans} channels")
+    return dataclasses.replace(data, mean=statistics[0], std=statistics[1])
 
 
 def complete(options: TrainConfig, data: Data) -> TrainConfig:
-    """`options` with what was left to be chosen from the data. Raises UsageError."""
+    """`options` with all that is chosen by the data. Raises UsageError."""
     small = max(data.image_size) <= SMALL
-    usual = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
-    model = options.model or (Path(options.init).resolve().stem if options.init else usual)
+    default_model = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
+    model = options.model or (Path(options.init).resolve().stem if options.init else default_model)
     epochs = options.epochs
     if epochs is None and options.minutes is None:
         epochs = SHAPES_EPOCHS if options.data == "shapes" else EPOCHS
-    lr, weight_decay = RATES[options.optimizer]
     images = len(data.train)
     batch_size = options.batch_size or min(64, math.ceil(images / 8))
     if batch_size > images:
@@ -114,74 +156,117 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
             f"--batch-size {batch_size}{whose} is larger than the {images} training images of {data.name}: "
             f"give --batch-size {images} or less"
         )
-    if options.val_fraction is None and not data.own_test:
-        options = dataclasses.replace(options, val_fraction=VAL_FRACTION)
-    augment = options.freeze != ALL_BUT_HEAD if options.augment is None else options.augment
+    lr, weight_decay = RATES[options.optimizer]
+    height, width = data.image_size
+    held_out = VAL_FRACTION if options.val_fraction is None and not data.own_test else options.val_fraction
     return dataclasses.replace(
         options,
         model=model,
-        augment=augment,
+        augment=options.freeze != ALL_BUT_HEAD if options.augment is None else options.augment,
         out=options.out or str(Path("runs") / f"{data.name}-{model}"),
         epochs=epochs,
         batch_size=batch_size,
+        image_size=height if height == width else f"{height}x{width}",
         lr=lr if options.lr is None else options.lr,
         weight_decay=weight_decay if options.weight_decay is None else options.weight_decay,
+        val_fraction=held_out,
     )
 
 
-def start_run(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float) -> Position:
-    """Train in a new run directory."""
-    out = Path(options.out)
-    run_directory.check_unused(out)
+# --- starting and resuming --------------------------------------------------------------------------------------------
+
+
+def start_run(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float) -> Progress:
+    """Train in a new run directory; `options` are complete."""
+    assert options.out is not None and options.batch_size is not None
+    directory, display = RunDirectory(options.out), Display()
+    directory.check_unused()
     steps_per_epoch = len(data.train) // options.batch_size
-    plan = make_plan((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
+    length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
+    data = on_device(options, data, checkpoint, display)
+    shards = options.threads or parallel.available_cores()
+    parts = make_parts(options, data, checkpoint, shards)
+    introduce(options, parts, data, checkpoint, display)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with directory.locked():
+        directory.check_unused()  # another process may have started here meanwhile
+        directory.remove_leftovers()
+        budget = None
+        if options.minutes is not None:
+            spent = make_parts(options, data, checkpoint, shards)
+            end = started + 60 * options.minutes
+            budget = TimeBudget.rehearse(end, spent, data.validation, directory, options.warmup)
+            length = budget.length
+            display.line(f"about {length.total_steps} steps fit into {clock(60 * options.minutes)}")
+        trainer = make_trainer(options, parts, data, length, shards, directory, display, budget=budget)
+        if checkpoint is not None:
+            checkpoint.state.clear()  # the model has its own copy
+        directory.write_config(trainer.config(length))
+        directory.write_metrics([])
+        trainer.save()  # from here on the run can be resumed, whatever happens to it
+        return finish(trainer)
+
+
+def resume_run(directory: RunDirectory, given: Mapping[str, Any]) -> Progress:
+    """Continue the run in `directory`, whose record decides everything that `given` may not change."""
+    record, progress = directory.read_record(), Progress.read(directory.last)
+    options, length = resumed_options(directory, record, given), record.length
+    if options.epochs is not None and options.epochs != record.options["epochs"]:
+        length = length.with_total(options.epochs * length.steps_per_epoch)
+        progress.finished = progress.step >= length.total_steps
     display = Display()
-    data = prepare(options, data, checkpoint, display)
-    trainer = Trainer(options, data, plan, display, checkpoint)
-    introduce(trainer, checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
-    if options.minutes is not None:
-        deadline = Deadline(Trainer(options, data, plan, display, checkpoint), started + 60 * options.minutes)
-        trainer.deadline, trainer.plan = deadline, deadline.plan
-        display.line(f"about {deadline.plan.total_steps} steps fit into {clock(60 * options.minutes)}")
-    if checkpoint is not None:
-        checkpoint.state.clear()  # the trainer has its own copy
-    run_directory.write_config(out, trainer.config())
-    run_directory.write_metrics(out, [])
-    trainer.save_last()  # from here on the run can be resumed, whatever happens to it
-    return finish(trainer)
+    same_source = options.data == record.options["data"]
+    if progress.finished and same_source:  # the images of a finished run are not needed
+        display.line(f"{directory.path} is finished: its {progress.epoch} epochs are done, nothing was changed")
+        return progress
+    checkpoint = None
+    if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
+        checkpoint = open_checkpoint(directory.last)
+    data = load(options, checkpoint)
+    if record.fingerprint != data.fingerprint:
+        other = f"{data.name}, which holds other images" if data.name == record.data_name else data.name
+        raise UsageError(
+            f"{directory.path} was started with the data set {record.data_name}, not {other}: choose another --out"
+        )
+    if progress.finished:
+        display.line(f"{directory.path} is finished: its {progress.epoch} epochs are done, nothing was changed")
+        return progress
+    with directory.locked():
+        directory.remove_leftovers()
+        data = on_device(options, data, checkpoint, display)
+        shards = record.shards or options.threads or parallel.available_cores()
+        parts = make_parts(options, data, checkpoint, shards)
+        if checkpoint is not None:
+            checkpoint.state.clear()  # the model has its own copy
+        parts.restore(directory.last)
+        trainer = make_trainer(options, parts, data, length, shards, directory, display, progress=progress)
+        display.line(f"continuing {directory.path} after step {progress.step} of {length.total_steps}")
+        if length != record.length:
+            directory.write_config(trainer.config(length))
+        directory.write_metrics(progress.history)  # drops the rows of epochs after the checkpoint
+        return finish(trainer)
 
 
-def resume_run(out: Path, given: dict[str, Any]) -> Position:
-    """Go on with the run at `out`; a finished one is left as it is."""
-    config = run_directory.read_config(out)
-    position = read_position(out / LAST)
-    options = run_directory.resumed_options(out, config, given)
-    if options.init is not None:  # the weights it began with may be gone; its own are of the same model
-        options = dataclasses.replace(options, init=str(out / LAST))
-    display = Display()
-    same_source = options.data == config["options"]["data"]
-    if not (position.finished and same_source):  # a finished run needs its images no more
-        checkpoint = open_init(options)
-        data = load(options, checkpoint)
-        run_directory.check_same_data(out, config, data)
-    if position.finished:
-        display.line(f"{out} is finished: its {position.epoch} epochs are done, nothing was changed")
-        return position
-    data = prepare(options, data, checkpoint, display)
-    trainer = Trainer(options, data, Plan(**config["plan"]), display, checkpoint)
-    if checkpoint is not None:
-        checkpoint.state.clear()  # the trainer has its own copy
-    trainer.restore()
-    display.line(f"going on with {out} after step {position.step} of {trainer.plan.total_steps}")
-    run_directory.write_metrics(out, position.history)  # lines of epochs after the checkpoint will come again
-    return finish(trainer)
+def resumed_options(directory: RunDirectory, record: Record, given: Mapping[str, Any]) -> TrainConfig:
+    """The recorded options, with those of `given` that may change. Raises UsageError for the others."""
+    recorded = dict(record.options)
+    if recorded["image_size"] is None:  # a run of an earlier version
+        recorded["image_size"] = "x".join(map(str, record.image_size))
+    more_epochs = given.get("epochs") is not None and given["epochs"] > (recorded["epochs"] or math.inf)
+    if more_epochs and recorded["schedule"] != "constant":
+        raise UsageError(
+            f"{directory.path} was started with --epochs {recorded['epochs']}, where its learning rate ends: "
+            f"start a new run with --init {directory.path}"
+        )
+    fixed = {name: value for name, value in given.items() if not (more_epochs and name == "epochs")}
+    check_same(recorded, fixed, directory.path)
+    return TrainConfig(**{**recorded, **given, "out": str(directory.path)})
 
 
-def prepare(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display) -> Data:
-    """The data that the steps see, on the device that runs them if it fits there.
+def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display) -> Data:
+    """The data that the steps see, on the device that runs them if they fit there.
 
-    Where nothing but the head changes from epoch to epoch, it is the features before the head.
+    These are the features before the head where nothing but the head changes from epoch to epoch.
     """
     device = pick_device(options.device)
     if not reuses_features(options):
@@ -192,54 +277,109 @@ def prepare(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, dis
     return resident(with_features(Backbone(model), data, options.threads, options.precision), device)
 
 
-def introduce(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+def make_trainer(
+    options: TrainConfig,
+    parts: Parts,
+    data: Data,
+    length: RunLength,
+    shards: int,
+    directory: RunDirectory,
+    display: Display,
+    *,
+    budget: TimeBudget | None = None,
+    progress: Progress | None = None,
+) -> Trainer:
+    """The trainer of a run, with what its files say of it."""
+    assert options.lr is not None
+    split = {"val_fraction": options.val_fraction or VAL_FRACTION, "seed": options.seed}
+    preprocessing = Preprocessing(data.mean, data.std, **data.fit_options)
+    description = describe(parts.model.config, data.class_names, preprocessing, split)
+    sizes = {"train": len(data.train), "val": len(data.validation), "test": len(data.test)}
+    fixed = {
+        "options": dataclasses.asdict(options),
+        "shards": shards,
+        "data": {"name": data.name, "fingerprint": data.fingerprint, **sizes},
+        "versions": {"tinyvit": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        "device": system_info.describe_device(parts.step.parameters[0].data),
+        **description,
+    }
+    title, training_loss = curve_labels(dataclasses.asdict(options), data.name)
+    return Trainer(
+        parts,
+        data.validation,
+        length,
+        functools.partial(learning_rate, options.schedule, options.lr),
+        directory,
+        display,
+        config=lambda length: {**fixed, "plan": dataclasses.asdict(length)},
+        description=description,
+        title=title,
+        training_loss=training_loss,
+        patience=options.patience,
+        budget=budget,
+        progress=progress,
+    )
+
+
+def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkpoint | None, display: Display) -> None:
     """Say what will be trained on what, and where."""
-    data, options = trainer.data, trainer.options
     height, width = data.image_size
-    trainer.display.line(
-        f"{options.model} ({trainer.model.num_parameters() / 1e6:.2f} M parameters) on {data.name}: "
+    display.line(
+        f"{options.model} ({parameters(parts.model)}) on {data.name}: "
         f"{len(data.train)} training and {len(data.validation)} validation images of {height}x{width} "
         f"in {len(data.class_names)} classes"
     )
     if checkpoint is not None:
         head = "its head kept" if keeps_head(checkpoint, data) else f"a new head for {len(data.class_names)} classes"
-        trainer.display.line(f"weights of {options.init}, {head}")
-    like = trainer.model.parameters()[0].data
-    on = system_info.one_line(system_info.examine()) if arrays.on_host(like) else system_info.describe_device(like)
-    trainer.display.line(on if options.precision == "fp32" else f"{options.precision} on {on}")
+        display.line(f"weights of {options.init}, {head}")
+    like = parts.step.parameters[0].data
+    on_host = arrays.on_host(like)
+    where = system_info.one_line(system_info.examine()) if on_host else system_info.describe_device(like)
+    display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
-        trainer.display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")
+        display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")
 
 
-def finish(trainer: Trainer) -> Position:
-    """Run what is left of the plan and say how it ended."""
+def parameters(model: VisionTransformer) -> str:
+    """The number of parameters, and how many of them learn if not all do."""
+    learning = sum(p.size for p in model.parameters() if p.requires_grad)
+    some = "" if learning == model.num_parameters() else f", {learning / 1e6:.2g} M of them learn"
+    return f"{model.num_parameters() / 1e6:.2f} M parameters{some}"
+
+
+def finish(trainer: Trainer) -> Progress:
+    """Train to the end of the run and say how it ended."""
     with stop_on_signals() as stop:
         trainer.run(stop)
-    position, out = trainer.position, trainer.out
-    curves = f", curves in {out / run_directory.CURVES}" if (out / run_directory.CURVES).exists() else ""
+    progress, directory = trainer.progress, trainer.directory
+    curves = f", curves in {directory.curves}"
+    if not directory.curves.exists():
+        curves = f'; for curves: pip install "tinyvit[plot]" and tinyvit plot {directory.path}'
     trainer.display.line(
-        f"best validation accuracy {position.best_accuracy:.2%} (epoch {position.best_epoch}), "
-        f"weights in {out / BEST}{curves}"
+        f"best validation accuracy {progress.best_accuracy:.2%} (epoch {progress.best_epoch}), "
+        f"weights in {directory.best}{curves}"
     )
-    return position
+    return progress
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Give a function that tells which of SIGINT and SIGTERM came, if one did; a second one interrupts at once."""
+    """Give a function that returns the signal, SIGINT or SIGTERM, that came. A second one ends the process at once."""
     received: list[int] = []
 
     def note(signum: int, frame: Any) -> None:
         received.append(signum)
-        if len(received) > 1:
-            raise KeyboardInterrupt
+        for other in before:
+            signal.signal(other, signal.SIG_DFL)
         if sys.stderr.isatty():  # os.write, because the signal may have interrupted a print
             os.write(sys.stderr.fileno(), b"\nstopping after this step; once more stops at once\n")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield lambda: None
         return
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in before:
+        signal.signal(signum, note)
     try:
         yield lambda: received[0] if received else None
     finally:

@@ -1,101 +1,213 @@
-"""The run directory: config.json, metrics.jsonl, curves.png, and what may be written where."""
+"""The run directory: config.json, metrics.jsonl, last and best weights, curves.png."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
-import platform
-from operator import index
+import os
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tinyvit._version import __version__
-from tinyvit.checkpoints.checkpoint import LAST, CheckpointError
+from tinyvit.checkpoints.checkpoint import BEST, LAST, CheckpointError
+from tinyvit.checkpoints.native_file import save
+from tinyvit.errors import UsageError
 from tinyvit.files.atomic import atomic_write, write_text
-from tinyvit.training.config import FIELDS, TrainConfig, UsageError, check_same, read_value
-
-if TYPE_CHECKING:
-    from tinyvit.data import Data
+from tinyvit.files.fields import checked, integer, text
+from tinyvit.files.reading import parse_json, read_text
+from tinyvit.files.text import printable
+from tinyvit.training.config import FIELDS, TrainConfig, read_value
+from tinyvit.training.progress import Progress
+from tinyvit.training.schedule import RunLength
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
-DRAW_EVERY = 10.0  # seconds, at least: drawing takes a quarter of one
+DRAW_EVERY = 10.0  # seconds between two drawings of the curves, at least: one takes a quarter of a second
+
+_COUNT = integer(0, 10**15)
+_LENGTH = {"total_steps": integer(1, 10**15), "steps_per_epoch": integer(1, 10**12), "warmup_steps": _COUNT}
+_DATA = {"name": text, "fingerprint": text}
 
 
-def check_unused(out: Path) -> None:
-    """Refuse to start a run where something is already. Raises UsageError."""
-    if (out / LAST).exists():
-        raise UsageError(f"{out} holds a run: go on with it by --resume, or choose another --out")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file: choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and holds no run: choose another --out")
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What config.json says about a run that can be resumed.
+
+    Attributes:
+        options: all options, complete.
+        length: the number of steps.
+        shards: the number of shards of a batch on a CPU; None in runs that did not record it.
+        image_size: (height, width) of the images.
+        data_name, fingerprint: the data set.
+    """
+
+    options: dict[str, Any]
+    length: RunLength
+    shards: int | None
+    image_size: tuple[int, int]
+    data_name: str
+    fingerprint: str
 
 
-def versions() -> dict[str, str]:
-    """What a run was made with."""
-    return {"tinyvit": __version__, "numpy": np.__version__, "python": platform.python_version()}
+class RunDirectory:
+    """The files of one run. Each is written whole or not at all."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.last, self.best, self.curves = self.path / LAST, self.path / BEST, self.path / CURVES
+        self._drawn = time.monotonic()
+
+    def check_unused(self) -> None:
+        """Refuse to start a run where something else is. Raises UsageError."""
+        if self.last.exists():
+            raise UsageError(f"{self.path} holds a run: continue it with --resume, or choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file: choose another --out")
+        if self.path.is_dir() and any(not _is_ours(name) for name in os.listdir(self.path)):
+            raise UsageError(f"{self.path} is not empty and holds no run: choose another --out")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this directory meanwhile. Raises UsageError if one does.
+
+        The lock is the operating system's and ends with the process. Systems without `fcntl` have none.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(
+                    f"{self.path}: another process is training in it: wait, or choose another --out"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+            yield
+        finally:
+            os.close(descriptor)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.json."""
+        write_text(self.path / CONFIG, json.dumps(config, indent=2) + "\n")
+
+    def read_record(self) -> Record:
+        """Read config.json.
+
+        Raises:
+            CheckpointError: there is no last.safetensors to resume from, or config.json is missing or damaged.
+        """
+        if not self.last.exists():
+            raise CheckpointError(f"{self.path}: there is no {LAST} to resume from")
+        path = self.path / CONFIG
+        try:
+            content = parse_json(read_text(path))
+            length = checked(content.get("plan"), _LENGTH, required=_LENGTH)
+            if length["warmup_steps"] >= length["total_steps"]:
+                raise ValueError("its warm-up is longer than the run")
+            data = checked(content.get("data"), _DATA, required=_DATA)
+            shards = checked(content, {"shards": integer(1, 10**6)}).get("shards")
+            model = checked(content.get("config"), {"image_size": _size}, required=("image_size",))
+            options = _read_options(path, content.get("options"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+        except UsageError as error:
+            raise CheckpointError(str(error)) from None
+        size = model["image_size"]
+        return Record(options, RunLength(**length), shards, size, data["name"], data["fingerprint"])
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write metrics.jsonl: one JSON object for each epoch."""
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def save_last(self, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+        """Write all that resuming needs."""
+        save(self.last, tensors, metadata)
+
+    def save_best(self, weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+        """Write the best weights."""
+        save(self.best, weights, metadata)
+
+    def draw_curves(self, rows: list[dict[str, Any]], title: str, training_loss: str, *, now: bool = False) -> None:
+        """Draw curves.png where matplotlib is installed, at most every DRAW_EVERY seconds unless `now` is true."""
+        if now or time.monotonic() - self._drawn >= DRAW_EVERY:
+            self._drawn = time.monotonic()
+            if png := curves_png(rows, title, training_loss):
+                with atomic_write(self.curves) as beside:
+                    beside.write_bytes(png)
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files that a killed process left."""
+        for name in os.listdir(self.path):
+            if name.startswith(".") and name.endswith(".tmp"):
+                (self.path / name).unlink(missing_ok=True)
 
 
-def write_config(out: Path, config: dict[str, Any]) -> None:
-    write_text(out / CONFIG, json.dumps(config, indent=2) + "\n")
+def plot(path: Path) -> Path:
+    """Draw the curves of the run at `path` from its metrics.jsonl, and return where they are.
+
+    Raises:
+        CheckpointError: there is no run, or its files are damaged.
+        UsageError: matplotlib is not installed, or no epoch has ended yet.
+    """
+    directory = RunDirectory(path)
+    record, progress = directory.read_record(), Progress.read(directory.last)
+    if not progress.history:
+        raise UsageError(f"{path}: no epoch has ended yet, so there is nothing to draw")
+    title, training_loss = curve_labels(record.options, record.data_name)
+    directory.draw_curves(progress.history, title, training_loss, now=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError('curves need matplotlib: pip install "tinyvit[plot]"')
+    return directory.curves
 
 
-def read_config(out: Path) -> dict[str, Any]:
-    """The config.json of a run that can be resumed. Raises CheckpointError."""
-    if not (out / LAST).is_file():
-        raise CheckpointError(f"{out}: there is no {LAST} to resume from")
-    try:
-        config = json.loads((out / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{out / CONFIG}: {error.strerror or error}") from None
-    except ValueError:
-        raise CheckpointError(f"{out / CONFIG} is damaged: not JSON") from None
-    try:
-        if unknown := sorted(set(config["options"]) - set(FIELDS)):
-            raise CheckpointError(f"{out / CONFIG}: this version of tinyvit has no option {', '.join(unknown)}")
-        options = {
-            name: value
-            if value is None and FIELDS[name].default is None
-            else read_value(out / CONFIG, name, name, value)
-            for name, value in config["options"].items()
-        }
-        config["options"] = dataclasses.asdict(TrainConfig(**options))
-        plan = {name: index(config["plan"][name]) for name in ("total_steps", "steps_per_epoch", "warmup_steps")}
-        if plan["steps_per_epoch"] < 1 or not 0 <= plan["warmup_steps"] < plan["total_steps"]:
-            raise TypeError
-        config["plan"] = plan
-        config["data"]["name"], config["data"]["fingerprint"]
-    except UsageError as error:
-        raise CheckpointError(str(error)) from None
-    except (KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{out / CONFIG} is damaged: it describes no run") from None
-    return config
+def curve_labels(options: Mapping[str, Any], data_name: str) -> tuple[str, str]:
+    """The title of a run's curves, and what its training loss includes besides the cross-entropy."""
+    included = {name: options[name] for name in ("label_smoothing", "mixup", "cutmix")}
+    parts = [f"{name.replace('_', ' ')} {value:g}" for name, value in included.items() if value]
+    return f"{options['model']} on {data_name}", ", ".join(parts)
 
 
-def resumed_options(out: Path, config: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The options of the run at `out`, with those of `given` that may change. Raises UsageError for the others."""
-    check_same(config["options"], given, out)
-    return TrainConfig(**{**config["options"], **given, "out": str(out)})
+def _is_ours(name: str) -> bool:
+    """Whether a run that stopped before its first checkpoint may have left a file of this name."""
+    return name in (CONFIG, METRICS) or (name.startswith(".") and name.endswith((".tmp", ".rehearsal.safetensors")))
 
 
-def check_same_data(out: Path, config: dict[str, Any], data: Data) -> None:
-    """Refuse to go on with other images than the run was started with. Raises UsageError."""
-    recorded = config["data"]
-    if recorded["fingerprint"] != data.fingerprint:
-        other = f"{data.name}, which holds other images" if data.name == recorded["name"] else data.name
-        raise UsageError(f"{out} was started with the data set {recorded['name']}, not {other}: choose another --out")
+def _size(value: Any) -> tuple[int, int]:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
+    height, width = map(integer(1, 10**6), sides)
+    return height, width
 
 
-def write_metrics(out: Path, rows: list[dict[str, Any]]) -> None:
-    """One JSON object per epoch and line; the file is replaced as a whole, so no line is ever torn."""
-    write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+def _read_options(path: Path, values: Any) -> dict[str, Any]:
+    """The options in config.json, checked like those of a TOML file. Raises ValueError and UsageError."""
+    if not isinstance(values, dict):
+        raise ValueError("it has no options")
+    if unknown := sorted(set(values) - set(FIELDS)):
+        raise UsageError(f"{path}: this version of tinyvit has no option {', '.join(unknown)[:200]}")
+    options = {
+        name: value if value is None and FIELDS[name].default is None else read_value(path, name, name, value)
+        for name, value in values.items()
+    }
+    return dataclasses.asdict(TrainConfig(**options))
 
 
-def curves_png(rows: list[dict[str, Any]], title: str) -> bytes | None:
-    """Loss and accuracy over the epochs as a PNG image, or None when matplotlib is not installed."""
+def curves_png(rows: list[dict[str, Any]], title: str, training_loss: str) -> bytes | None:
+    """Loss and accuracy over the epochs as a PNG image, or None when matplotlib is not installed.
+
+    Args:
+        rows: those of metrics.jsonl.
+        training_loss: what the training loss includes besides the cross-entropy, such as "label smoothing 0.1".
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -104,11 +216,11 @@ def curves_png(rows: list[dict[str, Any]], title: str) -> bytes | None:
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)
     epochs = [row["epoch"] for row in rows]
-    panels = (("loss", 1, "cross-entropy"), ("accuracy", 100, "accuracy, %"))
-    for axes, (what, scale, unit) in zip(figure.subplots(1, 2), panels, strict=True):
-        for part, label in (("train", "training"), ("val", "validation")):
+    panels = (("loss", 1, "cross-entropy", training_loss), ("accuracy", 100, "accuracy, %", ""))
+    for axes, (what, scale, unit, included) in zip(figure.subplots(1, 2), panels, strict=True):
+        for part, label in (("train", f"training, with {included}" if included else "training"), ("val", "validation")):
             values = [scale * row[f"{part}_{what}"] for row in rows]
             axes.plot(epochs, values, label=label, marker="o" if len(rows) < 30 else None, markersize=4)
         axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
@@ -118,10 +230,3 @@ def curves_png(rows: list[dict[str, Any]], title: str) -> bytes | None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()
-
-
-def write_curves(out: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Draw curves.png, where matplotlib is installed."""
-    if png := curves_png(rows, title):
-        with atomic_write(out / CURVES) as beside:
-            beside.write_bytes(png)

@@ -1,0 +1,54 @@
+"""What the tests of training runs share: a run that uses all options, and comparisons of run directories."""
+
+import json
+
+from running import NANO, tinyvit
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+KEYS = ["epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "lr"]
+KEYS += ["images_per_second", "seconds"]
+TIMES = ("images_per_second", "seconds")
+# Everything that has a state or draws random numbers is on; 72 images make 9 steps an epoch.
+OPTIONS = [*NANO, "--epochs", "4", "--batch-size", "8", "--ema", "0.9", "--dropout", "0.1", "--drop-path", "0.1"]
+OPTIONS += ["--mixup", "0.4", "--cutmix", "1", "--seed", "3", "--accumulate", "2"]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def epochs_done(run):
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def progress(path):
+    with safe_open(path, framework="numpy") as file:
+        return json.loads(file.metadata()["tinyvit"])["progress"]
+
+
+def snapshot(run):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.iterdir()}
+
+
+def assert_same_run(a, b):
+    """The two runs have the same bits in every array and the same metrics, times aside."""
+    for name in ("last.safetensors", "best.safetensors"):
+        left, right = load_file(a / name), load_file(b / name)
+        assert left.keys() == right.keys()
+        for key, array in left.items():
+            assert array.tobytes() == right[key].tobytes(), f"{name}: {key} differs"
+    assert without_times(metrics(a)) == without_times(metrics(b))
+    assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir())
+
+
+def finetune(trained, out, *options, epochs=2):
+    source = ["--data", trained / "other", "--init", trained / "run"]
+    result = tinyvit("train", *source, "--epochs", epochs, "--out", out, *options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

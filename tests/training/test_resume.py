@@ -1,0 +1,114 @@
+"""Runs that are killed or stopped resume to the same bits."""
+
+import json
+import math
+import shlex
+import shutil
+import signal
+
+import pytest
+from running import THREADS, start, stop_when, tinyvit
+from runs import OPTIONS, assert_same_run, epochs_done, metrics, progress, snapshot
+
+from tinyvit.training.run import train
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 3])
+def test_a_killed_run_resumes_to_the_same_bits(unbroken, images, tmp_path, epochs):
+    out = tmp_path / "run"
+    process = start("train", "--data", images, "--out", out, *OPTIONS)
+    stop_when(process, lambda: (out / "last.safetensors").exists() and epochs_done(out) >= epochs)
+    assert process.returncode == -signal.SIGKILL
+    assert not progress(out / "last.safetensors")["finished"]
+    result = tinyvit("train", "--out", out, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(out, unbroken[0])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(unbroken, images, tmp_path, signum):
+    out = tmp_path / "a run"
+    process = start("train", "--data", images, "--out", out, *OPTIONS)
+    printed, errors = stop_when(process, lambda: epochs_done(out) >= 1, signum)
+    assert process.returncode == 128 + signum, (printed, errors)
+    assert errors == ""
+    where = progress(out / "last.safetensors")
+    assert 9 <= where["step"] < 36
+    command = printed.splitlines()[-1].partition("to go on: ")[2]
+    program, *arguments = shlex.split(command.removeprefix("python -m "))
+    assert program == "tinyvit" and "--resume" in arguments
+    result = tinyvit(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(out, unbroken[0])
+
+
+def test_stopping_inside_an_epoch_again_and_again_changes_nothing(unbroken, images, tmp_path, monkeypatch):
+    """Stopped after every step and in every evaluation; in one process, as each start would take a second."""
+    from tinyvit.training import run as module
+    from tinyvit.training import run_directory, trainer
+
+    out, stops = tmp_path / "run", 0
+    given = json.loads((unbroken[0] / "config.json").read_text())["options"]
+    given = {name: value for name, value in given.items() if value is not None} | {"out": str(out)}
+    given["threads"] = THREADS  # the command's: with others, sums are rounded otherwise
+
+    class At:
+        """Asks to stop the second time it is asked."""
+
+        def __init__(self):
+            self.asked = 0
+
+        def __call__(self):
+            self.asked += 1
+            return signal.SIGINT if self.asked >= 2 else None
+
+    class Context:
+        def __enter__(self):
+            return At()
+
+        def __exit__(self, *error):
+            return False
+
+    monkeypatch.setattr(module, "stop_on_signals", Context)
+    monkeypatch.setattr(run_directory, "DRAW_EVERY", math.inf)
+    resume = False
+    while True:
+        try:
+            train(given, resume=resume)
+            break
+        except trainer.Stopped:
+            stops, resume = stops + 1, True
+    assert stops > 15
+    assert_same_run(out, unbroken[0])
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(unbroken, images, tmp_path):
+    """Killed between the writing of metrics.jsonl and of last.safetensors."""
+    out = tmp_path / "run"
+    process = start("train", "--data", images, "--out", out, *OPTIONS)
+    stop_when(process, lambda: epochs_done(out) >= 2)
+    done = progress(out / "last.safetensors")["epoch"]
+    rows = metrics(unbroken[0])
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[: done + 1]) + '{"epoch": ')
+    assert tinyvit("train", "--out", out, "--resume").returncode == 0
+    assert_same_run(out, unbroken[0])
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken, images):
+    out, _ = unbroken
+    before = snapshot(out)
+    for more in ([], ["--data", images], OPTIONS, ["--threads", "1", "--device", "cpu"]):
+        result = tinyvit("train", "--out", out, "--resume", *more)
+        assert result.returncode == 0 and "finished" in result.stdout, result.stderr
+        assert len(result.stdout.splitlines()) == 1 and result.stderr == ""
+    assert snapshot(out) == before
+
+
+def test_a_moved_folder_is_the_same_data(unbroken, images, tmp_path):
+    out = tmp_path / "run"
+    process = start("train", "--data", images, "--out", out, *OPTIONS)
+    stop_when(process, lambda: epochs_done(out) >= 1)
+    moved = tmp_path / "moved" / "images"
+    shutil.copytree(images, moved)
+    assert tinyvit("train", "--out", out, "--resume", "--data", moved).returncode == 0
+    assert_same_run(out, unbroken[0])

@@ -1,0 +1,53 @@
+"""Features of a data set: the outputs of a model's body, computed once and used in place of the images."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyvit import nn
+from tinyvit.backend import arrays
+from tinyvit.data import Augment, Data, Loader, Split
+from tinyvit.data.splits import ArraySplit
+from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.evaluation.metrics import BATCH_SIZE
+from tinyvit.execution.inference import predictions
+from tinyvit.models.vit import VisionTransformer
+
+
+class Pooled(nn.Module):
+    """A model that gives its feature before the head: images (B, C, H, W) -> (B, D)."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
+
+    def forward(self, images: Array) -> Tensor:
+        return self.model.features(images)
+
+
+class FeatureSplit(ArraySplit):
+    """A split with features (N, D) float32 in place of its images."""
+
+
+def with_features(body: nn.Module, data: Data, threads: int | None = None, precision: str = "fp32") -> Data:
+    """`data` with the features of its training and validation images in place of the images.
+
+    Args:
+        body: images (B, C, H, W) -> features (B, D), such as `Pooled`.
+        threads, precision: as for `tinyvit.predict`.
+    """
+
+    def features(split: Split) -> FeatureSplit:
+        device = arrays.device_name(body.parameters()[0].data)
+        loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
+        batches = (images for images, _ in loader.epoch(0))
+        computed = []
+        for batch in predictions(body, batches, threads, precision=precision):
+            computed.append(batch)
+            bar.update(len(batch))
+        return FeatureSplit(np.concatenate(computed), split.labels, split.skipped)
+
+    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
+        return dataclasses.replace(data, train=features(data.train), val=features(data.validation))
