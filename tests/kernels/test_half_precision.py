@@ -118,7 +118,7 @@ def test_dropout_keeps_the_dtype(dtype, backend):
     x = Tensor(to_half(np.ones((64, 200)), dtype, backend), requires_grad=True)
     for function in (F.dropout, F.drop_path):
         with random.scope(1, 2):
-            y = function(x, 0.3)
+            y = function(x, 0.3, training=True)
         assert arrays.dtype_name(y.dtype) == dtype
         kept = wide(y.data)
         assert set(np.unique(kept)) == {0.0, float(wide(to_half(1 / 0.7, dtype)))}
