@@ -77,7 +77,7 @@ def test_npz_files_are_read_as_by_numpy(tmp_path):
             path.write_bytes(content)
             found = outcome(read_npz, path)
             if found is not None:
-                with np.load(path) as archive:
+                with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as archive:  # np.load wants PK in front
                     assert_same(found, {name: archive[name] for name in archive.files})
 
 
@@ -125,7 +125,7 @@ def test_torch_files_are_read_as_by_torch(tmp_path, layout):
             continue
         while not any(isinstance(value, torch.Tensor) for value in expected.values()) and "model" in expected:
             expected = expected["model"]
-        assert_same(found, {str(name): tensor.numpy() for name, tensor in expected.items()})
+        assert_same(found, {str(name): tensor.detach().numpy() for name, tensor in expected.items()})
         compared += 1
     assert compared
 
