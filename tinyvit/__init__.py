@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from tinyvit import functional, nn, optim
+from tinyvit.engine import ops
+from tinyvit.engine.ops import concat, stack, where
 from tinyvit.engine.tensor import Tensor, grad, no_grad
 from tinyvit.execution.inference import predict
 from tinyvit.execution.train_step import TrainStep
@@ -22,6 +24,7 @@ __all__ = [
     "TrainStep",
     "ViTConfig",
     "VisionTransformer",
+    "concat",
     "create_model",
     "functional",
     "grad",
@@ -31,8 +34,11 @@ __all__ = [
     "model_config",
     "nn",
     "no_grad",
+    "ops",
     "optim",
     "predict",
+    "stack",
+    "where",
 ]
 
 # Loaded when asked for: they bring Pillow and safetensors along.

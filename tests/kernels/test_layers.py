@@ -186,16 +186,9 @@ def _cross_entropy(draw):
 def test_every_operation_has_a_case_and_every_kernel_a_reference():
     references = operations(reference)
     assert references == set(CASES)
-    elementary = {f.__wrapped__.__name__ for f in vars(ops).values() if hasattr(f, "__wrapped__")} | {
-        "_where",
-        "_concat",
-        "_stack",
-    }
     for backend in LIBRARIES:
-        for name in set(kernel_table(backend)) - {op.__name__ for op in optimizers.KERNELS}:
-            assert name in references | elementary | operations(convolution), (
-                f"the kernel {name} stands in for no operation that is tested"
-            )
+        for name in set(kernel_table(backend)) - {op.__name__ for op in optimizers.KERNELS} - {"sum_at"}:
+            assert name in references | operations(convolution), f"nothing tests the kernel {name}"
             if name in references:
                 ours, spec = (
                     list(inspect.signature(f).parameters)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import array_api_compat.numpy
+import array_api_compat.torch
 import array_api_strict
 import numpy as np
 import pytest
@@ -30,11 +32,19 @@ try:
 except Exception:  # no CuPy, no driver, no GPU
     HAS_GPU = False
 
-LIBRARIES: dict[str, Any] = {"numpy": array_api_compat.numpy, "array_api_strict": array_api_strict}
+LIBRARIES: dict[str, Any] = {
+    "numpy": array_api_compat.numpy, "array_api_strict": array_api_strict, "torch": array_api_compat.torch,
+}  # fmt: skip
 if HAS_GPU:
     LIBRARIES["cupy"] = importlib.import_module("array_api_compat.cupy")
+if importlib.util.find_spec("jax"):
+    jax = importlib.import_module("jax")
+    jax.config.update("jax_enable_x64", True)
+    LIBRARIES["jax"] = jax.numpy
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="CuPy finds no GPU")
-BACKENDS = ["numpy", "array_api_strict", pytest.param("cupy", marks=needs_gpu)]
+needs_jax = pytest.mark.skipif("jax" not in LIBRARIES, reason="JAX is not installed")
+BACKENDS = ["numpy", "array_api_strict", "torch", pytest.param("cupy", marks=needs_gpu)]
+WITH_JAX = [*BACKENDS, pytest.param("jax", marks=needs_jax)]  # for few small tests: JAX compiles for each shape
 
 
 def kernel_table(backend: str) -> dict[str, Callable]:
@@ -45,7 +55,7 @@ def kernel_table(backend: str) -> dict[str, Callable]:
 def versions(name: str) -> list[Any]:
     """Every version of an operation, as (library, "reference" or "kernel") parameters of a test."""
     found = []
-    for backend in ("numpy", "array_api_strict", "cupy"):
+    for backend in ("numpy", "array_api_strict", "torch", "cupy"):
         if backend not in LIBRARIES:
             found.append(pytest.param(backend, "reference", id=f"{name}-{backend}", marks=needs_gpu))
             continue
@@ -119,6 +129,8 @@ def place(x: np.ndarray | None, backend: str, dtype: str, layout: str = "C") -> 
     xp = LIBRARIES[backend]
     if backend == "array_api_strict":  # a wrapper around a NumPy array, whose layout it keeps
         return xp.asarray(place(x, "numpy", dtype, layout), copy=None)
+    if backend in ("torch", "jax"):  # torch has no negative strides, JAX no strides at all
+        return xp.asarray(np.array(place(x, "numpy", dtype, layout), order="K"))
     x = xp.asarray(x.astype(dtype), copy=True)
     if layout == "F":
         x = xp.asarray(x.T, copy=True, order="C").T if x.ndim > 1 else x

@@ -16,7 +16,9 @@ import numpy as np
 
 from tinyvit.backend import cuda_graph
 
-Array = Any
+Array = Any  # an array of any library that follows the array API standard
+# A vector-Jacobian product: from the gradients of an operation's results to those of its inputs, None where not needed.
+VJP = Callable[..., tuple[Array | None, ...]]
 
 
 def is_array(x: object) -> bool:
@@ -45,41 +47,6 @@ def is_half(x: Array) -> bool:
     return str(dtype).rpartition(".")[2] in ("float16", "bfloat16")
 
 
-def common_namespace(name: str, values: list[Any]) -> Any:
-    """The one namespace of all arrays among `values`, whose dtypes must agree; numbers and None go with any.
-
-    Raises:
-        TypeError: no array, arrays of two libraries or two dtypes, or a fraction where the arrays hold integers.
-    """
-    first = None
-    fractional = False
-    for i, v in enumerate(values):
-        if type(v) is not np.ndarray:
-            if v is None:
-                continue
-            if isinstance(v, (bool, int, float, np.generic)):
-                if isinstance(v, np.generic):
-                    values[i] = v = v.item()  # a np.float64 scalar would turn float32 arrays into float64
-                elif type(v) not in (bool, int, float):
-                    values[i] = v = float(v)
-                fractional = fractional or isinstance(v, float)
-                continue
-            if not is_array(v):
-                raise TypeError(f"{name} expects arrays or numbers, got {type(v).__name__}")
-        if first is None:
-            first = v
-        elif type(v) is not type(first) and namespace(v) is not namespace(first):
-            libraries = " and ".join(type(a).__module__.partition(".")[0] for a in (first, v))
-            raise TypeError(f"{name} expects arrays of one library, got {libraries}")
-        elif v.dtype != first.dtype:
-            raise TypeError(f"{name} expects arrays of one dtype, got {first.dtype} and {v.dtype}; use astype")
-    if first is None:
-        raise TypeError(f"{name} expects at least one array")
-    if fractional and not is_floating(first):
-        raise TypeError(f"{name} expects whole numbers beside {first.dtype} arrays; use astype")
-    return namespace(first)
-
-
 def to_numpy(x: Array) -> np.ndarray:
     """`x` as a NumPy array on the host."""
     if type(x) is np.ndarray:
@@ -88,6 +55,8 @@ def to_numpy(x: Array) -> np.ndarray:
         return x.get()
     if array_api_compat.is_torch_array(x):
         x = x.detach().cpu()
+        if dtype_name(x.dtype) == "bfloat16":  # torch gives NumPy its bits only
+            return np.asarray(x.view(namespace(x).int16)).view(_bfloat16())
     return np.asarray(x) if hasattr(x, "__array__") else np.from_dlpack(x)
 
 
@@ -122,6 +91,14 @@ def convert(x: Array, like: Array) -> Array:
     if cuda_graph.capturing():
         raise cuda_graph.NotCapturable(f"an array {tuple(x.shape)} would be copied to the device each time")
     return namespace(like).asarray(to_numpy(x), device=array_api_compat.device(like))
+
+
+def assign(x: Array, key: Any, values: Array) -> Array:
+    """`x` after x[key] = values: `x` itself, or another array where the library's arrays cannot be changed (JAX)."""
+    if not array_api_compat.is_writeable_array(x):
+        return x.at[key].set(values)
+    x[key] = values
+    return x
 
 
 def as_array(x: Array) -> Array:

@@ -8,121 +8,59 @@ side by side::
             return dy * b, dy * a
         return a * b, vjp
 
-`xp` is the array library (array API standard), `needs` says for which inputs a gradient is wanted.
-`apply` runs an operation on Tensors and, when a gradient is wanted, notes a Node on the tape. `grad`
-walks the tape backwards: newest node first, which is a topological order because a node is always newer
-than its inputs, so nothing recurses however deep the graph is.
+`xp` is the array library (array API standard), `needs` says which inputs need a gradient. `apply` runs an
+operation on Tensors and, where a gradient is needed, records a Node on the tape. `grad` walks the tape
+backwards, newest node first. A node is always newer than its inputs, so this is a topological order, and
+nothing recurses however deep the graph is.
 
-Two rules keep the gradients right. An array handed out by a vjp may be shared (an addition gives the same
-array to both parents), so the engine never writes into a gradient: it adds into fresh arrays. And a vjp
-never writes into the gradient it is given.
+Two rules keep the gradients right. A vjp may return one array for several inputs (an addition does), so the
+engine never writes into a gradient: it adds into fresh arrays. And a vjp never writes into the gradient that
+it receives.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from tinyvit import kernels
 from tinyvit.backend import arrays
-
-Array = Any  # an array of any library that follows the array API standard
-
-Source = Any  # a leaf Tensor, or (node, which of its outputs)
-
-_recording: ContextVar[bool] = ContextVar("tinyvit_recording", default=True)
-_order = itertools.count()  # numbers nodes by age; next() is atomic, so threads may share it
-
-
-@contextlib.contextmanager
-def no_grad() -> Iterator[None]:
-    """Within this context (or decorated function, in this thread) operations record nothing for a backward pass."""
-    token = _recording.set(False)
-    try:
-        yield
-    finally:
-        _recording.reset(token)
-
-
-def is_grad_enabled() -> bool:
-    """Whether operations record what a backward pass needs: not within `no_grad`."""
-    return _recording.get()
-
-
-class Node:
-    """One recorded operation: where its inputs came from and how to carry a gradient back to them.
-
-    It refers to the operations that made its inputs, not to their Tensors, so that an array which no vjp saved is freed
-    as soon as nobody else holds it.
-    """
-
-    __slots__ = ("inputs", "n_outputs", "name", "order", "seen", "vjp")
-
-    def __init__(self, name: str, inputs: tuple[Source | None, ...], vjp: Callable, n_outputs: int) -> None:
-        self.order = next(_order)
-        self.name = name
-        self.inputs = inputs  # None where no gradient is wanted
-        self.vjp = vjp
-        self.n_outputs = n_outputs
-        self.seen: list[tuple[list[int], int]] = []  # (change counter, its value when recorded)
-
-    def check_unchanged(self) -> None:
-        if any(counter[0] != value for counter, value in self.seen):
-            raise RuntimeError(
-                f"an array that {self.name} saved for its gradient was changed in place after the forward pass; "
-                "run the forward pass again after the change"
-            )
-
-    def release(self) -> None:
-        """Let go of everything saved, so that memory falls while the backward pass runs."""
-        self.inputs, self.seen, self.vjp = (), [], _freed
-
-
-def _freed(*_: Array) -> None:
-    raise RuntimeError(
-        "the graph was freed by an earlier backward pass; "
-        "run the forward pass again, or give that pass retain_graph=True"
-    )
+from tinyvit.backend.arrays import Array
+from tinyvit.engine import checks
+from tinyvit.engine.tape import Node, freed, recording
+from tinyvit.engine.tape import is_grad_enabled as is_grad_enabled
+from tinyvit.engine.tape import no_grad as no_grad
 
 
 class Tensor:
-    """An array and, where wanted, its gradient.
+    """An array and, where needed, its gradient.
 
     Args:
         data: an array of any array-API library or a NumPy scalar, whose dtype is kept, or a Python number or nested
             list (NumPy; floats become float32).
-        requires_grad: whether `backward` shall fill `.grad`; only for floating dtypes.
+        requires_grad: whether `backward` fills `.grad`; only for floating dtypes.
 
     Attributes:
         data: the array itself.
         grad: an array of the same shape and dtype, or None.
     """
 
-    __slots__ = ("__weakref__", "_changes", "_data", "_origin", "grad", "requires_grad")
+    __slots__ = ("__weakref__", "_data", "_origin", "_version", "grad", "requires_grad")
     __array_ufunc__ = None  # NumPy leaves `array + tensor` to Tensor.__radd__
 
-    def __init__(self, data: Array, requires_grad: bool = False) -> None:
-        if isinstance(data, Tensor):
-            raise TypeError("Tensor expects an array, got a Tensor; use tensor.detach()")
-        data = arrays.as_array(data)
-        if not arrays.is_array(data):
-            data = np.asarray(data)
-            if data.dtype == np.float64:
-                data = data.astype(np.float32)
-            elif data.dtype.kind not in "biuf":
-                raise TypeError(f"Tensor expects numbers, got {data.dtype}")
+    def __init__(self, data: Any, requires_grad: bool = False) -> None:
+        if type(data) is not np.ndarray:
+            data = _as_array(data)
         if requires_grad and not arrays.is_floating(data):
             raise TypeError(f"only floating tensors can require a gradient, got {data.dtype}")
         self._data = data
         self.grad: Array | None = None
         self.requires_grad = requires_grad
         self._origin: tuple[Node, int] | None = None  # the operation that made it, and which of its outputs it is
-        self._changes = [0]
+        self._version: checks.Version = [0]
 
     @property
     def data(self) -> Array:
@@ -138,8 +76,13 @@ class Tensor:
         self._data = value
 
     def changed(self) -> None:
-        """Note that the array was written in place, so that a backward pass that relied on it can refuse."""
-        self._changes[0] += 1
+        """Note that the array was changed in place, so that a backward pass that relied on it can refuse."""
+        self._version[0] += 1
+
+    @property
+    def version(self) -> int:
+        """How often the array was changed in place, through this tensor or one that shares its memory."""
+        return self._version[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,11 +94,17 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        return self._data.size
+        """The number of entries."""
+        return math.prod(self._data.shape)
 
     @property
     def dtype(self) -> Any:
         return self._data.dtype
+
+    @property
+    def device(self) -> Any:
+        """Where the array lies, as its library says it."""
+        return arrays.device(self._data)
 
     @property
     def is_leaf(self) -> bool:
@@ -189,6 +138,9 @@ class Tensor:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
+    def __contains__(self, value: Any) -> bool:
+        return bool((self == value).numpy().any())
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """What NumPy's functions see: the values, without their history."""
         return np.array(self.numpy(), dtype=dtype, copy=copy)
@@ -197,10 +149,16 @@ class Tensor:
         values = np.array2string(self.numpy(), separator=", ", threshold=100, prefix="Tensor(")
         return f"Tensor({values}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
 
+    def __format__(self, spec: str) -> str:
+        """As in torch: a tensor without dimensions is formatted as its number, others take no format."""
+        return super().__format__(spec) if self.shape else format(self.item(), spec)
+
+    __hash__ = object.__hash__  # by identity, although == compares entries
+
     def detach(self) -> Tensor:
         """The same array without its history."""
         other = Tensor(self._data)
-        other._changes = self._changes
+        other._version = self._version
         return other
 
     def backward(self, gradient: Array | Tensor | None = None, retain_graph: bool = False) -> None:
@@ -214,36 +172,90 @@ class Tensor:
         for leaf, g in zip(leaves, _backward(self, gradient, nodes, leaves, retain_graph), strict=True):
             leaf.grad = g if leaf.grad is None else arrays.as_array(leaf.grad + g)
 
+    # The operations, which `tinyvit.engine.ops` attaches. Arithmetic and comparisons are elementwise.
+    __add__: Operator
+    __radd__: Operator
+    __sub__: Operator
+    __rsub__: Operator
+    __mul__: Operator
+    __rmul__: Operator
+    __truediv__: Operator
+    __rtruediv__: Operator
+    __pow__: Operator
+    __rpow__: Operator
+    __matmul__: Operator
+    __rmatmul__: Operator
+    __lt__: Operator
+    __le__: Operator
+    __gt__: Operator
+    __ge__: Operator
+    __neg__: Method
+    __getitem__: Operator
+    abs: Method
+    exp: Method
+    log: Method
+    sqrt: Method
+    tanh: Method
+    sigmoid: Method
+    clip: Method
+    sum: Method
+    mean: Method
+    var: Method
+    std: Method
+    max: Method
+    min: Method
+    argmax: Method
+    reshape: Method
+    view: Method
+    flatten: Method
+    permute: Method
+    permute_dims: Method
+    transpose: Method
+    broadcast_to: Method
+    astype: Method
+    T: Tensor
 
-def apply(op: Callable, *inputs: Tensor | Array | float | None, **params: Any) -> Any:
-    """Run an operation on tensors, arrays, numbers or None, and record it where a gradient is wanted.
 
-    The fastest kernel registered for the operation and the array library runs in place of the reference `op`.
-    Returns a Tensor, or a tuple of Tensors if the operation returns a tuple of arrays.
+Operator = Callable[[Any], Tensor]
+Method = Callable[..., Tensor]
+Source = Tensor | tuple[Node, int]  # where a gradient goes: a leaf, or an operation's output
+
+
+def apply(op: Callable[..., Any], *inputs: Tensor | Array | float | None, **parameters: Any) -> Any:
+    """Run an operation on tensors, arrays, numbers or None, and record it where a gradient is needed.
+
+    The fastest kernel for the operation and the array library runs in place of the reference `op`.
+
+    Returns:
+        A Tensor, or a tuple of Tensors if the operation returns a tuple of arrays.
     """
-    values = [t._data if isinstance(t, Tensor) else t for t in inputs]
     name = op.__name__.lstrip("_")
-    xp = arrays.common_namespace(name, values)
-    for key, value in params.items():
-        if isinstance(value, np.generic):
-            params[key] = value.item()  # a np.float64 scalar would turn float32 arrays into float64
-    recording = _recording.get()
-    needs = tuple(recording and isinstance(t, Tensor) and t.requires_grad for t in inputs)
-    result, vjp = kernels.best(op, xp)(xp, *values, needs=needs, **params)
-    results = result if isinstance(result, tuple) else (result,)
-    outputs = tuple(Tensor(r) for r in results)
-    for t, view in itertools.product(inputs, outputs):
-        if isinstance(t, Tensor) and arrays.is_view_of(view._data, t._data):
-            view._changes = t._changes  # writing into one changes the other
+    values = [x._data if isinstance(x, Tensor) else x for x in inputs]
+    xp = checks.common_namespace(name, values, parameters)
+    is_recording = recording.get()
+    needs = tuple([is_recording and isinstance(x, Tensor) and x.requires_grad for x in inputs])
+    result, vjp = checks.quietly(kernels.best(op, xp), xp, *values, needs=needs, **parameters)
+    outputs = [Tensor(y) for y in result] if isinstance(result, tuple) else [Tensor(result)]
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    checks.share_versions(tensors, outputs)
     if True in needs and arrays.is_floating(outputs[0]._data):
-        parents = tuple(_source(t) if need else None for t, need in zip(inputs, needs, strict=True))
-        node = Node(name, parents, vjp, len(outputs))
-        for t in (*inputs, *outputs):
-            if isinstance(t, Tensor):
-                node.seen.append((t._changes, t._changes[0]))
-        for number, t in enumerate(outputs):
-            t.requires_grad, t._origin = True, (node, number)
-    return outputs if isinstance(result, tuple) else outputs[0]
+        sources = tuple([_source(x) if need else None for x, need in zip(inputs, needs, strict=True)])
+        node = Node(name, sources, vjp, [(t._version, t._version[0]) for t in tensors + outputs], len(outputs))
+        for number, output in enumerate(outputs):
+            output.requires_grad, output._origin = True, (node, number)
+    return tuple(outputs) if isinstance(result, tuple) else outputs[0]
+
+
+@overload
+def grad(
+    output: Tensor, inputs: Tensor, gradient: Array | Tensor | None = None, retain_graph: bool = False
+) -> Array: ...
+
+
+@overload
+def grad(
+    output: Tensor, inputs: Iterable[Tensor], gradient: Array | Tensor | None = None, retain_graph: bool = False
+) -> list[Array]: ...
 
 
 def grad(
@@ -251,7 +263,7 @@ def grad(
     inputs: Tensor | Iterable[Tensor],
     gradient: Array | Tensor | None = None,
     retain_graph: bool = False,
-) -> Any:
+) -> Array | list[Array]:
     """The gradients of `output` with respect to `inputs`, as arrays in the order of `inputs`.
 
     Nothing is written into any tensor, so several threads may differentiate with respect to the same
@@ -277,36 +289,36 @@ def _tape(output: Tensor) -> tuple[list[Node], list[Tensor]]:
     if not output.requires_grad:
         raise ValueError("this tensor has no graph to go back through: nothing it depends on requires a gradient")
     nodes: set[Node] = set()
-    leaves: list[Tensor] = []
+    leaves: dict[Tensor, None] = {}  # in the order in which they are found
     pending = [_source(output)]
     while pending:
         source = pending.pop()
         if isinstance(source, Tensor):
-            leaves.append(source)
+            leaves[source] = None
         elif source[0] not in nodes:
             nodes.add(source[0])
             pending.extend(s for s in source[0].inputs if s is not None)
-    return sorted(nodes, key=lambda node: node.order, reverse=True), list(dict.fromkeys(leaves))
+    return sorted(nodes, key=lambda node: node.order, reverse=True), list(leaves)
 
 
-def _source(t: Tensor) -> Source:
-    """Where a gradient of `t` goes: the output of the operation that made it, or the leaf itself."""
+def _source(t: Any) -> Source:
     return t if t._origin is None else t._origin
 
 
+@np.errstate(all="ignore")
 def _backward(
     output: Tensor, gradient: Array | Tensor | None, nodes: list[Node], targets: list[Tensor], retain_graph: bool
 ) -> list[Array]:
     """Carry `gradient` from `output` back through `nodes`; the gradients that reach `targets`."""
     collected = {_source(output): _start(output, gradient)}
-    wanted = {_source(t) for t in targets}
+    target_sources = {_source(t) for t in targets}
     for node in nodes:  # all of them first, so that a refusal leaves the graph as it was
-        if node.vjp is _freed:
-            _freed()
-        node.check_unchanged()
+        if node.vjp is freed:
+            freed()
+        checks.check_unchanged(node.name, node.versions)
     for node in nodes:
-        outputs = [(node, number) for number in range(node.n_outputs)]
-        dys = [collected.get(o) if o in wanted else collected.pop(o, None) for o in outputs]
+        outputs: list[Source] = [(node, number) for number in range(node.n_outputs)]
+        dys = [collected.get(o) if o in target_sources else collected.pop(o, None) for o in outputs]
         if all(dy is None for dy in dys):
             continue
         for source, g in zip(node.inputs, node.vjp(*dys), strict=True):
@@ -339,15 +351,30 @@ def _start(output: Tensor, gradient: Array | Tensor | None) -> Array:
 
 def _distinct(gradients: list[Array | None], targets: list[Tensor], start: Any) -> list[Array]:
     """Gradients that no other array shares memory with, so that a caller may scale one without changing another."""
-    given = {id(start._data if isinstance(start, Tensor) else start)}
+    returned = {id(start._data if isinstance(start, Tensor) else start)}
     out = []
     for g, t in zip(gradients, targets, strict=True):
         xp = arrays.namespace(t._data)
         if g is None:
             g = xp.zeros_like(t._data)
-        elif id(g) in given or not arrays.owns_memory(g):
+        elif id(g) in returned or not arrays.owns_memory(g):
             g = xp.asarray(g, copy=True)
         g = arrays.as_array(g)
-        given.add(id(g))
+        returned.add(id(g))
         out.append(g)
     return out
+
+
+def _as_array(data: Any) -> Array:
+    """`data` as an array, for what is not a NumPy array."""
+    if isinstance(data, Tensor):
+        raise TypeError("Tensor expects an array, got a Tensor; use tensor.detach()")
+    data = arrays.as_array(data)
+    if arrays.is_array(data):
+        return data
+    data = np.asarray(data)
+    if data.dtype == np.float64:
+        return data.astype(np.float32)
+    if data.dtype.kind not in "biuf":
+        raise TypeError(f"Tensor expects numbers, got {data.dtype}")
+    return data

@@ -101,12 +101,12 @@ class Precision:
 
     def keep_copies(self) -> None:
         """Note that the copies have followed the parameters to their present values, so that none need be rounded."""
-        self._followed = [(p.data, p._changes[0]) for p in self._parameters] if self._copies else []
+        self._followed = [(p.data, p.version) for p in self._parameters] if self._copies else []
 
     def copies_are_current(self) -> bool:
         """Whether no parameter was changed since `keep_copies`."""
         return bool(self._followed) and all(
-            p.data is data and p._changes[0] == changes
+            p.data is data and p.version == changes
             for p, (data, changes) in zip(self._parameters, self._followed, strict=True)
         )
 

@@ -37,8 +37,7 @@ def checked(values: Any, fields: Mapping[str, Check], *, required: Collection[st
             try:
                 found[name] = check(values[name])
             except ValueError as error:
-                given = ":" if isinstance(values[name], Mapping) else f" is {shown(values[name])},"
-                raise ValueError(f"{name}{given} {error}") from None
+                raise ValueError(f"{name} is {shown(values[name])}, {error}") from None
     return found
 
 

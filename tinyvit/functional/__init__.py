@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from tinyvit import kernels
 from tinyvit.backend import arrays, random
-from tinyvit.engine.ops import multiply
+from tinyvit.engine.ops import multiply, where
 from tinyvit.engine.tensor import Array, Tensor, apply
 from tinyvit.functional import checks
 from tinyvit.functional.checks import Input, Pair, Shape
@@ -349,8 +349,23 @@ def cross_entropy(logits: Input, labels: Input, *, weight: Array | None = None, 
         if checks.shape(weight) != (classes,):
             given = checks.shape(weight)
             raise ValueError(f"cross_entropy expects one weight for each of {classes} classes, got shape {given}")
+        if targets.ndim == 1:
+            return _weighted_cross_entropy(logits, targets, weight, label_smoothing)
         targets, label_smoothing = weighted_targets(targets, weight, label_smoothing, like=like), 0.0
     return apply(reference.cross_entropy, logits, labels=targets, label_smoothing=label_smoothing)
+
+
+def _weighted_cross_entropy(logits: Input, labels: Array, weight: Array, label_smoothing: float) -> Tensor:
+    """For class numbers: other classes do not count, not even at -inf, which `weighted_targets` cannot say."""
+    like = _array(logits)
+    xp, classes = arrays.namespace(like), weight.shape[0]
+    weight = arrays.astype(arrays.convert(weight, like), like.dtype)
+    is_label = labels[:, None] == xp.arange(classes, dtype=labels.dtype, device=arrays.device(labels))
+    weighted = multiply(log_softmax(logits), weight)
+    loss = where(is_label, weighted, 0.0).sum() * (1.0 - label_smoothing)
+    if label_smoothing:
+        loss = loss + weighted.sum() * (label_smoothing / classes)
+    return -loss / xp.sum(xp.where(is_label, weight, xp.zeros_like(weight)))
 
 
 def mse_loss(x: Input, target: Input) -> Tensor:

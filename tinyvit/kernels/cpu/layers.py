@@ -305,7 +305,9 @@ def cross_entropy(
         q, given = p[part], labels[part]
         np.subtract(logits[part], logits[part].max(axis=1, keepdims=True), q)
         chosen = q[np.arange(len(q)), given] if numbers else np.vecdot(q, given)
-        losses[part] = rest * chosen + even * (q @ ones)  # sum of target * shifted logit
+        losses[part] = rest * chosen  # sum of target * shifted logit
+        if label_smoothing:  # 0 * -inf would be NaN
+            losses[part] += even * (q @ ones)
         np.exp(q, q)
         total = q @ ones
         np.divide(q, total[:, None], q)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit.backend import arrays
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.cpu import convolution, layers, optimizers
 from tinyvit.kernels.half_precision import in_fp32
@@ -25,6 +26,12 @@ def _valid_labels(logits: np.ndarray, *, labels: np.ndarray, **_: Any) -> bool:
     return labels.ndim == 2 or bool(((labels >= 0) & (labels < logits.shape[1])).all())
 
 
+def sum_at(xp: Any, values: np.ndarray, positions: np.ndarray, size: int) -> np.ndarray:
+    sums = np.zeros(size, np.float32 if arrays.is_half(values) else values.dtype)
+    np.add.at(sums, positions, values.astype(sums.dtype, copy=False))
+    return sums.astype(values.dtype, copy=False)
+
+
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear)),
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
@@ -34,5 +41,6 @@ KERNELS = {
     reference.cross_entropy: Kernel(in_fp32(layers.cross_entropy), _valid_labels),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d)),
     reference.relu: Kernel(convolution.relu),
+    reference.sum_at: Kernel(sum_at),
     **optimizers.KERNELS,
 }

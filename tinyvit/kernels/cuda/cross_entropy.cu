@@ -53,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(256)
         const float x = to_float(logits[c]) - largest, t = target(labels, row, c, classes, smoothing);
         sums[0] += expf(x);
         sums[1] += t;
-        sums[2] += t == 0.0f ? 0.0f : t * x;
+        sums[2] += !SOFT && t == 0.0f ? 0.0f : t * x;  // a class number leaves out the others, even at -inf
     }
     block_sums(sums, scratch);
     if (threadIdx.x > 0) return;

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.backend import random
+from tinyvit.backend import arrays, random
 from tinyvit.kernels import cuda, reference
 from tinyvit.kernels.cuda.linear import sum_partials
 
@@ -109,3 +109,14 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
     arguments += (np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.kept(drop)))
     cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
     return mask
+
+
+# --- indexing -------------------------------------------------------------------------------------------------------
+
+
+def sum_at(xp: Any, values: Array, positions: Array, size: int) -> Array:
+    import cupyx
+
+    sums = xp.zeros(size, dtype=xp.float32 if arrays.is_half(values) else values.dtype)
+    cupyx.scatter_add(sums, positions, values.astype(sums.dtype, copy=False))
+    return sums.astype(values.dtype, copy=False)

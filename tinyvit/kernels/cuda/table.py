@@ -13,5 +13,6 @@ KERNELS = {
     reference.cross_entropy: Kernel(layers.cross_entropy, layers.covers_cross_entropy),
     reference.dropout_mask: Kernel(layers.dropout_mask, layers.covers_dropout_mask),
     half_precision.sum_in_fp32: Kernel(linear.sum_in_fp32, linear.covers_sum),
+    reference.sum_at: Kernel(layers.sum_at),
     **optimizers.KERNELS,
 }

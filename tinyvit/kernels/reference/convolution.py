@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tinyvit.backend import arrays
+from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels.half_precision import in_fp32
 
-Array = Any
-VJP = Callable[..., tuple[Array | None, ...]]
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]  # (top, bottom), (left, right)
 
@@ -148,9 +148,8 @@ def pad(xp: Any, x: Array, padding: Padding, value: float) -> Array:
     (top, bottom), (left, right) = padding
     batch, channels, height, width = x.shape
     shape = (batch, channels, top + height + bottom, left + width + right)
-    padded = xp.full(shape, value, dtype=x.dtype, device=x.device)
-    padded[..., top : top + height, left : left + width] = x
-    return padded
+    padded = xp.full(shape, value, dtype=x.dtype, device=arrays.device(x))
+    return arrays.assign(padded, (..., slice(top, top + height), slice(left, left + width)), x)
 
 
 def _gather(xp: Any, x: Array, padding: Padding, places: list[Any], part: Callable[[int], Array]) -> Array:
@@ -158,7 +157,7 @@ def _gather(xp: Any, x: Array, padding: Padding, places: list[Any], part: Callab
     (top, _), (left, _) = padding
     padded = xp.zeros_like(pad(xp, x, padding, 0.0))
     for i, place in enumerate(places):
-        padded[place] += part(i)
+        padded = arrays.assign(padded, place, padded[place] + part(i))
     return padded[..., top : top + x.shape[2], left : left + x.shape[3]]
 
 

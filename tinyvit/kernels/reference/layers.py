@@ -259,18 +259,23 @@ def cross_entropy(
 ) -> tuple[Array, VJP]:
     """Mean of -sum(target * log softmax(logits)) over the batch, with the target mixed with a uniform one
     (Szegedy et al. 2016, arXiv:1512.00567, section 7). logits (B, C), labels integers (B,) or probabilities (B, C).
-    A number that is no class makes the loss NaN: on a device nobody looks at the labels."""
+    A number that is no class makes the loss NaN, as a device does not check labels. So does a probability of 0 beside
+    a logit of -inf, as in torch."""
     batch, classes = logits.shape
-    if labels.ndim == 1:
-        index = xp.arange(classes, dtype=labels.dtype, device=labels.device)
+    are_numbers = labels.ndim == 1
+    if are_numbers:
+        index = xp.arange(classes, dtype=labels.dtype, device=arrays.device(labels))
         chosen = xp.astype(labels[:, None] == index[None, :], logits.dtype)
         is_class = (labels >= 0) & (labels < classes)
         labels = xp.where(is_class[:, None], chosen, chosen * math.nan)
     target = labels * (1.0 - label_smoothing) + label_smoothing / classes if label_smoothing else labels
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     log_p = shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+    terms = target * log_p
+    if are_numbers:  # the log probabilities of other classes do not count, not even -inf
+        terms = xp.where(target == 0, xp.zeros_like(terms), terms)
 
     def vjp(dy: Array) -> tuple[Array]:
         return ((xp.exp(log_p) * xp.sum(target, axis=-1, keepdims=True) - target) * (dy / batch),)
 
-    return -xp.sum(target * log_p) / batch, vjp
+    return -xp.sum(terms) / batch, vjp
