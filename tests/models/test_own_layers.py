@@ -124,6 +124,35 @@ def test_the_model_runs_a_user_s_own_layers(change, place):
     assert not np.allclose(plain, expected, rtol=1e-2)
 
 
+class MeanPool(vit.VisionTransformer):
+    """A user's own pooling: the mean of all tokens."""
+
+    def pool(self, x):
+        return x.mean(axis=1)
+
+
+class Reversed(vit.VisionTransformer):
+    """A user's own forward pass of the tokens."""
+
+    def forward_features(self, images):
+        return super().forward_features(images)[:, ::-1, :]
+
+
+@pytest.mark.parametrize("change", ["pool", "features", "norm", "head"])
+def test_the_model_runs_a_user_s_own_methods_and_last_norm(change):
+    model = deep_model()
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    plain = model(images).numpy()
+    if change == "norm":
+        model.norm = TokenNorm()
+    elif change == "head":
+        model.forward_head = lambda x: model.head(x.mean(axis=1))
+    else:
+        model.__class__ = {"pool": MeanPool, "features": Reversed}[change]
+    expected = model.forward_head(model.forward_features(images)).numpy()
+    assert np.array_equal(model(images).numpy(), expected) and not np.allclose(plain, expected, rtol=1e-2)
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("change", OWN_LAYERS)
 def test_features_and_maps_run_a_user_s_own_layers(change, pool):

@@ -135,7 +135,7 @@ class VisionTransformer(nn.Module):
 
     def head_tokens(self, images: Tensor | Array) -> Tensor:  # (B, C, H, W)
         """The first tokens of `forward_features`, as many as the head reads: with `global_pool` "avg" all of them."""
-        if self.config.global_pool == "avg":
+        if not _reads_first_tokens(self):
             return self.forward_features(images)  # (B, N, D)
         *blocks, last = self.blocks
         x = self._run(blocks, self.embed(images))
@@ -260,6 +260,14 @@ def _heads(config: ViTConfig) -> tuple[nn.Module, nn.Module | None]:
 
 # In a block that is made of these, attention alone lets one token's output depend on the others.
 _KNOWN_LAYERS = {Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.LayerScale, nn.Dropout, nn.DropPath, nn.Identity}
+
+
+def _reads_first_tokens(model: VisionTransformer) -> bool:
+    """Whether the output depends on the last block's first tokens alone; not where a user's own norm or method runs."""
+    methods = ("forward_features", "forward_head", "pool")
+    plain = all(getattr(type(model), name) is getattr(VisionTransformer, name) for name in methods)
+    plain = plain and type(model.norm) in _KNOWN_LAYERS and vars(model).keys().isdisjoint(methods)
+    return model.config.global_pool == "token" and plain
 
 
 def _first_outputs(block: nn.Module, x: Tensor, queries: int) -> Tensor:  # (B, N, D)

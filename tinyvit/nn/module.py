@@ -131,21 +131,20 @@ class Module:
         """The same as `self.name = nn.Buffer(tensor)`."""
         setattr(self, name, None if tensor is None else Buffer(tensor))
 
-    def _members(self) -> Iterator[tuple[str, Any]]:
+    def _members(self) -> list[tuple[str, Any]]:
         """The parameters, buffers and modules among the attributes, with their names."""
-        return _flatten(vars(self).items())
+        return _flatten("", vars(self).items())
 
-    def _named(self, kind: type[T] | tuple[type[T], ...], prefix: str = "") -> Iterator[tuple[str, T]]:
+    def _named(self, kind: type[T] | tuple[type[T], ...], prefix: str = "") -> list[tuple[str, T]]:
         """All members of a kind, of this module and those below; one that is used twice comes twice."""
-        members = list(self._members())
-        for name, member in members:
-            if isinstance(member, kind) and not isinstance(member, Module):
-                yield prefix + name, member
+        members = self._members()
+        found = [(prefix + name, m) for name, m in members if isinstance(m, kind) and not isinstance(m, Module)]
         for name, member in members:
             if isinstance(member, Module):
                 if isinstance(member, kind):
-                    yield prefix + name, member
-                yield from member._named(kind, f"{prefix}{name}.")
+                    found.append((prefix + name, member))
+                found += member._named(kind, f"{prefix}{name}.")
+        return found
 
     def named_modules(self) -> Iterator[tuple[str, Module]]:
         """This module ("") and all below it, each once, with their dotted names."""
@@ -274,7 +273,7 @@ class Module:
         """The tree of modules with their settings and the shapes of their tensors."""
         plain = ((name, value) for name, value in vars(self).items() if not name.startswith("_"))
         own = [f"{name}={value!r}" for name, value in plain if isinstance(value, (bool, int, float, str))]
-        members = list(self._members())
+        members = self._members()
         own += [f"{name}: {member.shape}" for name, member in members if isinstance(member, Tensor)]
         children = [(name, repr(member)) for name, member in members if isinstance(member, Module)]
         if not children:
@@ -328,12 +327,14 @@ class Sequential(ModuleList):
         return x
 
 
-def _flatten(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _flatten(prefix: str, named: Iterable[tuple[Any, Any]]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
     for name, value in named:
         if isinstance(value, (Parameter, Buffer, Module)):
-            yield name, value
+            found.append((f"{prefix}{name}", value))
         elif isinstance(value, (list, tuple)):
-            yield from _flatten((f"{name}.{i}", item) for i, item in enumerate(value))
+            found += _flatten(f"{prefix}{name}.", enumerate(value))
+    return found
 
 
 def _distinct(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
