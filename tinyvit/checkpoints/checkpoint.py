@@ -65,12 +65,12 @@ class Checkpoint:
     def build(self, *, interpolation: str = "bicubic", copy: bool = True, **overrides: Any) -> VisionTransformer:
         """The model with its weights, in eval mode; `overrides` replace fields of its config.
 
-        Another `image_size` or `patch_size` resizes the position embeddings (`interpolation` as in `adapt`) and the
+        Another `image_size` or `patch_size` resizes position embeddings (`interpolation` as in `resize_weights`) and
         patch kernels. Another `num_classes` gives a head of zeros; 0 leaves it out. With `copy=False` the model keeps
         the arrays of `state`. Raises CheckpointError when weights are missing, left over, of another shape or not
         finite, TypeError or ValueError for overrides that make no model.
         """
-        from tinyvit.models.resize import adapt
+        from tinyvit.models.resize import resize_weights
         from tinyvit.models.vit import VisionTransformer
         from tinyvit.nn import no_init
 
@@ -78,7 +78,7 @@ class Checkpoint:
         for name, array in self.state.items():
             if not np.all(np.isfinite(array)):
                 raise CheckpointError(f"{self.path}: {name} holds values that are not finite")
-        state = adapt(self.state, self.config, config, interpolation)
+        state = resize_weights(self.state, self.config, config, interpolation)
         with no_init():
             model = VisionTransformer(config)
         try:

@@ -37,7 +37,8 @@ def checked(values: Any, fields: Mapping[str, Check], *, required: Collection[st
             try:
                 found[name] = check(values[name])
             except ValueError as error:
-                raise ValueError(f"{name} is {shown(values[name])}, {error}") from None
+                given = ":" if isinstance(values[name], Mapping) else f" is {shown(values[name])},"
+                raise ValueError(f"{name}{given} {error}") from None
     return found
 
 

@@ -1,1 +1,1 @@
-"""The Vision Transformer, its configurations by name, and what can be told about a model."""
+"""The Vision Transformer, its configurations by name, and means to inspect, summarise and resize it."""

@@ -1,4 +1,4 @@
-"""How images are prepared for a model: what its weights were trained with."""
+"""How images are prepared for a model: the same as for the images that its weights were trained on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Preprocessing:
 
     Attributes:
         mean, std: one float per channel in 0..1 units: (pixels / 255 - mean) / std.
-        crop_pct: the share of the resized image that is kept; None: what `data.read_image` chooses for the size.
+        crop_pct: the side of the crop over that of the resized image; None: `data.read_image` chooses it.
         crop_mode: "center" keeps the aspect ratio when resizing, "squash" does not.
         interpolation: "nearest", "bilinear", "bicubic" or "lanczos".
     """

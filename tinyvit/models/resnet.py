@@ -14,13 +14,13 @@ from tinyvit.engine.tensor import Tensor
 
 STEM_CHANNELS, STEM_STRIDE = 64, 4
 MOST_STAGES = 4
-BOTTLENECK = 4  # a block's output has so many times the channels of its inner convolutions
+BOTTLENECK = 4  # channels of a block's output over those of its inner convolutions
 GROUPS = 32
 GROUP_EPS, WEIGHT_EPS = 1e-5, 1e-8  # timm's; Google's code has 1e-6, and divides by the standard deviation + 1e-5
 
 
 def channels(layers: tuple[int, ...]) -> int:
-    """Channels of the feature map behind stages of so many blocks; behind the stem alone if there are none."""
+    """Channels of the feature map after these stages, or after the stem alone if there are none."""
     return STEM_CHANNELS * BOTTLENECK * 2 ** (len(layers) - 1) if layers else STEM_CHANNELS
 
 
@@ -35,44 +35,41 @@ def backbone(in_chans: int, layers: tuple[int, ...]) -> nn.Module:
 
 
 class ResNet(nn.Module):
-    """A stem and stages, `layers[i]` blocks in stage i."""
+    """A stem, then stages; stage i has `layers[i]` blocks."""
 
     def __init__(self, in_chans: int, layers: tuple[int, ...]) -> None:
         self.stem = Stem(in_chans)
-        self.stages = [
-            Stage(channels(layers[:i]), channels(layers[: i + 1]), depth, stride=1 if i == 0 else 2)
-            for i, depth in enumerate(layers)
-        ]
+        self.stages = nn.Sequential(
+            *(
+                Stage(channels(layers[:i]), channels(layers[: i + 1]), depth, stride=1 if i == 0 else 2)
+                for i, depth in enumerate(layers)
+            )
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return x
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return self.stages(self.stem(x))  # (B, channels, H / stride, W / stride)
 
 
 class Stem(nn.Module):
-    """A 7x7 convolution and max-pooling: (B, C, H, W) -> (B, 64, H / 4, W / 4)."""
+    """A 7x7 convolution and max-pooling."""
 
     def __init__(self, in_chans: int) -> None:
-        self.conv = StdConv(in_chans, STEM_CHANNELS, kernel=7, stride=2)
+        self.conv = StdConv(in_chans, STEM_CHANNELS, kernel_size=7, stride=2)
         self.norm = GroupNorm(STEM_CHANNELS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.norm(self.conv(x))), kernel_size=3, stride=2, padding="same")
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        return F.max_pool2d(F.relu(self.norm(self.conv(x))), kernel_size=3, stride=2, padding="same")  # H / 4, W / 4
 
 
 class Stage(nn.Module):
-    """Blocks one after another, of which the first may halve height and width."""
+    """Blocks one after another; the first changes the number of channels and may halve height and width."""
 
     def __init__(self, inputs: int, outputs: int, depth: int, stride: int) -> None:
         first = Bottleneck(inputs, outputs, stride, Downsample(inputs, outputs, stride))
-        self.blocks = [first, *(Bottleneck(outputs, outputs) for _ in range(1, depth))]
+        self.blocks = nn.Sequential(first, *(Bottleneck(outputs, outputs) for _ in range(1, depth)))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return self.blocks(x)
 
 
 class Bottleneck(nn.Module):
@@ -81,10 +78,10 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1, shortcut: nn.Module | None = None) -> None:
         inner = outputs // BOTTLENECK
         self.downsample = shortcut or nn.Identity()
-        self.conv1, self.norm1 = StdConv(inputs, inner, kernel=1), GroupNorm(inner)
-        self.conv2, self.norm2 = StdConv(inner, inner, kernel=3, stride=stride), GroupNorm(inner)
-        self.conv3, self.norm3 = StdConv(inner, outputs, kernel=1), GroupNorm(outputs)
-        self.norm3.weight.data = np.zeros(outputs, np.float32)  # a new block passes on its shortcut
+        self.conv1, self.norm1 = StdConv(inputs, inner, kernel_size=1), GroupNorm(inner)
+        self.conv2, self.norm2 = StdConv(inner, inner, kernel_size=3, stride=stride), GroupNorm(inner)
+        self.conv3, self.norm3 = StdConv(inner, outputs, kernel_size=1), GroupNorm(outputs)
+        self.norm3.weight.data = np.zeros(outputs, np.float32)  # a new block's output is its shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -96,21 +93,20 @@ class Downsample(nn.Module):
     """The shortcut of a block whose output has another shape than its input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        self.conv, self.norm = StdConv(inputs, outputs, kernel=1, stride=stride), GroupNorm(outputs)
+        self.conv, self.norm = StdConv(inputs, outputs, kernel_size=1, stride=stride), GroupNorm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
 
-class StdConv(nn.Module):
+class StdConv(nn.Conv2d):
     """A convolution without bias whose weight (O, C, k, k) is standardised before use."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
-        self.stride = stride
-        self.weight = nn.Parameter(nn.init.lecun_normal((outputs, inputs, kernel, kernel)))
+    def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> None:
+        super().__init__(inputs, outputs, kernel_size, stride, padding="same", bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, F.weight_standardize(self.weight, WEIGHT_EPS), stride=self.stride, padding="same")
+        return F.conv2d(x, F.weight_standardize(self.weight, WEIGHT_EPS), None, self.stride, self.padding)
 
 
 class GroupNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""What a Vision Transformer consists of and costs, worked out from its configuration without building it."""
+"""The layers of a Vision Transformer and what they cost, computed from its configuration without building it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
         name: as in the state dict, where the layer has parameters.
         kind: what the layer does.
         output: shape of its result, the batch axis included.
-        parameters: how many numbers its parameters hold.
+        parameters: number of values in its parameters.
         flops: two for each multiply-add of its matrix product; 0 for layers without one.
     """
 
@@ -45,7 +45,7 @@ class Summary:
 
     @property
     def parameters(self) -> int:
-        """How many numbers all parameters hold."""
+        """Number of values in all parameters."""
         return sum(row.parameters for row in self.rows)
 
     @property
@@ -60,21 +60,12 @@ class Summary:
 
     @property
     def activation_bytes(self) -> int:
-        """An estimate of what a training step keeps for one image: every layer's output once, in float32."""
+        """An estimate of what a training step saves for one image: every layer's output once, in float32."""
         return 4 * sum(math.prod(row.output) for row in self.rows)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: every layer (no block is left out) and the totals."""
-        layers = [
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "output": list(row.output),
-                "parameters": row.parameters,
-                "flops": row.flops,
-            }
-            for row in self.rows
-        ]
+        layers = [{**vars(row), "output": list(row.output)} for row in self.rows]
         return {
             "config": self.config.to_dict(),
             "layers": layers,
@@ -85,9 +76,9 @@ class Summary:
         }
 
     def as_table(self) -> str:
-        """The layers as aligned columns; the blocks, which are all alike, and each ResNet stage are folded into one."""
-        cells = [("layer", "kind", "output", "parameters", "FLOPs")]
-        cells += [_cells(row) for row in self._folded()]
+        """The layers as aligned columns. All blocks, which are alike, make one line, and so does each ResNet stage."""
+        cells: list[tuple[str, ...]] = [("layer", "kind", "output", "parameters", "FLOPs")]
+        cells += [_cells(row) for row in self._table_rows()]
         cells.append(("total", "", "", f"{self.parameters:,}", _short(self.flops)))
         widths = [max(len(line[i]) for line in cells) for i in range(5)]
         align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
@@ -104,27 +95,27 @@ class Summary:
 
     __str__ = as_table
 
-    def _folded(self) -> list[Row]:
-        """The rows with all blocks as one, followed by the layers of a single block, indented; and a row a stage."""
+    def _table_rows(self) -> list[Row]:
+        """The rows, with one for all blocks, the layers of a single block after it, and one for each ResNet stage."""
         depth = self.config.depth
         blocks = [row for row in self.rows if row.name.startswith("blocks.")]
         first = self.rows.index(blocks[0])
         one = [replace(row, name="  " + row.name.removeprefix("blocks.0.")) for row in blocks[: len(blocks) // depth]]
         name = f"blocks.0-{depth - 1} (x{depth})" if depth > 1 else "blocks.0"
-        title = _together(name, "transformer blocks" if depth > 1 else "transformer block", blocks)
+        title = _combined(name, "transformer blocks" if depth > 1 else "transformer block", blocks)
         before = [row for row in self.rows[:first] if ".stages." not in row.name]
         for i, count in enumerate(self.config.resnet_layers or ()):
             stage = [row for row in self.rows if row.name.startswith(f"{BACKBONE}.stages.{i}.")]
-            before.insert(3 + i, _together(f"{BACKBONE}.stages.{i}", f"residual blocks (x{count})", stage))
+            before.insert(3 + i, _combined(f"{BACKBONE}.stages.{i}", f"residual blocks (x{count})", stage))
         return [*before, title, *one, *self.rows[first + len(blocks) :]]
 
 
 def summarise(model: VisionTransformer | ViTConfig, image_size: Size | None = None) -> Summary:
-    """The layers of a model, or of what a configuration would build.
+    """The layers of a model, or of the one that a configuration describes.
 
     Args:
-        model: a model or a configuration; no weights are allocated for the latter.
-        image_size: look at images of another size, one number or (height, width).
+        model: a model, or a configuration, for which no weights are allocated.
+        image_size: of the images, one number or (height, width); the config's if None.
 
     Raises:
         TypeError: neither a model nor a configuration.
@@ -138,8 +129,8 @@ def summarise(model: VisionTransformer | ViTConfig, image_size: Size | None = No
     return Summary(config, tuple(_rows(config)))
 
 
-def _together(name: str, kind: str, rows: list[Row]) -> Row:
-    """Several rows as one."""
+def _combined(name: str, kind: str, rows: list[Row]) -> Row:
+    """One row for several."""
     return Row(name, kind, rows[-1].output, sum(row.parameters for row in rows), sum(row.flops for row in rows))
 
 

@@ -120,8 +120,9 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config)
         rates = np.linspace(0.0, config.drop_path, config.depth).tolist()
         self.blocks: list[nn.Module] = [Block(config, rate) for rate in rates]
-        norm = nn.LayerNorm(dim, config.norm_eps)
-        self.norm, self.fc_norm = (nn.Identity(), norm) if config.norm_after_pool else (norm, nn.Identity())
+        norm, after = nn.LayerNorm(dim, config.norm_eps), config.norm_after_pool
+        self.norm: nn.Module = nn.Identity() if after else norm
+        self.fc_norm: nn.Module = norm if after else nn.Identity()
         self.pre_logits = PreLogits(dim, config.representation_size) if config.representation_size else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head, self.head_dist = _heads(config)

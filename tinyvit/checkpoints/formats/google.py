@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
@@ -94,16 +95,17 @@ def read(files: WeightFiles) -> Checkpoint:
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{files.path}: its weights describe no model of ours: {reason(error)}") from None
     pack_qkv(state)
-    crop = {"crop_pct": 1.0, "crop_mode": "squash"}
+    crop: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"}
     if config.pos_embed == "sincos2d":
         state["pos_embed"] = sincos2d(config.grid_size, config.embed_dim, config.num_patches)
         crop = {"crop_pct": 0.875, "crop_mode": "center"}
+    half = (0.5,) * config.in_chans
     return Checkpoint(
         path=files.path,
         config=config,
         state=state,
         class_names=names_of_classes((), config.num_classes),
-        preprocessing=Preprocessing((0.5,) * 3, (0.5,) * 3, interpolation="bilinear", **crop),
+        preprocessing=Preprocessing(half, half, interpolation="bilinear", **crop),
     )
 
 
@@ -142,7 +144,9 @@ def read_config(state: dict[str, np.ndarray], files: WeightFiles) -> ViTConfig:
     token = "cls_token" in state
     if token or "pos_embed" in state:
         side, no_embed_class = find_grid(state["pos_embed"].shape[1], token)
-        grid = dict(image_size=(side * height * stride, side * width * stride), no_embed_class=no_embed_class)
+        grid: dict[str, Any] = dict(
+            image_size=(side * height * stride, side * width * stride), no_embed_class=no_embed_class
+        )
     else:
         grid = dict(image_size=files.overrides.get("image_size", 224), pos_embed="sincos2d")
     return ViTConfig(

@@ -254,8 +254,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     if lacking := unsupported(config):
         raise CheckpointError(f"{path}: Transformers' ViT and DeiT have no {lacking}")
     if config.no_embed_class:  # the same as position embeddings of zero for the tokens in front
-        prefix = np.zeros((1, config.num_prefix_tokens, config.embed_dim), np.float32)
-        state["pos_embed"] = np.concatenate([prefix, state["pos_embed"]], axis=1)
+        zeros = np.zeros((1, config.num_prefix_tokens, config.embed_dim), np.float32)
+        state["pos_embed"] = np.concatenate([zeros, state["pos_embed"]], axis=1)
     if "reg_token" in state:
         state["dist_token"] = state.pop("reg_token")
     split_qkv(state)
@@ -303,7 +303,7 @@ def write_config(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
     def plain(pair: Any) -> int | list[int]:
         return pair[0] if pair[0] == pair[1] else list(pair)
 
-    content = {
+    content: dict[str, Any] = {
         "architectures": [f"{family}{task}"],
         "model_type": kind,
         "image_size": plain(config.image_size),

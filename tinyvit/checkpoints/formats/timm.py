@@ -309,9 +309,10 @@ def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
     from tinyvit.data.image import usual_crop
 
     c, p = checkpoint.config, checkpoint.preprocessing
-    hybrid = c.resnet_layers is not None
-    architecture = HYBRIDS[c.resnet_layers] if hybrid else "vit_base_patch16_224"
-    first = f"patch_embed.{'backbone.stem.conv' if c.resnet_layers else 'backbone.conv' if hybrid else 'proj'}"
+    architecture, first = "vit_base_patch16_224", "patch_embed.proj"
+    if c.resnet_layers is not None:
+        architecture = HYBRIDS[c.resnet_layers]
+        first = "patch_embed.backbone.stem.conv" if c.resnet_layers else "patch_embed.backbone.conv"
     model_args = {
         "img_size": list(c.image_size),
         "patch_size": list(c.patch_size),

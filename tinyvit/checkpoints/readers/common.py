@@ -20,6 +20,7 @@ DTYPES = {
         "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
     }.items()
 }  # fmt: skip
+MOST_TENSORS = 20_000  # in a file; a ViT-G with its optimizer's state and an average has some 3,000
 LARGEST_DIRECTORY = 8_000_000  # bytes of a zip archive's list of members; a tensor takes about a hundred
 
 
@@ -53,6 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error)) from None
 
 
+def check_count(count: int) -> None:
+    """Refuse a file of more tensors than any ViT has. Raises ValueError."""
+    if count > MOST_TENSORS:
+        raise ValueError(f"it holds {count} tensors, expected at most {MOST_TENSORS}")
+
+
 def zip_members(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
     """The members of a zip archive by name. Raises ValueError or zipfile.BadZipFile."""
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # ZipFile would read a list of any length
@@ -60,6 +67,7 @@ def zip_members(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
         raise ValueError(f"its list of members has {end[5]} bytes, expected at most {LARGEST_DIRECTORY}")
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+    check_count(len(members))
     found = {member.filename: member for member in members}
     if len(found) < len(members):
         raise ValueError("it holds two members of one name")

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import DTYPES, open_weights, reason, widen
+from tinyvit.checkpoints.readers.common import DTYPES, check_count, open_weights, reason, widen
 
-LONGEST_HEADER = 16_000_000  # bytes; the library allows 100 MB, which it needs several times in memory
+LONGEST_HEADER = 8_000_000  # bytes; the library allows 100 MB, of which it needs a multiple in memory
 
 
 def looks_like_safetensors(head: bytes) -> bool:
@@ -55,6 +55,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))  # which the library has found in order
         header.pop("__metadata__", None)
+        check_count(len(header))
         return {name: read_tensor(file, 8 + length, name, entry) for name, entry in header.items()}
 
 

@@ -111,7 +111,7 @@ def stored_tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: An
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in numbers):
         raise ValueError(f"it holds a tensor whose shape is damaged: {str(numbers)[:100]}")
-    if not isinstance(storage, Storage) or dtype not in DTYPES:
+    if not isinstance(storage, Storage) or not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError("it holds a tensor without a storage or a dtype")
     return StoredTensor(storage, offset, shape, strides, dtype)
 
@@ -234,6 +234,8 @@ class TorchFile:
             raise ValueError("it was written on a big-endian machine")
         content = self.unpickle(file)
         keys = load_pickle(file, FUNCTIONS, unknown=other_name)
+        if not isinstance(keys, list) or not all(isinstance(key, str | bytes) for key in keys):
+            raise ValueError("its list of storages is damaged")
         position = file.tell()
         for key in map(as_text, keys):
             storage = self.storages[key]
