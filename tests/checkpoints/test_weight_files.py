@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import tinyvit
-from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.checkpoint import LONGEST_MESSAGE, CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model
 from tinyvit.checkpoints.readers.safetensors import read_safetensors
@@ -162,6 +162,74 @@ def test_an_index_that_names_itself(tmp_path):
     index.write_text(json.dumps({"weight_map": {"w": index.name}}))
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         load_model(tmp_path)
+
+
+# --- names and files that are not as usual ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.module.{}", "module._orig_mod.{}", "module.module.{}", "_orig_mod.module._orig_mod.{}",
+        "backbone.{}", "module.backbone.{}", "_fsdp_wrapped_module.{}",
+    ],
+)  # fmt: skip
+def test_what_wrappers_put_before_names(tmp_path, wrapped):
+    weights = {name: torch.full((2,), float(i)) for i, name in enumerate(["cls_token", "blocks.0.norm1.weight"])}
+    content = {wrapped.format(name): tensor for name, tensor in weights.items()} | {"n_averaged": torch.tensor(3)}
+    torch.save(content, tmp_path / "a.pth")
+    found = read_weights(tmp_path / "a.pth")
+    assert {name: array.tolist() for name, array in found.items()} == {n: t.tolist() for n, t in weights.items()}
+
+
+def test_what_wrappers_put_inside_names(tmp_path):
+    names = ["blocks.0._orig_mod.norm1.weight", "blocks.1._checkpoint_wrapped_module._fsdp_wrapped_module.norm1.weight"]
+    save_file({name: np.ones(2, np.float32) for name in names}, tmp_path / "a.safetensors")
+    assert sorted(read_weights(tmp_path / "a.safetensors")) == ["blocks.0.norm1.weight", "blocks.1.norm1.weight"]
+    save_file({n: np.ones(2, np.float32) for n in ("module.w", "w")}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="two of its tensors have the same name"):
+        read_weights(tmp_path / "a.safetensors")
+
+
+def test_weights_of_a_model_within_another_are_refused_with_the_cure(tmp_path):
+    model = tinyvit.create_model("vit_nano_patch8_32")
+    save_file({f"encoder.{name}": array for name, array in model.state_dict().items()}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"known layout .*; save the weights without 'encoder\.' before their names"
+    ):
+        load_model(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="named pipes are files only on POSIX")
+def test_pipes_and_devices_are_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "best.safetensors")
+    (tmp_path / "hub").mkdir()
+    os.mkfifo(tmp_path / "hub" / "model.safetensors")
+    (tmp_path / "config").mkdir()
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "config" / "model.safetensors")
+    os.mkfifo(tmp_path / "config" / "config.json")
+    for path in (tmp_path / "pipe.pth", tmp_path / "run", tmp_path / "hub", tmp_path / "config", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="expected a regular file") as caught:
+            load_model(path)
+        assert str(path) in str(caught.value)
+
+
+def test_a_checkpoint_without_permission_is_not_called_missing(tmp_path, monkeypatch):
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "a.safetensors")
+
+    def refuse(path, *arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("tinyvit.files.reading.open_regular", refuse)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: Permission denied"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_a_long_message_keeps_its_start_and_its_end():
+    message = str(CheckpointError("start " + "x" * 43_000_000 + "\nend"))
+    assert len(message) <= LONGEST_MESSAGE and message.startswith("start ") and message.endswith(" end")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------

@@ -125,8 +125,8 @@ def write_torch(folder):
     (folder / "shared protocol.pth").write_bytes(start + plain)
     (folder / "shared machine.pth").write_bytes(start + protocol + plain)
     (folder / "shared keys.pth").write_bytes(start + protocol + machine + pickle.dumps({}, 2) + plain)
-    for name, data in PICKLES.items():
-        (folder / f"{name} legacy.pth").write_bytes(start + protocol + machine + data)
+    for name in ("tuples", "shared key", "bytearray"):
+        (folder / f"{name} legacy.pth").write_bytes(start + protocol + machine + PICKLES[name])
     with zipfile.ZipFile(folder / "many members.pth", "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps({}, 2))
         for i in range(80_000):
@@ -134,13 +134,13 @@ def write_torch(folder):
 
 
 def write_npz(folder):
-    npz(folder / "zeros.npz", {f"w{i}.npy": npy("(67108864,)", bytes(1 << 28)) for i in range(1)})
+    npz(folder / "zeros.npz", {"w.npy": npy("(33554432,)", bytes(1 << 27))})
     npz(folder / "shape.npz", {"w.npy": npy("(" + "9," * 4900 + ")")})
     npz(folder / "shape of thousands.npz", {"w.npy": npy("(" + "1," * 4900 + ")", bytes(4))})
     npz(folder / "claimed.npz", {"w.npy": npy("(1000000000000,)", bytes(64))})
     npz(folder / "deep.npz", {"w.npy": npy("(" * 4000 + ")" * 4000)})
-    npz(folder / "bz2.npz", {"w.npy": npy("(67108864,)", bytes(1 << 28))}, zipfile.ZIP_BZIP2)
-    npz(folder / "lzma.npz", {"w.npy": npy("(67108864,)", bytes(1 << 28))}, zipfile.ZIP_LZMA)
+    npz(folder / "bz2.npz", {"w.npy": npy("(1048576,)", bytes(1 << 22))}, zipfile.ZIP_BZIP2)
+    npz(folder / "lzma.npz", {"w.npy": npy("(1048576,)", bytes(1 << 22))}, zipfile.ZIP_LZMA)
 
 
 def write_safetensors(folder):
@@ -214,13 +214,13 @@ def write_directories(folder):
              "classifier.weight": np.zeros((3, 8), np.float32)}, folder / name / "model.safetensors",
         )  # fmt: skip
     (folder / "index").mkdir()
-    places = {f"w{i}": f"{i}.safetensors" for i in range(150_000)}
+    places = {f"w{i}": f"{i}.safetensors" for i in range(50_000)}
     (folder / "index" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
 
 
 WRITERS = (write_torch, write_npz, write_safetensors, write_names, write_runs, write_directories)
 CIFAR = {
-    **PICKLES,
+    **{name: PICKLES[name] for name in ("tuples", "shared key", "shared value", "bytes", "encoded again and again")},
     "label names": b"\x80\x02}U\x0blabel_names](" + SHARED + b"es.",
     "labels": b"\x80\x02}U\x06labels](" + SHARED + b"es.",
 }
