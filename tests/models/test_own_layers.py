@@ -5,7 +5,8 @@ import pytest
 from drawing import error
 from reference_models import randomise
 
-from tinyvit import create_model, nn
+from tinyvit import Tensor, create_model, nn
+from tinyvit import functional as F
 from tinyvit.backend import random
 from tinyvit.engine.tensor import grad
 from tinyvit.models import vit
@@ -83,6 +84,18 @@ def own_output(block):
     return block
 
 
+class LowRank(nn.Linear):
+    """A user's linear layer with a low-rank addition, as in LoRA (Hu et al. 2021)."""
+
+    def forward(self, x):
+        return super().forward(x) + x[..., :1] * 0.5
+
+
+def own_hidden_layer(block):
+    block.mlp.fc1.__class__ = LowRank
+    return block
+
+
 def own_norm(block):
     block.norm2.__class__ = ShiftedNorm
     return block
@@ -98,7 +111,17 @@ def own_mixing_mlp(block):
     return block
 
 
-OWN_LAYERS = [wrap, subclass, own_attention, own_function, own_output, own_norm, own_mixing_norm, own_mixing_mlp]
+OWN_LAYERS = [
+    wrap,
+    subclass,
+    own_attention,
+    own_function,
+    own_output,
+    own_hidden_layer,
+    own_norm,
+    own_mixing_norm,
+    own_mixing_mlp,
+]
 
 
 def deep_model(**changes):
@@ -122,6 +145,34 @@ def test_the_model_runs_a_user_s_own_layers(change, place):
     expected = model.forward_head(model.norm(x)).numpy()
     assert np.allclose(model(images).numpy(), expected, rtol=1e-4, atol=1e-5)
     assert not np.allclose(plain, expected, rtol=1e-2)
+
+
+def test_the_mlp_and_the_patches_go_through_a_user_s_own_layers():
+    model = deep_model()
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    mlp, x = model.blocks[0].mlp, model.embed(images)
+    fc1 = mlp.fc1
+    fused = mlp(x).numpy()
+    mlp.fc1 = nn.Sequential(fc1)
+    assert np.allclose(mlp(x).numpy(), fused, atol=1e-5)
+    mlp.fc1 = nn.Linear(*fc1.weight.shape[::-1], bias=False)
+    mlp.fc1.weight = fc1.weight
+    fc1.bias.data = np.zeros_like(fc1.bias.data)
+    expected = mlp.fc2(F.gelu(fc1(x))).numpy()
+    assert np.allclose(mlp(x).numpy(), expected, atol=1e-5)
+
+    patches = model.patch_embed
+    fused = patches(Tensor(images)).numpy()
+    patches.proj = nn.Sequential(patches.proj)
+    assert np.allclose(patches(Tensor(images)).numpy(), fused, atol=1e-5)
+    patches.proj[0].__class__ = Shifted
+    assert np.allclose(patches(Tensor(images)).numpy(), fused + 1, atol=1e-5)
+    assert model(images).shape == (2, 5)
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1.0
 
 
 class MeanPool(vit.VisionTransformer):

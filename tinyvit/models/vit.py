@@ -28,7 +28,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.feature_chans, config.embed_dim, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W)
-        return F.patch_embed(self.backbone(images), self.proj.weight, self.proj.bias)  # (B, patches, D)
+        x = self.backbone(images)
+        if nn.is_plain(self.proj, nn.Conv2d):  # no pixel is in two patches: one product of matrices
+            return F.patch_embed(x, self.proj.weight, self.proj.bias)  # (B, patches, D)
+        x = self.proj(x)  # (B, D, rows, columns)
+        return x.reshape(*x.shape[:2], -1).transpose()
 
 
 class Attention(nn.Module):
@@ -68,7 +72,7 @@ class Mlp(nn.Module):
         self.drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        x = F.linear_gelu(x, self.fc1.weight, self.fc1.bias, self.approximate)  # (B, N, mlp_dim)
+        x = nn.linear_gelu(self.fc1, x, self.approximate)  # (B, N, mlp_dim)
         return self.drop(self.fc2(self.drop(x)))  # (B, N, D)
 
 
@@ -210,19 +214,20 @@ class VisionTransformer(nn.Module):
             self.norm, self.fc_norm = self.fc_norm, self.norm
         self.config, self.class_names = config, ()
         self.head, self.head_dist = _heads(config)
-        like = self.patch_embed.proj.weight.data
+        like = self.pos_embed.data
         for head in (self.head, self.head_dist):
             if head is not None:
                 head.to(arrays.device_name(like), like.dtype)
 
     def _run(self, blocks: list[nn.Module], x: Tensor) -> Tensor:
+        """The tokens x after these blocks, one after the other."""
         for block in blocks:
             x = block(x)
         return x
 
     def _images(self, images: Tensor | Array) -> Tensor:
         """The images as a Tensor in the model's library and dtype. Raises TypeError or ValueError."""
-        like = self.patch_embed.proj.weight.data
+        like = self.pos_embed.data
         data = images.data if isinstance(images, Tensor) else images
         if not arrays.is_array(data):
             raise TypeError(f"expected an array of images (B, C, H, W), got {type(data).__name__}")
@@ -260,14 +265,14 @@ def _heads(config: ViTConfig) -> tuple[nn.Module, nn.Module | None]:
 
 
 # In a block that is made of these, attention alone lets one token's output depend on the others.
-_KNOWN_LAYERS = {Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.LayerScale, nn.Dropout, nn.DropPath, nn.Identity}
+_KNOWN_LAYERS = (Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.LayerScale, nn.Dropout, nn.DropPath, nn.Identity)
 
 
 def _reads_first_tokens(model: VisionTransformer) -> bool:
     """Whether the output depends on the last block's first tokens alone; not where a user's own norm or method runs."""
     methods = ("forward_features", "forward_head", "pool")
     plain = all(getattr(type(model), name) is getattr(VisionTransformer, name) for name in methods)
-    plain = plain and type(model.norm) in _KNOWN_LAYERS and vars(model).keys().isdisjoint(methods)
+    plain = plain and nn.is_plain(model.norm, *_KNOWN_LAYERS) and vars(model).keys().isdisjoint(methods)
     return model.config.global_pool == "token" and plain
 
 
@@ -284,7 +289,7 @@ def _first_outputs(block: nn.Module, x: Tensor, queries: int) -> Tensor:  # (B, 
 
 
 def _is_plain(block: Block) -> bool:
-    """Whether a block, and all layers in it, in its attention and in its MLP, are known ones with their own forward."""
+    """Whether a block, and all layers in it, in its attention and in its MLP, are known ones."""
     parts = (block, block.attn, block.mlp)
     layers = (layer for part in parts for layer in vars(part).values() if isinstance(layer, nn.Module))
-    return all(type(layer) in _KNOWN_LAYERS and "forward" not in vars(layer) for layer in (block, *layers))
+    return all(nn.is_plain(layer, *_KNOWN_LAYERS) for layer in (block, *layers))

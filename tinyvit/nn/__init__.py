@@ -13,6 +13,8 @@ from tinyvit.nn.layers import (
     LayerScale,
     Linear,
     ReLU,
+    is_plain,
+    linear_gelu,
 )
 from tinyvit.nn.module import Buffer, Module, ModuleList, Parameter, Sequential, evaluating, forward_pre_hook
 
@@ -35,5 +37,7 @@ __all__ = [
     "evaluating",
     "forward_pre_hook",
     "init",
+    "is_plain",
+    "linear_gelu",
     "no_init",
 ]
