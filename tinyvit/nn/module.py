@@ -41,6 +41,21 @@ def forward_pre_hook(hook: Hook) -> Iterator[None]:
         _pre_hook.reset(token)
 
 
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Parameter, Any], Parameter]:
+    """The method of `Parameter` that writes the result of an operation into its array."""
+
+    def method(self: Parameter, other: Any) -> Parameter:
+        if is_grad_enabled() and (self.requires_grad or getattr(other, "requires_grad", False)):
+            raise RuntimeError(
+                "a parameter that requires a gradient cannot be changed in place; do it under tinyvit.no_grad()"
+            )
+        other = other.data if isinstance(other, Tensor) else other
+        self.data = operation(self.data, arrays.convert(other, self.data) if arrays.is_array(other) else other)
+        return self
+
+    return method
+
+
 class Parameter(Tensor):
     """A tensor that an optimizer may change, as an attribute of a module.
 
@@ -56,26 +71,10 @@ class Parameter(Tensor):
     def __init__(self, data: Array | Tensor, requires_grad: bool = True) -> None:
         super().__init__(data.data if isinstance(data, Tensor) else data, requires_grad)
 
-    def __iadd__(self, other: Any) -> Self:
-        return self._in_place(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Self:
-        return self._in_place(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Self:
-        return self._in_place(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Self:
-        return self._in_place(operator.itruediv, other)
-
-    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> Self:
-        if is_grad_enabled() and (self.requires_grad or getattr(other, "requires_grad", False)):
-            raise RuntimeError(
-                "a parameter that requires a gradient cannot be changed in place; do it under tinyvit.no_grad()"
-            )
-        other = other.data if isinstance(other, Tensor) else other
-        self.data = operation(self.data, arrays.convert(other, self.data) if arrays.is_array(other) else other)
-        return self
+    __iadd__ = _in_place(operator.iadd)
+    __isub__ = _in_place(operator.isub)
+    __imul__ = _in_place(operator.imul)
+    __itruediv__ = _in_place(operator.itruediv)
 
 
 class Buffer(Tensor):
