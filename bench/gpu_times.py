@@ -1,24 +1,102 @@
-"""How long the CUDA kernels take, beside what the device can do. Part of gpu_check."""
+"""How long the CUDA kernels, training steps and predictions take on a GPU, beside what the device can do.
+
+    python bench/gpu_times.py                                # everything but the search for plans: about a minute
+    python bench/gpu_times.py --only steps attention --json times.json
+    python bench/gpu_times.py --only tune                    # attention under other plans than our own
+
+Times of kernels are the device's own: a CUDA graph of several calls, timed by events. That the results are right is
+what `python -m pytest -m gpu` shows.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
+import gc
+import json
 import math
+import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import devices
 import numpy as np
-from gpu_common import BF16, FP32, cupy, microseconds, random_array, results, sets, xp
+from train_bench import flops
 
 import tinyvit
+from tinyvit import optim
 from tinyvit.backend import random
+from tinyvit.backend.cuda_graph import Graphed
+from tinyvit.execution import inference
 from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers
+
+try:
+    devices.choose("cuda")
+except RuntimeError as error:
+    sys.exit(f"gpu_times: error: {error}")
+
+import array_api_compat.cupy as xp
+import cupy
+import ml_dtypes
+
+BF16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+rng = np.random.default_rng(0)
+results: list[dict[str, Any]] = []
 
 # CIFAR's ViT with patches of 4 in batches of 1024, ViT-B/16 in batches of 256, ViT-L/16 at 384 of 64.
 ATTENTION = ((1024, 3, 65), (256, 12, 197), (64, 16, 577))  # batch, heads, rows; D = 64
 TOKENS = ((1024 * 65, 192), (256 * 197, 768))  # rows and width of the activations
 MODELS = ("vit_tiny_patch4_32", "vit_base_patch16_224")
+STEPS = tuple(zip(MODELS, (1024, 256), strict=True))  # models and their batches
+
+
+@functools.cache
+def stream() -> Any:
+    """The stream that is captured and timed."""
+    return cupy.cuda.Stream(non_blocking=True)
+
+
+def microseconds(calls: list[Callable[[], Any]], repeats: int = 15) -> float:
+    """Time of one call on the device, the median over launches of a graph of all of them."""
+    cupy.cuda.Device().synchronize()  # inputs were made on another stream
+    with stream():
+        kept = [call() for call in calls]  # compiles, and keeps each call's arrays apart
+        del kept
+        stream().begin_capture()
+        kept = [call() for call in calls]
+        graph = stream().end_capture()
+        times = []
+        for _ in range(repeats):
+            start, end = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record(stream())
+            graph.launch(stream())
+            end.record(stream())
+            end.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(start, end) * 1e3 / len(calls))
+    del kept
+    return float(np.median(times))
+
+
+def sets(nbytes: int) -> range:
+    """As many sets of inputs as overflow the cache twice, by their numbers."""
+    l2 = cupy.cuda.Device().attributes["L2CacheSize"]
+    return range(max(2, min(50, math.ceil(3 * l2 / nbytes))))
+
+
+@functools.cache
+def noise(dtype: np.dtype) -> Any:
+    bits = rng.standard_normal(1 << 20, dtype=np.float32).astype(dtype).view(f"u{dtype.itemsize}")
+    return cupy.asarray(bits)
+
+
+def random_array(shape: Any, dtype: np.dtype = BF16) -> Any:
+    """Normal numbers, which repeat after a million."""
+    size = int(np.prod(shape))
+    return cupy.resize(noise(dtype), size).view(dtype).reshape(shape)
 
 
 def attention_calls(batch: int, heads: int, n: int, backward: bool, dtype: Any = BF16) -> list[Callable]:
@@ -183,3 +261,100 @@ def time_products() -> None:
                     )
                 print(line)
         cublas.tf32.reset(token)
+
+
+# --- training steps and predictions ---------------------------------------------------------------------------------
+
+
+def make_step(precision: str, model: str) -> tinyvit.TrainStep:
+    vit = tinyvit.create_model(model).to("cuda")
+    optimizer = optim.AdamW(vit.parameters(), lr=1e-3, weight_decay=0.05)
+    return tinyvit.TrainStep(vit, optimizer, clip_norm=1.0, label_smoothing=0.1, precision=precision)
+
+
+def batch(size: int, config: tinyvit.ViTConfig) -> tuple[Any, Any]:
+    images = rng.standard_normal((size, config.in_chans, *config.image_size), np.float32)
+    return cupy.asarray(images), cupy.asarray(rng.integers(0, config.num_classes, size))
+
+
+@contextlib.contextmanager
+def single_launches() -> Iterator[None]:
+    """Within this context nothing is captured into a CUDA graph."""
+    capture, Graphed._capture = Graphed._capture, lambda *_: False
+    kept, inference._kept = inference._kept, weakref.WeakKeyDictionary()  # no graphs of earlier calls
+    try:
+        yield
+    finally:
+        Graphed._capture, inference._kept = capture, kept
+
+
+WAYS: dict[str, Callable[[], Any]] = {"graph": contextlib.nullcontext, "launches": single_launches}
+
+
+def milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    """Of one call among many, on the clock."""
+    for _ in range(3):
+        call()
+    cupy.cuda.Device().synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    cupy.cuda.Device().synchronize()
+    return (time.perf_counter() - start) / repeats * 1e3
+
+
+def time_steps() -> None:
+    """Training steps as graphs and in single launches."""
+    for name, size in STEPS:
+        for precision in ("bf16", "tf32"):
+            for way, context in WAYS.items():
+                step = make_step(precision, name)
+                config = step.model.config
+                images, labels = batch(size, config)
+                with context():
+                    ms = milliseconds(functools.partial(step, images, labels), 20)
+                rate, per_second = 3 * flops(config) * size / ms / 1e9, size / ms * 1e3
+                what = f"{name} batch {size} {precision} {way}"
+                print(f"  {what:48} {ms:8.2f} ms {per_second:9.0f} images/s {rate:5.0f} TFLOP/s")
+                if way == "graph" and step.graph.reason:
+                    print(f"    not a graph: {step.graph.reason}")
+                results.append({"time": f"step {what}", "ms": ms, "images_per_second": per_second, "tflops": rate})
+                del step, images, labels
+                gc.collect()  # a step and its graph know each other
+                cupy.get_default_memory_pool().free_all_blocks()
+
+
+def time_predictions() -> None:
+    for name, size in STEPS:
+        model = make_step("bf16", name).model
+        images, _ = batch(size * 8, model.config)
+        for way, context in WAYS.items():
+            with context():
+                predict = functools.partial(tinyvit.predict, model, images, batch_size=size, precision="bf16")
+                ms = milliseconds(predict, 3) / 8
+            print(f"  {name} batch {size} bf16 {way}: {ms:.2f} ms a batch, {size / ms * 1e3:.0f} images/s")
+            results.append({"time": f"predict {name} {way}", "ms": ms})
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "steps": time_steps, "predictions": time_predictions, "attention": time_attention, "products": time_products,
+    "others": time_others, "tune": tune_attention,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "tune"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+    args = parser.parse_args()
+    machine = devices.machine(devices.choose("cuda"))
+    print(json.dumps(machine))
+    for name in args.only:
+        print(f"\n{name}", flush=True)
+        PARTS[name]()
+        if args.json:  # after each part, in case the machine or its time is lost
+            args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import capture_sim
 import pytest
 import running  # noqa: F401  (it notes the real number of cores)
 from hypothesis import HealthCheck, settings
+from on_gpu import HAS_GPU
 
 from tinyvit.backend import parallel
 
@@ -20,6 +21,14 @@ settings.load_profile("tinyvit")
 # TINYVIT_TEST_THREADS=4 runs the tests as a machine with four cores would.
 if "TINYVIT_TEST_THREADS" in os.environ:
     parallel.available_cores = lambda: int(os.environ["TINYVIT_TEST_THREADS"])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` where there is no GPU."""
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="CuPy finds no GPU"))
 
 
 @pytest.fixture(scope="session")

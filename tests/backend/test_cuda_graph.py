@@ -16,7 +16,7 @@ import capture_sim
 import cuda_sim
 import numpy as np
 import pytest
-from drawing import needs_gpu
+from on_gpu import needs_gpu
 
 import tinyvit
 from tinyvit import functional as F

@@ -5,7 +5,8 @@ import types
 
 import numpy as np
 import pytest
-from drawing import BACKENDS, HAS_GPU, LIBRARIES, needs_gpu
+from drawing import BACKENDS, LIBRARIES
+from on_gpu import HAS_GPU, needs_gpu
 
 from tinyvit import create_model
 from tinyvit.backend import arrays

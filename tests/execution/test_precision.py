@@ -9,9 +9,10 @@ import array_api_strict
 import numpy as np
 import pytest
 import torch
-from drawing import BACKENDS, LIBRARIES, error, needs_gpu
+from drawing import BACKENDS, LIBRARIES, error
 from hypothesis import given
 from hypothesis import strategies as st
+from on_gpu import needs_gpu
 from running import assert_one_line_error, make_images, tinyvit
 from safetensors.numpy import load_file
 

@@ -7,7 +7,8 @@ import weakref
 import array_api_strict
 import numpy as np
 import pytest
-from drawing import BACKENDS, LIBRARIES, error, needs_gpu, references_only
+from drawing import BACKENDS, LIBRARIES, error, references_only
+from on_gpu import needs_gpu
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import tinyvit

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from on_gpu import HAS_GPU, needs_gpu
 
 from tinyvit import kernels
 from tinyvit.backend import arrays
@@ -24,13 +25,6 @@ from tinyvit.backend import arrays
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
 torch.set_num_threads(1)  # these arrays are too small for more
-
-try:
-    import cupy
-
-    HAS_GPU = cupy.cuda.runtime.getDeviceCount() > 0
-except Exception:  # no CuPy, no driver, no GPU
-    HAS_GPU = False
 
 LIBRARIES: dict[str, Any] = {
     "numpy": array_api_compat.numpy, "array_api_strict": array_api_strict, "torch": array_api_compat.torch,
@@ -41,7 +35,6 @@ if importlib.util.find_spec("jax"):
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
     LIBRARIES["jax"] = jax.numpy
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="CuPy finds no GPU")
 needs_jax = pytest.mark.skipif("jax" not in LIBRARIES, reason="JAX is not installed")
 BACKENDS = ["numpy", "array_api_strict", "torch", pytest.param("cupy", marks=needs_gpu)]
 WITH_JAX = [*BACKENDS, pytest.param("jax", marks=needs_jax)]  # for few small tests: JAX compiles for each shape

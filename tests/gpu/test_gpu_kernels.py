@@ -1,0 +1,185 @@
+"""Every CUDA kernel on a GPU, at the shapes of real models, against its reference in float64.
+
+The same sources run on a simulator in tests/kernels/test_cuda_kernels.py, at smaller and stranger shapes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from on_gpu import DTYPES, Poisoned, check_kernel, difference, dtype
+
+from tinyvit.backend import arrays, random
+from tinyvit.kernels import reference
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def xp():
+    import array_api_compat.cupy
+
+    return array_api_compat.cupy
+
+
+@pytest.fixture(scope="module")
+def table():
+    from tinyvit.kernels.cuda.table import KERNELS
+
+    return KERNELS
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+ATTENTION = [(2, 65, 3, 64), (2, 197, 3, 64), (1, 577, 2, 64), (1, 257, 1, 80), (2, 17, 2, 20)]  # B, N, heads, D
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("batch, n, heads, dim", ATTENTION)
+def test_attention(table, xp, rng, name, batch, n, heads, dim):
+    kernel, qkv = table[reference.qkv_attention], rng.standard_normal((batch, n, 3 * heads * dim))
+    check_kernel(kernel, xp, "qkv_attention", dtype(name), [qkv], num_heads=heads)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("n, queries, dropout", [(65, None, True), (197, 1, True), (197, 17, False)])
+def test_attention_with_dropout_and_of_the_first_tokens(table, xp, rng, name, n, queries, dropout):
+    qkv = rng.standard_normal((2, n, 3 * 3 * 64))
+    keep = (rng.random((2, 3, queries or n, n)) > 0.2) / 0.8 if dropout else None
+    params = {"num_heads": 3, "queries": queries, "keep": keep}
+    check_kernel(table[reference.qkv_attention], xp, "qkv_attention", dtype(name), [qkv], **params)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_attention_of_large_logits(table, xp, rng, name):
+    """Up to 1e4: nothing overflows."""
+    qkv = rng.standard_normal((1, 197, 3 * 64))
+    qkv[..., :128] *= math.sqrt(1e4 * 8 / np.abs(qkv[0, :, :64] @ qkv[0, :, 64:128].T).max())
+    check_kernel(table[reference.qkv_attention], xp, "qkv_attention", dtype(name), [qkv], limit=0.1, num_heads=1)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("rows, dim", [(65 * 16, 192), (197 * 4, 768), (333, 1280), (50, 257)])
+def test_layer_norm(table, xp, rng, name, rows, dim):
+    inputs = [rng.standard_normal((rows, dim)) + 2, rng.standard_normal(dim), rng.standard_normal(dim)]
+    check_kernel(table[reference.layer_norm], xp, "layer_norm", dtype(name), inputs, eps=1e-6)
+
+
+LINEAR = [(65 * 16, 192, 768), (197 * 4, 768, 3072), (1024, 192, 10), (3, 7, 9)]  # rows, width in, width out
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("rows, inner, outer", LINEAR)
+def test_linear_and_linear_gelu(table, xp, rng, name, rows, inner, outer):
+    x, bias = rng.standard_normal((rows, inner)), rng.standard_normal(outer)
+    weight = rng.standard_normal((outer, inner)) / math.sqrt(inner)
+    for b in (bias, None):
+        check_kernel(table[reference.linear], xp, "linear", dtype(name), [x, weight, b])
+    for approximate in ("none", "tanh"):
+        params = {"approximate": approximate}
+        check_kernel(table[reference.linear_gelu], xp, "linear_gelu", dtype(name), [x, weight, bias], **params)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu(table, xp, rng, name, approximate):
+    x = rng.standard_normal((1000, 77)) * 3
+    check_kernel(table[reference.gelu], xp, "gelu", dtype(name), [x], approximate=approximate)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("batch, classes", [(1024, 10), (256, 1000), (5, 21843)])
+def test_cross_entropy(table, xp, rng, name, batch, classes):
+    logits, kernel = rng.standard_normal((batch, classes)) * 3, table[reference.cross_entropy]
+    for labels in (rng.integers(0, classes, batch), rng.dirichlet(np.ones(classes), batch)):
+        params = {"labels": labels, "label_smoothing": 0.1}
+        check_kernel(kernel, xp, "cross_entropy", dtype(name), [logits], **params)
+
+
+def test_a_label_that_is_no_class_makes_the_loss_nan(table, xp):
+    labels = xp.asarray(np.array([0, 1, 3, 2]))
+    logits, run = xp.zeros((4, 3), dtype=xp.float32), table[reference.cross_entropy].run
+    loss, vjp = run(xp, logits, labels=labels, label_smoothing=0.1, needs=(True,))
+    (gradient,) = vjp(xp.ones((), dtype=xp.float32))
+    assert math.isnan(float(loss))
+    assert list(np.isnan(arrays.to_numpy(gradient)).any(axis=1)) == [False, False, True, False]
+
+
+DRAWS = [(0, 0, 0, 0), (12345, 2**31 + 7, 40, 1000)]  # seed, step, place, first sample
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("samples, shape, drop", [(256, (1, 1), 0.1), (33, (65, 192), 0.3), (5, (3, 7), 0.5)])
+def test_dropout_masks_are_the_hosts(table, xp, name, samples, shape, drop):
+    """Bit for bit, with the step as a number and in device memory."""
+    like = xp.empty((samples, 1), dtype=dtype(name))
+    for seed, step, place, first in DRAWS:
+        mask = random.keep_mask(drop, samples, shape, random.Draw(seed, step, place, first))
+        right = (mask * np.float32(1 / (1 - drop))).astype(dtype(name))
+        for number in (step, xp.asarray(np.array(step, np.int64))):
+            draw = random.Draw(seed, number, place, first)
+            mask = table[reference.dropout_mask].run(Poisoned(xp), like, drop=drop, shape=shape, draw=draw)
+            assert arrays.to_numpy(mask).tobytes() == right.tobytes()
+
+
+# --- cuBLASLt ---------------------------------------------------------------------------------------------------------
+
+PRODUCTS = [(65 * 64, 192, 576), (197 * 16, 768, 3072), (256, 768, 1000), (5, 24, 16), (7, 9, 10)]
+
+
+@pytest.mark.parametrize("name, limit", [("float32", 1e-5), ("tf32", 2e-3), ("float16", 2e-3), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("rows, inner, outer", PRODUCTS)
+def test_products_through_cublaslt(xp, rng, name, limit, rows, inner, outer):
+    """Each form, called and replayed from a CUDA graph, against float64."""
+    from tinyvit.kernels.cuda import cublas
+
+    if cublas.library() is None:
+        pytest.skip(cublas.missing())
+    narrow = dtype("float32" if name == "tf32" else name)
+    sizes = ((rows, inner), (outer, inner), (outer,), (rows, outer))
+    x, w, b, dy = (xp.asarray(rng.standard_normal(size).astype(narrow)) for size in sizes)
+    X, W, B, DY = (arrays.to_numpy(a).astype(np.float64) for a in (x, w, b, dy))
+    hidden = X @ W.T + B
+    gelu = 0.5 * hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
+    forms = {
+        "plain": (lambda: (cublas.linear(xp, x, w, None),), (X @ W.T,)),
+        "bias": (lambda: (cublas.linear(xp, x, w, b),), (hidden,)),
+        "GELU": (lambda: cublas.linear_gelu(xp, x, w, b, True), (gelu, hidden)),
+        "GELU alone": (lambda: cublas.linear_gelu(xp, x, w, b, False), (gelu, None)),
+        "input's gradient": (lambda: (cublas.input_gradient(xp, dy, w),), (DY @ W,)),
+        "weight's gradient": (lambda: cublas.weight_gradient(xp, dy, x, False), (DY.T @ X, None)),
+        "weight's and bias's": (lambda: cublas.weight_gradient(xp, dy, x, True), (DY.T @ X, DY.sum(axis=0))),
+    }
+    token = cublas.tf32.set(name == "tf32")
+    try:
+        for form, (call, exact) in forms.items():
+            if form.startswith("GELU") and (narrow == np.float32 or outer % 8):
+                continue  # cuBLASLt has no such epilogue
+            found = call()
+            assert found is not None and found[0] is not None, f"{form}: no algorithm"
+            for actual, again, right in zip(found, replayed(call), exact, strict=True):
+                if right is not None:
+                    assert difference(actual, right) < limit, form
+                    assert arrays.to_numpy(actual).tobytes() == arrays.to_numpy(again).tobytes(), form
+    finally:
+        cublas.tf32.reset(token)
+
+
+def replayed(call):
+    """What `call` gives when it is captured into a CUDA graph and launched from there."""
+    import cupy
+
+    cupy.cuda.Device().synchronize()  # the inputs were made on another stream
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        call()
+        stream.begin_capture()
+        results = call()
+        graph = stream.end_capture()
+        graph.launch(stream)
+        stream.synchronize()
+    return results
