@@ -36,6 +36,15 @@ def widen(bits: np.ndarray) -> np.ndarray:
     return np.left_shift(wide, 16, out=wide).view(np.float32)
 
 
+def read_bytes(file: BinaryIO, start: int, size: int) -> np.ndarray:
+    """`size` bytes from `start` of a buffered file, (size,) uint8, in memory of their own. Raises ValueError."""
+    content = np.empty(size, np.uint8)
+    file.seek(start)
+    if file.readinto(content.data) < size:  # type: ignore[attr-defined]  # which BinaryIO lacks
+        raise ValueError("the file is cut short")
+    return content
+
+
 def open_weights(path: Path) -> BinaryIO:
     """Open a file of weights for reading. Raises CheckpointError, which says why it cannot be read."""
     try:

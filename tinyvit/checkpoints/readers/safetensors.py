@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import DTYPES, check_count, open_weights, reason, widen
+from tinyvit.checkpoints.readers.common import DTYPES, check_count, open_weights, read_bytes, reason, widen
 
 LONGEST_HEADER = 8_000_000  # bytes; the library allows 100 MB, of which it needs a multiple in memory
 
@@ -63,6 +62,6 @@ def read_tensor(file: Any, start: int, name: str, entry: dict[str, Any]) -> np.n
     """One tensor; the numbers begin at `start`. Raises ValueError for a dtype that NumPy lacks."""
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name[:100]} is of dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-    file.seek(start + entry["data_offsets"][0])
-    numbers = np.fromfile(file, DTYPES[entry["dtype"]], math.prod(entry["shape"])).reshape(entry["shape"])
+    first, end = entry["data_offsets"]
+    numbers = read_bytes(file, start + first, end - first).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return widen(numbers) if entry["dtype"] == "BF16" else numbers

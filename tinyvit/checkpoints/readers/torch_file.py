@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import DTYPES, open_weights, reason, widen, zip_members
+from tinyvit.checkpoints.readers.common import DTYPES, open_weights, read_bytes, reason, widen, zip_members
 from tinyvit.files.plain_pickle import (
     MOST_BYTES,
     MOST_DIMENSIONS,
@@ -317,8 +317,7 @@ class TorchFile:
         with open(self.path, "rb") as file:
             if place.crc and size < place.size:
                 self.check_storage(file, place)
-            file.seek(place.start + skip)
-            content = np.fromfile(file, np.uint8, size)
+            content = read_bytes(file, place.start + skip, size)
         if place.crc and zlib.crc32(content.data) != place.crc:  # 0: the writer left it out
             raise ValueError("its bytes are damaged (the checksum differs)")
         return content
