@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from tinyvit.files.fields import checked, list_of, number, one_of
+from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from tinyvit.models.config import ViTConfig
-    from tinyvit.models.vit import VisionTransformer
+from tinyvit.models.resize import resize_weights
+from tinyvit.models.vit import VisionTransformer
+from tinyvit.nn import no_init
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 LONGEST_MESSAGE = 500
@@ -60,20 +60,21 @@ class Checkpoint:
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the model's images."""
-        return self.config.image_size  # type: ignore[return-value]  # the config keeps pairs
+        return self.config.image_size
 
     def build(self, *, interpolation: str = "bicubic", copy: bool = True, **overrides: Any) -> VisionTransformer:
-        """The model with its weights, in eval mode; `overrides` replace fields of its config.
+        """The model with its weights, in eval mode.
 
-        Another `image_size` or `patch_size` resizes position embeddings (`interpolation` as in `resize_weights`) and
-        patch kernels. Another `num_classes` gives a head of zeros; 0 leaves it out. With `copy=False` the model keeps
-        the arrays of `state`. Raises CheckpointError when weights are missing, left over, of another shape or not
-        finite, TypeError or ValueError for overrides that make no model.
+        Args:
+            interpolation: how position embeddings are resized for another `image_size`, as in `resize_weights`.
+            copy: False lets the model keep the arrays of `state`.
+            overrides: replace fields of the config. Another `image_size` or `patch_size` resizes position embeddings
+                and patch kernels; another `num_classes` gives a head of zeros, 0 leaves it out.
+
+        Raises:
+            CheckpointError: weights are missing, left over, of another shape or not finite.
+            TypeError, ValueError: overrides that make no model.
         """
-        from tinyvit.models.resize import resize_weights
-        from tinyvit.models.vit import VisionTransformer
-        from tinyvit.nn import no_init
-
         config = self.config.replace(**overrides)
         for name, array in self.state.items():
             if not np.all(np.isfinite(array)):

@@ -35,12 +35,11 @@ from tinyvit.models.config import FIELDS, ViTConfig
 KEY = "tinyvit"
 FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
 
-RATE = number(0, 1)
 METADATA = {
     "config": lambda values: checked(values, FIELDS),
     "class_names": list_of(text, 0, 1_000_000),
     "names_known": boolean,
-    "split": lambda values: checked(values, {"val_fraction": RATE, "seed": integer(0, 10**100)}),
+    "split": lambda values: checked(values, {"val_fraction": number(0, 1), "seed": integer(0, 10**100)}),
 }
 
 

@@ -148,8 +148,8 @@ class ViTConfig:
             raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
         if self.mlp_dim < 1:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} of embed_dim {self.embed_dim} leaves the MLP no hidden layer")
-        if self._weights > MOST_PARAMETERS:
-            raise ValueError(f"a model of {self._weights:.1e} parameters is refused, at most {MOST_PARAMETERS:.0e}")
+        if self.num_weights > MOST_PARAMETERS:
+            raise ValueError(f"a model of {self.num_weights:.1e} parameters is refused, at most {MOST_PARAMETERS:.0e}")
 
     def _check_patches(self) -> None:
         (rows, columns), (h, w) = self.feature_size, self.patch_size
@@ -170,11 +170,13 @@ class ViTConfig:
             )
 
     @property
-    def _weights(self) -> int:
+    def num_weights(self) -> int:
         """The number of weights in the large matrices, outside a ResNet."""
         dim, (h, w) = self.embed_dim, self.patch_size
         blocks = self.depth * dim * (4 * dim + 2 * self.mlp_dim)
-        return blocks + dim * (self.num_tokens + self.feature_chans * h * w + self.num_classes)
+        return blocks + dim * (
+            self.num_tokens + self.feature_chans * h * w + self.num_classes + (self.representation_size or 0)
+        )
 
     @property
     def feature_size(self) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """All tensors by name, each in memory of its own; bfloat16 comes as float32. Raises CheckpointError."""
     with open_safetensors(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))  # which the library has found in order
+        header = json.loads(file.read(length))  # the library has checked it
         header.pop("__metadata__", None)
         check_count(len(header))
         return {name: read_tensor(file, 8 + length, name, entry) for name, entry in header.items()}

@@ -170,7 +170,7 @@ def describe(value: Any) -> str:
 class TorchFile:
     """The content of a .pth file: `content`, in which tensors are StoredTensor, and `read`, which gets their numbers.
 
-    Raises CheckpointError for a file that is damaged, or that asks for anything but tensors and plain containers.
+    Raises CheckpointError for a file that is damaged, or that names a function of the standard library.
     """
 
     def __init__(self, path: Path) -> None:
