@@ -52,6 +52,8 @@ def test_defaults_are_torch_s():
         (F.max_pool2d(x, 2), TF.max_pool2d(t, 2)),
         (F.max_pool2d(x, (2, 3)), TF.max_pool2d(t, (2, 3))),
         (F.max_pool2d(x, 3, 2, 1), TF.max_pool2d(t, 3, 2, 1)),
+        (F.softmax(x, dim=1), TF.softmax(t, dim=1)),
+        (F.log_softmax(x, dim=0), TF.log_softmax(t, dim=0)),
         (F.conv2d(x, weight, bias, 2, 1), TF.conv2d(t, torch.tensor(weight), torch.tensor(bias), 2, 1)),
     ):
         assert ours.shape == tuple(theirs.shape) and error(ours.numpy(), theirs.numpy()) < 1e-6

@@ -124,14 +124,14 @@ def gelu(x: Input, approximate: str = "none") -> Tensor:
     return apply(reference.gelu, x, approximate=approximate)
 
 
-def softmax(x: Input, axis: int = -1) -> Tensor:
-    """exp(x) / sum(exp(x)) along `axis`, computed without overflow."""
-    return apply(reference.softmax, x, axis=axis)
+def softmax(x: Input, axis: int = -1, *, dim: int | None = None) -> Tensor:
+    """exp(x) / sum(exp(x)) along `axis` (`dim` is torch's name for it), computed without overflow."""
+    return apply(reference.softmax, x, axis=axis if dim is None else dim)
 
 
-def log_softmax(x: Input, axis: int = -1) -> Tensor:
-    """log(softmax(x)) along `axis`, computed without overflow."""
-    return apply(reference.log_softmax, x, axis=axis)
+def log_softmax(x: Input, axis: int = -1, *, dim: int | None = None) -> Tensor:
+    """log(softmax(x)) along `axis` (`dim` is torch's name for it), computed without overflow."""
+    return apply(reference.log_softmax, x, axis=axis if dim is None else dim)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------

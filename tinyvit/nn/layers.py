@@ -49,7 +49,7 @@ class Linear(Module):
 
 
 def is_plain(layer: Module, *classes: type[Module]) -> bool:
-    """Whether a layer is of one of these very classes and runs its forward, so that another way may be taken."""
+    """Whether a layer is of one of these very classes, with their forward: then a fused operation may replace it."""
     return type(layer) in classes and "forward" not in vars(layer)
 
 
