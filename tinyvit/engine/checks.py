@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,12 +51,6 @@ def _plain_number(x: Any) -> bool | int | float:
     if isinstance(x, np.generic):
         return x.item()
     return x if type(x) in (bool, int, float) else float(x)
-
-
-@np.errstate(all="ignore")
-def quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function; infinities and NaN show in its result, not as NumPy's warnings or errors."""
-    return function(*args, **kwargs)
 
 
 Version = list[int]  # holds how often an array was changed in place; tensors whose arrays share memory share the list

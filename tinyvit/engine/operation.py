@@ -10,7 +10,7 @@ from typing import Any
 from tinyvit import kernels
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.engine.tensor import Tensor, apply
-from tinyvit.kernels.half_precision import in_fp32, numbers_in_fp32, sum_in_fp32
+from tinyvit.kernels.half_precision import half_dtype, in_fp32, sum_in_fp32
 
 _TORCH_NAMES = {"dim": "axis", "keepdim": "keepdims"}
 
@@ -27,6 +27,8 @@ def operation(op: Callable[..., tuple[Array, VJP]]) -> Callable[..., Tensor]:
 
     @functools.wraps(op)
     def function(*args: Any, **parameters: Any) -> Tensor:
+        if len(args) == len(arrays) and not parameters:
+            return apply(op, *args)
         if len(args) > len(names):
             raise TypeError(f"{op.__name__} takes at most {len(names)} arguments, got {len(args)}")
         if parameters or len(args) < len(arrays):
@@ -65,6 +67,8 @@ def elementwise(formula: Callable[..., tuple[Any, ...]], upcast: bool = True) ->
 
     @functools.wraps(formula)
     def op(xp: Any, *inputs: Any, needs: tuple[bool, ...], **parameters: Any) -> tuple[Array, VJP]:
+        if (upcast or float in map(type, inputs)) and half_dtype(inputs) is not None:
+            return op_in_fp32(xp, *inputs, needs=needs, **parameters)
         y, *partials = formula(xp, *inputs, **parameters)
         needed = [(d, shape_of(x)) if need else None for d, x, need in zip(partials, inputs, needs, strict=True)]
 
@@ -73,7 +77,8 @@ def elementwise(formula: Callable[..., tuple[Any, ...]], upcast: bool = True) ->
 
         return y, vjp
 
-    return operation(in_fp32(op) if upcast else numbers_in_fp32(op))
+    op_in_fp32 = in_fp32(op)
+    return operation(op)
 
 
 def shape_of(x: Array | float) -> tuple[int, ...]:

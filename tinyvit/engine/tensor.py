@@ -221,6 +221,7 @@ Method = Callable[..., Tensor]
 Source = Tensor | tuple[Node, int]  # where a gradient goes: a leaf, or an operation's output
 
 
+@np.errstate(all="ignore")  # infinities and NaN show in the result, as in torch
 def apply(op: Callable[..., Any], *inputs: Tensor | Array | float | None, **parameters: Any) -> Any:
     """Run an operation on tensors, arrays, numbers or None, and record it where a gradient is needed.
 
@@ -234,7 +235,7 @@ def apply(op: Callable[..., Any], *inputs: Tensor | Array | float | None, **para
     xp = checks.common_namespace(name, values, parameters)
     is_recording = recording.get()
     needs = tuple([is_recording and isinstance(x, Tensor) and x.requires_grad for x in inputs])
-    result, vjp = checks.quietly(kernels.best(op, xp), xp, *values, needs=needs, **parameters)
+    result, vjp = kernels.best(op, xp)(xp, *values, needs=needs, **parameters)
     outputs = [Tensor(y) for y in result] if isinstance(result, tuple) else [Tensor(result)]
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     checks.share_versions(tensors, outputs)

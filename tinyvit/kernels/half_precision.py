@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tinyvit.backend import arrays
+from tinyvit.backend.arrays import Array
 
-Array = Any
 F = TypeVar("F", bound=Callable)
 
 
@@ -22,7 +22,7 @@ def in_fp32(op: F) -> F:
 
     @functools.wraps(op)
     def wide(xp: Any, *inputs: Any, needs: tuple[bool, ...], **params: Any) -> tuple[Any, Callable]:
-        dtype = _half_dtype(inputs)
+        dtype = half_dtype(inputs)
         if dtype is None:
             return op(xp, *inputs, needs=needs, **params)
         params = {name: _widened(xp, x) for name, x in params.items()}
@@ -39,18 +39,6 @@ def in_fp32(op: F) -> F:
     return wide  # type: ignore[return-value]
 
 
-def numbers_in_fp32(op: F) -> F:
-    """The same only where a fraction is among the inputs, beside which bfloat16 would become float32 (NumPy, CuPy)."""
-    wide_op = in_fp32(op)
-
-    @functools.wraps(op)
-    def wide(xp: Any, *inputs: Any, needs: tuple[bool, ...], **params: Any) -> tuple[Any, Callable]:
-        chosen = wide_op if any(isinstance(x, float) for x in inputs) else op
-        return chosen(xp, *inputs, needs=needs, **params)
-
-    return wide  # type: ignore[return-value]
-
-
 def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
     """The sum over some axes in the dtype of `x`, added up in float32 if that has 16 bits."""
     if not arrays.is_half(x):
@@ -58,8 +46,12 @@ def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
     return xp.astype(arrays.as_array(xp.sum(x, axis=axis, dtype=xp.float32)), x.dtype)
 
 
-def _half_dtype(inputs: tuple[Any, ...]) -> Any:
-    return next((x.dtype for x in inputs if hasattr(x, "dtype") and arrays.is_half(x)), None)
+def half_dtype(inputs: tuple[Any, ...]) -> Any:
+    """The dtype of the first array of 16 bits among `inputs`, None if there is none."""
+    for x in inputs:
+        if hasattr(x, "dtype") and arrays.is_half(x):
+            return x.dtype
+    return None
 
 
 def _widened(xp: Any, x: Any) -> Any:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.kernels.reference.convolution import VJP, Padding, Pair, output_size, pad, views
-
-Array = np.ndarray
+from tinyvit.backend.arrays import VJP, Array
+from tinyvit.kernels.reference.convolution import Padding, Pair, output_size, pad, views
 
 BLOCK = 1 << 21  # elements of the patches made at a time: enough for a wide product, too few for the memory to show
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-Array = np.ndarray
-VJP = Callable[..., tuple[Array | None, ...]]
+from tinyvit.backend.arrays import VJP, Array
 
 # Elements of a block: measured. Smaller ones sit deeper in the cache, but cost more calls that hold the GIL.
 BLOCK = 1 << 18

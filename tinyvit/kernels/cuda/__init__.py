@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyvit.backend import arrays, cuda_graph
-
-Array = Any
+from tinyvit.backend.arrays import Array
 
 FOLDER = Path(__file__).parent
 NULL = np.uint64(0)  # a pointer to nothing, as a kernel's argument

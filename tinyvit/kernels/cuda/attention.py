@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
-
-Array = Any
-VJP = Callable[..., tuple[Array | None, ...]]
 
 
 def covers_attention(

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyvit.backend.arrays import Array
 from tinyvit.kernels import cuda
-
-Array = Any
 
 WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for Hopper
 ALIGNMENT = 16  # bytes: where `cuda.ready` arrays start, at least

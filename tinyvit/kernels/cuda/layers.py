@@ -6,17 +6,14 @@ They compute in fp32 whatever the arrays' dtype is (float32, float16, bfloat16),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tinyvit.backend import arrays, random
+from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda, reference
 from tinyvit.kernels.cuda.linear import sum_partials
-
-Array = Any
-VJP = Callable[..., tuple[Array | None, ...]]
 
 # --- layer normalisation --------------------------------------------------------------------------------------------
 

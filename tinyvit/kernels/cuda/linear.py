@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import cuda_graph
+from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import cublas
-
-Array = Any
-VJP = Callable[..., tuple[Array | None, ...]]
 
 WAVE = 4  # blocks of 256 threads that a multiprocessor holds of any kernel here
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import cuda_graph
+from tinyvit.backend.arrays import Array
 from tinyvit.kernels import Kernel, cuda, reference
-
-Array = Any
 
 CONTROL = ("lr", "step", "correction", "rate_over_lr", "gradient_scale", "norm", "skip")  # struct Control in adamw.cu
 PIECE = 4096  # numbers of a parameter that a block takes, as in adamw.cu

@@ -8,14 +8,11 @@ is wanted); it returns the result and its vector-Jacobian product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from tinyvit.backend import arrays, random
+from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels.half_precision import in_fp32
-
-Array = Any
-VJP = Callable[..., tuple[Array | None, ...]]
 
 # Rational approximations of erf(x)/x on |x| <= 0.46875 and of erfc(x) exp(x^2) above it:
 # W. J. Cody, "Rational Chebyshev approximations for the error function", Math. Comp. 23 (1969).

@@ -10,7 +10,7 @@ import math
 from types import ModuleType
 from typing import Any
 
-Array = Any
+from tinyvit.backend.arrays import Array
 
 
 def sgd(
