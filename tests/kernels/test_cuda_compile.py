@@ -75,15 +75,15 @@ INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarc
 
 def attention_variants() -> list[tuple[str, dict]]:
     """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
-    shapes = [("bf16", 64, n, keep) for n in (50, 65, 197, 577) for keep in (0, 1)]
+    shapes = [("bf16", 64, n, dropout) for n in (50, 65, 197, 577) for dropout in (0, 1)]
     shapes += [("f16", 80, 197, 1), ("bf16", 128, 197, 0), ("float", 64, 197, 0)]
     found = []
-    for scalar, dim, n, keep in shapes:
+    for scalar, dim, n, dropout in shapes:
         size = 4 if scalar == "float" else 2
         forward = attention.forward_plan(n, n, dim, size)
-        backward = attention.backward_plan(n, n, dim, size, dropout=bool(keep))
+        backward = attention.backward_plan(n, n, dim, size, dropout=bool(dropout))
         for file, plan in (("attention_forward", forward), ("attention_backward", backward)):
-            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": keep} | plan.constants))
+            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": dropout} | plan.constants))
     return [v for i, v in enumerate(found) if v not in found[:i]]
 
 

@@ -129,7 +129,7 @@ def test_attention_of_the_first_tokens(folder, scalar, n, queries):
 def test_attention_with_dropout(folder, scalar, n, queries):
     rng = np.random.default_rng(n)
     qkv, kept = rng.standard_normal((2, n, 3 * 2 * 16)), rng.random((2, 2, queries or n, n)) > 0.3
-    params = {"num_heads": 2, "queries": queries, "keep": kept / 0.7}
+    params = {"num_heads": 2, "queries": queries, "dropout_mask": kept / 0.7}
     check(folder, "qkv_attention", scalar, [qkv], params)
 
 

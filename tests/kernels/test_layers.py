@@ -133,7 +133,7 @@ def _attention(draw):
     return Example(
         [values(draw, shape) * s for shape, s in (((b, h, n, d), scale), ((b, h, m, d), scale), ((b, h, m, e), 1))],
         lambda q, k, v: torch_attention(q, k, v, mask, keep),
-        {"mask": mask, "keep": keep},
+        {"mask": mask, "dropout_mask": keep},
         condition=scale**2,
     )
 
@@ -142,16 +142,16 @@ def _attention(draw):
 def _qkv_attention(draw):
     b, n, h, d = draw(st.sampled_from([0, 1, 2, 3])), draw(sides), draw(sides), draw(sides)
     queries = draw(st.none() | st.integers(1, n))
-    asking = queries or n
-    mask, keep = mask_and_keep(draw, (b, h, asking, n))
+    n_queries = queries or n
+    mask, keep = mask_and_keep(draw, (b, h, n_queries, n))
 
     def theirs(qkv):
         q, k, v = (part.reshape(b, n, h, d).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-        return torch_attention(q[:, :, :asking], k, v, mask, keep).transpose(1, 2).reshape(b, asking, h * d)
+        return torch_attention(q[:, :, :n_queries], k, v, mask, keep).transpose(1, 2).reshape(b, n_queries, h * d)
 
     scale = draw(st.sampled_from([1, 5]))
     qkv = values(draw, (b, n, 3 * h * d)) * scale
-    parameters = {"num_heads": h, "queries": queries, "mask": mask, "keep": keep}
+    parameters = {"num_heads": h, "queries": queries, "mask": mask, "dropout_mask": keep}
     return Example([qkv], theirs, parameters, condition=scale**2)
 
 

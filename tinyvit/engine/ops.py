@@ -80,4 +80,4 @@ for _function in (max, min):
     setattr(Tensor, _function.__name__, _values_only(_function))
 Tensor.__neg__ = negative
 Tensor.__getitem__ = getitem
-Tensor.T = property(_transposed)
+setattr(Tensor, "T", property(_transposed))  # noqa: B010

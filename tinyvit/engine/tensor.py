@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -185,6 +185,11 @@ class Tensor:
     __rpow__: Operator
     __matmul__: Operator
     __rmatmul__: Operator
+    if TYPE_CHECKING:
+
+        def __eq__(self, other: Any) -> Tensor: ...  # type: ignore[override]
+        def __ne__(self, other: Any) -> Tensor: ...  # type: ignore[override]
+
     __lt__: Operator
     __le__: Operator
     __gt__: Operator
@@ -216,7 +221,7 @@ class Tensor:
     T: Tensor
 
 
-Operator = Callable[[Any], Tensor]
+Operator = Callable[[Tensor, Any], Tensor]
 Method = Callable[..., Tensor]
 Source = Tensor | tuple[Node, int]  # where a gradient goes: a leaf, or an operation's output
 

@@ -157,7 +157,7 @@ def attention(
     batch, heads, queries, _ = q.shape
     scores = (batch, heads, queries, k.shape[2])
     mask, keep = checks.attention_mask(mask, _array(q), scores), _dropout_mask(q, dropout, training, scores[1:])
-    return apply(reference.attention, q, k, v, mask=mask, keep=keep)
+    return apply(reference.attention, q, k, v, mask=mask, dropout_mask=keep)
 
 
 def qkv_attention(
@@ -185,7 +185,7 @@ def qkv_attention(
         raise ValueError(f"queries must lie in 1 ... {tokens} tokens, got {queries}")
     scores = (batch, num_heads, queries or tokens, tokens)
     mask, keep = checks.attention_mask(mask, _array(qkv), scores), _dropout_mask(qkv, dropout, training, scores[1:])
-    return apply(reference.qkv_attention, qkv, num_heads=num_heads, queries=queries, mask=mask, keep=keep)
+    return apply(reference.qkv_attention, qkv, num_heads=num_heads, queries=queries, mask=mask, dropout_mask=keep)
 
 
 def attention_weights(qkv: Input, num_heads: int) -> Tensor:

@@ -46,7 +46,7 @@ def conv2d(
     def vjp(dy: Array) -> tuple[Array | None, Array | None]:
         dy = dy.reshape(batch, outputs, windows)
         dweight = np.zeros_like(kernel) if needs[1] else None
-        dx = np.empty_like(x) if needs[0] else None
+        dx: Array = np.empty_like(x) if needs[0] else None
         if needs[1]:
             for part, columns in patches():
                 dweight += dy[part].swapaxes(0, 1).reshape(outputs, -1) @ columns.T

@@ -46,7 +46,7 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
 
 
 def _linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
-    saved_rows = rows if needs[1] else None
+    saved_rows: Array = rows if needs[1] else None
 
     def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
         dy = dy.reshape(-1, dy.shape[-1])
@@ -66,7 +66,7 @@ def linear_gelu(
 ) -> tuple[Array, VJP]:
     rows = x.reshape(-1, x.shape[-1])
     y = rows @ weight.T
-    slope = np.empty_like(y) if True in needs else None
+    slope: Array = np.empty_like(y) if True in needs else None
     shift = _tiled(bias, len(y))
     for part, scratch in _row_blocks(y, 2):
         _by_row(np.add, y[part], shift, y[part])
@@ -88,7 +88,7 @@ def linear_gelu(
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     flat = np.ascontiguousarray(x).reshape(-1, x.shape[-1] if x.size and x.ndim else 1)
     y = np.empty_like(flat)
-    slope = np.empty_like(flat) if needs[0] else None
+    slope: Array = np.empty_like(flat) if needs[0] else None
     for part, scratch in _row_blocks(flat, 2):
         _gelu(flat[part], y[part], None if slope is None else slope[part], scratch, approximate)
 
@@ -227,24 +227,24 @@ def qkv_attention(
     num_heads: int,
     queries: int | None = None,
     mask: Array | None = None,
-    keep: Array | None = None,
+    dropout_mask: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     batch, n, width = qkv.shape
-    asking = n if queries is None else queries
+    queries = n if queries is None else queries
     dim = width // (3 * num_heads)
     scale = 1.0 / math.sqrt(dim)
     q, k, v = _heads(qkv, num_heads)  # views (B, H, N, D)
-    q = q[:, :, :asking]  # (B, H, Q, D)
-    y = np.empty((batch, asking, width // 3), qkv.dtype)
+    q = q[:, :, :queries]  # (B, H, Q, D)
+    y = np.empty((batch, queries, width // 3), qkv.dtype)
     (out,) = _heads(y, num_heads, 1)
-    step = max(1, 2 * BLOCK // max(1, num_heads * asking * n))  # samples whose weights fit the cache
+    step = max(1, 2 * BLOCK // max(1, num_heads * queries * n))  # samples whose weights fit the cache
     samples = [slice(i, i + step) for i in range(0, batch, step)]
-    p = np.empty((batch if needs[0] else min(step, batch), num_heads, asking, n), qkv.dtype)
+    p = np.empty((batch if needs[0] else min(step, batch), num_heads, queries, n), qkv.dtype)
     ones = np.ones(n, qkv.dtype)
     for part in samples:
         w = p[part] if needs[0] else p[: len(q[part])]
-        np.matmul(q[part], _transposed(k[part], asking), w)
+        np.matmul(q[part], _transposed(k[part], queries), w)
         np.multiply(w, scale * _UNIT, w)
         safe = w.size and w.min() > -_EXP_LIMIT * _UNIT and w.max() < _EXP_LIMIT * _UNIT
         if not safe:  # two quick passes often save two slow ones
@@ -256,18 +256,18 @@ def qkv_attention(
     def vjp(dy: Array) -> tuple[Array]:
         dqkv = np.empty(qkv.shape, qkv.dtype)
         dq, dk, dv = _heads(dqkv, num_heads)
-        dq[:, :, asking:] = 0
+        dq[:, :, queries:] = 0
         (dout,) = _heads(np.ascontiguousarray(dy), num_heads, 1)
-        scratch = np.empty((2, min(step, batch), num_heads, asking, n), qkv.dtype)
+        scratch = np.empty((2, min(step, batch), num_heads, queries, n), qkv.dtype)
         for part in samples:
             w = p[part]
             ds, product = scratch[:, : len(w)]
-            np.matmul(dout[part], _transposed(v[part], asking), ds)
+            np.matmul(dout[part], _transposed(v[part], queries), ds)
             np.multiply(ds, w, product)
             np.subtract(ds, (product @ ones)[..., None], ds)
             np.multiply(ds, w, ds)
             np.multiply(ds, scale, ds)
-            np.matmul(ds, k[part], dq[part][:, :, :asking])
+            np.matmul(ds, k[part], dq[part][:, :, :queries])
             np.matmul(ds.swapaxes(2, 3), q[part], dk[part])
             np.matmul(w.swapaxes(2, 3), dout[part], dv[part])
         return (dqkv,)
@@ -275,13 +275,13 @@ def qkv_attention(
     return y, vjp
 
 
-def _transposed(x: Array, asking: int) -> Array:
-    """x^T of each head, (B, H, N, D) -> (B, H, D, N), to be multiplied with (B, H, asking, D) from the left.
+def _transposed(x: Array, queries: int) -> Array:
+    """x^T of each head, (B, H, N, D) -> (B, H, D, N), to be multiplied with (B, H, queries, D) from the left.
 
     OpenBLAS has kernels of their own for small products, half as fast if the second matrix is transposed: there a copy.
     """
     view = x.swapaxes(2, 3)
-    return np.ascontiguousarray(view) if asking * x.shape[2] * x.shape[3] <= _SMALL_PRODUCT else view
+    return np.ascontiguousarray(view) if queries * x.shape[2] * x.shape[3] <= _SMALL_PRODUCT else view
 
 
 def _heads(packed: Array, num_heads: int, parts: int = 3) -> Array:

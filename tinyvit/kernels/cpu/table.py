@@ -17,8 +17,8 @@ def _not_float64(x: np.ndarray, *_: Any, **__: Any) -> bool:
     return x.dtype != np.float64
 
 
-def _plain_attention(_: Any, *, mask: Any = None, keep: Any = None, **__: Any) -> bool:
-    return mask is None and keep is None
+def _plain_attention(_: Any, *, mask: Any = None, dropout_mask: Any = None, **__: Any) -> bool:
+    return mask is None and dropout_mask is None
 
 
 def _valid_labels(logits: np.ndarray, *, labels: np.ndarray, **_: Any) -> bool:

@@ -158,8 +158,8 @@ DEVICE int least(int a, int b) { return a < b ? a : b; }
 DEVICE int tiles_of(int rows) { return (rows + 15) / 16; }
 
 // The factor of a weight that dropout keeps or drops; 0 beyond the ends.
-DEVICE float kept(const T* keep, int query, int key, int queries, int keys) {
-    return query < queries && key < keys ? to_float(keep[1LL * query * keys + key]) : 0.0f;
+DEVICE float dropout_factor(const T* dropout_mask, int query, int key, int queries, int keys) {
+    return query < queries && key < keys ? to_float(dropout_mask[1LL * query * keys + key]) : 0.0f;
 }
 
 // Starts copying rows first ... first + count of a matrix of n rows into shared memory, zeros where there are none.

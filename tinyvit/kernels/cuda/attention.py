@@ -21,14 +21,14 @@ def covers_attention(
     num_heads: int,
     queries: int | None = None,
     mask: Array | None = None,
-    keep: Array | None = None,
+    dropout_mask: Array | None = None,
     **_: Any,
 ) -> bool:
     _, n, width = qkv.shape
     dim = _padded_dim(width, num_heads)
     if mask is not None or not cuda.scalar(qkv.dtype) or not qkv.size or dim > 128 or n * 3 * num_heads * dim >= 2**31:
         return False
-    return backward_plan(n, queries or n, dim, qkv.dtype.itemsize, dropout=keep is not None) is not None
+    return backward_plan(n, queries or n, dim, qkv.dtype.itemsize, dropout=dropout_mask is not None) is not None
 
 
 def _padded_dim(width: int, num_heads: int) -> int:
@@ -43,35 +43,35 @@ def qkv_attention(
     num_heads: int,
     queries: int | None = None,
     mask: Array | None = None,
-    keep: Array | None = None,
+    dropout_mask: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     batch, n, width = qkv.shape
     own_dim = width // (3 * num_heads)
     dim = _padded_dim(width, num_heads)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
-    asking = n if queries is None else queries
-    plan = backward_plan(n, asking, dim, size, dropout=keep is not None)
+    queries = n if queries is None else queries
+    plan = backward_plan(n, queries, dim, size, dropout=dropout_mask is not None)
     assert plan is not None  # as `covers_attention` found
     qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
-    kept = cuda.NULL if keep is None else cuda.ready(keep)
-    y = xp.empty((batch, asking, num_heads * dim), dtype=qkv.dtype)
-    row_log = xp.empty((batch, num_heads, asking), dtype=xp.float32) if needs[0] else cuda.NULL
-    shape, scale = (np.int32(num_heads), np.int32(n), np.int32(asking)), np.float32(1.0 / math.sqrt(own_dim))
-    heads, variant = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim, "KEEP": int(keep is not None)}
+    factors = cuda.NULL if dropout_mask is None else cuda.ready(dropout_mask)
+    y = xp.empty((batch, queries, num_heads * dim), dtype=qkv.dtype)
+    row_log = xp.empty((batch, num_heads, queries), dtype=xp.float32) if needs[0] else cuda.NULL
+    shape, scale = (np.int32(num_heads), np.int32(n), np.int32(queries)), np.float32(1.0 / math.sqrt(own_dim))
+    heads, variant = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": int(dropout_mask is not None)}
 
-    constants, blocks, shared = forward_plan(n, asking, dim, size)
+    constants, blocks, shared = forward_plan(n, queries, dim, size)
     forward = cuda.kernel("attention_forward", "attention_forward", **variant, **constants)
-    arguments = (qkv, kept, y, row_log, *shape, np.int32(blocks), scale)
+    arguments = (qkv, factors, y, row_log, *shape, np.int32(blocks), scale)
     forward((heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
 
     def vjp(dy: Array) -> tuple[Array]:
         constants, portions, shared = plan
         dy = cuda.ready(_with_dim(xp, dy, own_dim, dim))
         dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
-        dq_sum = xp.empty((batch, num_heads, asking, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
+        dq_sum = xp.empty((batch, num_heads, queries, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
         backward = cuda.kernel("attention_backward", "attention_backward", **variant, **constants)
-        arguments = (qkv, kept, y, dy, row_log, dqkv, dq_sum, *shape, scale)
+        arguments = (qkv, factors, y, dy, row_log, dqkv, dq_sum, *shape, scale)
         backward((heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
         return (_with_dim(xp, dqkv, dim, own_dim),)
 
@@ -97,14 +97,14 @@ class Plan(NamedTuple):
     shared: int
 
 
-def forward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) -> Plan:
-    """The plan for N tokens of which the first so many ask.
+def forward_plan(n: int, n_queries: int, dim: int, itemsize: int, **choices: int) -> Plan:
+    """The plan for n tokens, of which the first `n_queries` are queries.
 
     Two tiles of queries a warp halve the reading of keys from shared memory, where there are rows enough to fill them
     and registers to hold them; blocks are then of four warps, so that two fit on a multiprocessor. Short rows pass in
     one step. `choices` of TILES, KEYS and WARPS (the most of a block) replace our own.
     """
-    tiles = choices.get("TILES", 2 if asking > 112 and dim <= 80 and itemsize == 2 else 1)
+    tiles = choices.get("TILES", 2 if n_queries > 112 and dim <= 80 and itemsize == 2 else 1)
     keys = choices.get("KEYS", 32 if itemsize == 4 and dim > 64 else 16 * min(_tiles(n), 5 if n <= 80 else 4))
     most = choices.get("WARPS", 8 // tiles)
     resident = 16 // tiles if dim <= 64 and itemsize == 2 else 8  # warps
@@ -113,15 +113,15 @@ def forward_plan(n: int, asking: int, dim: int, itemsize: int, **choices: int) -
     def shared(warps: int) -> int:
         return (16 * tiles * warps + 2 * stages * keys) * _stride(dim) * itemsize
 
-    parts, warps = _split(math.ceil(_tiles(asking) / tiles), most, shared)
+    parts, warps = _split(math.ceil(_tiles(n_queries) / tiles), most, shared)
     constants = {"TILES": tiles, "KEYS": keys, "WARPS": warps, "RESIDENT": max(1, resident // warps)}
     return Plan(constants, parts, shared(warps))
 
 
 def backward_plan(
-    n: int, asking: int, dim: int, itemsize: int, *, dropout: bool = False, **choices: int
+    n: int, n_queries: int, dim: int, itemsize: int, *, dropout: bool = False, **choices: int
 ) -> Plan | None:
-    """The plan for N tokens of which the first so many ask; None if their statistics are too much for shared memory.
+    """The plan for n tokens, of which the first `n_queries` are queries; None if shared memory is too small for them.
 
     With dropout a block fewer is resident: its mask takes registers. `choices` of TILES, QUERIES and WARPS (the most of
     a block) replace our own.
@@ -132,7 +132,7 @@ def backward_plan(
 
     def shared(warps: int) -> int:
         rows = 16 * tiles * warps
-        return ((2 * rows + 4 * queries) * _stride(dim) + rows * (queries + 8)) * itemsize + 8 * 16 * _tiles(asking)
+        return ((2 * rows + 4 * queries) * _stride(dim) + rows * (queries + 8)) * itemsize + 8 * 16 * _tiles(n_queries)
 
     if shared(1) > cuda.shared_limit():
         return None

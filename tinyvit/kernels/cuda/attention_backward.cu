@@ -13,10 +13,10 @@
 // the queries once for each portion of keys and adds up dq in fp32 (`dq_sum`), always in the same order: no atomics
 // anywhere.
 //
-// With KEEP = 1 the weights were multiplied by `keep` (B, H, Q, N), dropout's mask, and so are their gradients.
+// With DROPOUT = 1 the weights were multiplied by `dropout_mask` (B, H, Q, N), and so are their gradients.
 //
-// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), QUERIES (a multiple of 16), KEEP and
-// RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), QUERIES (a multiple of 16), DROPOUT
+// and RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
 static_assert(QUERIES % 16 == 0, "queries come in whole tiles");
@@ -53,9 +53,9 @@ DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, i
 // SCORES_STRIDE numbers, and 2 floats for each of Q rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, Q, D)
 // fp32, scratch, is only touched if N > WARPS * ROWS.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    attention_backward(const T* __restrict__ qkv, const T* __restrict__ keep, const T* __restrict__ y,
-                       const T* __restrict__ dy, const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
-                       int asking, float scale) {
+    attention_backward(const T* __restrict__ qkv, const T* __restrict__ dropout_mask, const T* __restrict__ y,
+                       const T* __restrict__ dy, const float* __restrict__ row_log, T* __restrict__ dqkv,
+                       float* dq_sum, int heads, int n, int n_queries, float scale) {
     DYNAMIC_SHARED(memory);
     const int warp = warp_index();
     constexpr int portion = WARPS * ROWS;  // keys at a time
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     T* stages = values + portion * STRIDE;      // two stages of QUERIES queries and QUERIES rows of dy
     T* scores = stages + 4 * QUERIES * STRIDE;  // dS: portion x QUERIES
     float* delta = reinterpret_cast<float*>(scores + portion * SCORES_STRIDE);
-    float* logs = delta + 16 * tiles_of(asking);
+    float* logs = delta + 16 * tiles_of(n_queries);
 
     const int head = blockIdx.x % heads;
     const long long sample = blockIdx.x / heads;
@@ -72,20 +72,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const long long first_element = sample * n * row_stride + head * D;
     const T* q = qkv + first_element;
     T* dq = dqkv + first_element;
-    y += sample * asking * out_stride + head * D;
-    dy += sample * asking * out_stride + head * D;
-    dq_sum += 1LL * blockIdx.x * asking * D;
-    keep += 1LL * blockIdx.x * asking * n;
+    y += sample * n_queries * out_stride + head * D;
+    dy += sample * n_queries * out_stride + head * D;
+    dq_sum += 1LL * blockIdx.x * n_queries * D;
+    dropout_mask += 1LL * blockIdx.x * n_queries * n;
     const float exponent = scale * LOG2_E;
 
     auto copy_queries = [&](int query, T* stage) {
-        const int count = least(QUERIES, 16 * tiles_of(asking - query));
-        copy_rows(stage, q, row_stride, query, count, asking);
-        copy_rows(stage + QUERIES * STRIDE, dy, out_stride, query, count, asking);
+        const int count = least(QUERIES, 16 * tiles_of(n_queries - query));
+        copy_rows(stage, q, row_stride, query, count, n_queries);
+        copy_rows(stage + QUERIES * STRIDE, dy, out_stride, query, count, n_queries);
     };
 
-    for (int i = threadIdx.x; i < (n - asking) * (D / CHUNK); i += THREADS) {  // tokens that do not ask
-        const int row = asking + i / (D / CHUNK), column = i % (D / CHUNK) * CHUNK;
+    for (int i = threadIdx.x; i < (n - n_queries) * (D / CHUNK); i += THREADS) {  // tokens that are no queries
+        const int row = n_queries + i / (D / CHUNK), column = i % (D / CHUNK) * CHUNK;
         store(reinterpret_cast<float*>(dq + row * row_stride + column), Vector<float, 4>{});
     }
 
@@ -99,21 +99,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         copy_rows(values, q + 2 * heads * D, row_stride, first_key, 16 * live, n);
         copy_queries(0, stages);
         cp_async_commit();
-        if (first_key == 0) row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * asking, asking);
+        if (first_key == 0)
+            row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n_queries, n_queries);
 
         float dk[TILES][DEPTH][8] = {}, dv[TILES][DEPTH][8] = {};
-        for (int query = 0; query < asking; query += QUERIES) {
+        for (int query = 0; query < n_queries; query += QUERIES) {
             T* queries = stages + query / QUERIES % 2 * 2 * QUERIES * STRIDE;
             T* dys = queries + QUERIES * STRIDE;
             cp_async_wait<0>();
             __syncthreads();  // these queries are here, and nobody needs the previous ones and their dS any more
-            if (query + QUERIES < asking)
+            if (query + QUERIES < n_queries)
                 copy_queries(query + QUERIES, stages + (query / QUERIES + 1) % 2 * 2 * QUERIES * STRIDE);
             cp_async_commit();
 
 #pragma unroll 1
             for (int j = 0; j < QUERIES; j += 16) {
-                if (query + j >= asking || row >= n) continue;
+                if (query + j >= n_queries || row >= n) continue;
                 float p[TILES][8] = {}, ds[TILES][8] = {};
 #pragma unroll
                 for (int d = 0; d < DEPTH; d++) {
@@ -146,8 +147,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                         const bool is_key = row + 16 * t + tile_row(i) < n;
                         p[t][i] = is_key ? exp2_fast(fmaf(p[t][i], exponent, -log_of[c])) : 0.0f;
                         float factor = 1.0f;
-                        if constexpr (KEEP)
-                            factor = kept(keep, query + j + tile_column(i), row + 16 * t + tile_row(i), asking, n);
+                        if constexpr (DROPOUT)
+                            factor = dropout_factor(dropout_mask, query + j + tile_column(i),
+                                                    row + 16 * t + tile_row(i), n_queries, n);
                         ds[t][i] = p[t][i] * (ds[t][i] * factor - delta_of[c]);
                         p[t][i] *= factor;
                     }
@@ -174,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             // Tiles of dq.
             for (int item = warp; item < QUERIES / 16 * DEPTH; item += WARPS) {
                 const int j = item / DEPTH * 16, d = item % DEPTH * 16;
-                if (query + j >= asking) continue;
+                if (query + j >= n_queries) continue;
                 float tile[8] = {}, odd[8] = {};  // two chains of products, so that one need not wait for the other
 #pragma unroll 1
                 for (int t = 0; t < live; t++) {
@@ -192,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
                 for (int i = 0; i < 8; i += 2) {
                     const int r = query + j + tile_row(i), column = d + tile_column(i);
-                    if (r >= asking || column >= D) continue;
+                    if (r >= n_queries || column >= D) continue;
                     float* sum = dq_sum + r * D + column;
                     if (first_key > 0) tile[i] += sum[0], tile[i + 1] += sum[1];
                     if (first_key + portion < n)

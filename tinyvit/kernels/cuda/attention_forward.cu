@@ -9,10 +9,10 @@
 // time, the next ones on their way while these are computed with; of the last ones whole tiles beyond N are left out,
 // so N = 65 costs 80. A row is shared by four lanes: they exchange its maximum in each step, its sum only at the end.
 //
-// With KEEP = 1 each weight is multiplied by a number of `keep` (B, H, Q, N), dropout's mask: N^2 numbers a head more.
+// With DROPOUT = 1 each weight is multiplied by a number of `dropout_mask` (B, H, Q, N): N^2 numbers a head more.
 //
-// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16), KEEP and
-// RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16), DROPOUT
+// and RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
 static_assert(KEYS % 16 == 0, "keys come in whole tiles");
@@ -21,8 +21,8 @@ static_assert(KEYS % 16 == 0, "keys come in whole tiles");
 // KEYS if N <= KEYS. out (B, N, H, D); row_log (B, H, N), the base-2 logarithm of each row's sum of exponentials, may
 // be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-    attention_forward(const T* __restrict__ qkv, const T* __restrict__ keep, T* __restrict__ out,
-                      float* __restrict__ row_log, int heads, int n, int asking, int blocks_per_head, float scale) {
+    attention_forward(const T* __restrict__ qkv, const T* __restrict__ dropout_mask, T* __restrict__ out,
+                      float* __restrict__ row_log, int heads, int n, int n_queries, int blocks_per_head, float scale) {
     DYNAMIC_SHARED(memory);
     const int warp = warp_index();
     T* own_rows = reinterpret_cast<T*>(memory);    // the block's queries, in the end its results
@@ -38,14 +38,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int block_row = blockIdx.x % blocks_per_head * WARPS * ROWS;
     const int row = block_row + warp * ROWS;  // this warp's first query
     const float exponent = scale * LOG2_E;
-    keep += (sample * heads + head) * asking * n;
+    dropout_mask += (sample * heads + head) * n_queries * n;
 
     auto copy_keys = [&](int key, T* stage) {
         const int count = least(KEYS, 16 * tiles_of(n - key));
         copy_rows(stage, k, row_stride, key, count, n);
         copy_rows(stage + KEYS * STRIDE, v, row_stride, key, count, n);
     };
-    copy_rows(own_rows, q, row_stride, block_row, WARPS * ROWS, asking);
+    copy_rows(own_rows, q, row_stride, block_row, WARPS * ROWS, n_queries);
     copy_keys(0, stages);
     cp_async_commit();
 
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         __syncthreads();  // these keys are here, and nobody needs the previous ones any more
         if (key + KEYS < n) copy_keys(key + KEYS, stages + (key / KEYS + 1) % 2 * 2 * KEYS * STRIDE);
         cp_async_commit();
-        if (row >= asking) continue;
+        if (row >= n_queries) continue;
 
         const int live = least(KEYS / 16, tiles_of(n - key));  // tiles with keys
         float score[TILES][KEYS / 16][8] = {};
@@ -114,10 +114,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                             float& s = score[t][j][2 * half + i % 2 + 4 * (i / 2)];
                             s = exp2_fast(fmaf(s, exponent, -offset));
                             sum[t][half] += s;
-                            if constexpr (KEEP) {
+                            if constexpr (DROPOUT) {
                                 const int query = row + 16 * t + tile_row(2 * half);
                                 const int column = key + 16 * j + tile_column(i % 2 + 4 * (i / 2));
-                                s *= kept(keep, query, column, asking, n);
+                                s *= dropout_factor(dropout_mask, query, column, n_queries, n);
                             }
                         }
             }
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         }
     }
 
-    if (row >= asking) return;
+    if (row >= n_queries) return;
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -149,13 +149,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
                 for (int i = 0; i < 4; i++) result[t][d][2 * half + i % 2 + 4 * (i / 2)] *= share;
             const int query_row = row + 16 * t + tile_row(2 * half);
-            if (row_log && threadIdx.x % 4 == 0 && query_row < asking)
-                row_log[(sample * heads + head) * asking + query_row] = highest[t][half] * exponent + log2_fast(total);
+            if (row_log && threadIdx.x % 4 == 0 && query_row < n_queries)
+                row_log[(sample * heads + head) * n_queries + query_row] =
+                    highest[t][half] * exponent + log2_fast(total);
         }
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) store_tile(mine + 16 * t * STRIDE + 16 * d, STRIDE, result[t][d]);
     __syncwarp();
-    write_rows(out + sample * asking * out_stride + head * D, out_stride, mine, row, ROWS, asking);
+    write_rows(out + sample * n_queries * out_stride + head * D, out_stride, mine, row, ROWS, n_queries);
 }

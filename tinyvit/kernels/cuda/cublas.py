@@ -16,7 +16,6 @@ import functools
 import threading
 import warnings
 from contextvars import ContextVar
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,12 +52,12 @@ class _Key(NamedTuple):
 
 class _Plan(NamedTuple):
     description: int
-    layouts: tuple[int, int, int]  # cuBLASLt's A, B and D
+    layouts: tuple[int, ...]  # cuBLASLt's A, B and D
     algorithm: Any
 
 
-def library() -> ModuleType | None:
-    """nvmath's cuBLASLt; None where it is not installed, or does not find NVIDIA's library: see `missing`."""
+def library() -> Any:
+    """nvmath's module for cuBLASLt; None where it or NVIDIA's library is not installed: see `missing`."""
     return _load()[0]
 
 
@@ -68,7 +67,7 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     try:
         from nvmath.bindings import cublasLt
 
@@ -127,12 +126,12 @@ def _product(
     hidden: Array | None = None,
 ) -> bool:
     """y = op(a) op(b), then the epilogue; whether it could be done. All arrays are `cuda.ready`."""
-    lt = library()
-    if lt is None:
+    lt, scalar = library(), cuda.scalar(y.dtype)
+    if lt is None or scalar is None:
         return False
     device, inner = cuda.device(), a.shape[0] if a_transposed else a.shape[1]
     fast = tf32.get() and y.dtype == np.float32
-    key = _Key(device, cuda.scalar(y.dtype), fast, *y.shape, inner, a_transposed, b_transposed, epilogue)
+    key = _Key(device, scalar, fast, y.shape[0], y.shape[1], inner, a_transposed, b_transposed, epilogue)
     with _lock:
         if key not in _plans:
             _plans[key] = _plan(key)
@@ -186,7 +185,7 @@ def _plan(key: _Key) -> _Plan | None:
     return None
 
 
-def _first_choice(key: _Key, description: int, layouts: tuple[int, int, int], alignment: int) -> Any:
+def _first_choice(key: _Key, description: int, layouts: tuple[int, ...], alignment: int) -> Any:
     """The algorithm that cuBLASLt's heuristic finds for matrices that begin at such multiples of bytes, or None."""
     lt = library()
     preference, limit = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute

@@ -67,11 +67,12 @@ DEVICE void philox(Word (&bits)[4], Word counter, Key key) {
     }
 }
 
-// mask (samples, size): `kept` where a draw is at least `threshold`, else 0. `step_on_device` replaces step, unless null.
+// mask (samples, size): `scale` where a draw is at least `threshold`, else 0. `step_on_device`
+// replaces step, unless null.
 extern "C" __global__ void __launch_bounds__(256)
     dropout_mask(T* __restrict__ mask, long long samples, long long size, unsigned seed, unsigned step,
                  const long long* __restrict__ step_on_device, unsigned place, long long first_sample,
-                 unsigned threshold, float kept) {
+                 unsigned threshold, float scale) {
     const Key key = seed_sequence(seed, step_on_device ? unsigned(*step_on_device) : step, place);
     const long long blocks = (size + WIDTH - 1) / WIDTH;  // of a sample
     for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < samples * blocks;
@@ -84,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int j = 0; j < WIDTH; j++) {
             const unsigned draw = unsigned(bits[j / 2] >> 32 * (j % 2));
-            halves[j / 4].set(j % 4, draw >= threshold ? kept : 0.0f);
+            halves[j / 4].set(j % 4, draw >= threshold ? scale : 0.0f);
         }
         if (size % WIDTH == 0) {
             store(to + at, halves[0]);

@@ -102,8 +102,10 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
     mask = xp.empty((samples, *shape), dtype=like.dtype)
     seed, step, place = (np.uint32(n) for n in numbers)
     blocks = min(math.ceil(samples * math.ceil(size / 8) / 256), 8 * cuda.multiprocessors())
-    arguments = (mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, place)
-    arguments += (np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.kept(drop)))
+    arguments = (
+        mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, place,
+        np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.dropout_scale(drop)),
+    )  # fmt: skip
     cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
     return mask
 

@@ -6,7 +6,7 @@ from tinyvit.kernels.reference.convolution import (
 )  # fmt: skip
 from tinyvit.kernels.reference.indexing import sum_at
 from tinyvit.kernels.reference.layers import (
-    attention, cross_entropy, dropout_mask, erf, gelu, kept, layer_norm, linear, linear_gelu, log_softmax, patchify,
-    qkv_attention, softmax,
+    attention, cross_entropy, dropout_mask, dropout_scale, erf, gelu, layer_norm, linear, linear_gelu, log_softmax,
+    patchify, qkv_attention, softmax,
 )  # fmt: skip
 from tinyvit.kernels.reference.optimizers import adamw, lerp, sgd, sum_of_squares

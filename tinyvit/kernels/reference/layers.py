@@ -61,7 +61,7 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     y = rows @ weight.T
     if bias is not None:
         y = y + bias
-    saved_rows = rows if needs[1] else None
+    saved_rows: Array = rows if needs[1] else None
     shape = x.shape
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
@@ -155,14 +155,14 @@ def attention(
     v: Array,
     *,
     mask: Array | None = None,
-    keep: Array | None = None,
+    dropout_mask: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     """softmax(q k^T / sqrt(D) + mask) v (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1).
 
     q (B, H, N, D), k (B, H, M, D), v (B, H, M, E) -> (B, H, N, E). `mask` broadcasts to (B, H, N, M): True or 0
-    where a query may look, False or -inf where it may not; a query that may look nowhere gives zeros. `keep`
-    (B, H, N, M) multiplies the weights: dropout's mask, already divided by the share that is kept.
+    where a query may look, False or -inf where it may not; a query that may look nowhere gives zeros. `dropout_mask`
+    (B, H, N, M) multiplies the weights: 0 or 1 / (1 - probability).
     """
     scale = 1.0 / math.sqrt(q.shape[-1])
     scores = (q @ xp.matrix_transpose(k)) * scale  # (B, H, N, M)
@@ -177,16 +177,16 @@ def attention(
     e = xp.exp(scores)
     total = xp.sum(e, axis=-1, keepdims=True)
     p = e / (xp.where(total == 0, xp.ones_like(total), total) if mask is not None else total)
-    kept = p if keep is None else p * keep
+    weights = p if dropout_mask is None else p * dropout_mask
 
     def vjp(dy: Array) -> tuple[Array, Array, Array]:  # (B, H, N, E)
         dp = dy @ xp.matrix_transpose(v)  # (B, H, N, M)
-        if keep is not None:
-            dp = dp * keep
+        if dropout_mask is not None:
+            dp = dp * dropout_mask
         ds = p * (dp - xp.sum(dp * p, axis=-1, keepdims=True)) * scale
-        return ds @ k, xp.matrix_transpose(ds) @ q, xp.matrix_transpose(kept) @ dy
+        return ds @ k, xp.matrix_transpose(ds) @ q, xp.matrix_transpose(weights) @ dy
 
-    return kept @ v, vjp
+    return weights @ v, vjp
 
 
 @in_fp32
@@ -197,41 +197,49 @@ def qkv_attention(
     num_heads: int,
     queries: int | None = None,
     mask: Array | None = None,
-    keep: Array | None = None,
+    dropout_mask: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
     """Multi-head self-attention on the packed output of one linear layer: (B, N, 3 H D) -> (B, Q, H D).
 
-    Only the first Q = `queries` tokens ask, all if None.
+    The queries are those of the first Q = `queries` tokens, of all if None.
     """
     batch, n, width = qkv.shape
-    asking = n if queries is None else queries
+    queries = n if queries is None else queries
     dim = width // (3 * num_heads)
     heads = xp.permute_dims(xp.reshape(qkv, (batch, n, 3, num_heads, dim)), (2, 0, 3, 1, 4))
     y, attention_vjp = attention(
-        xp, heads[0, :, :, :asking, :], heads[1, ...], heads[2, ...], mask=mask, keep=keep, needs=needs * 3
+        xp,
+        heads[0, :, :, :queries, :],
+        heads[1, ...],
+        heads[2, ...],
+        mask=mask,
+        dropout_mask=dropout_mask,
+        needs=needs * 3,
     )  # (B, H, Q, D)
 
     def vjp(dy: Array) -> tuple[Array]:
-        dy = xp.permute_dims(xp.reshape(dy, (batch, asking, num_heads, dim)), (0, 2, 1, 3))
+        dy = xp.permute_dims(xp.reshape(dy, (batch, queries, num_heads, dim)), (0, 2, 1, 3))
+        dq: Array
+        dk: Array
         dq, dk, dv = attention_vjp(dy)
-        if asking < n:
-            dq = xp.concat([dq, xp.zeros_like(dk[:, :, asking:, :])], axis=2)
+        if queries < n:
+            dq = xp.concat([dq, xp.zeros_like(dk[:, :, queries:, :])], axis=2)
         packed = xp.stack([dq, dk, dv])  # (3, B, H, N, D)
         return (xp.reshape(xp.permute_dims(packed, (1, 3, 0, 2, 4)), (batch, n, width)),)
 
-    return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, asking, width // 3)), vjp
+    return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, queries, width // 3)), vjp
 
 
 def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
     """For each sample of `like` an array of `shape` and its dtype: 0 with probability `drop`, else 1 / (1 - drop)."""
     mask = arrays.convert(random.keep_mask(drop, like.shape[0], shape, draw), like)
     wide = xp.float32 if arrays.is_half(like) else like.dtype
-    return xp.astype(xp.astype(mask, wide) * kept(drop), like.dtype, copy=False)
+    return xp.astype(xp.astype(mask, wide) * dropout_scale(drop), like.dtype, copy=False)
 
 
-def kept(drop: float) -> float:
-    """What dropout multiplies the entries by that it keeps."""
+def dropout_scale(drop: float) -> float:
+    """The factor of the entries that dropout leaves: 1 / (1 - drop)."""
     return float(1.0 / (1.0 - drop) if drop < 1.0 else 0.0)
 
 
