@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from drawing import (
     LIBRARIES,
     TOLERANCE,
@@ -113,3 +115,16 @@ def same_with_fewer_gradients(function: Callable, example: Example, backend: str
         for wanted, g, expected in zip(needs, other_vjp(dy) if True in needs else none, full, strict=True):
             if wanted:
                 assert error(host(g), host(expected)) < 1e-6
+
+
+def torch_attention(q, k, v, mask, keep):
+    """Written out, because torch's own gives NaN where a query may look nowhere."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if mask is not None:
+        mask = torch.tensor(mask)
+        allowed = torch.broadcast_to(mask if mask.dtype == torch.bool else mask > -torch.inf, scores.shape)
+        scores = scores if mask.dtype == torch.bool else scores + torch.where(mask > -torch.inf, mask, 0.0)
+    e = torch.exp(scores - scores.detach().amax(-1, keepdim=True)) * allowed
+    p = e / e.sum(-1, keepdim=True).clamp(min=1e-300)
+    return (p if keep is None else p * torch.tensor(keep)) @ v

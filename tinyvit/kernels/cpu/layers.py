@@ -303,10 +303,12 @@ def cross_entropy(
     for part, _ in _row_blocks(p):
         q, given = p[part], labels[part]
         np.subtract(logits[part], logits[part].max(axis=1, keepdims=True), q)
-        chosen = q[np.arange(len(q)), given] if numbers else np.vecdot(q, given)
-        losses[part] = rest * chosen  # sum of target * shifted logit
-        if label_smoothing:  # 0 * -inf would be NaN
-            losses[part] += even * (q @ ones)
+        if not numbers:  # the sum of target * shifted logit
+            losses[part] = np.vecdot(q, given * rest + even if label_smoothing else given)
+        else:
+            losses[part] = rest * q[np.arange(len(q)), given]
+            if label_smoothing:  # 0 * -inf would be NaN
+                losses[part] += even * (q @ ones)
         np.exp(q, q)
         total = q @ ones
         np.divide(q, total[:, None], q)
