@@ -51,7 +51,7 @@ def test_attention(table, xp, rng, name, batch, n, heads, dim):
 def test_attention_with_dropout_and_of_the_first_tokens(table, xp, rng, name, n, queries, dropout):
     qkv = rng.standard_normal((2, n, 3 * 3 * 64))
     keep = (rng.random((2, 3, queries or n, n)) > 0.2) / 0.8 if dropout else None
-    params = {"num_heads": 3, "queries": queries, "keep": keep}
+    params = {"num_heads": 3, "queries": queries, "dropout_mask": keep}
     check_kernel(table[reference.qkv_attention], xp, "qkv_attention", dtype(name), [qkv], **params)
 
 
