@@ -108,6 +108,21 @@ def test_weights_within_a_training_checkpoint(tmp_path, layout, nest):
     assert_reads(save(content, tmp_path / "a.pth", layout), weights)
 
 
+def test_a_state_dict_that_python_2_wrote(tmp_path):
+    """Its strings are bytes, and its OrderedDict is made of a list of pairs."""
+    path = tmp_path / "a.pth"
+    path.write_bytes(stored((0, (2, 2), (2, 1), False, HOOKS)))
+    with zipfile.ZipFile(path) as archive:
+        pickled, data = archive.read("a/data.pkl"), archive.read("a/data/0")
+    start, _, tensor = pickled.partition(b"X\x01\x00\x00\x00x")
+    assert start == b"\x80\x02}q\x00" and tensor.endswith(b"s.")
+    start = b"\x80\x02ccollections\nOrderedDict\n]](U\x01x"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", start + tensor.removesuffix(b"s.") + b"ea\x85R.")
+        archive.writestr("a/data/0", data)
+    assert read_weights(path)["x"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
 def test_timms_order_of_preference(tmp_path):
     content = {name: {"w": torch.full((1,), i)} for i, name in enumerate(["state_dict_ema", "state_dict", "model"])}
     assert read_weights(save(content, tmp_path / "a.pth"))["w"] == 0
