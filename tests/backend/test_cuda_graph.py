@@ -229,7 +229,7 @@ def test_the_largest_gradient_is_the_last_steps(monkeypatch):
     for gradients, largest in ((one, 4.0), (two, 5.0), (one, 4.0)):
         step.graph = lambda *_, g=gradients: ((0.5, 1, 2.0), g)
         step(np.ones((1, 2), np.float32), np.zeros(1, np.int64))
-        assert step.largest_grad == largest and step.outcome.grad_norm == 2.0
+        assert step.largest_grad == largest and step.result.grad_norm == 2.0
 
 
 @pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
@@ -256,7 +256,7 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
             del activation
             for p, g in zip(parameters, (a, b), strict=True):
                 p.grad = g
-            norm = opt.step_together(1.5)
+            norm = opt.update(1.5)
             ema.update()
             opt.zero_grad()
             return (mask, norm), []
@@ -277,7 +277,7 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
         assert driver.replays == 0
         # load_state_dict puts other arrays into the optimizer, so that the graph is captured anew
         addresses = lambda opt: tuple(x.ctypes.data for x in opt.arrays())
-        ours = run(lambda step, opt: Graphed(step, lambda: addresses(opt), opt.count_step))
+        ours = run(lambda step, opt: Graphed(step, lambda: addresses(opt), opt.begin_update))
         assert driver.replays == 4
     for actual, right in zip(ours, expected, strict=True):
         assert np.array_equal(actual, right)

@@ -49,17 +49,24 @@ def test_adamw_and_adam_of_many_parameters(folder, scalar, copied, decoupled):
     with cuda_sim.device(folder, seed=2) as xp:
         ours = [[guarded(x.astype(np.float32)) for x in row] for row in right]
         copies = [None if n == 7 else xp.empty(n, SCALARS[copied]) for n in sizes]
-        opt = optimizers.ManyAdamW(xp, **ADAM, decoupled=decoupled)
+        state = optimizers.UpdateState(xp)
         for step in (1, 2):
             gradients = [encode(rng.standard_normal(n), scalar) for n in sizes]
             norm = math.sqrt(sum((decode(g) ** 2).sum() for g in gradients))
             limit = norm / 3 if step == 1 else 2 * norm
             factor = limit / (norm + 1e-6) if step == 1 else 1.0
-            opt.set("lr", 0.01 * step)
+            state.begin(0.01 * step, step - 1)
             p, m, v = zip(*ours, strict=True)
-            options = {"lr_scales": scales, "weight_decays": decays, "max_norm": limit, "copies": copies}
-            opt.update(p, [guarded(g) for g in gradients], m, v, **options)
-            assert [opt.get("gradient_scale"), opt.get("norm")] == pytest.approx([factor, norm], rel=1e-12)
+            options = {"lr_scales": scales, "weight_decays": decays, "max_norm": limit, "rounded": copies}
+            options |= {"steps": [step] * len(sizes), "decoupled": decoupled, **ADAM}
+            update = cuda_version(reference.update_adamw)
+            got, results = update(xp, p, [guarded(g) for g in gradients], m, v, state=state, **options)
+            assert all(
+                new is old
+                for result, row in zip(results, ours, strict=True)
+                for new, old in zip(result, row, strict=True)
+            )
+            assert [state.gradient_scale, got] == pytest.approx([factor, norm], rel=1e-12)
             for row, g, scale, decay in zip(right, gradients, scales, decays, strict=True):
                 options = {"lr": 0.01 * step * scale, "weight_decay": decay * decoupled, "step": step, **ADAM}
                 g = decode(g) * factor + (0 if decoupled else decay * row[0])
@@ -70,19 +77,20 @@ def test_adamw_and_adam_of_many_parameters(folder, scalar, copied, decoupled):
         assert copy is None or np.array_equal(copy, encode(row[0].astype(np.float64), copied))
 
 
-def many_adamw(xp: Any, gradient: np.ndarray, **options: Any) -> tuple[optimizers.ManyAdamW, np.ndarray]:
-    """One step for one parameter of ones; the optimizer and the parameter."""
+def update_ones(xp: Any, gradient: np.ndarray, **options: Any) -> tuple[optimizers.UpdateState, np.ndarray]:
+    """One step for one parameter of ones; the state and the parameter."""
     p, m, v = ([guarded(np.full(3, x, np.float32))] for x in (1, 0, 0))
-    opt = optimizers.ManyAdamW(xp, **ADAM)
-    opt.set("lr", 0.1)
-    opt.update(p, [guarded(gradient)], m, v, lr_scales=[1.0], weight_decays=[0.0], **options)
-    return opt, p[0]
+    state = optimizers.UpdateState(xp)
+    state.begin(0.1, 0)
+    options |= {"steps": [1], "lr_scales": [1.0], "weight_decays": [0.0], "decoupled": True, **ADAM}
+    optimizers.update_adamw(xp, p, [guarded(gradient)], m, v, state=state, **options)
+    return state, p[0]
 
 
 def test_a_gradient_that_is_not_finite_is_not_scaled(folder):
     with cuda_sim.device(folder) as xp:
-        opt, _ = many_adamw(xp, np.array([1.0, np.inf, 0.0], np.float32), max_norm=1.0)
-        assert opt.get("norm") == np.inf and opt.get("gradient_scale") == 1.0 and opt.get("step") == 1
+        state, _ = update_ones(xp, np.array([1.0, np.inf, 0.0], np.float32), max_norm=1.0)
+        assert state.get("norm") == np.inf and float(state.gradient_scale) == 1.0 and state.get("step") == 1
 
 
 @pytest.mark.parametrize("good, expected", [(0, (1024.0, 1)), (1999, (2048.0, 0)), (None, (512.0, 0))])
@@ -95,14 +103,14 @@ def test_loss_scale_on_the_device(folder, good, expected):
     for x in (scale, right):
         x.value[...], x.good[...] = 1024, good or 0
     with cuda_sim.device(folder) as xp:
-        opt, p = many_adamw(xp, gradient, max_norm=1.0, loss_scale=scale)
+        state, p = update_ones(xp, gradient, max_norm=1.0, loss_scale=scale)
         right.update(np.float64(np.inf if good is None else 5.0))
         assert (scale.value, scale.good) == (right.value, right.good) == expected
-        assert opt.get("step") == (good is not None)
+        assert state.get("step") == (good is not None)
     if good is None:
-        assert np.array_equal(p, np.ones(3)) and opt.get("skip") == 1.0
+        assert np.array_equal(p, np.ones(3)) and state.get("skip") == 1.0
     else:
-        assert opt.get("norm") == 5.0 and opt.get("gradient_scale") == pytest.approx(1 / 5.000001 / 1024)
+        assert state.get("norm") == 5.0 and state.get("gradient_scale") == pytest.approx(1 / 5.000001 / 1024)
         assert p == pytest.approx(np.array([0.9, 0.9, 1.0]), rel=1e-6)
 
 
@@ -113,7 +121,8 @@ def test_averages_of_many_parameters(folder, skipped):
     with cuda_sim.device(folder, seed=2) as xp:
         ours = [guarded(x) for x in a]
         flag = None if skipped is None else np.array(skipped)
-        optimizers.ManyLerp(xp).update(ours, [guarded(x) for x in b], 0.25, flag)
+        update = cuda_version(reference.update_average)
+        update(xp, ours, [guarded(x) for x in b], state=optimizers.UpdateState(xp), weight=0.25, skipped=flag)
     for actual, x, y in zip(ours, a, b, strict=True):
         assert np.allclose(actual, x if skipped else x + 0.25 * (y - x), rtol=0, atol=1e-6)
 
@@ -121,7 +130,7 @@ def test_averages_of_many_parameters(folder, skipped):
 def test_a_captured_step_keeps_its_table(driver, folder):
     """Its addresses reach the device after the capture; a later step in single launches does not write over them."""
     with cuda_sim.device(folder) as xp:
-        table = optimizers._Table(xp)
+        table = optimizers.Table(xp)
         eager, *_ = table.fill([3], p=[16], lr_scale=[1.0])
         again, *_ = table.fill([3], p=[16], lr_scale=[1.0])
         assert again is eager
@@ -138,7 +147,7 @@ def test_a_captured_step_keeps_its_table(driver, folder):
 def test_a_capture_that_fails_leaves_no_table(driver, folder):
     """What was to be copied behind it never is."""
     with cuda_sim.device(folder) as xp:
-        table = optimizers._Table(xp)
+        table = optimizers.Table(xp)
         eager, *_ = table.fill([3], p=[16])
         with cuda_graph.capture():
             table.fill([3], p=[16])
@@ -164,7 +173,8 @@ def test_the_optimizer_updates_all_parameters_together(folder, make):
             optim.limit_grad_norm(parameters, 1.5)
             opt.step()
             ema.update()
-        assert (opt._many is not None) == (kernels.together("adamw", numpy_namespace) is not None)
+        on_device = reference.update_adamw in kernels._fastest(numpy_namespace)
+        assert isinstance(opt._state, optimizers.UpdateState) == on_device
         return [p.data for p in parameters], opt.state_dict(), list(ema.state_dict().values())
 
     def both(*arguments: Any) -> list:
@@ -201,8 +211,8 @@ def test_what_cannot_be_updated_together_is_updated_alone(folder):
 
 
 def test_the_count_of_steps_is_read_once_and_is_that_of_a_state_that_was_loaded(folder, monkeypatch):
-    read, get = [], optimizers.ManyAdamW.get
-    monkeypatch.setattr(optimizers.ManyAdamW, "get", lambda self, name: read.append(name) or get(self, name))
+    read, get = [], optimizers.UpdateState.get
+    monkeypatch.setattr(optimizers.UpdateState, "get", lambda self, name: read.append(name) or get(self, name))
     parameters = [nn.Parameter(np.ones(3, np.float32)) for _ in range(4)]
     opt = optim.AdamW(parameters)
     with cuda_sim.everything_on_device(folder):

@@ -91,8 +91,8 @@ def test_a_step_of_16_bits(device, accumulate):
     right = train(drops=DROPS)
     with device(CuBLASLt()):
         ours = train(drops=DROPS, precision="fp16", accumulate=accumulate)
-        assert ours[3].loss_scale == 2**16 and ours[3].precision.copies_are_current()
-        copies = ours[3].precision.copies()
+        assert ours[3].loss_scale == 2**16 and ours[3].precision.is_current()
+        copies = ours[3].precision.rounded()
         for p in ours[3].model.parameters():
             assert np.array_equal(copies[id(p)], p.data.astype(np.float16))
     compare(ours, right, 2e-2)
@@ -131,16 +131,16 @@ def test_an_average_of_another_kind_is_the_hosts(device):
             step(np.full((3, 3, 8, 8), scale, np.float32), np.array([0, 1, 2]))
             assert step.ema.updates == updates
         with cuda_graph.capture(), pytest.raises(cuda_graph.NotCapturable, match="Counting"):
-            step._follow(None)
+            step._update_average(None)
         assert step.ema.updates == 2
 
 
 def test_weights_that_are_replaced_between_steps_reach_the_copies(device):
     with device(CuBLASLt()):
         *_, step = train(steps=2, precision="fp16")
-        assert step.precision.copies_are_current()
+        assert step.precision.is_current()
         step.model.load_state_dict({name: 0 * x + 0.5 for name, x in step.model.state_dict().items()})
-        assert not step.precision.copies_are_current()
+        assert not step.precision.is_current()
         with step.precision.applied():
             assert all((p.data == 0.5).all() and p.dtype == np.float16 for p in step.model.parameters())
 
@@ -158,11 +158,11 @@ def test_predictions_are_the_cpus(device):
 def test_addresses_name_what_a_graph_works_on(device):
     with device():
         *_, step = train(steps=1)
-        before = step._surroundings()
-        assert step._surroundings() == before
+        before = step._graph_key()
+        assert step._graph_key() == before
         assert cuda.address(step.parameters[0].data) in before[2]
         step.parameters[0].data = step.parameters[0].data.copy()
-        assert step._surroundings() != before
+        assert step._graph_key() != before
         for name, value in (
             ("class_weights", np.ones(5, np.float32)),
             ("class_weights", np.ones(5, np.float32)),
@@ -171,9 +171,9 @@ def test_addresses_name_what_a_graph_works_on(device):
             ("ema", Counting()),
             ("ema", Counting()),
         ):
-            before, replaced = step._surroundings(), getattr(step, name)  # which lives on, and keeps its address
+            before, replaced = step._graph_key(), getattr(step, name)  # which lives on, and keeps its address
             setattr(step, name, value)
-            assert step._surroundings() != before, (name, replaced)
+            assert step._graph_key() != before, (name, replaced)
 
 
 def test_the_second_step_finds_what_the_first_one_did(device):
@@ -181,7 +181,7 @@ def test_the_second_step_finds_what_the_first_one_did(device):
     with device(CuBLASLt()):
         *_, step = train(steps=1, precision="fp16")
         kinds = []
-        step.graph = lambda *inputs: (kinds.append(step._surroundings()), step._compute(*inputs))[1]
+        step.graph = lambda *inputs: (kinds.append(step._graph_key()), step._compute(*inputs))[1]
         images, labels = np.ones((2, 3, 8, 8), np.float32), np.array([0, 1])
         for i in range(4):
             step(images, labels)

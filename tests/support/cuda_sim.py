@@ -216,7 +216,6 @@ def cuda_version(op: Callable) -> Callable:
 
 def _forget_kernels() -> None:
     kernels._fastest.cache_clear()
-    kernels.together.cache_clear()
 
 
 @functools.cache

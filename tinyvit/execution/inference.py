@@ -73,7 +73,7 @@ def predictions(
                     plan = _plan(model, batch.shape[0], threads, shards_per_batch)
                     computed = list(parallel.run(plan, lambda start, stop, x=batch: compute(x[start:stop, ...])))
                     last, unread = unread, [arrays.reading(x) for x in computed]
-                mode.keep_copies()
+                mode.note_rounded()
                 if last:
                     yield np.concatenate([read() for read in last])
             last, unread = unread, []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +41,8 @@ class Precision:
             raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {name!r}")
         self.name, self._parameters = name, model.parameters()
         self.dtype = None  # of the copies
-        self._copies: list[Array] = []
-        self._followed: list[tuple[Array, int]] = []  # the masters that the copies equal, and their counts of changes
+        self._rounded: list[Array] = []
+        self._current: list[tuple[Array, int]] = []  # the masters that the copies equal, and their counts of changes
         if name == "fp32":
             return
         like = self._parameters[0].data
@@ -68,12 +69,12 @@ class Precision:
         parameters = [] if self.dtype is None else self._parameters
         masters = [p.data for p in parameters]
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
-        quiet = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
+        quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
             with np.errstate(**quiet):
-                if not self.copies_are_current():
+                if not self.is_current():
                     self._round(masters)
-                for p, copy in zip(parameters, self._copies, strict=True):
+                for p, copy in zip(parameters, self._rounded, strict=True):
                     p.data = copy
                 yield
         finally:
@@ -81,33 +82,33 @@ class Precision:
                 p.data = master
 
     def _round(self, masters: list[Array]) -> None:
-        """Make the copies, or bring them up to date in place: a captured graph knows where they lie."""
-        if not self._copies:
-            self._copies = [arrays.astype(x, self.dtype) for x in masters]
+        """Round the weights to 16 bits, in place after the first time: a captured graph has their addresses."""
+        if not self._rounded:
+            self._rounded = [arrays.astype(x, self.dtype) for x in masters]
         else:
-            for copy, master in zip(self._copies, masters, strict=True):
+            for copy, master in zip(self._rounded, masters, strict=True):
                 copy[...] = arrays.astype(master, self.dtype)
 
     def refresh(self) -> None:
-        """Bring the copies up to date, unless they are."""
-        if self.dtype is not None and not self.copies_are_current():
+        """Round the weights again if one has changed."""
+        if self.dtype is not None and not self.is_current():
             with np.errstate(over="ignore"):
                 self._round([p.data for p in self._parameters])
-            self.keep_copies()
+            self.note_rounded()
 
-    def copies(self) -> dict[int, Array]:
-        """The copies that there are, by the `id` of their parameters: for an optimizer to keep them up to date."""
-        return {id(p): copy for p, copy in zip(self._parameters, self._copies, strict=False)}
+    def rounded(self) -> dict[int, Array]:
+        """The 16-bit weights, by the `id` of their parameters, for an optimizer that updates both."""
+        return {id(p): copy for p, copy in zip(self._parameters, self._rounded, strict=False)}
 
-    def keep_copies(self) -> None:
-        """Note that the copies have followed the parameters to their present values, so that none need be rounded."""
-        self._followed = [(p.data, p.version) for p in self._parameters] if self._copies else []
+    def note_rounded(self) -> None:
+        """Note that the 16-bit weights have the parameters' present values."""
+        self._current = [(p.data, p.version) for p in self._parameters] if self._rounded else []
 
-    def copies_are_current(self) -> bool:
-        """Whether no parameter was changed since `keep_copies`."""
-        return bool(self._followed) and all(
+    def is_current(self) -> bool:
+        """Whether no parameter was changed since `note_rounded`."""
+        return bool(self._current) and all(
             p.data is data and p.version == changes
-            for p, (data, changes) in zip(self._parameters, self._followed, strict=True)
+            for p, (data, changes) in zip(self._parameters, self._current, strict=True)
         )
 
 

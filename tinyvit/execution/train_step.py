@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -18,16 +19,20 @@ from tinyvit.execution.precision import LossScale, Precision
 from tinyvit.kernels import cuda
 
 
-class Averaged(Protocol):
-    """What follows the weights after each update, such as `optim.EMA`. Steps with any other one are no CUDA graphs."""
+class Average(Protocol):
+    """Follows the weights: `update()` is called after each of their updates.
+
+    One whose `update(skipped)` takes a number that is not 0 where the weights were not updated, and which has
+    `arrays()`, the arrays that it changes in place, becomes part of a CUDA graph: `optim.EMA`.
+    """
 
     def update(self) -> None: ...
 
 
-class Outcome(NamedTuple):
-    """What one step brought, as arrays without dimensions where the model lives (NumPy: numbers).
+class StepResult(NamedTuple):
+    """The numbers of one step, as arrays without dimensions where the model lies (NumPy: numbers).
 
-    Reading one from a device waits until the step is done; until then the next ones can be started.
+    Reading one from a device waits until the step is done. Until then the next steps can be started.
     """
 
     loss: Any
@@ -63,7 +68,7 @@ class TrainStep:
 
     Attributes:
         step_index: how many steps were done; settable, to go on with an interrupted run.
-        outcome: loss, hits and norm of the last step, not yet read from the device.
+        result: loss, hits and norm of the last step, not yet read from the device.
         graph: makes CUDA graphs of steps; `graph.reason` says why the last step on a GPU was not one, None if it was.
     """
 
@@ -74,7 +79,7 @@ class TrainStep:
         clip_norm: float | None = None,
         label_smoothing: float = 0.0,
         accumulate: int = 1,
-        ema: Averaged | None = None,
+        ema: Any = None,
         seed: int = 0,
         threads: int | None = None,
         shards: int | None = None,
@@ -98,10 +103,9 @@ class TrainStep:
         self.precision = Precision(precision, model)
         self._scale = LossScale(self.parameters[0].data) if precision == "fp16" else None
         self.step_index = 0
-        self.outcome = Outcome(math.nan, 0, math.nan)
+        self.result = StepResult(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
-        self._together = False  # whether the optimizer updated all parameters, and their copies, in one go
-        self.graph = Graphed(self._compute, self._surroundings, lambda: self.optimizer.count_step())
+        self.graph = Graphed(self._compute, self._graph_key, lambda: self.optimizer.begin_update())
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
         """Do one step.
@@ -116,66 +120,58 @@ class TrainStep:
         batch, count = images.shape[0], labels.shape[0]
         if batch != count or batch == 0:
             raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
-        if not self.model.training:
-            self.model.train()
+        self.model.train()
         like = self.parameters[0].data
         self._gradients = []  # the last step's: their memory is this one's
         with parallel.limit(self.threads), arrays.on_device_of(like):
             images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
-            if arrays.is_cupy(like):
-                self.precision.refresh()  # not in the graph, where it would be done each time
-                outcome, self._gradients = self.graph(images, labels, arrays.convert(np.array(self.step_index), like))
+            self.precision.refresh()  # not in the graph, which would repeat it
+            if arrays.supports_graphs(like):
+                result, self._gradients = self.graph(images, labels, arrays.convert(np.array(self.step_index), like))
             else:
-                outcome, self._gradients = self._compute(images, labels, self.step_index)
-        self.outcome = Outcome(*outcome)
-        if self._together:
-            self.precision.keep_copies()
+                result, self._gradients = self._compute(images, labels, self.step_index)
+        self.result = StepResult(*result)
+        self.precision.note_rounded()  # the update did that
         self.step_index += 1
-        return Tensor(self.outcome.loss)
+        return Tensor(self.result.loss)
 
-    def _compute(self, images: Array, labels: Array, step: int | Array) -> tuple[Outcome, list[Array]]:
+    def _compute(self, images: Array, labels: Array, step: int | Array) -> tuple[StepResult, list[Array]]:
         """The step's arithmetic, with its gradients; a graph can repeat it where nothing of it depends on the host."""
         loss, correct, gradients = self._differentiate(images, labels, step)
         try:
-            norm, gradients = self._update(gradients)
+            norm = self._update(gradients)
         finally:
             self.optimizer.zero_grad()  # also of a capture that fails, whose memory is wanted back
-        return Outcome(loss, correct, norm), gradients
+        return StepResult(loss, correct, norm), gradients
 
-    def _update(self, gradients: list[Array]) -> tuple[Array, list[Array]]:
-        """Let the weights and their average follow the gradients; their norm, and they as they were used."""
+    def _update(self, gradients: list[Array]) -> Array:
+        """Update the weights and their average, and return the norm of the gradients."""
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
         limit = math.inf if self.clip_norm is None else self.clip_norm
-        norm = self.optimizer.step_together(limit, self._scale, self.precision.copies())
-        self._together = norm is not None
-        if self._together:
-            self._follow(None if self._scale is None else self.optimizer.skipped)
-            return norm, gradients
-        if self.precision.dtype is not None:
-            gradients = [arrays.astype(g, "float32") for g in gradients]
-        for p, g in zip(self.parameters, gradients, strict=True):
-            p.grad = g
-        norm = optim.limit_grad_norm(self.parameters, limit, None if self._scale is None else self._scale.value)
-        if self._scale is None or self._scale.update(norm):
-            self.optimizer.step()
-            self._follow(None)
-        return norm, gradients
+        norm = self.optimizer.update(limit, self._scale, self.precision.rounded())
+        if self.ema is not None:
+            self._update_average(None if self._scale is None else self.optimizer.skipped)
+        return norm
 
-    def _follow(self, skipped: Array | None) -> None:
-        """Let the average follow the weights, unless an array on the device says that they were not updated."""
-        if type(self.ema) is optim.EMA:
+    def _update_average(self, skipped: Any) -> None:
+        """Update the average unless `skipped`, which may lie on the device, is not 0."""
+        if self._captures_average():
             self.ema.update(skipped)
-        elif self.ema is not None:
-            if cuda_graph.capturing():
-                raise cuda_graph.NotCapturable(f"{type(self.ema).__name__} may do something else each time")
-            if skipped is None or not bool(skipped):
-                self.ema.update()
+            return
+        if cuda_graph.capturing():
+            raise cuda_graph.NotCapturable(f"{type(self.ema).__name__} may do something else each time")
+        if skipped is None or not bool(skipped):
+            self.ema.update()
 
-    def _surroundings(self) -> tuple:
-        """What a graph of `_compute` is good for: the arrays that it works on, and settings."""
+    def _captures_average(self) -> bool:
+        """Whether the average can be part of a CUDA graph."""
+        return self.ema is not None and "skipped" in inspect.signature(self.ema.update).parameters
+
+    def _graph_key(self) -> tuple:
+        """What a captured graph of `_compute` depends on: the addresses of the arrays that it uses, and settings."""
         used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
-        used += self.ema.arrays() if type(self.ema) is optim.EMA else []
+        used += self.ema.arrays() if self._captures_average() else []
         used += [] if self.class_weights is None else [self.class_weights]
         settings = (self.clip_norm, self.label_smoothing, self.accumulate, self.seed, id(self.optimizer), id(self.ema))
         trained = tuple(p.requires_grad for p in self.parameters)
@@ -184,12 +180,12 @@ class TrainStep:
     @property
     def correct(self) -> int:
         """How many images of the last batch were classified correctly (by their likeliest label)."""
-        return int(self.outcome.correct)
+        return int(self.result.correct)
 
     @property
     def grad_norm(self) -> float:
         """Global norm of the last gradient before clipping."""
-        return float(self.outcome.grad_norm)
+        return float(self.result.grad_norm)
 
     @property
     def loss_scale(self) -> float:
@@ -211,13 +207,12 @@ class TrainStep:
     def largest_grad(self) -> float:
         """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
         largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
-        factor = self.optimizer.gradient_scale if self._together else 1.0  # these were scaled on their way
-        return float(np.max(largest)) * factor if largest else math.nan
+        return float(np.max(largest)) * self.optimizer.gradient_scale if largest else math.nan
 
     def _differentiate(self, images: Array, labels: Array, step: int | Array) -> tuple[Array, Array, list[Array]]:
         """Loss, hits and gradients of the batch, summed over its shards in their order."""
         batch = images.shape[0]
-        alone = self.accumulate == 1 and arrays.is_cupy(images)  # one part, whose gradients need no room to be added up
+        alone = self.accumulate == 1 and arrays.supports_graphs(images)  # one part, whose gradients are not added up
         weighted = None
         if self.class_weights is not None:  # for the whole batch, since its labels decide what the mean is divided by
             like = self.parameters[0].data

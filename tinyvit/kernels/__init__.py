@@ -36,14 +36,6 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 
 
 @functools.cache
-def together(name: str, xp: ModuleType) -> Any:
-    """The class that does an optimizer's operation for many arrays at once; None where there is none."""
-    if xp.__name__ not in _TABLES:
-        return None
-    return getattr(importlib.import_module(_TABLES[xp.__name__]), "TOGETHER", {}).get(name)
-
-
-@functools.cache
 def _fastest(xp: ModuleType) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each reference operation that has a kernel for `xp`, what to run in its place."""
     table = importlib.import_module(_TABLES[xp.__name__]).KERNELS if xp.__name__ in _TABLES else {}

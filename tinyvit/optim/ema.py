@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyvit import kernels
 from tinyvit.backend import arrays
-from tinyvit.kernels.reference.optimizers import lerp
+from tinyvit.kernels.reference.optimizers import UpdateState, update_average
 from tinyvit.optim.state import Array, State, check_like, check_state, copy_like, copy_to_numpy, number
 
 
@@ -28,7 +28,7 @@ class EMA:
             for name, p in self._parameters.items()
         }
         self._applied = False
-        self._many: Any = None
+        self._state: UpdateState | None = None
 
     def update(self, skipped: Array | None = None) -> None:
         """Move the average towards the present parameters.
@@ -38,24 +38,17 @@ class EMA:
                 of them, and the average is not to move either. It is not read from the device.
         """
         self._refuse_if_applied("update")
-        if self._update_together(skipped):
-            return
-        weight = 1 - self._decay
         for name, p in self._parameters.items():
             check_like(f"the average of {name}", self._average[name], p.data)
-            xp = arrays.namespace(p.data)
-            share = weight if skipped is None else xp.astype(weight * (1 - skipped), p.data.dtype)
-            self._average[name] = kernels.best(lerp, xp)(xp, self._average[name], p.data, weight=share)
-
-    def _update_together(self, skipped: Array | None) -> bool:
-        """Update all averages in one go; False, and nothing done, where that cannot be."""
         averages, targets = list(self._average.values()), [p.data for p in self._parameters.values()]
-        make = kernels.together("lerp", arrays.namespace(targets[0])) if targets else None
-        if make is None or not make.covers(averages, targets):
-            return False
-        self._many = self._many or make(arrays.namespace(targets[0]))
-        self._many.update(averages, targets, 1 - self._decay, skipped)
-        return True
+        if not averages:
+            return
+        xp = arrays.namespace(averages[0])
+        if self._state is None:
+            self._state = kernels.best(UpdateState, xp)(xp)
+        update = kernels.best(update_average, xp)
+        new = update(xp, averages, targets, state=self._state, weight=1 - self._decay, skipped=skipped)
+        self._average = dict(zip(self._average, new, strict=True))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

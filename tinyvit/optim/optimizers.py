@@ -1,22 +1,21 @@
 """Optimizers with torch's semantics, learning-rate schedules, gradient clipping and averaged weights.
 
-The arithmetic for one parameter's arrays is in `tinyvit.kernels.reference_optim`, with faster versions beside it.
+The arithmetic is in `tinyvit.kernels.reference.optimizers`, with faster versions in the kernels of NumPy and CuPy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
 
 from tinyvit import kernels
-from tinyvit.backend import arrays, cuda_graph, parallel
-from tinyvit.kernels.reference.optimizers import adamw, sgd, sum_of_squares
+from tinyvit.backend import arrays, cuda_graph
+from tinyvit.kernels.reference.optimizers import UpdateState, limited_norm, update_adamw, update_sgd
 from tinyvit.optim.state import State, check_like, check_state, copy_like, copy_to_numpy, number, zeros_like
 
 Array = Any
@@ -46,7 +45,9 @@ class Optimizer:
     def __init__(self, params: Params, lr: float, weight_decay: float, state_names: tuple[str, ...]) -> None:
         weight_decay = number("weight_decay", weight_decay)
         self.lr = lr
-        self._slots = []
+        self._slots: list[_Slot] = []
+        self._updated: list[_Slot] = []  # by the last update
+        self._state: UpdateState | None = None
         for parameter, options in _flatten(params):
             p = parameter.data
             if not arrays.is_floating(p):
@@ -82,49 +83,89 @@ class Optimizer:
                 parameter that moved to another dtype or library after the optimizer was made. Nothing is
                 updated then.
         """
-        pending = [(i, slot) for i, slot in enumerate(self._slots) if slot.parameter.grad is not None]
-        for i, slot in pending:
-            p = slot.parameter.data
-            check_like(f"the gradient of parameter {i}", slot.parameter.grad, p)
-            for name, value in slot.state.items():
-                check_like(f"the optimizer's {name} of parameter {i}", value, p)
-        if self.step_together() is not None:
-            return
-        if cuda_graph.capturing():
-            raise cuda_graph.NotCapturable(f"{type(self).__name__} updates one parameter after the other")
-        _each(self._step, [slot for _, slot in pending], [slot.parameter.data for _, slot in pending])
+        for i, slot in enumerate(self._slots):
+            if slot.parameter.grad is not None:
+                check_like(f"the gradient of parameter {i}", slot.parameter.grad, slot.parameter.data)
+        self.update()
 
-    def step_together(
-        self, max_norm: float = math.inf, loss_scale: Any = None, copies: Mapping[int, Array] | None = None
-    ) -> Array | None:
-        """`limit_grad_norm` and `step` in a few launches that read nothing from the host, where kernels for that exist.
+    def update(
+        self, max_norm: float = math.inf, loss_scale: Any = None, rounded: Mapping[int, Array] | None = None
+    ) -> Array | float:
+        """`step` with gradients whose common norm is limited first; they may be of another floating dtype.
+
+        Where a kernel covers all parameters together, nothing is read from the device, and a graph can capture it.
 
         Args:
-            max_norm: as in `limit_grad_norm`.
-            loss_scale: what the gradients are to be divided by, a `precision.LossScale`; it is kept up to date, and a
-                gradient that is not finite updates nothing.
-            copies: arrays of one dtype that follow the parameters, by the parameters' `id`.
+            max_norm, loss_scale: as in `reference.update_adamw`.
+            rounded: arrays that are to hold the new parameters in 16 bits, by the `id` of the parameter.
 
         Returns:
-            the gradients' norm, an array without dimensions; None, with nothing done, where there are no such kernels.
+            the norm of the gradients before clipping, an array without dimensions or a number.
         """
-        return None
-
-    def _step(self, slot: _Slot) -> None:
-        slot.steps += 1
-        p = slot.parameter.data
-        xp = arrays.namespace(p)
-        new, slot.state = self._update(xp, p, xp.asarray(slot.parameter.grad), slot)
-        if new is p:
-            slot.parameter.changed()
+        self._updated = slots = [slot for slot in self._slots if slot.parameter.grad is not None]
+        if not slots:
+            return 0.0
+        for i, slot in enumerate(self._slots):
+            if slot.parameter.grad is not None:
+                for name, value in slot.state.items():
+                    check_like(f"the optimizer's {name} of parameter {i}", value, slot.parameter.data)
+        xp = arrays.namespace(slots[0].parameter.data)
+        if self._state is None:
+            self._state = kernels.best(UpdateState, xp)(xp)
+        if cuda_graph.capturing():
+            cuda_graph.after_capture(self.begin_update)
         else:
-            slot.parameter.data = new
+            self.begin_update()
+        norm, results = self._update(
+            xp,
+            slots,
+            state=self._state,
+            lr_scales=[slot.lr_scale for slot in slots],
+            weight_decays=[slot.weight_decay for slot in slots],
+            max_norm=max_norm,
+            loss_scale=loss_scale,
+            rounded=None if rounded is None else [rounded.get(id(slot.parameter)) for slot in slots],
+        )
+        if results is None:  # a gradient overflowed
+            for slot in slots:
+                slot.steps -= 1
+            return norm
+        for slot, (new, *state) in zip(slots, results, strict=True):
+            slot.state = dict(zip(slot.state, state, strict=False))
+            if new is not slot.parameter.data:
+                slot.parameter.data = new
+        return norm
 
-    def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
+    def _update(
+        self, xp: ModuleType, slots: list[_Slot], **options: Any
+    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
+        """Run the operation that updates all of `slots`, which takes `options`."""
         raise NotImplementedError
+
+    def begin_update(self) -> None:
+        """The host's part of `update`: count the step. A captured graph leaves it to its caller at each replay."""
+        for slot in self._updated:
+            slot.steps += 1
+            slot.parameter.changed()
+        assert self._state is not None
+        self._state.begin(self.lr, self._updated[0].steps - 1)
+
+    @property
+    def gradient_scale(self) -> float:
+        """The factor by which the last `update` multiplied the gradients without changing their arrays."""
+        return 1.0 if self._state is None else float(self._state.gradient_scale)
+
+    @property
+    def skipped(self) -> Any:
+        """Not 0 if the last `update` changed nothing because a gradient overflowed; on a device always one array."""
+        return 0.0 if self._state is None else self._state.skipped
 
     def state_dict(self) -> State:
         """Copies of all state: "lr", "steps" (int64, one per parameter) and "<index>.<name>" for each array."""
+        counted = None if self._state is None else self._state.steps_done()
+        if counted is not None:
+            for slot in self._updated:
+                slot.steps = counted
         steps = np.array([slot.steps for slot in self._slots], dtype=np.int64)
         copies = {key: copy_to_numpy(value) for key, value in self._arrays().items()}
         return {"lr": np.array(self.lr), "steps": steps} | copies
@@ -142,6 +183,8 @@ class Optimizer:
         for i, slot in enumerate(self._slots):
             slot.steps = int(state["steps"][i])
             slot.state = {name: copy_like(state[f"{i}.{name}"], value) for name, value in slot.state.items()}
+        if self._state is not None:
+            self._state.updated_on_host()
 
     def arrays(self) -> list[Array]:
         """What it keeps about the parameters, arrays that `step` changes in place."""
@@ -174,13 +217,13 @@ class SGD(Optimizer):
             raise ValueError(f"nesterov expects a momentum above 0, got {momentum}")
         super().__init__(params, lr, weight_decay, ("m",) if momentum else ())
 
-    def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
-        new, m = kernels.best(sgd, xp)(
-            xp, p, g, slot.state.get("m"),
-            lr=self.lr * slot.lr_scale, momentum=self._momentum, nesterov=self._nesterov,
-            weight_decay=slot.weight_decay,
+    def _update(
+        self, xp: ModuleType, slots: list[_Slot], **options: Any
+    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
+        return kernels.best(update_sgd, xp)(
+            xp, *_arrays(slots), [slot.state.get("m") for slot in slots],
+            momentum=self._momentum, nesterov=self._nesterov, **options,
         )  # fmt: skip
-        return new, {} if m is None else {"m": m}
 
 
 class AdamW(Optimizer):
@@ -206,82 +249,16 @@ class AdamW(Optimizer):
             raise ValueError(f"betas must be two numbers, got {betas!r}")
         self._beta1, self._beta2 = (number(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas))
         self._eps = number("eps", eps)
-        self._many: Any = None  # what updates all parameters together, with numbers of its own on the device
-        self._told: tuple[float, int] | None = None  # the learning rate and the steps done, as they are there
-        self._together: list[_Slot] = []
         super().__init__(params, lr, weight_decay, ("m", "v"))
 
-    def step_together(
-        self, max_norm: float = math.inf, loss_scale: Any = None, copies: Mapping[int, Array] | None = None
-    ) -> Array | None:
-        slots = [slot for slot in self._slots if slot.parameter.grad is not None]
-        parameters, gradients = [slot.parameter.data for slot in slots], [slot.parameter.grad for slot in slots]
-        make = kernels.together("adamw", arrays.namespace(parameters[0])) if slots else None
+    def _update(
+        self, xp: ModuleType, slots: list[_Slot], **options: Any
+    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
         m, v = ([slot.state[name] for slot in slots] for name in ("m", "v"))
-        same_steps = len({slot.steps for slot in slots}) == 1
-        if make is None or not same_steps or not make.covers(parameters, gradients, m, v):
-            return None
-        if self._many is None:
-            numbers = {"beta1": self._beta1, "beta2": self._beta2, "eps": self._eps}
-            self._many = make(arrays.namespace(parameters[0]), **numbers, decoupled=self._decoupled)
-        self._together = slots
-        if cuda_graph.capturing():
-            cuda_graph.after_capture(self.count_step)
-        else:
-            self.count_step()
-        self._many.update(
-            parameters, gradients, m, v,
-            lr_scales=[slot.lr_scale for slot in slots], weight_decays=[slot.weight_decay for slot in slots],
-            max_norm=max_norm, loss_scale=loss_scale, copies=[(copies or {}).get(id(slot.parameter)) for slot in slots],
+        return kernels.best(update_adamw, xp)(
+            xp, *_arrays(slots), m, v, steps=[slot.steps for slot in slots],
+            beta1=self._beta1, beta2=self._beta2, eps=self._eps, decoupled=self._decoupled, **options,
         )  # fmt: skip
-        return self._many.get("norm")
-
-    @property
-    def gradient_scale(self) -> float:
-        """What the last `step_together` multiplied the gradients by, to limit them and to take out the loss's scale."""
-        return float(self._many.get("gradient_scale"))
-
-    @property
-    def skipped(self) -> Array:
-        """Not 0 if the last `step_together` updated nothing, for the gradient overflowed: always the same array."""
-        return self._many.skipped
-
-    def count_step(self) -> None:
-        """The host's share of `step_together`, which a captured graph leaves to its caller each time it is replayed."""
-        steps = self._together[0].steps
-        if self._told is None or self._told[0] != self.lr:
-            self._many.set("lr", self.lr)
-        if self._told is None or self._told[1] != steps:
-            self._many.set("step", steps)
-        for slot in self._together:
-            slot.steps += 1
-            slot.parameter.changed()
-        self._told = self.lr, steps + 1
-
-    def state_dict(self) -> State:
-        if self._told is not None:  # the device has counted since, and left out gradients that overflowed
-            steps = int(self._many.get("step"))
-            for slot in self._together:
-                slot.steps = steps
-            self._told = None
-        return super().state_dict()
-
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        super().load_state_dict(state)
-        self._told = None
-
-    def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
-        return self._adamw(xp, p, g, slot, slot.weight_decay)
-
-    def _adamw(
-        self, xp: ModuleType, p: Array, g: Array, slot: _Slot, weight_decay: float
-    ) -> tuple[Array, dict[str, Array]]:
-        new, m, v = kernels.best(adamw, xp)(
-            xp, p, g, slot.state["m"], slot.state["v"],
-            lr=self.lr * slot.lr_scale, beta1=self._beta1, beta2=self._beta2, eps=self._eps,
-            weight_decay=weight_decay, step=slot.steps,
-        )  # fmt: skip
-        return new, {"m": m, "v": v}
 
 
 class Adam(AdamW):
@@ -299,10 +276,10 @@ class Adam(AdamW):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay)
 
-    def _update(self, xp: ModuleType, p: Array, g: Array, slot: _Slot) -> tuple[Array, dict[str, Array]]:
-        if slot.weight_decay:
-            g = g + slot.weight_decay * p
-        return self._adamw(xp, p, g, slot, weight_decay=0.0)
+
+def _arrays(slots: list[_Slot]) -> tuple[list[Array], list[Array]]:
+    """The parameters' arrays and their gradients."""
+    return [slot.parameter.data for slot in slots], [slot.parameter.grad for slot in slots]
 
 
 def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:
@@ -324,38 +301,10 @@ def limit_grad_norm(params: Iterable[Parameter], max_norm: float, divisor: Array
     """
     max_norm = max_norm if max_norm == math.inf else number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
-    gradients = [p.grad for p in with_grad]
-    squares = sum(_each(_sum_of_squares, gradients, gradients))
-    if isinstance(squares, (Real, np.ndarray)):
-        unit = 1.0 if divisor is None else float(divisor)
-        norm = math.sqrt(float(squares)) / unit
-        scale = max_norm / (norm + 1e-6)
-        scale = (scale if math.isfinite(norm) and scale < 1 else 1.0) / unit
-        if scale != 1:
-            for p in with_grad:
-                p.grad *= scale
-        return norm
-    xp = arrays.namespace(squares)
-    unit = xp.ones_like(squares) if divisor is None else xp.astype(divisor, squares.dtype)
-    norm = xp.sqrt(squares) / unit
-    if max_norm < math.inf or divisor is not None:
-        scale = max_norm / (norm + 1e-6)
-        scale = xp.where(xp.isfinite(norm) & (scale < 1), scale, xp.ones_like(scale)) / unit
-        for p in with_grad:
-            p.grad *= xp.astype(scale, p.grad.dtype)
+    norm, factor = limited_norm([p.grad for p in with_grad], max_norm, divisor)
+    for p in with_grad if factor is not None else ():
+        p.grad *= factor if isinstance(factor, float) else arrays.astype(factor, p.grad.dtype)
     return norm
-
-
-def _sum_of_squares(x: Array) -> Array | float:
-    xp = arrays.namespace(x)
-    return kernels.best(sum_of_squares, xp)(xp, x)
-
-
-def _each(function: Callable[[S], T], items: list[S], data: list[Array]) -> list[T]:
-    """`function` of every item, on all cores where the items' arrays are on the host."""
-    if data and arrays.on_host(data[0]):
-        return parallel.each(function, items, [x.size for x in data])
-    return [function(item) for item in items]
 
 
 def _flatten(params: Params) -> list[tuple[Parameter, Mapping]]:

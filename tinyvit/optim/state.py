@@ -16,7 +16,7 @@ State = dict[str, np.ndarray]
 
 
 def number(name: str, value: Any, below: float = math.inf) -> float:
-    if not (isinstance(value, Real) and 0 <= value < below):
+    if not (isinstance(value, Real) and 0 <= float(value) < below):
         limit = "" if below == math.inf else f" and below {below:g}"
         raise ValueError(f"{name} must be a number of at least 0{limit}, got {value!r}")
     return float(value)

@@ -110,7 +110,7 @@ class Trainer:
                 break
             parts.optimizer.lr = rate(p.step)
             parts.step(images, labels)
-            self.unread.append((parts.step.outcome, labels.shape[0]))
+            self.unread.append((parts.step.result, labels.shape[0]))
             p.step, p.batch = p.step + 1, p.batch + 1
             if shown := time.monotonic() - self.read_at >= self.read_every:
                 self.read_results()

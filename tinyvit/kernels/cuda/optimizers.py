@@ -59,7 +59,7 @@ def _sum_squares(scalar: str, partial: Array, total: Array) -> None:
     kernel((1,), (256,), (partial, np.int32(partial.size), total), shared_mem=8 * 256)
 
 
-class _Table:
+class Table:
     """Where the arrays of a model's parameters lie, on the device, for kernels that go over all of them."""
 
     def __init__(self, xp: Any) -> None:
@@ -98,115 +98,117 @@ def _addresses(arrays: Sequence[Array | None]) -> list[int]:
     return [0 if x is None else cuda.address(x) for x in arrays]
 
 
-class ManyAdamW:
-    """AdamW or Adam for all parameters of a model in a few launches, whose changing numbers all lie on the device.
+class UpdateState(reference.UpdateState):
+    """The numbers of an update in the device's memory, named by `CONTROL`, and the tables of its kernels."""
 
-    Args:
-        xp: the array namespace.
-        beta1, beta2, eps: as in `reference_optim.adamw`.
-        decoupled: whether weight decay shrinks the parameters (AdamW) or is added to their gradients (Adam).
-
-    Attributes:
-        control: float64 numbers on the device, named by `CONTROL`.
-        skipped: that of them, without dimensions, which is not 0 if the gradient overflowed and nothing was updated.
-    """
-
-    def __init__(self, xp: Any, *, beta1: float, beta2: float, eps: float, decoupled: bool = True) -> None:
-        self._xp, self._betas, self._eps, self._decoupled = xp, (beta1, beta2), eps, decoupled
-        self._table = _Table(xp)
+    def __init__(self, xp: Any) -> None:
+        super().__init__(xp)
+        self.table = Table(xp)
         self.control = xp.zeros(len(CONTROL), dtype=xp.float64)
-        i = CONTROL.index("skip")
-        self.skipped = self.control[i : i + 1].reshape(())
-
-    @staticmethod
-    def covers(parameters: Sequence[Array], gradients: Sequence[Array], m: Sequence[Array], v: Sequence[Array]) -> bool:
-        """Whether `update` can do it."""
-        one_type = len({g.dtype for g in gradients}) == 1
-        return (
-            one_type
-            and cuda.scalar(gradients[0].dtype) is not None
-            and all(_writable(parameters, others) for others in (parameters, m, v))
-            and all(type(g) is type(p) and g.shape == p.shape for g, p in zip(gradients, parameters, strict=True))
+        self._on_device: tuple[float, int] | None = (
+            None  # the learning rate and the steps done, as far as they are known
         )
+        i = CONTROL.index("skip")
+        self.skip = self.control[i : i + 1].reshape(())
+
+    def begin(self, lr: float, steps_done: int) -> None:
+        """Bring the learning rate and the number of steps to the device, without waiting for it, if they changed."""
+        self.lr = lr
+        if self._on_device is None or self._on_device[0] != lr:
+            self.set("lr", lr)
+        if self._on_device is None or self._on_device[1] != steps_done:
+            self.set("step", steps_done)
+        self._on_device = lr, steps_done + 1
+
+    def steps_done(self) -> int | None:
+        """The number of updates, without those of gradients that overflowed; read from the device."""
+        if self._on_device is None:
+            return None
+        self._on_device = None
+        return int(self.get("step"))
+
+    def updated_on_host(self) -> None:
+        self._on_device, self.gradient_scale = None, 1.0
 
     def set(self, name: str, value: float) -> None:
-        """Give one of the numbers in `control` a value, without waiting for the device."""
+        """Give one of the numbers a value, without waiting for the device."""
         i = CONTROL.index(name)
         cuda.upload(self.control[i : i + 1], np.array([value], np.float64))
 
     def get(self, name: str) -> Array:
-        """One of the numbers in `control`: a copy without dimensions, which is not waited for."""
+        """A copy of one of the numbers, an array without dimensions."""
         return self.control[CONTROL.index(name)].copy()
 
-    def update(
-        self,
-        parameters: Sequence[Array],
-        gradients: Sequence[Array],
-        m: Sequence[Array],
-        v: Sequence[Array],
-        *,
-        copies: Sequence[Array | None] | None = None,
-        lr_scales: Sequence[float],
-        weight_decays: Sequence[float],
-        max_norm: float,
-        loss_scale: Any = None,
-    ) -> None:
-        """One step with the learning rate in `control`, of gradients that are limited to `max_norm` together.
 
-        Args:
-            parameters, m, v: fp32 arrays in C order, updated in place.
-            gradients: of one dtype.
-            copies: None, or for each parameter an array that follows it (or None); all of one dtype.
-            lr_scales, weight_decays: for each parameter.
-            loss_scale: what the gradients are divided by first, a `precision.LossScale`, which follows them.
-        """
-        scalar, gradients = cuda.scalar(gradients[0].dtype), [cuda.ready(g) for g in gradients]
-        table, count, pieces = self._table.fill(
-            [x.size for x in parameters],
-            p=_addresses(parameters), m=_addresses(m), v=_addresses(v), g=_addresses(gradients),
-            copy=_addresses(copies or [None] * len(parameters)), lr_scale=lr_scales, weight_decay=weight_decays,
-        )  # fmt: skip
-        partial, total = self._xp.empty(pieces, dtype=self._xp.float64), self._xp.empty((), dtype=self._xp.float64)
-        squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
-        squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
-        _sum_squares(scalar, partial, total)
-        clip = cuda.kernel("adamw", "clip_gradient", SCALAR=scalar)
-        scaling = (cuda.NULL, cuda.NULL, np.int32(0), np.float32(0))
-        if loss_scale is not None:
-            limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
-            scaling = (loss_scale.value, loss_scale.good, *limits)
-        clip((1,), (32,), (total, np.float64(max_norm), *scaling, self.control))
-
-        beta1, beta2 = self._betas
-        prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=scalar)
-        prepare((1,), (32,), (self.control, np.float64(beta1), np.float64(beta2)))
-        numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, self._eps))
-        following = [x for x in copies or () if x is not None]
-        types = {"SCALAR": scalar} | ({"COPY": cuda.scalar(following[0].dtype)} if following else {})
-        adamw = cuda.kernel("adamw", "adamw_many", **types)
-        adamw((pieces,), (256,), (table, count, self.control, *numbers, np.int32(self._decoupled)))
+def covers_update(
+    parameters: Sequence[Array], gradients: Sequence[Array], m: Sequence[Array], v: Sequence[Array],
+    *, steps: Sequence[int], **_: Any,
+) -> bool:  # fmt: skip
+    """fp32 parameters in C order, all at the same step, with gradients of one dtype."""
+    return (
+        len(set(steps)) == 1
+        and len({g.dtype for g in gradients}) == 1
+        and cuda.scalar(gradients[0].dtype) is not None
+        and all(_writable(parameters, others) for others in (parameters, m, v))
+        and all(type(g) is type(p) and g.shape == p.shape for g, p in zip(gradients, parameters, strict=True))
+    )
 
 
-class ManyLerp:
-    """`reference_optim.lerp` for many fp32 arrays at once."""
+def update_adamw(
+    xp: Any, parameters: Sequence[Array], gradients: Sequence[Array], m: Sequence[Array], v: Sequence[Array],
+    *, state: UpdateState, steps: Sequence[int], lr_scales: Sequence[float], weight_decays: Sequence[float],
+    beta1: float, beta2: float, eps: float, decoupled: bool, max_norm: float, loss_scale: Any = None,
+    rounded: Sequence[Array | None] | None = None,
+) -> tuple[Array, list[tuple[Array, ...]]]:  # fmt: skip
+    """A few launches for all parameters, which change in place. The host reads nothing and counts nothing."""
+    scalar, gradients = cuda.scalar(gradients[0].dtype), [cuda.ready(g) for g in gradients]
+    table, count, pieces = state.table.fill(
+        [x.size for x in parameters],
+        p=_addresses(parameters), m=_addresses(m), v=_addresses(v), g=_addresses(gradients),
+        copy=_addresses(rounded or [None] * len(parameters)), lr_scale=lr_scales, weight_decay=weight_decays,
+    )  # fmt: skip
+    partial, total = xp.empty(pieces, dtype=xp.float64), xp.empty((), dtype=xp.float64)
+    squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
+    squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
+    _sum_squares(scalar, partial, total)
+    clip = cuda.kernel("adamw", "clip_gradient", SCALAR=scalar)
+    scaling = (cuda.NULL, cuda.NULL, np.int32(0), np.float32(0))
+    if loss_scale is not None:
+        limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
+        scaling = (loss_scale.value, loss_scale.good, *limits)
+    clip((1,), (32,), (total, np.float64(max_norm), *scaling, state.control))
 
-    def __init__(self, xp: Any) -> None:
-        self._table = _Table(xp)
-
-    @staticmethod
-    def covers(a: Sequence[Array], b: Sequence[Array]) -> bool:
-        """Whether `update` can bring these together."""
-        return _writable(b, a) and _writable(b, b)
-
-    def update(self, a: Sequence[Array], b: Sequence[Array], weight: float, skipped: Array | None = None) -> None:
-        """a += weight (b - a), unless `skipped`, a float64 array without dimensions, is not 0."""
-        table, count, pieces = self._table.fill([x.size for x in a], p=_addresses(a), m=_addresses(b))
-        lerp = cuda.kernel("adamw", "lerp_many", SCALAR="float")
-        lerp((pieces,), (256,), (table, count, np.float32(weight), cuda.NULL if skipped is None else skipped))
+    prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=scalar)
+    prepare((1,), (32,), (state.control, np.float64(beta1), np.float64(beta2)))
+    numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, eps))
+    following = [x for x in rounded or () if x is not None]
+    types = {"SCALAR": scalar} | ({"COPY": cuda.scalar(following[0].dtype)} if following else {})
+    adamw = cuda.kernel("adamw", "adamw_many", **types)
+    adamw((pieces,), (256,), (table, count, state.control, *numbers, np.int32(decoupled)))
+    state.skipped, state.gradient_scale = state.skip, state.get("gradient_scale")
+    return state.get("norm"), list(zip(parameters, m, v, strict=True))
 
 
-TOGETHER = {"adamw": ManyAdamW, "lerp": ManyLerp}
+def covers_average(averages: Sequence[Array], targets: Sequence[Array], **_: Any) -> bool:
+    return bool(averages) and _writable(targets, averages) and _writable(targets, targets)
+
+
+def update_average(
+    xp: Any, averages: Sequence[Array], targets: Sequence[Array],
+    *, state: UpdateState, weight: float, skipped: Any = None,
+) -> list[Array]:  # fmt: skip
+    """One launch for all averages, which change in place."""
+    sizes = [x.size for x in averages]
+    table, count, pieces = state.table.fill(sizes, p=_addresses(averages), m=_addresses(targets))
+    lerp = cuda.kernel("adamw", "lerp_many", SCALAR="float")
+    lerp((pieces,), (256,), (table, count, np.float32(weight), cuda.NULL if skipped is None else skipped))
+    return list(averages)
+
+
 KERNELS = {
     reference.adamw: Kernel(adamw, covers_adamw),
     reference.sum_of_squares: Kernel(sum_of_squares, covers_sum_of_squares),
+    reference.UpdateState: Kernel(UpdateState),
+    reference.update_adamw: Kernel(update_adamw, covers_update),
+    reference.update_average: Kernel(update_average, covers_average),
 }

@@ -3,7 +3,6 @@
 from tinyvit.kernels import Kernel, half_precision, reference
 from tinyvit.kernels.cuda import attention, layers, linear, optimizers
 
-TOGETHER = optimizers.TOGETHER
 KERNELS = {
     reference.linear: Kernel(linear.linear, linear.covers_linear),
     reference.linear_gelu: Kernel(linear.linear_gelu, linear.covers_linear),
