@@ -1,8 +1,8 @@
 """Operations on arrays of 16 bits (float16, bfloat16): computed in float32, rounded once.
 
-Sixteen bits are enough to keep and to multiply numbers, not to add many of them up. An operation that is decorated here
-sees float32 whatever it was given, and its results and gradients are rounded to the given dtype at its end. Kernels
-that do so by themselves, and steps that only move numbers or round once anyway, need no decoration.
+Sixteen bits are enough to store and to multiply numbers, not to add many of them up. An operation under `in_fp32`
+receives float32, and its results and gradients are rounded to the inputs' dtype at the end. Kernels that do this
+themselves, and operations that only move numbers or round once, need no decorator.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Kernels for NumPy arrays: the reference's mathematics, arranged for a processor's caches.
 
-NumPy reads and writes whole arrays for every elementary step. Here a chain of steps runs over a block of rows that
-stays in the cache, in place (`out=`), so that only its first read and last write go to memory; sums over
-rows and columns are products with vectors, which BLAS does faster than reductions.
+NumPy reads and writes whole arrays in every elementary step. Here a chain of steps runs in place (`out=`) over a block
+of rows that stays in the cache, so that only the first read and the last write go to memory. Sums over rows and
+columns are products with vectors, which BLAS computes faster than reductions.
 """
 
 from __future__ import annotations

@@ -38,10 +38,10 @@ def is_ready(x: Array) -> bool:
 
 
 def lasting(xp: Any, nbytes: int) -> Array:
-    """Bytes that keep what they are given from outside, also if a graph is being captured that reads them.
+    """Bytes outside of the memory of a graph that is being captured, for values that come from the host.
 
-    Other arrays then lie in the graph's own memory, where each replay writes other things before it comes to their
-    launch. Who has a graph read these holds them as long as it lives, as `upload` does.
+    An array in the graph's own memory would be written over by each replay. The caller keeps this one alive as long
+    as the graph, as `upload` does.
     """
     if not cuda_graph.capturing():
         return xp.empty(nbytes, dtype=xp.uint8)
@@ -52,10 +52,10 @@ def lasting(xp: Any, nbytes: int) -> Array:
 
 
 def upload(to: Array, values: np.ndarray) -> None:
-    """Copy host numbers into a device array, in its place among the stream's work and without waiting for it.
+    """Copy host numbers into a device array, in the order of the stream and without waiting.
 
-    While a graph is captured the copy is left for its end: what is captured is repeated, with the same numbers. The
-    graph keeps the work that is left, and with it the array.
+    While a graph is captured, the copy runs after the capture, since a captured copy would be repeated with each
+    replay. The graph keeps the array alive.
     """
     if cuda_graph.capturing():
         cuda_graph.after_capture(lambda: to.set(values))
@@ -127,7 +127,7 @@ def _module(device: int, file: str, constants: tuple[tuple[str, Any], ...]) -> A
 
 @functools.cache
 def source(file: str) -> str:
-    """The text of FILE.cu with our headers in their places: CuPy's disk cache does not look into included files."""
+    """The text of FILE.cu with its headers inlined: CuPy's disk cache does not look into included files."""
     text = (FOLDER / f"{file}.cu").read_text()
     while found := re.search(r'#include "(\w+\.cuh)"', text):
         header = (FOLDER / found[1]).read_text().replace("#pragma once", "")
