@@ -197,8 +197,7 @@ def summary(results: list[dict]) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser = devices.Parser("attention_bench", __doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--batches", nargs="+", type=int, metavar="B", help="images at a time (default: by case)")
     parser.add_argument("--dtypes", nargs="+", choices=devices.Gpu.dtypes, help="float32 (CPU); bfloat16 (GPU)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib.metadata
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -25,12 +26,37 @@ Call = Callable[[int], Any]  # does the work on the inputs of this number and gi
 Times = list[float]  # seconds of one call each
 
 
+class Parser(argparse.ArgumentParser):
+    """The options of a benchmark; an error is one line, without the usage text."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--device", type=device_name, default="auto", help="auto, cpu, cuda or cuda:N")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
 def choose(name: str) -> Host | Gpu:
-    """The device called "cpu", "cuda" or "auto": the GPU where one works.
+    """The device called "cpu", "cuda", "cuda:N" or "auto": the GPU where one works.
+
+    Of several GPUs only the chosen one stays visible, also to other libraries and to processes that are started later.
 
     Raises:
         RuntimeError: "cuda" without CuPy, its driver or a GPU.
     """
+    if name.startswith("cuda:"):
+        name, _, number = name.partition(":")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if visible != [""] and int(number) >= len(visible):
+            raise RuntimeError(f"there is no GPU cuda:{number} among CUDA_VISIBLE_DEVICES={','.join(visible)}")
+        os.environ["CUDA_VISIBLE_DEVICES"] = number if visible == [""] else visible[int(number)]
     try:
         return Host() if pick_device(name) == "cpu" else Gpu()
     except EvaluationError as problem:

@@ -10,10 +10,10 @@ what `python -m pytest -m gpu` shows.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import math
 import sys
@@ -34,16 +34,21 @@ from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
 from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers
 
+NAMES = ("steps", "predictions", "attention", "products", "others", "tune")
+parser = devices.Parser("gpu_times", __doc__)
+parser.set_defaults(device="cuda")
+parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES[:-1])
+parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
+args = parser.parse_args()
 try:
-    devices.choose("cuda")
+    gpu = devices.choose(args.device)
+    if gpu.name == "cpu":
+        raise RuntimeError("expected --device cuda, got cpu")
 except RuntimeError as error:
     sys.exit(f"gpu_times: error: {error}")
 
-import array_api_compat.cupy as xp
-import cupy
-import ml_dtypes
-
-BF16, FP32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
+xp, cupy = importlib.import_module("array_api_compat.cupy"), gpu.cupy
+BF16, FP32 = gpu.bfloat16, np.dtype(np.float32)
 rng = np.random.default_rng(0)
 results: list[dict[str, Any]] = []
 
@@ -198,14 +203,16 @@ def time_others() -> None:
         p, m, v = ([cupy.zeros(n, cupy.float32) for n in sizes] for _ in range(3))
         copies, gradients = ([random_array(n) for n in sizes] for _ in range(2))
         ones = [1.0] * len(sizes)
-        opt = optimizers.ManyAdamW(xp, beta1=0.9, beta2=0.999, eps=1e-8)
-        options = {"copies": copies, "lr_scales": ones, "weight_decays": ones, "max_norm": 1.0}
-        return lambda: opt.update(p, gradients, m, v, **options)
+        options = {"lr_scales": ones, "weight_decays": ones, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "max_norm": 1.0}
+        state = optimizers.UpdateState(xp)
+        options |= {"rounded": copies, "steps": [0] * len(sizes), "state": state, "decoupled": True}
+        state.begin(1e-3, 0)
+        return lambda: optimizers.update_adamw(xp, p, gradients, m, v, **options)
 
     def ema() -> Callable:
         a, b = ([cupy.zeros(p.size, cupy.float32) for p in model.parameters()] for _ in range(2))
-        lerp = optimizers.ManyLerp(xp)
-        return lambda: lerp.update(a, b, 0.1)
+        state = optimizers.UpdateState(xp)
+        return lambda: optimizers.update_average(xp, a, b, state=state, weight=0.1)
 
     for name in MODELS:
         model = tinyvit.create_model(name)
@@ -336,22 +343,14 @@ def time_predictions() -> None:
             results.append({"time": f"predict {name} {way}", "ms": ms})
 
 
-PARTS: dict[str, Callable[[], None]] = {
-    "steps": time_steps, "predictions": time_predictions, "attention": time_attention, "products": time_products,
-    "others": time_others, "tune": tune_attention,
-}  # fmt: skip
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=[name for name in PARTS if name != "tune"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    args = parser.parse_args()
-    machine = devices.machine(devices.choose("cuda"))
+    parts = (time_steps, time_predictions, time_attention, time_products, time_others, tune_attention)
+    machine = devices.machine(gpu)
     print(json.dumps(machine))
-    for name in args.only:
-        print(f"\n{name}", flush=True)
-        PARTS[name]()
+    for name, part in zip(NAMES, parts, strict=True):
+        if name in args.only:
+            print(f"\n{name}", flush=True)
+            part()
         if args.json:  # after each part, in case the machine or its time is lost
             args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1, default=str))
 

@@ -13,37 +13,38 @@ from peers import Peer
 
 @dataclass
 class Isolated:
-    """A contender elsewhere; it does what a `Peer` does."""
+    """A contender in another process, with a `Peer`'s methods."""
 
     connection: Connection
 
     def run(self, kind: str, repeats: int = 1) -> None:
-        self._ask("run", kind, repeats)
+        self._call("run", kind, repeats)
 
     def loss(self) -> float:
-        return self._ask("loss")
+        return self._call("loss")
 
     def gradients(self) -> Any:
-        return self._ask("gradients")
+        return self._call("gradients")
 
-    def _ask(self, *question: Any) -> Any:
-        self.connection.send(question)
+    def _call(self, *call: Any) -> Any:
+        """The result of the method `call[0]` with the arguments `call[1:]`; None without a call."""
+        self.connection.send(call)
         try:
-            answer = self.connection.recv()
+            result = self.connection.recv()
         except EOFError:
             raise RuntimeError("its process ended before it answered") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(result, Exception):
+            raise result
+        return result
 
 
 def start(build: Callable[..., Peer], *arguments: Any) -> Isolated:
-    """The contender that `build(*arguments)` makes, in a new process; that ends when the contender is dropped."""
-    ours, theirs = multiprocessing.Pipe()
-    multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, build, *arguments), daemon=True).start()
-    theirs.close()
-    peer = Isolated(ours)
-    peer._ask()  # waits until it is built
+    """The contender that `build(*arguments)` makes, in a new process, which ends when the contender is dropped."""
+    here, there = multiprocessing.Pipe()
+    multiprocessing.get_context("spawn").Process(target=_serve, args=(there, build, *arguments), daemon=True).start()
+    there.close()
+    peer = Isolated(here)
+    peer._call()  # waits until it is built
     return peer
 
 
@@ -51,11 +52,11 @@ def _serve(connection: Connection, build: Callable[..., Peer], *arguments: Any) 
     peer = None
     while True:
         try:
-            question = connection.recv()
+            call = connection.recv()
         except EOFError:
             return
         try:
             peer = peer or build(*arguments)
-            connection.send(getattr(peer, question[0])(*question[1:]) if question else None)
+            connection.send(getattr(peer, call[0])(*call[1:]) if call else None)
         except Exception as problem:
             connection.send(RuntimeError(f"{type(problem).__name__}: {problem}"))

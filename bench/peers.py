@@ -1,4 +1,4 @@
-"""tinyvit as the training benchmark runs it, and what it asks of its other contenders (peers_torch.py, peers_jax.py).
+"""What a contender of the training benchmark is, and tinyvit as one; peers_torch.py and peers_jax.py have the others.
 
 Every builder takes a tinyvit model, copies its weights and returns a `Peer`. On "cpu" all compute in float32 where
 their name does not say otherwise; on "cuda" in bfloat16 with weights, statistics, softmax and loss in float32, the
@@ -27,7 +27,7 @@ class Peer:
 
     Attributes:
         step: trains on its batch and gives the loss; on a GPU it may return before that is done.
-        infer: gives the logits of its batch, so many times one after the other, on the host.
+        infer: gives the logits of as many copies of its batch as it is given, on the host.
         gradients: loss and gradients at the current weights, in float32 on a GPU too.
         wait: returns once all steps are done.
     """
@@ -68,11 +68,11 @@ def tinyvit_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: n
         return float(loss), dict(zip(names, found, strict=True))
 
     @functools.cache
-    def photos(batches: int) -> Any:
+    def repeated(batches: int) -> Any:
         return images if batches == 1 else arrays.namespace(images).concat([images] * batches)
 
     def infer(batches: int) -> np.ndarray:
-        return tinyvit.predict(model, photos(batches), batch_size=len(images), **precision)
+        return tinyvit.predict(model, repeated(batches), batch_size=len(images), **precision)
 
     if device == "cpu":
         return Peer("tinyvit", lambda: float(step(images, labels)), infer, gradients)

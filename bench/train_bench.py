@@ -69,6 +69,7 @@ CPU_ONLY = {"torch bf16"}  # on a GPU all are
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
 UNCOUNTED = 0.3  # seconds of steps before each that is counted: after a pause short ones take up to twice their time
+DISTURBED = 1.2  # times that the fastest of several large matrix products outruns the slowest
 GPU_REPEATS = {"step": 10, "infer": 40}  # in one reading, after which the host waits for the device
 
 
@@ -104,8 +105,8 @@ def interleave(
     """Seconds of every counted step of every contender.
 
     They take turns. Each turn begins with steps that are not counted, which bring back what the others drove out of
-    the caches, so that what is counted is the pace of a run of steps, as in a training. Who fails is dropped from
-    `contenders`, its memory given back by `free`, and the others go on.
+    the caches, so that what is counted is the pace of a run of steps, as in a training. A contender that fails is
+    dropped from `contenders`, its memory is given back by `free`, and the others go on.
     """
     warm_up, repeats, settle, uncounted = (
         (1, 1, SETTLE, UNCOUNTED) if device == "cpu" else (3, GPU_REPEATS[kind], 0.0, 0.0)
@@ -171,7 +172,7 @@ def print_memory(case: str, name: str, device: str) -> None:
 
 
 def attempt(name: str, function: Callable[[], Any]) -> Any:
-    """What the function gives, or None after a line on standard error: the other contenders go on."""
+    """The function's result; None, and a line on standard error, if it fails: the other contenders go on."""
     try:
         return function()
     except Exception as problem:
@@ -206,6 +207,9 @@ def run_case(case: str, names: list[str], device: devices.Host | devices.Gpu, ar
             row = result["peers"].setdefault(name, {})
             row[kind] = {"images_per_second": rate, "gflops": rate * work / 1e9, "seconds": seconds}
         rates.append(rate_of())
+    if max(rates) > DISTURBED * min(rates):
+        product = f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s"
+        print(f"{case}: a matrix product ran at {product}: other processes disturb this measurement", file=sys.stderr)
     result["sgemm_gflops" if device.name == "cpu" else "bf16_gflops"] = statistics.median(rates) / 1e9
     del contenders
     gc.collect()
@@ -246,8 +250,7 @@ def table(result: dict) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser = devices.Parser("train_bench", __doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--steps", type=int, default=10, help="readings of each (of several steps on a GPU)")
