@@ -79,3 +79,8 @@ def test_no_modules_import_each_other_in_a_circle():
         for name in leaves:
             del arrows[name]
     assert not arrows, f"circles among {', '.join(sorted(arrows))}"
+
+
+def test_no_test_file_is_longer_than_450_lines():
+    lengths = {path: len(path.read_text().splitlines()) for path in Path(__file__).parent.rglob("*.py")}
+    assert not [f"{path}: {lines}" for path, lines in lengths.items() if lines > 450]
