@@ -1,4 +1,4 @@
-"""Stands for CuPy's streams, graphs and pools of memory, as far as `tinyvit.graph` uses them; arrays are NumPy's."""
+"""Replaces CuPy's streams, graphs and memory pools for the tests of `backend.cuda_graph`; arrays are NumPy's."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Runs the CUDA kernels' own sources on the CPU, through their own Python wrappers: NumPy arrays stand for CuPy's.
+"""Runs the sources of the CUDA kernels on the CPU, through their own Python wrappers, with NumPy arrays for CuPy's.
 
-Arrays that the wrappers allocate are full of NaN; they, and those that `guarded` makes, stand between margins of NaN:
-what a kernel leaves unwritten or reads beyond an array shows in the results, what it writes there in `check_margins`.
+Arrays that the wrappers allocate are full of NaN, so that an entry that no kernel writes is noticed. They, and those
+that `guarded` makes, lie between margins of NaN. A read beyond an array makes the result NaN; `check_margins` finds a
+write there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import functools
 import importlib
 import math
@@ -29,7 +29,7 @@ from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import cublas
 
 SHIM = Path(__file__).parent / "cuda_shim"
-COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) if os.name == "posix" else None
 MARGIN = 1 << 16  # bytes before and after an array: several rows of it
 SCALARS = {"float": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}  # bf16: its bits
 
@@ -240,6 +240,8 @@ def build(folder: Path, file: str, constants: tuple[tuple[str, Any], ...]) -> Pa
 
 def _compile(result: Path, source: str, *options: str) -> Path:
     """Compile `source` into `result`, unless that was done before, by this process or another one."""
+    import fcntl
+
     with open(result.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():

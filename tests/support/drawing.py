@@ -1,4 +1,4 @@
-"""What the tests of the core share: drawn shapes and memory layouts, array libraries, and errors against torch."""
+"""Shared by the tests of the engine and the kernels: drawn arrays, array libraries, and errors against torch."""
 
 from __future__ import annotations
 

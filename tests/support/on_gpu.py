@@ -1,4 +1,4 @@
-"""What the tests that need a GPU share: the marker, precisions, and comparisons of kernels with float64."""
+"""Shared by the tests that need a GPU: the marker, precisions, and comparisons of kernels with float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds of every version (reference or kernel) of every operation of arrays, for the tests that enumerate them."""
+"""Properties of every version (reference or kernel) of every operation, for the tests that enumerate them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Vision Transformer written plainly with torch.nn, with the parameter names of ours: what it is compared with."""
+"""A plain Vision Transformer in torch.nn with our parameter names, which the tests compare ours with."""
 
 from __future__ import annotations
 

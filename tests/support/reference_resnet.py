@@ -1,4 +1,4 @@
-"""The ResNet of hybrid models written plainly with torch, with timm's parameter names: what ours is compared with."""
+"""A plain ResNet of the hybrid models in torch with timm's parameter names, which the tests compare ours with."""
 
 from __future__ import annotations
 

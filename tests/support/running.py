@@ -1,4 +1,4 @@
-"""What the tests of runs and of the command line share: small images, and the real command in a subprocess."""
+"""Shared by the tests of runs and of the command line: small images, and the real command in a subprocess."""
 
 import os
 import signal
@@ -14,12 +14,13 @@ from tinyvit.backend import parallel
 
 THREADS = parallel.available_cores()  # of a command in a process of its own
 ROOT = Path(__file__).parents[2]
+SIGKILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has none
 COMMAND = [sys.executable, "-m", "tinyvit"]
 NANO = ["--model", "vit_nano_patch8_32"]
 
 
 def make_images(directory, *, train=24, test=6, size=32, noise=160, seed=0):
-    """An image folder of three classes that differ in their colour, as far as the noise lets it be seen."""
+    """An image folder of three classes that differ in their colour, below some noise."""
     rng = np.random.default_rng(seed)
     for split, count in (("train", train), ("test", test)):
         for channel, name in enumerate(("red", "green", "blue")):
@@ -65,7 +66,7 @@ def start(*arguments, cwd=None):
     )
 
 
-def stop_when(process, reached, signum=signal.SIGKILL, timeout=60):
+def stop_when(process, reached, signum=SIGKILL, timeout=60):
     """Send the process a signal once `reached()`; returns its output and errors."""
     deadline = time.monotonic() + timeout
     while not reached():
@@ -77,7 +78,7 @@ def stop_when(process, reached, signum=signal.SIGKILL, timeout=60):
 
 
 def assert_one_line_error(result, status):
-    """The command failed with this status and exactly one line on standard error; gives the message."""
+    """The command failed with this status and exactly one line on standard error. Returns the message."""
     assert result.returncode == status, (result.returncode, result.stdout, result.stderr)
     assert result.stderr.startswith("tinyvit: error: "), result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n"), result.stderr

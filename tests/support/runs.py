@@ -1,4 +1,4 @@
-"""What the tests of training runs share: a run that uses all options, and comparisons of run directories."""
+"""Shared by the tests of training runs: a run that uses all options, and comparisons of run directories."""
 
 import json
 
