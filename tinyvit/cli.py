@@ -28,6 +28,7 @@ from tinyvit.training.config import (
 )
 
 if TYPE_CHECKING:
+    from tinyvit.data import Data, Split
     from tinyvit.evaluation.metrics import Scores
 
 
@@ -87,7 +88,8 @@ def make_parser() -> Parser:
     evaluate = command("eval", run_eval, "Measure a model's accuracy on a data set.")
     evaluate.add_argument("checkpoint", metavar="RUN|CKPT")
     evaluate.add_argument("--data", required=True, metavar="SRC", help=FIELDS["data"].metadata["help"])
-    evaluate.add_argument("--split", type=typed(one_of("test", "train")), default="test", help="test or train")
+    splits = "train, val, test or all (default: every image of SRC)"
+    evaluate.add_argument("--split", type=typed(one_of("train", "val", "test", "all")), metavar="NAME", help=splits)
     probes = "measure features instead: knn or linear, on the training split, for any classes"
     evaluate.add_argument("--probe", type=typed(one_of("knn", "linear")), metavar="KIND", help=probes)
     evaluate.add_argument("--skip-corrupt", action="store_true", help=FIELDS["skip_corrupt"].metadata["help"])
@@ -151,9 +153,9 @@ def run_train(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     from tinyvit.checkpoints.loading import open_checkpoint
     from tinyvit.data import Augment, load_data
-    from tinyvit.evaluation.metrics import evaluate, labels_for, pick_device
+    from tinyvit.evaluation.metrics import combined, evaluate, labels_for, pick_device
 
-    if args.probe and args.split != "test":
+    if args.probe and args.split not in (None, "test"):
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
@@ -165,20 +167,35 @@ def run_eval(args: argparse.Namespace) -> None:
         statistics=(checkpoint.mean, checkpoint.std),
         **checkpoint.split,
     )
-    part = args.split if args.split == "train" or data.own_test else "validation"
-    about, what = {}, f"{part} split of {data.name}"
     if args.probe:
         from tinyvit.evaluation.probe import probe
 
         found = probe(args.probe, checkpoint, model, data, args.precision)
+        setting = ", ".join(f"{name} {value:g}" for name, value in found.setting.items())
+        what = f"{data.test_name} images of {data.name}, {args.probe} probe ({setting})"
         scores, about = found.scores, {"probe": args.probe, **found.setting}
-        what += f", {args.probe} probe ({', '.join(f'{name} {value:g}' for name, value in found.setting.items())})"
     else:
-        split = data.test if args.split == "test" else data.train
-        labels = labels_for(checkpoint, split.labels, data.class_names)
+        parts = chosen_parts(data, args.split)
         scaling = Augment(checkpoint.mean, checkpoint.std)
-        scores = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=args.precision)
+        by_part = {}
+        for name, split in parts.items():
+            labels = labels_for(checkpoint, split.labels, data.class_names)
+            by_part[name] = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=args.precision)
+        scores = combined(list(by_part.values()))
+        accuracies = {name: {"images": s.images, "accuracy": s.accuracy} for name, s in by_part.items()}
+        about = {"images": scores.images, "splits": accuracies}
+        counts = [f"{s.images} {name} ({s.accuracy:.2%})" for name, s in by_part.items()]
+        what = f"{data.name}, {', '.join(counts) if counts[1:] else next(iter(parts)) + ' split'}"
     print_json({**about, **scores_dict(scores)}) if args.json else print_scores(scores, what)
+
+
+def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
+    """The split of that name, or all of them for "all" and None. Raises UsageError."""
+    if name in (None, "all"):
+        return data.parts
+    if name not in data.parts:
+        raise UsageError(f"{data.name} has no {name} images, expected --split {', '.join(data.parts)} or all")
+    return {name: data.parts[name]}
 
 
 def run_predict(args: argparse.Namespace) -> None:
@@ -298,8 +315,7 @@ def scores_dict(scores: Scores) -> dict[str, Any]:
 
 
 def print_scores(scores: Scores, what: str) -> None:
-    count = sum(n for _, _, n in scores.per_class)
-    print(f"{what}: {count} images")
+    print(f"{what}: {scores.images} images")
     loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
     print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
     rows = [("class", "accuracy", "images")]

@@ -68,7 +68,7 @@ def test_predict_prepares_images_as_the_checkpoint_says(checkpoint, images):
 
 
 def test_eval_prepares_images_as_the_checkpoint_says(checkpoint, images):
-    result = tinyvit("eval", checkpoint, "--data", images, "--json")
+    result = tinyvit("eval", checkpoint, "--data", images, "--split", "test", "--json")
     assert result.returncode == 0, result.stderr
     scores = json.loads(result.stdout)
     logits = [probabilities(load_model(checkpoint), sorted((images / "test" / n).iterdir())) for n in NAMES]

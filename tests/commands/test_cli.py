@@ -64,7 +64,7 @@ def test_eval_opens_the_images_of_its_split_alone(run, image_folder, monkeypatch
 
 
 def test_eval_json_agrees_with_a_calculation_by_hand(run, image_folder):
-    scores = only_json(tinyvit("eval", run, "--data", image_folder, "--json"))
+    scores = only_json(tinyvit("eval", run, "--data", image_folder, "--split", "test", "--json"))
     p, labels = own_predictions(run, image_folder)
     hits = p.argmax(axis=1) == labels
     assert scores["accuracy"] == hits.mean()
@@ -79,7 +79,7 @@ def test_eval_prints_a_table_that_lines_up(run, image_folder):
     result = tinyvit("eval", run / "last.safetensors", "--data", image_folder, "--split", "train")
     assert result.returncode == 0 and result.stderr == ""
     lines = result.stdout.splitlines()
-    assert lines[0] == "train split of images: 72 images"
+    assert lines[0] == "images, train split: 72 images"
     assert "accuracy" in lines[1] and "top-5 100.00%" in lines[1] and "loss" in lines[1]
     table = lines[3:]
     assert table[0].split() == ["class", "accuracy", "images"]
@@ -95,12 +95,14 @@ def test_eval_counts_a_part_of_the_classes_by_their_names(run, image_folder, tmp
         for split in ("train", "test"):
             for source in (image_folder / split / name).iterdir():
                 (part / split / name / source.name).write_bytes(source.read_bytes())
-    whole, scores = (only_json(tinyvit("eval", run, "--data", d, "--json")) for d in (image_folder, part))
+    whole, scores = (
+        only_json(tinyvit("eval", run, "--data", d, "--split", "test", "--json")) for d in (image_folder, part)
+    )
     assert scores["per_class"] == {**whole["per_class"], "green": None}
 
 
 def test_eval_refuses_classes_that_the_model_does_not_know(run, tmp_path):
-    result = tinyvit("eval", run, "--data", make_images(tmp_path / "other", train=1, test=1))
+    result = tinyvit("eval", run, "--data", make_images(tmp_path / "other", train=1, test=1), "--split", "test")
     assert result.returncode == 0
     (tmp_path / "other" / "train" / "red").rename(tmp_path / "other" / "train" / "rouge")
     (tmp_path / "other" / "test" / "red").rename(tmp_path / "other" / "test" / "rouge")
@@ -114,7 +116,7 @@ def test_eval_holds_out_the_same_images_as_training(tmp_path):
     arguments = ["--epochs", "2", "--val-fraction", "0.3", "--seed", "5", "--batch-size", "4"]
     assert tinyvit("train", "--data", data, "--out", tmp_path / "run", *NANO, *arguments).returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scores = only_json(tinyvit("eval", tmp_path / "run", "--data", data, "--json"))
+    scores = only_json(tinyvit("eval", tmp_path / "run", "--data", data, "--split", "val", "--json"))
     assert (scores["accuracy"], pytest.approx(scores["loss"])) in [(r["val_accuracy"], r["val_loss"]) for r in rows]
 
 
@@ -200,7 +202,7 @@ def test_info_shows_the_machine_and_what_holds_it_back():
 # --- bad usage ------------------------------------------------------------------------------------------------
 
 BAD_USAGE = [
-    ([], "expected a command: train, eval, predict, summary, convert, models or info"),
+    ([], "expected a command: train, eval, predict, summary, convert, plot, models or info"),
     (["trian"], "invalid choice: 'trian'"),
     (["--verbose"], "--verbose"),
     (["train", "--epoch", "3"], "train does not know --epoch; did you mean --epochs?"),
@@ -230,7 +232,7 @@ BAD_USAGE = [
     (["train", "--model", "vit_bas_patch16_224"], "did you mean vit_base_patch16_224?"),
     (["train", "--config", "no/such.toml"], "no/such.toml: No such file or directory"),
     (["eval", "run"], "the following arguments are required: --data"),
-    (["eval", "run", "--data", "shapes", "--split", "val"], "--split: expected test or train, got 'val'"),
+    (["eval", "run", "--data", "shapes", "--split", "dev"], "--split: expected train, val, test or all, got 'dev'"),
     (["predict", "run"], "IMAGE"),
     (["predict", "run", "a.jpg", "--top", "0"], "--top: expected a whole number of at least 1"),
     (["summary"], "NAME|RUN|CKPT"),

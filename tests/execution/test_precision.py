@@ -347,7 +347,9 @@ def test_the_command_line(tmp_path):
     assert message == "--precision: expected fp32, tf32, bf16 or fp16, got 'half'"
     assert tinyvit("train", *common, "--precision", "bf16", "--out", tmp_path / "b").returncode == 0
     scores = [
-        json.loads(tinyvit("eval", tmp_path / "b", "--data", images, "--json", "--precision", name).stdout)["loss"]
+        json.loads(
+            tinyvit("eval", tmp_path / "b", "--data", images, "--split", "test", "--json", "--precision", name).stdout
+        )["loss"]
         for name in ("fp32", "bf16")
     ]
     assert scores[0] != scores[1] and scores[1] == pytest.approx(scores[0], rel=0.02)

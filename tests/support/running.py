@@ -36,7 +36,7 @@ def make_images(directory, *, train=24, test=6, size=32, noise=160, seed=0):
 def count_decoded(monkeypatch):
     """A list that grows by the source of each image that is opened from now on, in this process."""
     opened, original = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda source, *rest: (opened.append(source), original(source, *rest))[1])
+    monkeypatch.setattr(Image, "open", lambda source, **how: (opened.append(source), original(source, **how))[1])
     return opened
 
 

@@ -215,7 +215,9 @@ def test_short_epochs_are_not_all_saved(trained, tmp_path, monkeypatch, every, s
     assert 1 <= written.count(BEST) <= saves - 1
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    scores = json.loads(tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--json").stdout)
+    scores = json.loads(
+        tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--split", "test", "--json").stdout
+    )
     assert len(rows) == 5 and scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
 
 
@@ -242,7 +244,9 @@ def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
     assert "computing the features of 90 images once" in printed
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    scores = json.loads(tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--json").stdout)
+    scores = json.loads(
+        tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--split", "test", "--json").stdout
+    )
     assert scores["accuracy"] == best["val_accuracy"] and scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
     before, after = (load_file(run / "best.safetensors") for run in (trained / "run", tmp_path / "a"))
     assert {name for name in before if not np.array_equal(before[name], after[name])} == {"head.weight", "head.bias"}
@@ -354,7 +358,9 @@ def test_a_fine_tuned_run_prepares_images_as_its_weights_were_used_to(trained, t
     assert ours.preprocessing.crop_pct == 0.5
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    scores = json.loads(tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--json").stdout)
+    scores = json.loads(
+        tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--split", "test", "--json").stdout
+    )
     assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
     shutil.rmtree(tmp_path / "odd")
     assert "finished" in tinyvit("train", "--out", tmp_path / "a", "--resume").stdout

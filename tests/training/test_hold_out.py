@@ -58,7 +58,7 @@ def test_the_test_part_is_left_for_the_end(tmp_path):
     assert config["data"] | {"train": 45, "val": 15, "test": 15} == config["data"]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["val_accuracy"] * 15 == pytest.approx(round(row["val_accuracy"] * 15)) for row in rows)
-    scores = json.loads(tinyvit("eval", tmp_path / "run", "--data", images, "--json").stdout)
+    scores = json.loads(tinyvit("eval", tmp_path / "run", "--data", images, "--split", "test", "--json").stdout)
     assert scores["accuracy"] * 15 == pytest.approx(round(scores["accuracy"] * 15))
     assert min(abs(scores["loss"] - row["val_loss"]) for row in rows) > 1e-6, "the test part has other images"
     assert "finished" in tinyvit("train", "--out", tmp_path / "run", "--resume", "--val-fraction", 0.25).stdout
@@ -102,6 +102,6 @@ def test_a_folder_without_a_test_part_is_divided_once(tmp_path):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert (config["data"]["train"], config["data"]["val"]) == sizes
         assert config["options"]["val_fraction"] == config["split"]["val_fraction"] == (given_share or [0, 0.1])[1]
-        scores = json.loads(tinyvit("eval", tmp_path / name, "--data", images, "--json").stdout)
+        scores = json.loads(tinyvit("eval", tmp_path / name, "--data", images, "--split", "val", "--json").stdout)
         row = json.loads((tmp_path / name / "metrics.jsonl").read_text())
         assert scores["accuracy"] == row["val_accuracy"] and scores["loss"] == pytest.approx(row["val_loss"], rel=1e-5)

@@ -59,7 +59,7 @@ def test_best_holds_the_averaged_weights_of_the_best_epoch(unbroken):
 
 def test_eval_finds_the_accuracy_that_training_recorded(unbroken, images):
     out, _ = unbroken
-    scores = json.loads(tinyvit("eval", out, "--data", images, "--json").stdout)
+    scores = json.loads(tinyvit("eval", out, "--data", images, "--split", "test", "--json").stdout)
     best = metrics(out)[progress(out / "last.safetensors")["best_epoch"] - 1]
     assert scores["accuracy"] == best["val_accuracy"]
     assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-6)

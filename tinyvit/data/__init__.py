@@ -16,7 +16,7 @@ from tinyvit.data.sources.cifar import find_cifar10, load_cifar10
 from tinyvit.data.sources.csv_table import find_in_csv
 from tinyvit.data.sources.download import cache_directory, fetch_cifar10
 from tinyvit.data.sources.image_folder import find_in_folder, first_image
-from tinyvit.data.sources.listing import SMALL, Found, load_listings
+from tinyvit.data.sources.listing import SMALL, Listings, load_listings
 from tinyvit.data.sources.parquet import find_in_parquet, parquet_files
 from tinyvit.data.sources.shapes import load_shapes
 from tinyvit.data.splits import ImageTransform, resident
@@ -76,14 +76,10 @@ def load_data(
         else:
             path = existing(src)
             kind, find = layout(path)
-            names, train, test, val = find(path, val_fraction, seed)
             data = load_listings(
                 kind,
                 path,
-                names,
-                train,
-                test,
-                val,
+                find(path, val_fraction, seed),
                 image_size=image_size,
                 skip_corrupt=skip_corrupt,
                 image_transform=image_transform,
@@ -118,7 +114,7 @@ def existing(src: str | os.PathLike[str]) -> Path:
     return path
 
 
-def layout(path: Path) -> tuple[str, Callable[[Path, float, int], Found]]:
+def layout(path: Path) -> tuple[str, Callable[[Path, float, int], Listings]]:
     """What kind of source lies at `path`, and the function that finds its images. Raises DataError for two kinds."""
     if path.suffix.lower() == ".csv" and path.is_file():
         return "csv", find_in_csv

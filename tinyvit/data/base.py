@@ -39,8 +39,9 @@ class Data:
     `mean` and `std` are those of the training images, one per channel, in units of 0..1. `image_size` is
     (height, width). `fingerprint` identifies the data: the same images give the same string, wherever they lie.
     `fit_options` say how images were resized and cut: arguments of `read_image` that differ from its defaults.
-    `own_test` is false where the test images were drawn from the training ones; `val` are
-    validation images apart from them, if there are any.
+    `own_test` is false where the test images were drawn from the training ones; `test_name` is what they are called,
+    "test" or "val". `val` are validation images apart from them, if there are any. `no_images` are files among the
+    training images that were passed over, because they are none.
     """
 
     name: str
@@ -54,7 +55,15 @@ class Data:
     fingerprint: str
     fit_options: Mapping[str, Any] = field(default_factory=dict)
     own_test: bool = True
+    test_name: str = "test"
+    no_images: tuple[str, ...] = ()
     val: Split | None = None
+
+    @property
+    def parts(self) -> dict[str, Split]:
+        """The splits by name: "train", "val" and "test", as far as the data set has them."""
+        val = {} if self.val is None else {"val": self.val}
+        return {"train": self.train, **val, self.test_name: self.test}
 
     @property
     def validation(self) -> Split:

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import os
-import warnings
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from tinyvit.data.base import DataError, pair
 from tinyvit.data.image_transforms import centre_crop, covering_size, margin, resize, resize_to_cover, trimmed_size
+from tinyvit.files.reading import check_regular
 
-# An image of more than Image.MAX_IMAGE_PIXELS (89 million) pixels is an error here, not a warning followed by
-# gigabytes of memory. The filter is process-wide because threads cannot have their own.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# The formats that are decoded within the process. Pillow would hand others, PostScript for one, to external programs.
+FORMATS = (
+    "AVIF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "ICO",
+    "JPEG",
+    "JPEG2000",
+    "PCX",
+    "PNG",
+    "PPM",
+    "QOI",
+    "SGI",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)
+MOST_PIXELS = 50_000_000  # of an image: decoded, 200 MB
+_decoding = threading.Semaphore(2)  # how many large images are decoded at a time
+LARGE = 8_000_000  # pixels
 
+BITS_PER_SAMPLE = 258  # the TIFF tag
 ORIENTATION = 0x0112  # the EXIF tag; below, what undoes each of its values
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,13 +64,58 @@ class StoredImage:
 Source = str | os.PathLike[str] | BinaryIO | StoredImage
 
 
-def decodable(source: Source) -> str | os.PathLike[str] | BinaryIO:
-    """What Pillow can open. Raises ValueError for an image without bytes."""
-    if not isinstance(source, StoredImage):
-        return source
-    if not source.content:
-        raise ValueError("it has no bytes")
-    return io.BytesIO(source.content)
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[Image.Image]:
+    """Give the image of a source, not decoded yet: its format, size and mode are known.
+
+    Every image is opened here: only regular files, and only FORMATS.
+
+    Raises:
+        OSError, ValueError: no image, or one of more than MOST_PIXELS.
+    """
+    file: str | os.PathLike[str] | BinaryIO
+    if isinstance(source, StoredImage):
+        if not source.content:
+            raise ValueError("it has no bytes")
+        file = io.BytesIO(source.content)
+    else:
+        file = source
+        if isinstance(source, str | os.PathLike):
+            check_regular(source)
+    with Image.open(file, formats=formats()) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, at most {MOST_PIXELS} are read")
+        yield image
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an image that is not decoded yet, as it is seen."""
+    width, height = image.size
+    return (width, height) if exif_orientation(image) >= 5 else (height, width)
+
+
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is an image: by its ending or, for an unknown ending, by its first bytes."""
+    if os.path.splitext(path)[1].lower() in known_endings():
+        return True
+    try:
+        with opened(path):
+            return True
+    except Exception:  # whatever a decoder says to bytes that are not its own
+        return False
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def known_endings() -> frozenset[str]:
+    """The endings of FORMATS, in lower case."""
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats())
 
 
 def read_image(
@@ -76,7 +144,7 @@ def open_rgb(source: Source) -> Image.Image:
     Raises DataError, naming the file, when it cannot be decoded.
     """
     try:
-        with Image.open(decodable(source)) as image:
+        with opened(source) as image, _turn(image):
             image.load()
             orientation = exif_orientation(image)
             rgb = to_rgb(image)
@@ -84,6 +152,11 @@ def open_rgb(source: Source) -> Image.Image:
         name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
         raise DataError(f"cannot read image {name}: {reason(error)}") from error
     return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+
+
+def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
+    """A context for decoding: threads decode many images at a time, but only a few large ones among them."""
+    return _decoding if image.width * image.height > LARGE else contextlib.nullcontext()
 
 
 def reason(error: Exception) -> str:
@@ -96,15 +169,18 @@ def reason(error: Exception) -> str:
 
 
 def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none."""
     try:
-        return image.getexif().get(ORIENTATION, 1)
+        value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # a broken EXIF block does not spoil the image
         return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB, what is transparent laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(to_8_bits(np.asarray(image))).convert("RGB")
+        return grey_to_rgb(image)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -112,10 +188,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Scale grey values to uint8: white is 65535 for integers, 1 or 255 for floats, or the image's own maximum
-    if that is higher."""
-    whites = (1, 255) if grey.dtype.kind == "f" else (65535,)
+def grey_to_rgb(image: Image.Image) -> Image.Image:
+    """A grey image of more than 8 bits in RGB. A value that a PNG declares as transparent becomes white.
+
+    White is 65535 for integers, 1 or 255 for floats. A TIFF file may hold fewer bits than its type: white is then
+    2^bits - 1 as it declares, or the least of 255, 4095 and 65535 that no value exceeds.
+    """
+    values = np.asarray(image)
+    whites = (1.0, 255.0) if image.mode == "F" else (65535.0,)
+    if image.format == "TIFF" and image.mode != "F":
+        bits = min(image.tag_v2.get(BITS_PER_SAMPLE, (16,)))  # type: ignore[attr-defined]
+        whites = (2.0**bits - 1,) if bits < 16 else (255.0, 4095.0, 65535.0)
+    grey = to_8_bits(values, whites)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey = np.where(values == transparent, np.uint8(255), grey)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def to_8_bits(grey: np.ndarray, whites: Sequence[float]) -> np.ndarray:
+    """Grey values (H, W) of any dtype as uint8.
+
+    White is the first of `whites` that no value exceeds, else the highest value. Negative values and those that are not
+    finite are black.
+    """
     grey = np.nan_to_num(grey.astype(np.float64), posinf=0, neginf=0)
     highest = grey.max(initial=0)
     white = next((white for white in whites if highest <= white), highest)

@@ -54,6 +54,29 @@ class Scores:
     loss: float | None  # None: what classified gives no probabilities
     per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no image of that class
 
+    @property
+    def images(self) -> int:
+        """How many images were measured."""
+        return sum(count for _, _, count in self.per_class)
+
+
+def combined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several parts of a data set, which have the same classes, together."""
+    images = sum(part.images for part in parts)
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        weighted = [value * part.images for value, part in zip(values, parts, strict=True) if value is not None]
+        return sum(weighted) / images if len(weighted) == len(parts) else None
+
+    per_class = []
+    for same in zip(*(part.per_class for part in parts), strict=True):
+        count = sum(n for _, _, n in same)
+        hits = sum(accuracy * n for _, accuracy, n in same if accuracy is not None)
+        per_class.append((same[0][0], hits / count if count else None, count))
+    accuracy, top5 = mean([part.accuracy for part in parts]), mean([part.top5 for part in parts])
+    assert accuracy is not None and top5 is not None
+    return Scores(accuracy, top5, mean([part.loss for part in parts]), tuple(per_class))
+
 
 def evaluate(
     model: VisionTransformer,

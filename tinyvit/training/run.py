@@ -338,6 +338,8 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
         display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")
+    if data.no_images:
+        display.line(f"passed over {len(data.no_images)} files that are no images, the first is {data.no_images[0]}")
 
 
 def parameters(model: VisionTransformer) -> str:

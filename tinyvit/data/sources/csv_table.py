@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.listing import TEST_NAMES, Found, Listing, held_out_parts, split_classes
-
-SPLIT_NAMES = ("train", *TEST_NAMES)
+from tinyvit.data.sources.listing import Listing, Listings, part_of, split_classes
 
 
 @dataclass(frozen=True)
@@ -30,39 +28,37 @@ class Rows:
 
 
 def number_classes(
-    source: Path, train: Rows, tests: Sequence[Rows], order: Sequence[str], val_fraction: float, seed: int
-) -> Found:
-    """The images of the table(s) at `source`, with test and validation images in the order of preference.
+    source: Path, parts: Mapping[str, Rows], order: Sequence[str], val_fraction: float, seed: int
+) -> Listings:
+    """The images of the table(s) at `source`, by part: "train" and perhaps "val" and "test".
 
     The classes are those of the training images: first those in `order`, then the others by the alphabet. Without
-    `tests`, `val_fraction` of each class is kept for one. Raises DataError.
+    other parts, `val_fraction` of each class is kept for one. Raises DataError.
     """
-    present = set(train.classes)
+    present = set(parts["train"].classes)
     names = tuple(dict.fromkeys([*(name for name in order if name in present), *sorted(present)]))
     if len(names) < 2:
         found = f"only {names[0]}" if names else "none"
         raise DataError(f"{source} must hold training images of at least two classes, found {found}")
-    root = source if source.is_dir() else source.parent
-    listing = train.numbered(root, names)
-    if not tests:
-        return names, *split_classes(listing, names, val_fraction, seed), None
-    if strangers := sorted({name for test in tests for name in test.classes} - present):
+    if strangers := sorted({name for rows in parts.values() for name in rows.classes} - present):
         raise DataError(
             f"{source}: {strangers[0]!r} is a class of test images that no training image has "
             f"(they have {', '.join(names)[:200]})"
         )
-    test, *others = (test.numbered(root, names) for test in tests)
-    return names, listing, test, others[0] if others else None
+    root = source if source.is_dir() else source.parent
+    listings = {part: rows.numbered(root, names) for part, rows in parts.items()}
+    if len(listings) == 1:
+        return Listings(names, *split_classes(listings["train"], names, val_fraction, seed))
+    return Listings(names, listings["train"], listings.get("test"), listings.get("val"))
 
 
-def find_in_csv(path: Path, val_fraction: float, seed: int) -> Found:
+def find_in_csv(path: Path, val_fraction: float, seed: int) -> Listings:
     """The images of a CSV file; see tinyvit.data.load_data. Raises DataError."""
     parts = read_csv(path)
     if "train" not in parts:
         found = f"only {', '.join(parts)}" if parts else "no row at all"
         raise DataError(f"{path} has no row with the split train, found {found}")
-    tests = [parts[name] for name in held_out_parts(path, parts)]
-    return number_classes(path, parts["train"], tests, (), val_fraction, seed)
+    return number_classes(path, parts, (), val_fraction, seed)
 
 
 def read_csv(path: Path) -> dict[str, Rows]:
@@ -96,7 +92,7 @@ def checked(row: dict[str, str], columns: Sequence[str], where: str) -> str:
     for column in ("path", "label"):
         if not row[column].strip():
             raise DataError(f"{where} has no {column}")
-    split = row.get("split", "train").strip().lower()
-    if split not in SPLIT_NAMES:
-        raise DataError(f"{where} has the split {row['split']!r}, expected one of {', '.join(SPLIT_NAMES)}")
-    return split
+    part = part_of(row.get("split", "train"))
+    if part is None:
+        raise DataError(f"{where} has the split {row['split']!r}, expected train, val or test")
+    return part

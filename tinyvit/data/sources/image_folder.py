@@ -9,43 +9,59 @@ from pathlib import Path
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.listing import TEST_NAMES, Found, Listing, classes_without, held_out_parts, split_classes
+from tinyvit.data.image import is_image
+from tinyvit.data.sources.listing import Listing, Listings, classes_without, one_of_each, part_of, split_classes
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
-
-def find_in_folder(root: Path, val_fraction: float, seed: int) -> Found:
+def find_in_folder(root: Path, val_fraction: float, seed: int) -> Listings:
     """The images of an image folder; see tinyvit.data.load_data. Raises DataError."""
-    train_root, test_roots = find_splits(root)
-    classes = class_folders(train_root)
+    roots = find_parts(root)
+    classes = class_folders(roots["train"])
     if len(classes) < 2:
         found = f"only {classes[0].name}" if classes else "none"
-        raise DataError(f"{train_root} must hold at least two class folders with images, found {found}")
+        raise DataError(f"{roots['train']} must hold at least two class folders with images, found {found}")
     names = tuple(folder.name for folder in classes)
-    listing = list_images(train_root, names)
-    if missing := classes_without(listing, names):
-        raise DataError(f"class folder {train_root / missing[0]} has no images (looked for {' '.join(ENDINGS)})")
-    if not test_roots:
-        return names, *split_classes(listing, names, val_fraction, seed), None
-    for folder in (folder for root in test_roots for folder in class_folders(root)):
-        if folder.name not in names:
-            raise DataError(f"{folder} is a class that {train_root} does not have (it has {', '.join(names)[:200]})")
-    tests = [list_images(root, names) for root in test_roots]
-    for test in tests:
-        if not test.files:
-            raise DataError(f"the class folders of {test.root} have no images (looked for {' '.join(ENDINGS)})")
-    return names, listing, tests[0], tests[1] if tests[1:] else None
+    parts = {}
+    for part, folder in roots.items():
+        if strangers := [f for f in class_folders(folder) if f.name not in names]:
+            raise DataError(
+                f"{strangers[0]} is a class that {roots['train']} does not have (it has {', '.join(names)[:200]})"
+            )
+        parts[part] = list_images(folder, names)
+        if not parts[part].files:
+            raise DataError(f"the class folders of {folder} have no images that can be recognised")
+    if missing := classes_without(parts["train"], names):
+        raise DataError(f"class folder {roots['train'] / missing[0]} has no images that can be recognised")
+    if len(parts) == 1:
+        return Listings(names, *split_classes(parts["train"], names, val_fraction, seed))
+    return Listings(names, parts["train"], parts.get("test"), parts.get("val"))
 
 
-def find_splits(root: Path) -> tuple[Path, list[Path]]:
-    """The folder of the training classes, and those of test and validation classes, the preferred one first."""
-    folders = {folder.name.lower(): folder for folder in class_folders(root)}
-    tests = [name for name in TEST_NAMES if name in folders and class_folders(folders[name])]
-    if "train" in folders:
-        return folders["train"], [folders[name] for name in held_out_parts(root, tests)]
-    if tests and set(folders) <= set(TEST_NAMES):
-        raise DataError(f"{root} has {folders[tests[0]].name}/ but no train/")
-    return root, []
+def find_parts(root: Path) -> dict[str, Path]:
+    """The folders of the training, validation and test classes; `root` itself trains if it has no such folders.
+
+    Raises:
+        DataError: it cannot be told whether a folder is a part of the data set or a class.
+    """
+    folders = class_folders(root)
+    with_classes = [folder for folder in folders if class_folders(folder)]
+    found = one_of_each(root, (folder.name for folder in with_classes))
+    if not found:
+        named = one_of_each(root, (folder.name for folder in folders))
+        # A folder called train that holds no folders is a class if there are others beside it.
+        alone = "train" in named and len(named) == len(folders)
+        return {"train": root / named["train"] if alone else root}
+    if "train" not in found:
+        if len(with_classes) == len(found) and all(part_of(folder.name) for folder in folders):
+            raise DataError(f"{root} has {next(iter(found.values()))}/ but no train/")
+        return {"train": root}
+    for folder in folders:
+        if folder.name not in found.values() and part_of(folder.name) is None and has_image(folder):
+            raise DataError(
+                f"{root} has {found['train']}/ and also images in {folder.name}/, which is no part of a data set: "
+                f"move it away, or give {root / found['train']}"
+            )
+    return {part: root / name for part, name in found.items()}
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -60,22 +76,41 @@ def class_folders(folder: Path) -> list[Path]:
 
 def list_images(root: Path, names: tuple[str, ...]) -> Listing:
     """The images in and below each class folder, by name; links to folders are not followed."""
-    files, labels = [], []
+    files: list[str] = []
+    labels: list[int] = []
+    others: list[str] = []
     for label, name in enumerate(names):
-        files += images_below(root, name)
-        labels += [label] * (len(files) - len(labels))
+        for file in files_below(root, name):
+            if is_image(root / file):
+                files.append(file)
+                labels.append(label)
+            else:
+                others.append(str(root / file))
     order = sorted(range(len(files)), key=lambda i: (labels[i], files[i]))
-    return Listing(root, files, np.array(labels, dtype=np.int64)).take(order)
+    return Listing(root, files, np.array(labels, dtype=np.int64), no_images=tuple(sorted(others))).take(
+        np.array(order, int)
+    )
 
 
-def images_below(root: Path, name: str) -> Iterator[str]:
-    """The images in and below the folder `name` of `root`, relative to `root`, in no order."""
+def images_in(folder: Path) -> list[Path]:
+    """All images in and below a folder, by name."""
+    return sorted(folder / file for file in files_below(folder, "") if is_image(folder / file))
+
+
+def files_below(root: Path, name: str) -> Iterator[str]:
+    """The visible files in and below the folder `name` of `root`, relative to `root`, in no order."""
     for folder, folders, members in os.walk(root / name):
         folders[:] = [child for child in folders if not child.startswith(".")]
-        inside = Path(folder).relative_to(root).as_posix()
-        yield from (f"{inside}/{m}" for m in members if m.lower().endswith(ENDINGS) and not m.startswith("."))
+        inside = Path(folder).relative_to(root)
+        yield from ((inside / m).as_posix() for m in members if not m.startswith((".", "Thumbs.db", "desktop.ini")))
+
+
+def has_image(folder: Path) -> bool:
+    """Whether there is an image in or below a folder."""
+    return any(is_image(folder / file) for file in files_below(folder, ""))
 
 
 def first_image(root: Path) -> str | None:
     """An image in or below the folders of `root`, relative to it, if there is one."""
-    return next((image for folder in class_folders(root) for image in images_below(root, folder.name)), None)
+    files = (file for folder in class_folders(root) for file in files_below(root, folder.name))
+    return next((file for file in files if is_image(root / file)), None)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from tinyvit.data.base import Data, DataError, Split, Statistics, mean_and_std, pair
-from tinyvit.data.image import StoredImage, decodable, fit, open_rgb, to_array
+from tinyvit.data.image import StoredImage, fit, open_rgb, opened, to_array, upright_size
 from tinyvit.data.image_transforms import random_resized_crop
 from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_threads, stack
 
-TEST_NAMES = ("test", "val", "validation", "valid")  # the first there is; a second one chooses the best epoch
 SMALL = 64  # images up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
 MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
@@ -26,16 +26,12 @@ SAMPLE = 20_000  # images of a larger split that are decoded beforehand, for the
 CHUNK = 1 << 20  # bytes that a thread decodes at a time
 
 
-# Class names, training images, test images and, where they are apart from those, validation images.
-Found = tuple[tuple[str, ...], "Listing", "Listing", "Listing | None"]
-
-
 @dataclass(frozen=True)
 class Listing:
     """The images of one split: `files` relative to `root`, and their classes, `labels` (N,) int64.
 
     `contents` are the bytes of images that are no files of their own; their names then only tell them apart.
-    `drawn` is true of a test split that was drawn from the training images.
+    `drawn` is true of a split that was drawn from the training images. `no_images` are files that were passed over.
     """
 
     root: Path
@@ -43,6 +39,7 @@ class Listing:
     labels: np.ndarray
     contents: list[bytes] | None = None
     drawn: bool = False
+    no_images: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -56,26 +53,47 @@ class Listing:
         return self.root / self.files[i] if self.contents is None else StoredImage(self.name(i), self.contents[i])
 
     def identity(self) -> list[tuple[str | int, ...]]:
-        """What tells the split from others: each image's name, class, and size or digest."""
+        """What distinguishes the split from others: each image's name, class, and a digest of its bytes."""
         if self.contents is None:
-            marks: list[Any] = [(self.root / file).stat().st_size for file in self.files]
+            marks = in_threads(digest_of, (self.root / file for file in self.files))
         else:
-            marks = [hashlib.sha256(content).hexdigest() for content in self.contents]
+            marks = (hashlib.sha256(content).hexdigest() for content in self.contents)
         return list(zip(self.files, self.labels.tolist(), marks, strict=True))
 
     def take(self, positions: np.ndarray) -> Self:
         """The images at `positions`, in that order."""
         contents = None if self.contents is None else [self.contents[i] for i in positions]
-        return type(self)(self.root, [self.files[i] for i in positions], self.labels[positions], contents, self.drawn)
+        return replace(self, files=[self.files[i] for i in positions], labels=self.labels[positions], contents=contents)
+
+
+def digest_of(path: Path, whole: int = 1 << 16, part: int = 1 << 14) -> str:
+    """A digest of a file's size and bytes; of a file larger than `whole` of three `part`s: first, middle and last."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, (size - part) // 2, size - part) if size > whole else (0,):
+            file.seek(start)
+            digest.update(file.read(part if size > whole else whole))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Listings:
+    """The images of a data set: the names of its classes, and the listing of each part that it has.
+
+    A `test` that is `drawn` from the training images stands for a part that is missing.
+    """
+
+    names: tuple[str, ...]
+    train: Listing
+    test: Listing | None
+    val: Listing | None = None
 
 
 def load_listings(
     kind: str,
     source: Path,
-    names: tuple[str, ...],
-    train: Listing,
-    test: Listing,
-    val: Listing | None,
+    found: Listings,
     *,
     image_size: int | tuple[int, int] | None,
     skip_corrupt: bool,
@@ -83,10 +101,13 @@ def load_listings(
     fit_options: Mapping[str, Any] | None,
     statistics: Statistics | None,
 ) -> Data:
-    """The labelled images of `source`, in the classes `names`, as a data set; options as in tinyvit.data.load_data.
+    """The labelled images of `source` as a data set; options as in tinyvit.data.load_data.
 
     `kind` begins the fingerprint. Raises DataError.
     """
+    names, train = found.names, found.train
+    test, val = (found.test, found.val) if found.test is not None else (found.val, None)
+    assert test is not None
     size = pair(image_size or common_size(train, test) or LARGE_SIZE)
     options = fit_options or {}
     if image_transform is None and max(size) > SMALL:
@@ -112,15 +133,40 @@ def load_listings(
         fingerprint=f"{kind}-{digest[:16]}",
         fit_options=options,
         own_test=not test.drawn,
+        test_name="val" if found.test is None or test.drawn else "test",
+        no_images=train.no_images,
         val=val_split,
     )
 
 
-def held_out_parts(source: Path, parts: Collection[str]) -> list[str]:
-    """Those of `parts` that are not for training, the preferred one first. Raises DataError for two of one purpose."""
-    found = [name for name in TEST_NAMES if name in parts]
-    if len(same := [name for name in found if name != "test"]) > 1:
-        raise DataError(f"{source} has validation images under {len(same)} names, expected one of {', '.join(same)}")
+# What the parts of a data set are called, in lower case and without other characters than letters.
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "evaluation", "dev", "holdout"),
+    "test": ("test", "testing"),
+}
+_ADDED = ("", "set", "split", "images", "imgs", "data")  # trainset, test_images
+
+
+def part_of(name: str) -> str | None:
+    """ "train", "val" or "test" for a name such as Training, seg_train or test_images; None for any other name."""
+    letters = re.sub("[^a-z]", "", name.lower()).removeprefix("seg")
+    for part, words in PARTS.items():
+        if any(letters == word + added for word in words for added in _ADDED):
+            return part
+    return None
+
+
+def one_of_each(source: Path, names: Iterable[str]) -> dict[str, str]:
+    """The names that mean a part, by that part. Raises DataError for two names of one part."""
+    found: dict[str, str] = {}
+    for name in names:
+        part = part_of(name)
+        if part is None:
+            continue
+        if part in found:
+            raise DataError(f"{source} has {part} images under two names, {found[part]} and {name}: keep one of them")
+        found[part] = name
     return found
 
 
@@ -144,8 +190,8 @@ def common_size(*listings: Listing) -> tuple[int, int] | None:
     for listing in listings:
         for i in range(len(listing)):
             try:
-                with Image.open(decodable(listing.image(i))) as image:
-                    size = image.size[::-1]
+                with opened(listing.image(i)) as image:
+                    size = upright_size(image)
             except Exception:  # unreadable: reported when it is decoded
                 continue
             if max(size) > SMALL or size != (found or size):

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.csv_table import SPLIT_NAMES, Rows, number_classes
-from tinyvit.data.sources.listing import Found, held_out_parts
+from tinyvit.data.sources.csv_table import Rows, number_classes
+from tinyvit.data.sources.listing import Listings, one_of_each, part_of
 
 if TYPE_CHECKING:
     import pyarrow
 
-IMAGES = ("image", "img", "image", "photo")  # usual names of the columns, in the order of preference
+IMAGES = ("image", "img", "picture", "photo")  # usual names of the columns, in the order of preference
 LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -28,7 +28,7 @@ def parquet_files(path: Path) -> list[Path]:
     return [file for file in found if file.is_file() and file.stem != "metadata"]  # the name of image folders' notes
 
 
-def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Found:
+def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
     """The images of parquet files; see tinyvit.data.load_data.
 
     The images' bytes are kept in memory as they are stored. Raises DataError, also without pyarrow.
@@ -38,11 +38,11 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Found:
     train = read_split(path, parts["train"])
     if train is None:
         raise DataError(f"{path}: the training images have no labels (all are null or -1)")
-    parts_read = [read_split(path, parts[name]) for name in held_out_parts(path, parts)]
-    tests = [rows for rows in parts_read if rows is not None]  # published test splits may lack their labels
+    read = {part: read_split(path, shards) for part, shards in parts.items() if part != "train"}
+    others = {part: rows for part, rows in read.items() if rows is not None}  # published tests may lack their labels
     if not order and all(name.isdecimal() for name in train.classes):
         order = sorted(set(train.classes), key=int)
-    return number_classes(path, train, tests, order, val_fraction, seed)
+    return number_classes(path, {"train": train, **others}, order, val_fraction, seed)
 
 
 def by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Shard]]:
@@ -52,16 +52,17 @@ def by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Shard]]:
     """
     if path.is_dir() and (missing := missing_shard(files)):
         raise DataError(f"{path} lacks {missing.relative_to(path).as_posix()}")
-    parts: dict[str, list[Shard]] = {}
+    by_name: dict[str, list[Shard]] = {}
     for file in files:
-        parts.setdefault(split_of(file), []).append(Shard(file))
-    if set(parts) == {""}:
-        parts = {"train": parts[""]}
-    if "" in parts:
+        by_name.setdefault(split_name(path, file), []).append(Shard(file))
+    if set(by_name) == {""}:
+        by_name = {"train": by_name[""]}
+    if "" in by_name:
         raise DataError(
-            f"{parts[''][0].file} belongs to no split, as other files do: expected a name that begins with one of "
-            f"{', '.join(SPLIT_NAMES)}"
+            f"{by_name[''][0].file} belongs to no split, as other files do: expected a name that begins with train, "
+            "val or test"
         )
+    parts = {part: by_name[name] for part, name in one_of_each(path, by_name).items()}
     if "train" not in parts:
         raise DataError(f"{path} has parquet files of {', '.join(parts)}, but none of train")
     if len(folders := {shard.file.parent for shard in parts["train"]}) > 1:
@@ -83,11 +84,16 @@ def missing_shard(files: Sequence[Path]) -> Path | None:
     return next((file for file in expected if file not in present), None)
 
 
-def split_of(file: Path) -> str:
-    """ "train" of train-00000-of-00001.parquet and of train/0000.parquet; "" where neither says."""
-    for name in (file.stem, file.parent.name):
-        if match := re.match(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])", name.lower()):
-            return match[1]
+def split_name(source: Path, file: Path) -> str:
+    """ "train" of train-00000-of-00001.parquet and of train/0000.parquet; "" where neither says a split.
+
+    Folders outside the source say nothing.
+    """
+    names = [file.stem] if file.parent == source or file == source else [file.stem, file.parent.name]
+    for name in names:
+        match = re.match(r"[A-Za-z]+(_(set|images|data))?", name)
+        if match and part_of(match[0]):
+            return match[0]
     return ""
 
 
