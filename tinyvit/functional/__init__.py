@@ -7,6 +7,8 @@ inputs, and arguments that do not fit raise TypeError or ValueError. Names of to
 
 from __future__ import annotations
 
+from numbers import Real
+
 from tinyvit import kernels
 from tinyvit.backend import arrays, random
 from tinyvit.engine.ops import multiply, where
@@ -328,20 +330,25 @@ def _dropout_mask(x: Input, p: float, training: bool, shape: Shape) -> Array | N
 # --- losses ---------------------------------------------------------------------------------------------------------
 
 
-def cross_entropy(logits: Input, labels: Input, *, weight: Array | None = None, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over a batch.
+def cross_entropy(logits: Input, labels: Input, label_smoothing: float = 0.0, weight: Array | None = None) -> Tensor:
+    """Mean cross-entropy over a batch. torch takes `weight` third, which is refused here: pass it by its name.
 
     Args:
         logits: (B, C).
         labels: class numbers (B,), or probabilities (B, C) of the logits' dtype; no gradient goes to them.
-        weight: (C,), the weight of each class; see `weighted_targets`.
         label_smoothing: share of the target that is spread evenly over all classes (Szegedy et al. 2016).
+        weight: (C,), the weight of each class; see `weighted_targets`.
 
     Returns:
         a tensor without dimensions.
     """
     like = _array(logits)
     targets = checks.targets(logits, labels, like)
+    if not isinstance(label_smoothing, Real):
+        given = type(label_smoothing).__name__
+        raise TypeError(
+            f"cross_entropy takes label_smoothing, a number, as its third argument, got {given}: use weight="
+        )
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in 0 ... 1, got {label_smoothing}")
     if weight is not None:
