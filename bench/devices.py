@@ -19,7 +19,7 @@ import numpy as np
 
 import tinyvit
 from tinyvit.backend import memory, parallel
-from tinyvit.evaluation.metrics import EvaluationError, pick_device
+from tinyvit.backend.devices import DeviceError, pick_device
 from tinyvit.kernels.cuda import cublas
 
 Call = Callable[[int], Any]  # does the work on the inputs of this number and gives its results
@@ -59,7 +59,7 @@ def choose(name: str) -> Host | Gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = number if visible == [""] else visible[int(number)]
     try:
         return Host() if pick_device(name) == "cpu" else Gpu()
-    except EvaluationError as problem:
+    except DeviceError as problem:
         raise RuntimeError(str(problem)) from None
 
 

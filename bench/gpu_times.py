@@ -127,7 +127,7 @@ def time_attention() -> None:
 
 def tune_attention() -> None:
     """Other plans than our own, fastest first."""
-    own = attention.forward_plan, attention.backward_plan
+    own = attention.forward_tiling, attention.backward_tiling
     step = {False: ("KEYS", (32, 64, 80)), True: ("QUERIES", (32, 64))}
     for batch, heads, n in ATTENTION:
         for back in (False, True):
@@ -136,14 +136,14 @@ def tune_attention() -> None:
                 plan = own[back](n, n, 64, 2, **choice)
                 if plan is None:
                     continue
-                name = "backward_plan" if back else "forward_plan"
+                name = "backward_tiling" if back else "forward_tiling"
                 setattr(attention, name, functools.partial(own[back], **choice))
                 try:
                     timed.append((microseconds(attention_calls(batch, heads, n, back), 7), plan.constants, plan.parts))
                 except Exception as problem:  # a plan that the device refuses
                     print(f"  {choice}: {problem}")
                 finally:
-                    attention.forward_plan, attention.backward_plan = own
+                    attention.forward_tiling, attention.backward_tiling = own
             print(f"\n{'backward' if back else 'forward'} {batch} x {heads} x {n}; ours is {own[back](n, n, 64, 2)}")
             for micros, constants, parts in sorted(timed, key=lambda row: row[0])[:6]:
                 print(f"  {micros:7.1f}  {constants} in {parts}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import tinyvit
-from tinyvit.backend import arrays
+from tinyvit.backend import arrays, devices
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.05
 CHECKED = 16  # images of which gradients are compared on a GPU, in float32
@@ -54,7 +54,7 @@ class Peer:
 
 def tinyvit_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str = "cpu") -> Peer:
     model.to(device)
-    move = arrays.mover(device)
+    move = devices.mover(device)
     images, labels = move(images), move(labels)
     precision = {} if device == "cpu" else {"precision": "bf16"}
     optimizer = tinyvit.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)

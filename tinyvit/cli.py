@@ -151,9 +151,10 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
     from tinyvit.data import Augment, load_data
-    from tinyvit.evaluation.metrics import combined, evaluate, labels_for, pick_device
+    from tinyvit.evaluation.metrics import combined, evaluate, labels_for
 
     if args.probe and args.split not in (None, "test"):
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
@@ -199,9 +200,10 @@ def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
 
 
 def run_predict(args: argparse.Namespace) -> None:
+    from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
-    from tinyvit.evaluation.metrics import check_head, look_at, pick_device
+    from tinyvit.evaluation.metrics import check_head, look_at
 
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     overlays = overlay_paths(Path(args.attention), args.images) if args.attention else []
@@ -271,7 +273,7 @@ def run_models(args: argparse.Namespace) -> None:
 def run_info(args: argparse.Namespace) -> None:
     from tinyvit.execution import system_info
 
-    found = system_info.examine()
+    found = system_info.collect()
     print_json(found.to_dict()) if args.json else print(system_info.as_table(found))
 
 
@@ -366,6 +368,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def fail_known(error: Exception) -> int:
     """Report an error that is expected to happen; raise the others, which are bugs."""
+    from tinyvit.backend.devices import DeviceError
     from tinyvit.checkpoints.checkpoint import CheckpointError
     from tinyvit.data import DataError
     from tinyvit.evaluation.metrics import EvaluationError
@@ -377,7 +380,8 @@ def fail_known(error: Exception) -> int:
         return 128 + error.signum
     if isinstance(error, OSError) and error.filename is not None:
         return fail(f"{error.filename}: {error.strerror}", 1)
-    if isinstance(error, CheckpointError | DataError | EvaluationError | TrainError | OSError | ValueError):
+    expected = CheckpointError | DataError | DeviceError | EvaluationError | TrainError | OSError | ValueError
+    if isinstance(error, expected):
         return fail(error, 1)
     raise error
 

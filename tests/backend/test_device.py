@@ -9,8 +9,8 @@ from drawing import BACKENDS, LIBRARIES
 from on_gpu import HAS_GPU, needs_gpu
 
 from tinyvit import create_model
-from tinyvit.backend import arrays
-from tinyvit.evaluation.metrics import EvaluationError, pick_device
+from tinyvit.backend import arrays, devices
+from tinyvit.backend.devices import DeviceError, pick_device
 from tinyvit.execution import system_info
 
 EXTRAS = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
@@ -73,11 +73,11 @@ def test_what_is_missing_is_said_in_one_line(install, cupy, message):
     with pytest.raises(RuntimeError) as caught:
         create_model("vit_nano_patch8_32").to("cuda")
     assert str(caught.value) == message
-    with pytest.raises(EvaluationError) as caught:
+    with pytest.raises(DeviceError) as caught:
         pick_device("cuda")
     assert str(caught.value) == f"no GPU can be used: {message}"
     assert pick_device("auto") == "cpu"
-    assert system_info.examine().gpu == [f"none ({message.replace('device cuda', 'a GPU')})"]
+    assert system_info.collect().gpu == [f"none ({message.replace('device cuda', 'a GPU')})"]
 
 
 @pytest.mark.parametrize("error", [ImportError("libcublas.so.13:\n cannot open"), OSError("broken"), KeyError("x")])
@@ -86,7 +86,7 @@ def test_a_cupy_that_cannot_be_imported(monkeypatch, tmp_path, error):
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(RuntimeError, match="device cuda needs CuPy, which cannot be imported") as caught:
-        arrays.mover("cuda")
+        devices.mover("cuda")
     assert "\n" not in str(caught.value) and EXTRAS in str(caught.value)
 
 
@@ -96,16 +96,16 @@ def test_a_cupy_that_cannot_be_imported(monkeypatch, tmp_path, error):
 def test_a_gpu_that_is_not_there(install, count, target, there):
     install(made_up(count))
     with pytest.raises(RuntimeError) as caught:
-        arrays.mover(target)
+        devices.mover(target)
     assert str(caught.value) == f"device {target} does not exist: there {there}"
-    with pytest.raises(EvaluationError, match=f"no GPU can be used: device {target} does not exist"):
+    with pytest.raises(DeviceError, match=f"no GPU can be used: device {target} does not exist"):
         pick_device(target)
 
 
 @pytest.mark.parametrize("target", ["cuda:", "cuda:x", "cuda:-1", "cuda:1.0"])
 def test_names_that_are_no_device(target):
     with pytest.raises(ValueError, match='expected "cuda" or "cuda:N", got'):
-        arrays.mover(target)
+        devices.mover(target)
 
 
 def test_a_gpu_whose_kernels_do_not_compile_is_not_taken(install, monkeypatch):
@@ -115,9 +115,9 @@ def test_a_gpu_whose_kernels_do_not_compile_is_not_taken(install, monkeypatch):
     def move(x):
         raise RuntimeError("Failed to find CUDA headers.\nPlease install CUDA toolkit headers")
 
-    monkeypatch.setattr(arrays, "mover", lambda target: move)
+    monkeypatch.setattr(devices, "mover", lambda target: move)
     assert pick_device("auto") == "cpu"
-    with pytest.raises(EvaluationError) as caught:
+    with pytest.raises(DeviceError) as caught:
         pick_device("cuda:0")
     said = "no GPU can be used: Failed to find CUDA headers. Please install CUDA toolkit headers"
     assert str(caught.value) == said
@@ -125,7 +125,7 @@ def test_a_gpu_whose_kernels_do_not_compile_is_not_taken(install, monkeypatch):
 
 def test_info_names_the_gpus_and_versions(install):
     install(made_up(2, driver=13020))
-    found = system_info.examine()
+    found = system_info.collect()
     assert found.gpu == [f"cuda:{i} NVIDIA H200, 140 GiB, 9.0" for i in range(2)]
     assert found.versions["CUDA of the driver"] == "13.2" and found.versions["CUDA of CuPy"] == "13.0"
     assert {"cupy", "nvmath-python", "ml_dtypes"} <= found.versions.keys()
@@ -138,7 +138,7 @@ def test_an_array_goes_to_the_place_of_another_and_back(backend):
     x = xp.asarray(np.arange(6.0))
     name = arrays.device_name(x)
     assert name == {"numpy": "cpu", "cupy": "cuda:0"}.get(backend, xp)
-    moved = arrays.mover(name)(np.arange(3))
+    moved = devices.mover(name)(np.arange(3))
     assert type(moved) is type(x) and arrays.namespace(moved) is xp
     assert system_info.describe_device(x).startswith({"numpy": "cpu", "cupy": "cuda:0 "}.get(backend, xp.__name__))
     with arrays.on_device_of(x):
@@ -152,16 +152,16 @@ def test_a_gpu_without_cublas_is_not_taken(monkeypatch):
                 return self * other
             raise ImportError("libcublas.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(arrays, "mover", lambda target: lambda x: x.view(Array))
+    monkeypatch.setattr(devices, "mover", lambda target: lambda x: x.view(Array))
     assert pick_device("auto") == "cpu"
-    with pytest.raises(EvaluationError, match=r"^no GPU can be used: libcublas\.so\.13: cannot open"):
+    with pytest.raises(DeviceError, match=r"^no GPU can be used: libcublas\.so\.13: cannot open"):
         pick_device("cuda")
 
 
 @needs_gpu
 def test_auto_takes_a_gpu_that_works():
     assert pick_device("auto") == "cuda" and pick_device("cuda:0") == "cuda:0"
-    assert arrays.free_memory("cuda:0") > 1 << 20
+    assert devices.free_memory("cuda:0") > 1 << 20
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")

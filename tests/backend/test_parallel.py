@@ -134,7 +134,7 @@ def test_overlapping_runs_leave_blas_as_it_was():
             entered.wait()
             time.sleep(seconds)
 
-        list(parallel.run(parallel.Plan(((0, 1),), 1, 1), work))
+        list(parallel.run(parallel.Shards(((0, 1),), 1, 1), work))
 
     with threadpool_limits(2, user_api="blas"):
         before = blas_threads()

@@ -9,8 +9,6 @@ import devices
 import pytest
 import train_bench
 
-from tinyvit.evaluation import metrics
-
 
 def test_gpu_times_graphs_and_what_cannot_be_captured(gpu):
     numbers = []
@@ -46,7 +44,7 @@ def test_without_a_gpu(program, monkeypatch):
     def no_gpu(target):
         raise RuntimeError("device cuda needs CuPy")
 
-    monkeypatch.setattr(metrics.arrays, "mover", no_gpu)
+    monkeypatch.setattr(devices, "mover", no_gpu)
     with pytest.raises(SystemExit, match=rf"^{program.__name__}: error: [^\n]*device cuda needs CuPy[^\n]*$"):
         program.main(["--device", "cuda"])
 

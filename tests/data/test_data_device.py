@@ -13,7 +13,7 @@ from running import make_images
 from safetensors.numpy import load_file
 
 from tinyvit import TrainStep, create_model, optim
-from tinyvit.backend import arrays
+from tinyvit.backend import arrays, devices
 from tinyvit.data import Augment, Data, Loader, load_data, resident
 from tinyvit.data.splits import RESIDENT_SHARE, ArraySplit, FileSplit
 from tinyvit.evaluation.metrics import evaluate
@@ -80,7 +80,7 @@ def test_what_does_not_fit_stays_on_the_host(monkeypatch):
     data_set = data()
     size = data_set.train.images.nbytes
     for free, stays in ((size / RESIDENT_SHARE, False), (size / RESIDENT_SHARE - 1, True)):
-        monkeypatch.setattr(arrays, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(devices, "free_memory", lambda device, free=free: free)
         there = resident(data_set, array_api_strict)
         assert (there.train is data_set.train) == stays
         assert there.test is not data_set.test  # smaller, and looked at by itself

@@ -43,7 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
         "on_host": lambda x: False,
         "on_device_of": lambda x: contextlib.nullcontext(),
         "device_name": lambda x: "cuda:0",
-        "reading": lambda x: lambda: x,
+        "start_copy_to_host": lambda x: lambda: x,
     }.items():
         monkeypatch.setattr(arrays, name, stand_in)
     monkeypatch.setattr(cuda, "address", lambda x: x.ctypes.data)
@@ -164,15 +164,15 @@ def test_a_batch_is_read_without_waiting_for_the_next(monkeypatch):
     pinned = lambda shape, dtype: np.full(shape, np.nan, dtype)
     monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(empty_pinned=pinned))
     monkeypatch.setattr(arrays, "is_cupy", lambda x: isinstance(x, OnDevice))
-    first = arrays.reading(OnDevice(X))
+    first = arrays.start_copy_to_host(OnDevice(X))
     work.append(lambda: pytest.fail("waited for the next batch"))
     assert np.array_equal(first(), X)
     work.clear()
-    assert np.array_equal(arrays.reading(OnDevice(2 * X))(), 2 * X)
+    assert np.array_equal(arrays.start_copy_to_host(OnDevice(2 * X))(), 2 * X)
 
 
 def test_what_lies_on_the_host_is_read_as_it_is():
-    assert arrays.reading(X)() is X
+    assert arrays.start_copy_to_host(X)() is X
 
 
 def test_a_batch_is_cut_into_shards_of_so_many_tokens_for_every_thread(monkeypatch):

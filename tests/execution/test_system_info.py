@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from tinyvit.backend import parallel
-from tinyvit.execution.system_info import Machine, as_table, examine, findings, one_line
+from tinyvit.execution.system_info import SystemInfo, as_table, collect, one_line, slowdowns
 
-GOOD = Machine(
+GOOD = SystemInfo(
     versions={"tinyvit": "1", "cupy": None},
     processor="a processor",
     vector="avx512",
@@ -26,8 +26,8 @@ GOOD = Machine(
 
 
 def changed(**changes):
-    fields = {name: getattr(GOOD, name) for name in Machine.__dataclass_fields__}
-    return Machine(**(fields | changes))
+    fields = {name: getattr(GOOD, name) for name in SystemInfo.__dataclass_fields__}
+    return SystemInfo(**(fields | changes))
 
 
 def blas(**changes):
@@ -35,7 +35,7 @@ def blas(**changes):
 
 
 def test_a_machine_without_faults_has_no_findings():
-    assert findings(GOOD) == []
+    assert slowdowns(GOOD) == []
     assert one_line(GOOD) == "8 cores, openblas SkylakeX"
     assert "Nothing found" in as_table(GOOD)
 
@@ -59,7 +59,7 @@ def test_a_machine_without_faults_has_no_findings():
 )
 def test_each_fault_is_named_with_its_remedy(changes, words):
     machine = changed(**changes)
-    (finding,) = findings(machine)
+    (finding,) = slowdowns(machine)
     for word in words:
         assert word in finding
     assert finding in one_line(machine) and finding in as_table(machine)
@@ -68,15 +68,15 @@ def test_each_fault_is_named_with_its_remedy(changes, words):
 
 def test_settings_that_cost_nothing_are_shown_but_not_blamed():
     machine = changed(vector="avx2", blas=blas(core_type="Zen"), settings={"OMP_NUM_THREADS": "8"})
-    assert findings(machine) == []
+    assert slowdowns(machine) == []
     assert "OMP_NUM_THREADS=8" in as_table(machine)
 
 
 def test_this_machine_can_be_examined():
-    machine = examine({"OPENBLAS_CORETYPE": "Prescott", "HOME": "/home"})
+    machine = collect({"OPENBLAS_CORETYPE": "Prescott", "HOME": "/home"})
     assert machine.settings == {"OPENBLAS_CORETYPE": "Prescott"}
     assert 1 <= machine.usable == parallel.available_cores()
-    assert json.loads(json.dumps(machine.to_dict()))["findings"] == findings(machine)
+    assert json.loads(json.dumps(machine.to_dict()))["findings"] == slowdowns(machine)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's own count of page faults")

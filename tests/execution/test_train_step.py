@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import tinyvit
 from tinyvit import TrainStep, optim, predict
 from tinyvit import functional as F
-from tinyvit.backend import arrays, random
+from tinyvit.backend import arrays, devices, random
 from tinyvit.engine.tensor import Tensor
 
 RATES = dict(drop_path=0.3, drop_rate=0.2, attn_drop_rate=0.2, proj_drop_rate=0.2, pos_drop_rate=0.1)
@@ -330,7 +330,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(precision):
     model = nano(**RATES).to("cuda")
     opt = optim.AdamW(model.parameters(), lr=0.01)
     step = TrainStep(model, opt, clip_norm=0.1, ema=optim.EMA(model, 0.9), precision=precision)
-    x, y = (arrays.mover("cuda")(a) for a in batch())
+    x, y = (devices.mover("cuda")(a) for a in batch())
     for _ in range(3):  # compiles, captures
         step(x, y)
     with pytest.warns(UserWarning, match="allow_synchronize"), cupyx.allow_synchronize(False):

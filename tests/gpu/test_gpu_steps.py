@@ -15,7 +15,7 @@ from on_gpu import PRECISIONS, difference
 
 import tinyvit
 from tinyvit import optim
-from tinyvit.backend import arrays, cuda_graph
+from tinyvit.backend import arrays, cuda_graph, devices
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
 from tinyvit.kernels.cuda import cublas
@@ -50,7 +50,7 @@ def make_step(precision: str = "fp32", device: str = "cuda", drops: dict | None 
 
 def batch(size: int = 64, seed: int = 0) -> tuple:
     rng = np.random.default_rng(seed)
-    move = arrays.mover("cuda")
+    move = devices.mover("cuda")
     return move(rng.standard_normal((size, 3, 32, 32), np.float32)), move(rng.integers(0, 10, size))
 
 
@@ -172,7 +172,7 @@ def test_every_precision_learns(precision):
     for _ in range(20):
         labels = rng.integers(0, 10, 128)
         images = means[labels] + rng.standard_normal((128, 3, 32, 32), np.float32)
-        losses.append(float(step(*map(arrays.mover("cuda"), (images, labels)))))
+        losses.append(float(step(*map(devices.mover("cuda"), (images, labels)))))
     assert losses[0] > 2.2 and losses[-1] < 0.2
 
 

@@ -49,12 +49,12 @@ def test_attention_over_several_blocks_and_portions_of_keys(folder, n, limit):
     """More rows than a block's registers hold, and less shared memory than a block would like to have."""
     qkv = np.random.default_rng(0).standard_normal((1, n, 3 * 2 * 64))
     with cuda_sim.device(folder, shared_limit=limit):
-        constants, portions, _ = attention.backward_plan(n, n, 64, 2)
+        constants, portions, _ = attention.backward_tiling(n, n, 64, 2)
         assert portions > 1
         if n == 96:  # the last portion ends where the keys do
             assert n == portions * 16 * constants["TILES"] * constants["WARPS"]
         else:
-            assert attention.forward_plan(n, n, 64, 2).parts > 1
+            assert attention.forward_tiling(n, n, 64, 2).parts > 1
     check(folder, "qkv_attention", "bf16", [qkv], {"num_heads": 2}, shared_limit=limit)
 
 
@@ -96,8 +96,8 @@ def test_attention_plans_fit_every_shape():
     for limit, dim, itemsize in itertools.product((99 << 10, 163 << 10, 227 << 10), range(8, 129, 8), (2, 4)):
         for n in (1, 16, 17, 50, 65, 80, 81, 112, 113, 197, 257, 577, 785, 1025, 4097):
             with cuda_sim.device(Path(), shared_limit=limit):
-                forward = attention.forward_plan(n, n, dim, itemsize)
-                backward = attention.backward_plan(n, n, dim, itemsize)
+                forward = attention.forward_tiling(n, n, dim, itemsize)
+                backward = attention.backward_tiling(n, n, dim, itemsize)
             assert backward or n > 1000  # a head's statistics fill the memory of a small device
             for constants, parts, shared in filter(None, (forward, backward)):
                 rows = 16 * constants["TILES"] * constants["WARPS"]

@@ -80,8 +80,8 @@ def attention_variants() -> list[tuple[str, dict]]:
     found = []
     for scalar, dim, n, dropout in shapes:
         size = 4 if scalar == "float" else 2
-        forward = attention.forward_plan(n, n, dim, size)
-        backward = attention.backward_plan(n, n, dim, size, dropout=bool(dropout))
+        forward = attention.forward_tiling(n, n, dim, size)
+        backward = attention.backward_tiling(n, n, dim, size, dropout=bool(dropout))
         for file, plan in (("attention_forward", forward), ("attention_backward", backward)):
             found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": dropout} | plan.constants))
     return [v for i, v in enumerate(found) if v not in found[:i]]

@@ -34,7 +34,7 @@ def device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(arrays, "on_host", lambda x: False)
         monkeypatch.setattr(arrays, "on_device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(arrays, "device_name", lambda x: "cuda:0")
-        monkeypatch.setattr(arrays, "reading", lambda x: lambda: x)
+        monkeypatch.setattr(arrays, "start_copy_to_host", lambda x: lambda: x)
         monkeypatch.setattr(cuda_graph.Graphed, "_capture", lambda *_: False)
         return cuda_sim.everything_on_device(folder, library=library, multiprocessors=2)
 

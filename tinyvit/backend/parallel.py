@@ -69,7 +69,7 @@ def usual_threads() -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Shards:
     """How one batch is cut: ranges of samples, computed by `workers` threads with `blas_threads` BLAS threads each."""
 
     ranges: tuple[tuple[int, int], ...]
@@ -77,7 +77,7 @@ class Plan:
     blas_threads: int
 
 
-def plan(samples: int, threads: int | None = None, shards: int | None = None) -> Plan:
+def plan(samples: int, threads: int | None = None, shards: int | None = None) -> Shards:
     """Cut `samples` into `shards` ranges (one for each thread, if not said) that differ by at most one sample.
 
     Threads that a small batch leaves without a shard are given to BLAS.
@@ -92,7 +92,7 @@ def plan(samples: int, threads: int | None = None, shards: int | None = None) ->
     shards = max(1, min(shards, samples))
     bounds = [samples * i // shards for i in range(shards + 1)]
     workers = min(threads, shards)
-    return Plan(tuple(itertools.pairwise(bounds)), workers, threads // workers)
+    return Shards(tuple(itertools.pairwise(bounds)), workers, threads // workers)
 
 
 @cache
@@ -128,7 +128,7 @@ class _BlasThreads:
 _blas_threads = _BlasThreads()
 
 
-def run(plan: Plan, function: Callable[[int, int], T]) -> Iterator[T]:
+def run(plan: Shards, function: Callable[[int, int], T]) -> Iterator[T]:
     """`function(start, stop)` for every range of the plan, at the same time; results in the order of the ranges.
 
     Context variables (gradient mode, random state) are the caller's. The first exception is raised as it is.
@@ -160,7 +160,7 @@ def each(function: Callable[[S], T], items: Sequence[S], sizes: Sequence[int]) -
     workers = max(1, min(usual_threads(), total // WORTH_A_THREAD, len(items)))
     reached = list(itertools.accumulate(sizes))
     bounds = [bisect.bisect_left(reached, total * i / workers) for i in range(workers)] + [len(items)]
-    cut = Plan(tuple(itertools.pairwise(bounds)), workers, 1)
+    cut = Shards(tuple(itertools.pairwise(bounds)), workers, 1)
     parts = run(cut, lambda start, stop: [function(item) for item in items[start:stop]])
     return [result for part in parts for result in part]
 

@@ -1,8 +1,8 @@
-"""Random numbers without a hidden stream: each is a function of (seed, step, place, sample).
+"""Random numbers without a hidden stream: each is a function of (seed, step, number, sample).
 
-The place is the how-manyeth draw of a forward pass it is, so that two dropout layers differ; the sample is the
-index in the whole batch, so that masks do not depend on how a batch is cut into shards. Inside `scope` all of it
-is fixed; outside, places simply go on counting from the start of the process.
+The number counts the draws of a forward pass, so that two dropout layers differ. The sample is the index in the whole
+batch, so that masks do not depend on how a batch is cut into shards. Inside `scope` all four are fixed. Outside of
+every scope the count continues from the start of the process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Draw(NamedTuple):
 
     seed: int
     step: int | Any
-    place: int
+    number: int
     first_sample: int
 
 
@@ -32,7 +32,7 @@ class _State:
     seed: int = 0
     step: int | Any = 0
     first_sample: int = 0
-    places: Iterator[int] = field(default_factory=itertools.count)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
 
 
 # Outside every scope all contexts count the same places.
@@ -59,19 +59,19 @@ def scope(seed: int, step: int | Any = 0, first_sample: int = 0) -> Iterator[Non
 
 
 def generator() -> np.random.Generator:
-    """A generator for the next place, for draws that belong to no sample (initialisation)."""
+    """A generator for the next number, for draws that belong to no sample (initialisation)."""
     state = _state.get()
-    return np.random.default_rng((state.seed, state.step, next(state.places)))
+    return np.random.default_rng((state.seed, state.step, next(state.numbers)))
 
 
 def draw() -> Draw:
-    """The next place's draw, for a mask."""
+    """The next draw, for a mask."""
     state = _state.get()
-    return Draw(state.seed, state.step, next(state.places), state.first_sample)
+    return Draw(state.seed, state.step, next(state.numbers), state.first_sample)
 
 
 def keep_mask(drop: float, samples: int, shape: tuple[int, ...], at: Draw | None = None) -> np.ndarray:
-    """Booleans (samples, *shape), each True with probability 1 - drop; of the next place unless one is given.
+    """Booleans (samples, *shape), each True with probability 1 - drop; of the next number unless a draw is given.
 
     A counter-based generator (Philox: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") is moved
     straight to the first sample of this shard.
@@ -79,7 +79,7 @@ def keep_mask(drop: float, samples: int, shape: tuple[int, ...], at: Draw | None
     at = draw() if at is None else at
     size = int(np.prod(shape, dtype=np.int64))
     blocks = -(-size // 8)  # one block of Philox gives 256 bits: eight 32-bit draws
-    bits = np.random.Philox(np.random.SeedSequence((at.seed, int(at.step), at.place)))
+    bits = np.random.Philox(np.random.SeedSequence((at.seed, int(at.step), at.number)))
     bits.advance(at.first_sample * blocks)
     draws = bits.random_raw(samples * blocks * 4).view(np.uint32).reshape(samples, blocks * 8)[:, :size]
     return (draws >= threshold(drop)).reshape(samples, *shape)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.backend import arrays
+from tinyvit.backend import arrays, devices
 from tinyvit.data.base import Split
 
 AHEAD = 2  # batches prepared beyond the one in the caller's hands
@@ -46,7 +46,7 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self._move = arrays.as_array if device is None else arrays.mover(device)
+        self._move = arrays.as_array if device is None else devices.mover(device)
 
     def __len__(self) -> int:
         """Batches per epoch."""

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image
 
-from tinyvit.backend import arrays
+from tinyvit.backend import arrays, devices
 from tinyvit.backend.parallel import available_cores
 from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.image import StoredImage, fit, open_rgb, to_array
@@ -155,8 +155,8 @@ def resident(data: Data, device: Any) -> Data:
     """
 
     def moved(split: Split) -> Split:
-        fits = isinstance(split, ArraySplit) and split.images.nbytes <= RESIDENT_SHARE * arrays.free_memory(device)
-        return replace(split, images=arrays.mover(device)(split.images)) if fits else split
+        fits = isinstance(split, ArraySplit) and split.images.nbytes <= RESIDENT_SHARE * devices.free_memory(device)
+        return replace(split, images=devices.mover(device)(split.images)) if fits else split
 
     if device == "cpu":
         return data

@@ -25,26 +25,6 @@ class EvaluationError(Exception):
     """A model that cannot be run on this data or device; the message is one line."""
 
 
-def pick_device(name: str) -> str:
-    """ "cpu", "cuda" or "cuda:N" for the same or "auto", which takes a GPU where one works. Raises EvaluationError."""
-    if name == "cpu":
-        return "cpu"
-    device = "cuda" if name == "auto" else name
-    try:
-        probe = arrays.mover(device)(np.ones((2, 2), np.float32))
-        with arrays.on_device_of(probe):
-            # cuBLAS (which 1 x 1 does not need), CUDA's headers and its compiler must be there for this.
-            float((probe + probe @ probe)[0, 0])
-        if arrays.is_cupy(probe):
-            probe.device.use()  # a command works on one GPU alone
-        return device
-    except Exception as error:  # a driver or GPU is missed in many ways, and CuPy's errors have no names without CuPy
-        if name == "auto":
-            return "cpu"
-        problem = " ".join(str(error).split())[:300]
-        raise EvaluationError(f"no GPU can be used: {problem}") from None
-
-
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """How well a model did: shares in 0..1, the mean cross-entropy, and per class (name, accuracy, images)."""

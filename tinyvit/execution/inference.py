@@ -58,9 +58,9 @@ def predictions(
     shards_per_batch: int | None = None,
     precision: str = "fp32",
 ) -> Iterator[np.ndarray]:
-    """What `predict` gives, for each of some batches (B, C, H, W).
+    """The outputs of `predict` for batches (B, C, H, W), one after the other.
 
-    A device computes a batch while the one before is read.
+    A device computes a batch while the one before it is read.
     """
     like = model.parameters()[0].data
     unread: list[Callable[[], np.ndarray]] = []
@@ -70,9 +70,9 @@ def predictions(
                 images = images.data if isinstance(images, Tensor) else images
                 with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.applied():
                     batch = arrays.convert(images, like)
-                    plan = _plan(model, batch.shape[0], threads, shards_per_batch)
-                    computed = list(parallel.run(plan, lambda start, stop, x=batch: compute(x[start:stop, ...])))
-                    last, unread = unread, [arrays.reading(x) for x in computed]
+                    shards = _shards(model, batch.shape[0], threads, shards_per_batch)
+                    computed = list(parallel.run(shards, lambda start, stop, x=batch: compute(x[start:stop, ...])))
+                    last, unread = unread, [arrays.start_copy_to_host(x) for x in computed]
                 mode.note_rounded()
                 if last:
                     yield np.concatenate([read() for read in last])
@@ -80,11 +80,11 @@ def predictions(
             if last:
                 yield np.concatenate([read() for read in last])
         finally:
-            for read in unread:  # nobody wants it any more, but its memory is written to until then
+            for read in unread:  # the copies to the host must end before their memory is freed
                 read()
 
 
-def _plan(model: nn.Module, samples: int, threads: int | None, count: int | None) -> parallel.Plan:
+def _shards(model: nn.Module, samples: int, threads: int | None, count: int | None) -> parallel.Shards:
     """How a batch is cut into `count` shards, or into as many of about SHARD_TOKENS tokens for each thread."""
     if not arrays.on_host(model.parameters()[0].data):  # a device runs its own threads
         return parallel.plan(samples, 1, 1 if count is None else count)

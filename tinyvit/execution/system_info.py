@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from tinyvit.backend import arrays, parallel
+from tinyvit.backend import arrays, devices, parallel
 
 # OpenBLAS's kernels by the vector width that they use (its names for core types).
 _AVX512_CORES = {"skylakex", "cooperlake", "sapphirerapids", "zen4", "zen5"}
@@ -22,7 +22,7 @@ _SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_")
 
 
 @dataclass(frozen=True)
-class Machine:
+class SystemInfo:
     """What `tinyvit info` shows.
 
     Attributes:
@@ -52,11 +52,11 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON, with the findings."""
-        return asdict(self) | {"findings": findings(self)}
+        return asdict(self) | {"findings": slowdowns(self)}
 
 
-def examine(environment: Mapping[str, str] = os.environ) -> Machine:
-    """Look at this machine."""
+def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
+    """Look at this info."""
     from tinyvit.data.sources.download import cache_directory
 
     cpuinfo = _read("/proc/cpuinfo")
@@ -65,7 +65,7 @@ def examine(environment: Mapping[str, str] = os.environ) -> Machine:
     meminfo = _field(_read("/proc/meminfo"), "MemTotal").split()
     blas = next((b for b in threadpool_info() if b["user_api"] == "blas" and "numpy" in b["filepath"]), None)
     blas = blas or next((b for b in threadpool_info() if b["user_api"] == "blas"), None)
-    return Machine(
+    return SystemInfo(
         versions={"tinyvit": _version("tinyvit"), "python": platform.python_version(), "numpy": np.__version__}
         | {name: _version(name) for name in ("array-api-compat", "pillow", "safetensors", "matplotlib")}
         | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")}
@@ -91,69 +91,69 @@ def examine(environment: Mapping[str, str] = os.environ) -> Machine:
     )
 
 
-def findings(machine: Machine) -> list[str]:
+def slowdowns(info: SystemInfo) -> list[str]:
     """What leaves speed behind, each with what to do about it; empty if all is well. Nothing is changed."""
     out = []
-    blas, settings = machine.blas, machine.settings
+    blas, settings = info.blas, info.settings
     core = str(blas["core_type"] or "").lower() if blas else ""
     if blas is None:
         out.append("NumPy's BLAS is not known to be fast: install NumPy from PyPI, whose wheels bring OpenBLAS")
     elif blas["library"] == "openblas":
-        below = (machine.vector == "avx512" and core not in _AVX512_CORES) or (
-            machine.vector == "avx2" and core not in _AVX2_CORES | _AVX512_CORES
+        below = (info.vector == "avx512" and core not in _AVX512_CORES) or (
+            info.vector == "avx2" and core not in _AVX2_CORES | _AVX512_CORES
         )
         if below and "OPENBLAS_CORETYPE" in settings:
             out.append(
                 f"OPENBLAS_CORETYPE={settings['OPENBLAS_CORETYPE']} holds OpenBLAS below this processor's "
-                f"{machine.vector.upper()}: unset it"
+                f"{info.vector.upper()}: unset it"
             )
         elif below:
             out.append(
                 f"OpenBLAS {blas['version']} uses its {blas['core_type']} kernels although the processor has "
-                f"{machine.vector.upper()}: a newer NumPy may know this processor"
+                f"{info.vector.upper()}: a newer NumPy may know this processor"
             )
         for name in ("OPENBLAS_L2_SIZE", "OPENBLAS_BLOCK_FACTOR"):
             if name in settings:
                 setting = f"{name}={settings[name]}"
                 out.append(f"{setting} overrides OpenBLAS's own block sizes: unset it unless you measured it")
     limit = next((n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if n in settings), None)
-    if blas and blas["threads"] < machine.usable:
+    if blas and blas["threads"] < info.usable:
         cause = f"{limit}={settings[limit]}" if limit else f"{blas['library']} was built or set so"
         out.append(
-            f"BLAS uses {blas['threads']} of {machine.usable} cores ({cause}); tinyvit's own steps run on all cores "
+            f"BLAS uses {blas['threads']} of {info.usable} cores ({cause}); tinyvit's own steps run on all cores "
             f"all the same, other NumPy code does not: {'unset ' + limit if limit else 'use a threaded BLAS'}"
         )
-    if machine.affinity < machine.cores:
-        out.append(f"this process may run on {machine.affinity} of {machine.cores} cores: widen its affinity (taskset)")
-    if machine.quota is not None and machine.quota < machine.affinity:
-        out.append(f"the cgroup grants {machine.quota} of {machine.affinity} cores: raise the container's --cpus")
+    if info.affinity < info.cores:
+        out.append(f"this process may run on {info.affinity} of {info.cores} cores: widen its affinity (taskset)")
+    if info.quota is not None and info.quota < info.affinity:
+        out.append(f"the cgroup grants {info.quota} of {info.affinity} cores: raise the container's --cpus")
     return out
 
 
-def one_line(machine: Machine) -> str:
+def one_line(info: SystemInfo) -> str:
     """For a training log: what computes, and how many findings there are."""
-    blas = machine.blas or {"library": "unknown BLAS", "core_type": ""}
-    said = findings(machine)
+    blas = info.blas or {"library": "unknown BLAS", "core_type": ""}
+    said = slowdowns(info)
     rest = f"; slower than it could be: {'; '.join(said)}" if said else ""
-    return f"{machine.usable} cores, {blas['library']} {blas['core_type'] or ''}".rstrip() + rest
+    return f"{info.usable} cores, {blas['library']} {blas['core_type'] or ''}".rstrip() + rest
 
 
-def as_table(machine: Machine) -> str:
+def as_table(info: SystemInfo) -> str:
     """For a terminal."""
-    blas = machine.blas
-    quota = "no limit" if machine.quota is None else f"{machine.quota} cores"
-    rows = [(name, version or "not installed") for name, version in machine.versions.items()]
+    blas = info.blas
+    quota = "no limit" if info.quota is None else f"{info.quota} cores"
+    rows = [(name, version or "not installed") for name, version in info.versions.items()]
     rows += [
-        ("processor", f"{machine.processor} ({machine.vector or 'no AVX2'})"),
-        ("cores", f"{machine.usable} used; machine {machine.cores}, affinity {machine.affinity}, cgroup {quota}"),
-        ("memory", f"{machine.memory_gib} GiB" if machine.memory_gib else "unknown"),
+        ("processor", f"{info.processor} ({info.vector or 'no AVX2'})"),
+        ("cores", f"{info.usable} used; machine {info.cores}, affinity {info.affinity}, cgroup {quota}"),
+        ("memory", f"{info.memory_gib} GiB" if info.memory_gib else "unknown"),
         ("BLAS", "{library} {version}, {core_type} kernels, {threads} threads".format(**blas) if blas else "unknown"),
-        ("settings", ", ".join(f"{k}={v}" for k, v in machine.settings.items()) or "none that steer BLAS"),
-        ("GPU", "; ".join(machine.gpu)),
-        ("cache", machine.cache),
+        ("settings", ", ".join(f"{k}={v}" for k, v in info.settings.items()) or "none that steer BLAS"),
+        ("GPU", "; ".join(info.gpu)),
+        ("cache", info.cache),
     ]
     lines = [f"{name:18} {value}" for name, value in rows]
-    said = findings(machine)
+    said = slowdowns(info)
     lines += ["", "Leaves speed behind:" if said else "Nothing found that leaves speed behind."]
     return "\n".join(lines + [f"  - {s}" for s in said])
 
@@ -176,7 +176,7 @@ def describe_device(x: Any) -> str:
 
 def _gpus() -> list[str]:
     try:
-        count = arrays.gpu_count("a GPU")
+        count = devices.gpu_count("a GPU")
     except RuntimeError as error:
         return [f"none ({error})"]
     return [f"cuda:{i} {describe_gpu(i)}" for i in range(count)]
@@ -190,7 +190,7 @@ def _cuda_versions() -> dict[str, str | None]:
         numbers = {"CUDA of the driver": runtime.driverGetVersion(), "CUDA of CuPy": runtime.runtimeGetVersion()}
     except Exception:  # CuPy is not installed, or broken, as the line about the GPU says
         return {}
-    return {name: arrays.cuda_version(number) if number else None for name, number in numbers.items()}
+    return {name: devices.cuda_version(number) if number else None for name, number in numbers.items()}
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from tinyvit.backend import arrays
+from tinyvit.backend import arrays, devices
 from tinyvit.engine.tensor import Array, Tensor, is_grad_enabled
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ class Module:
             RuntimeError: CuPy, its driver or a GPU is missing.
             ValueError: an unknown target.
         """
-        movers = [arrays.mover(target) for target in targets]
+        movers = [devices.mover(target) for target in targets]
         for t in (*self.parameters(), *self.buffers()):
             for move in movers:
                 t.data = move(t.data)

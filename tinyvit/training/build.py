@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyvit import nn, optim
 from tinyvit.backend import arrays
+from tinyvit.backend.devices import pick_device
 from tinyvit.checkpoints.checkpoint import TRAINING_PREFIXES, Checkpoint, CheckpointError
 from tinyvit.checkpoints.native_file import read
 from tinyvit.data import Augment, Data, Loader, Split, default_augment
@@ -18,7 +19,7 @@ from tinyvit.data.splits import without_augmentation
 from tinyvit.engine.tensor import Array
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import FeatureSplit
-from tinyvit.evaluation.metrics import Scores, evaluate, pick_device
+from tinyvit.evaluation.metrics import Scores, evaluate
 from tinyvit.execution.train_step import TrainStep
 from tinyvit.models.registry import create_model
 from tinyvit.models.vit import VisionTransformer

@@ -20,6 +20,7 @@ import numpy as np
 
 from tinyvit._version import __version__
 from tinyvit.backend import arrays, parallel
+from tinyvit.backend.devices import pick_device
 from tinyvit.checkpoints.checkpoint import Checkpoint, describe
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Data, load_data, resident
@@ -27,7 +28,6 @@ from tinyvit.data.sources.listing import SMALL
 from tinyvit.data.splits import hold_out
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import with_features
-from tinyvit.evaluation.metrics import pick_device
 from tinyvit.execution import system_info
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.registry import model_config
@@ -334,7 +334,7 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
         display.line(f"weights of {options.init}, {head}")
     like = parts.step.parameters[0].data
     on_host = arrays.on_host(like)
-    where = system_info.one_line(system_info.examine()) if on_host else system_info.describe_device(like)
+    where = system_info.one_line(system_info.collect()) if on_host else system_info.describe_device(like)
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
         display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")

@@ -28,7 +28,7 @@ def covers_attention(
     dim = _padded_dim(width, num_heads)
     if mask is not None or not cuda.scalar(qkv.dtype) or not qkv.size or dim > 128 or n * 3 * num_heads * dim >= 2**31:
         return False
-    return backward_plan(n, queries or n, dim, qkv.dtype.itemsize, dropout=dropout_mask is not None) is not None
+    return backward_tiling(n, queries or n, dim, qkv.dtype.itemsize, dropout=dropout_mask is not None) is not None
 
 
 def _padded_dim(width: int, num_heads: int) -> int:
@@ -51,7 +51,7 @@ def qkv_attention(
     dim = _padded_dim(width, num_heads)
     scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
     queries = n if queries is None else queries
-    plan = backward_plan(n, queries, dim, size, dropout=dropout_mask is not None)
+    plan = backward_tiling(n, queries, dim, size, dropout=dropout_mask is not None)
     assert plan is not None  # as `covers_attention` found
     qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
     factors = cuda.NULL if dropout_mask is None else cuda.ready(dropout_mask)
@@ -60,7 +60,7 @@ def qkv_attention(
     shape, scale = (np.int32(num_heads), np.int32(n), np.int32(queries)), np.float32(1.0 / math.sqrt(own_dim))
     heads, variant = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": int(dropout_mask is not None)}
 
-    constants, blocks, shared = forward_plan(n, queries, dim, size)
+    constants, blocks, shared = forward_tiling(n, queries, dim, size)
     forward = cuda.kernel("attention_forward", "attention_forward", **variant, **constants)
     arguments = (qkv, factors, y, row_log, *shape, np.int32(blocks), scale)
     forward((heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
@@ -89,7 +89,7 @@ def _with_dim(xp: Any, x: Array, dim: int, wanted: int) -> Array:
     return xp.reshape(heads[..., :wanted], (*x.shape[:-1], -1))
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """What a kernel is compiled with, blocks (forward) or portions of keys (backward) a head, and its shared memory."""
 
     constants: dict[str, int]
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
     shared: int
 
 
-def forward_plan(n: int, n_queries: int, dim: int, itemsize: int, **choices: int) -> Plan:
+def forward_tiling(n: int, n_queries: int, dim: int, itemsize: int, **choices: int) -> Tiling:
     """The plan for n tokens, of which the first `n_queries` are queries.
 
     Two tiles of queries a warp halve the reading of keys from shared memory, where there are rows enough to fill them
@@ -115,12 +115,12 @@ def forward_plan(n: int, n_queries: int, dim: int, itemsize: int, **choices: int
 
     parts, warps = _split(math.ceil(_tiles(n_queries) / tiles), most, shared)
     constants = {"TILES": tiles, "KEYS": keys, "WARPS": warps, "RESIDENT": max(1, resident // warps)}
-    return Plan(constants, parts, shared(warps))
+    return Tiling(constants, parts, shared(warps))
 
 
-def backward_plan(
+def backward_tiling(
     n: int, n_queries: int, dim: int, itemsize: int, *, dropout: bool = False, **choices: int
-) -> Plan | None:
+) -> Tiling | None:
     """The plan for n tokens, of which the first `n_queries` are queries; None if shared memory is too small for them.
 
     With dropout a block fewer is resident: its mask takes registers. `choices` of TILES, QUERIES and WARPS (the most of
@@ -139,7 +139,7 @@ def backward_plan(
     parts, warps = _split(math.ceil(_tiles(n) / tiles), choices.get("WARPS", 8), shared)
     blocks = max(1, resident // warps - int(dropout))
     constants = {"TILES": tiles, "QUERIES": queries, "WARPS": warps, "RESIDENT": blocks}
-    return Plan(constants, parts, shared(warps))
+    return Tiling(constants, parts, shared(warps))
 
 
 def _split(groups: int, most: int, shared: Callable[[int], int]) -> tuple[int, int]:

@@ -33,7 +33,7 @@ _ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 tf32: ContextVar[bool] = ContextVar("tinyvit_tf32", default=False)  # whether fp32 products may round operands to tf32
 _lock = threading.Lock()  # plans are shared, and each call writes its own pointers into one
-_plans: dict[_Key, _Plan | None] = {}  # None where CuPy's product is to run
+_plans: dict[_Key, _Algorithm | None] = {}  # None where CuPy's product is to run
 
 
 class _Key(NamedTuple):
@@ -50,7 +50,7 @@ class _Key(NamedTuple):
     epilogue: str  # of cublasLtEpilogue_t
 
 
-class _Plan(NamedTuple):
+class _Algorithm(NamedTuple):
     description: int
     layouts: tuple[int, ...]  # cuBLASLt's A, B and D
     algorithm: Any
@@ -157,7 +157,7 @@ def _product(
     return _plans[key] is not None
 
 
-def _plan(key: _Key) -> _Plan | None:
+def _plan(key: _Key) -> _Algorithm | None:
     """How cuBLASLt is to compute such products: its first choice; None if it has none."""
     lt = library()
     description = lt.matmul_desc_create(_TF32 if key.tf32 else _FP32, _TYPES["float"])
@@ -181,7 +181,7 @@ def _plan(key: _Key) -> _Plan | None:
     for alignment in (ALIGNMENT, _ITEMSIZE[key.scalar]):
         algorithm = _first_choice(key, description, layouts, alignment)
         if algorithm is not None:
-            return _Plan(description, layouts, algorithm)
+            return _Algorithm(description, layouts, algorithm)
     return None
 
 

@@ -91,19 +91,19 @@ def cross_entropy(
 
 
 def covers_dropout_mask(like: Array, *, shape: tuple[int, ...], draw: random.Draw, **_: Any) -> bool:
-    numbers = (draw.seed, draw.step if isinstance(draw.step, int) else 0, draw.place)
+    numbers = (draw.seed, draw.step if isinstance(draw.step, int) else 0, draw.number)
     return bool(cuda.scalar(like.dtype) and like.shape[0] * math.prod(shape)) and max(numbers) < 2**32
 
 
 def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
     scalar, samples, size = cuda.scalar(like.dtype), like.shape[0], math.prod(shape)
     on_device = not isinstance(draw.step, int)
-    numbers = (draw.seed, 0 if on_device else draw.step, draw.place)
+    numbers = (draw.seed, 0 if on_device else draw.step, draw.number)
     mask = xp.empty((samples, *shape), dtype=like.dtype)
-    seed, step, place = (np.uint32(n) for n in numbers)
+    seed, step, number = (np.uint32(n) for n in numbers)
     blocks = min(math.ceil(samples * math.ceil(size / 8) / 256), 8 * cuda.multiprocessors())
     arguments = (
-        mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, place,
+        mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, number,
         np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.dropout_scale(drop)),
     )  # fmt: skip
     cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
