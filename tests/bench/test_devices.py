@@ -44,7 +44,7 @@ def test_without_a_gpu(program, monkeypatch):
     def no_gpu(target):
         raise RuntimeError("device cuda needs CuPy")
 
-    monkeypatch.setattr(devices, "mover", no_gpu)
+    monkeypatch.setattr("tinyvit.backend.devices.mover", no_gpu)
     with pytest.raises(SystemExit, match=rf"^{program.__name__}: error: [^\n]*device cuda needs CuPy[^\n]*$"):
         program.main(["--device", "cuda"])
 
