@@ -161,7 +161,9 @@ def test_products_through_cublaslt(xp, rng, name, limit, rows, inner, outer):
             if form.startswith("GELU") and (narrow == np.float32 or outer % 8):
                 continue  # cuBLASLt has no such epilogue
             found = call()
-            assert found is not None and found[0] is not None, f"{form}: no algorithm"
+            if found is None or found[0] is None:
+                assert inner % 8 or outer % 8, f"{form}: no algorithm"
+                continue
             for actual, again, right in zip(found, replayed(call), exact, strict=True):
                 if right is not None:
                     assert difference(actual, right) < limit, form
