@@ -5,6 +5,7 @@ The same sources run on a simulator in tests/kernels/test_cuda_kernels.py, at sm
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -172,12 +173,20 @@ def test_products_through_cublaslt(xp, rng, name, limit, rows, inner, outer):
         cublas.tf32.reset(token)
 
 
+@functools.cache
+def capture_stream():
+    """One for all tests: cuBLASLt keeps a workspace for each stream."""
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 def replayed(call):
     """What `call` gives when it is captured into a CUDA graph and launched from there."""
     import cupy
 
     cupy.cuda.Device().synchronize()  # the inputs were made on another stream
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+    with capture_stream() as stream:
         call()
         stream.begin_capture()
         results = call()
