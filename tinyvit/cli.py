@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tinyvit.files.text import printable
 from tinyvit.training.config import (
     FIELDS,
     UsageError,
@@ -97,7 +99,7 @@ def make_parser() -> Parser:
 
     predict = command("predict", run_predict, "Name what images show.")
     predict.add_argument("checkpoint", metavar="RUN|CKPT")
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, or directories of images")
     predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
     predict.add_argument("--attention", metavar="DIR", help="draw into DIR where in each image the model looks")
     predict.add_argument(
@@ -173,7 +175,7 @@ def run_eval(args: argparse.Namespace) -> None:
 
         found = probe(args.probe, checkpoint, model, data, args.precision)
         setting = ", ".join(f"{name} {value:g}" for name, value in found.setting.items())
-        what = f"{data.test_name} images of {data.name}, {args.probe} probe ({setting})"
+        what = f"{data.test_name} split of {data.name}, {args.probe} probe ({setting})"
         scores, about = found.scores, {"probe": args.probe, **found.setting}
     else:
         parts = chosen_parts(data, args.split)
@@ -202,30 +204,32 @@ def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
 def run_predict(args: argparse.Namespace) -> None:
     from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
+    from tinyvit.evaluation.classify import image_paths, likeliest, run_on_images
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
-    from tinyvit.evaluation.metrics import check_head, look_at
+    from tinyvit.evaluation.metrics import check_head
 
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
-    overlays = overlay_paths(Path(args.attention), args.images) if args.attention else []
+    images = image_paths(args.images)
+    overlays = overlay_paths(Path(args.attention), images) if args.attention else []
     if args.embed:
         check_features_path(Path(args.embed), Path(args.checkpoint))
     if not (args.attention or args.embed):
         check_head(checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
-    seen = look_at(checkpoint, model, args.images, args.precision)
+    outputs = run_on_images(model, images, args.precision)
     if args.embed:
-        write_features(Path(args.embed), seen, args.images, checkpoint, args.checkpoint)
-    write_overlays(overlays, args.images[: len(overlays)], checkpoint, model)
+        write_features(Path(args.embed), outputs, images, checkpoint, args.checkpoint)
+    write_overlays(overlays, images[: len(overlays)], checkpoint, model)
 
     predictions = []
-    for i, (path, p) in enumerate(zip(args.images, seen.probabilities, strict=True)):
-        order = (-p).argsort(kind="stable")[: args.top]
-        classes = [{"name": checkpoint.class_names[k], "probability": float(p[k])} for k in order]
+    for i, (path, p) in enumerate(zip(images, outputs.probabilities, strict=True)):
+        named = likeliest(checkpoint.class_names, p, args.top)
+        classes = [{"name": name, "probability": probability} for name, probability in named]
         overlay = {"attention": str(overlays[i])} if overlays else {}
         predictions.append({"image": path, "classes": classes, **overlay})
     print_json({"predictions": predictions}) if args.json else print_predictions(predictions)
     if args.embed and not args.json:
-        print(f"features in {args.embed}")
+        print(printable(f"features in {args.embed}"))
 
 
 def run_summary(args: argparse.Namespace) -> None:
@@ -247,13 +251,13 @@ def run_convert(args: argparse.Namespace) -> None:
     from tinyvit.checkpoints.convert import convert
 
     convert(Path(args.checkpoint), Path(args.path), args.to, num_heads=args.num_heads)
-    print(f"{args.path}: {args.checkpoint} in the layout of {args.to}")
+    print(printable(f"{args.path}: {args.checkpoint} in the layout of {args.to}"))
 
 
 def run_plot(args: argparse.Namespace) -> None:
     from tinyvit.training.run_directory import plot
 
-    print(f"curves in {plot(Path(args.run_directory))}")
+    print(printable(f"curves in {plot(Path(args.run_directory))}"))
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -290,11 +294,25 @@ def known_model(name: str) -> str:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print JSON; what the encoding of standard output lacks is written as JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    print(text)
+
+
+def escape_output() -> None:
+    """Let standard output and error escape what their encoding lacks, instead of ending the command with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns that line up: the first to the left, the others to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
@@ -302,13 +320,14 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:
-    width = max((len(c["name"]) for prediction in predictions for c in prediction["classes"]), default=0)
+    names = [printable(c["name"]) for prediction in predictions for c in prediction["classes"]]
+    width = max(map(len, names), default=0)
     for prediction in predictions:
-        print(prediction["image"])
+        print(printable(prediction["image"]))
         for c in prediction["classes"]:
-            print(f"  {c['name']:{width}}  {c['probability']:7.2%}")
+            print(f"  {printable(c['name']):{width}}  {c['probability']:7.2%}")
         if "attention" in prediction:
-            print(f"  attention in {prediction['attention']}")
+            print(printable(f"  attention in {prediction['attention']}"))
 
 
 def scores_dict(scores: Scores) -> dict[str, Any]:
@@ -317,7 +336,7 @@ def scores_dict(scores: Scores) -> dict[str, Any]:
 
 
 def print_scores(scores: Scores, what: str) -> None:
-    print(f"{what}: {scores.images} images")
+    print(printable(f"{what}: {scores.images} images"))
     loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
     print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
     rows = [("class", "accuracy", "images")]
@@ -331,7 +350,8 @@ def print_scores(scores: Scores, what: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for failed work, 2 for bad usage, 130 or 143 after a signal."""
     started = time.monotonic()
-    warnings.formatwarning = lambda message, *_: f"tinyvit: warning: {message}\n"
+    escape_output()
+    warnings.formatwarning = lambda message, *_: f"tinyvit: warning: {printable(str(message))}\n"
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # what is not finite is an error of ours, in one line
     try:
         args = parse(sys.argv[1:] if argv is None else list(argv))
@@ -376,7 +396,7 @@ def fail_known(error: Exception) -> int:
 
     if isinstance(error, Stopped):
         program = "python -m tinyvit" if sys.argv[0].endswith("__main__.py") else "tinyvit"
-        print(f"stopped; to go on: {program} train --out {shlex.quote(str(error.out))} --resume", flush=True)
+        print(printable(f"stopped; to go on: {program} train --out {shlex.quote(str(error.out))} --resume"), flush=True)
         return 128 + error.signum
     if isinstance(error, OSError) and error.filename is not None:
         return fail(f"{error.filename}: {error.strerror}", 1)
@@ -387,5 +407,5 @@ def fail_known(error: Exception) -> int:
 
 
 def fail(problem: object, status: int) -> int:
-    print(f"tinyvit: error: {' '.join(str(problem).split())}", file=sys.stderr)
+    print(f"tinyvit: error: {printable(' '.join(str(problem).split()))}", file=sys.stderr)
     return status

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinyvit.errors import UsageError
-from tinyvit.evaluation.metrics import Seen, model_input
+from tinyvit.evaluation.classify import Outputs, model_input
 from tinyvit.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def check_features_path(path: Path, checkpoint: Path) -> None:
         raise UsageError(f"--embed {path}: there is no directory {path.parent}")
 
 
-def write_features(path: Path, seen: Seen, images: Sequence[str], checkpoint: Checkpoint, model: str) -> None:
+def write_features(path: Path, outputs: Outputs, images: Sequence[str], checkpoint: Checkpoint, model: str) -> None:
     """An .npz file, without pickled objects, whole or not at all.
 
     It holds `features` (N, D) float32 and the `paths` (N,) of their images; `model`, the path of the run or
@@ -38,7 +38,7 @@ def write_features(path: Path, seen: Seen, images: Sequence[str], checkpoint: Ch
     with atomic_write(path) as beside, open(beside, "wb") as file:
         np.savez(
             file,
-            features=seen.features,
+            features=outputs.features,
             paths=np.array(images, dtype=np.str_),
             model=np.array(model, dtype=np.str_),
             class_names=np.array(checkpoint.class_names, dtype=np.str_),
@@ -78,6 +78,6 @@ def write_overlays(
         path.parent.mkdir(parents=True, exist_ok=True)
         original = open_rgb(image)
         part = seen_part((original.height, original.width), checkpoint.image_size, **checkpoint.preprocessing.fit)
-        drawn = draw(original, rollout(model, model_input(checkpoint, original))[0], part)
+        drawn = draw(original, rollout(model, model_input(model, original))[0], part)
         with atomic_write(path) as beside:
             drawn.save(beside, format="png")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +11,6 @@ import numpy as np
 from tinyvit.backend import arrays
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from tinyvit.checkpoints.checkpoint import Checkpoint
     from tinyvit.data import Split
     from tinyvit.models.vit import VisionTransformer
@@ -143,43 +140,3 @@ def check_head(checkpoint: Checkpoint) -> None:
     """Raises EvaluationError for a model that gives features."""
     if not checkpoint.config.num_classes:
         raise EvaluationError(f"{checkpoint.path}: the model has no head, so it gives features and names no classes")
-
-
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """What a model makes of images: features (N, D) float32 and class probabilities (N, num_classes) float64."""
-
-    features: np.ndarray
-    probabilities: np.ndarray
-
-
-def look_at(
-    checkpoint: Checkpoint, model: VisionTransformer, paths: Sequence[str | Path], precision: str = "fp32"
-) -> Seen:
-    """What the checkpoint's `model` sees in image files. Raises DataError for one that cannot be read."""
-    from tinyvit.data.image import open_rgb
-    from tinyvit.data.splits import in_threads
-    from tinyvit.execution.inference import predict
-    from tinyvit.models.inspection import FeaturesAndLogits
-
-    both = FeaturesAndLogits(model)
-    outputs = []
-    for start in range(0, len(paths), BATCH_SIZE):
-        batch = in_threads(lambda path: model_input(checkpoint, open_rgb(path)), paths[start : start + BATCH_SIZE])
-        outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
-    output = np.concatenate(outputs)  # (N, D + num_classes)
-    if not np.all(np.isfinite(output)):
-        raise EvaluationError("the model's outputs are not finite")
-    width = output.shape[1] - checkpoint.config.num_classes
-    features, logits = output[:, :width], output[:, width:].astype(np.float64)
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    return Seen(features.astype(np.float32), exp / exp.sum(axis=1, keepdims=True))
-
-
-def model_input(checkpoint: Checkpoint, image: Image) -> np.ndarray:
-    """An RGB image as the checkpoint's model takes it: (1, C, H, W) float32."""
-    from tinyvit.data.augment import normalise
-    from tinyvit.data.image import fit, to_array
-
-    pixels = to_array(fit(image, checkpoint.image_size, **checkpoint.preprocessing.fit))
-    return normalise(pixels[None], checkpoint.mean, checkpoint.std)

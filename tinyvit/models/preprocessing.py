@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,14 @@ class Preprocessing:
     crop_pct: float | None = None
     crop_mode: str = "center"
     interpolation: str = "bicubic"
+
+    def __call__(self, image: Image, image_size: int | tuple[int, int]) -> np.ndarray:
+        """Prepare an RGB image for a model of `image_size` (height, width): (C, H, W) float32."""
+        from tinyvit.data.augment import normalise
+        from tinyvit.data.base import pair
+        from tinyvit.data.image import fit, to_array
+
+        return normalise(to_array(fit(image, pair(image_size), **self.fit))[None], self.mean, self.std)[0]
 
     @property
     def fit(self) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""Names for single images: the same from files, PIL images and arrays, and as the model's own preprocessing says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from running import NANO, assert_one_line_error, environment, make_images, tinyvit
+
+import tinyvit as package
+from tinyvit.data.augment import normalise
+from tinyvit.data.image import read_image
+from tinyvit.evaluation.metrics import EvaluationError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("classify")
+    images = make_images(home / "images", train=8, test=3)
+    result = tinyvit("train", "--data", images, *NANO, "--epochs", 1, "--batch-size", 8, "--out", home / "run")
+    assert result.returncode == 0, result.stderr
+    return home
+
+
+def test_files_images_and_arrays_are_one(home):
+    model = package.load_model(home / "run")
+    files = sorted((home / "images" / "test").glob("*/*.png"))
+    found = package.classify(model, files, top=3)
+    pixels = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    assert package.classify(model, pixels, top=3) == found
+    assert package.classify(model, [Image.fromarray(x) for x in pixels], top=3) == found
+    alone = package.classify(model, str(files[0]), top=3)
+    assert [name for name, _ in alone] == [name for name, _ in found[0]]
+    assert [p for _, p in alone] == pytest.approx([p for _, p in found[0]], rel=1e-5)
+    inputs = np.stack([read_image(file, 32) for file in files])
+    logits = package.predict(model, normalise(inputs, model.preprocessing.mean, model.preprocessing.std)).astype(float)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for pairs, share in zip(found, shares, strict=True):
+        assert [name for name, _ in pairs] == [model.class_names[k] for k in np.argsort(-share)]
+        assert [p for _, p in pairs] == pytest.approx(np.sort(share)[::-1], rel=1e-5)
+    grey = np.zeros((20, 30), np.uint8)
+    assert package.classify(model, grey) == package.classify(model, np.stack([grey] * 3, axis=2))
+    assert package.classify(model, []) == []
+
+
+def test_what_is_no_image_is_refused(home):
+    model = package.load_model(home / "run")
+    for wrong in (np.zeros((3, 32, 32), np.float32), np.zeros((2, 3, 32, 32), np.uint8), 5):
+        with pytest.raises(TypeError, match="expected a path, a PIL image or a uint8 array"):
+            package.classify(model, wrong)
+    with pytest.raises(EvaluationError, match="classify needs a model with class names"):
+        package.classify(package.create_model("vit_nano_patch8_32"), "a.png")
+
+
+def test_predict_takes_all_images_of_a_directory(home, tmp_path):
+    folder = home / "images" / "test"
+    result = tinyvit("predict", home / "run", folder, folder / "red" / "00.png", "--json")
+    shown = [prediction["image"] for prediction in json.loads(result.stdout)["predictions"]]
+    assert shown == [*map(str, sorted(folder.glob("*/*.png"))), str(folder / "red" / "00.png")]
+    assert "holds no images" in assert_one_line_error(tinyvit("predict", home / "run", tmp_path), 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_names_that_the_encoding_lacks_or_a_terminal_obeys_are_escaped(home, tmp_path, encoding):
+    path = tmp_path / "\u732b\x1b[31m.png"
+    Image.new("RGB", (32, 32)).save(path)
+    command = [sys.executable, "-m", "tinyvit", "predict", str(home / "run"), str(path)]
+    env = environment() | {"PYTHONIOENCODING": encoding}
+    plain = subprocess.run(command, capture_output=True, env=env)
+    assert plain.returncode == 0 and b"\x1b" not in plain.stdout and rb"\u732b\x1b[31m.png" in plain.stdout, plain
+    found = subprocess.run([*command, "--json"], capture_output=True, env=env)
+    assert json.loads(found.stdout.decode(encoding))["predictions"][0]["image"] == str(path)
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line():
+    program = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tinyvit.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from tinyvit.__main__ import run
+assert "numpy" not in sys.modules and "typing" not in sys.modules
+run()
+"""
+    result = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, env=environment())
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "tinyvit: interrupted\n")

@@ -1,0 +1,118 @@
+"""What a model makes of single images: their classes, and the features before its head."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tinyvit.data.image import open_rgb, to_rgb
+from tinyvit.data.splits import in_threads
+from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError
+from tinyvit.execution.inference import predict
+from tinyvit.models.inspection import FeaturesAndLogits
+from tinyvit.models.vit import VisionTransformer
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+def classify(
+    model: VisionTransformer, images: ImageLike | Sequence[ImageLike], top: int = 5, precision: str = "fp32"
+) -> list[Any]:
+    """Names what images show.
+
+    Args:
+        model: from `load_model`, so that it has the names of its classes and its preprocessing.
+        images: a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of these.
+        top: how many classes to give.
+        precision: as for `predict`.
+
+    Returns:
+        (class name, probability) pairs, the likeliest first; for a list of images a list of such lists.
+
+    Raises:
+        EvaluationError: the model has no head, class names or preprocessing, or its outputs are not finite.
+        DataError: an image cannot be read.
+        TypeError: no image; prepared arrays are for `predict`.
+    """
+    if not model.class_names:
+        raise EvaluationError("classify needs a model with class names, as load_model gives it; got one without")
+    several = isinstance(images, list | tuple)
+    outputs = run_on_images(model, images if isinstance(images, list | tuple) else [images], precision)
+    named = [likeliest(model.class_names, p, top) for p in outputs.probabilities]
+    return named if several else named[0]
+
+
+def likeliest(names: Sequence[str], probabilities: np.ndarray, top: int) -> list[tuple[str, float]]:
+    """The `top` likeliest classes with their probabilities; among equal ones the lower class comes first."""
+    return [(names[k], float(probabilities[k])) for k in (-probabilities).argsort(kind="stable")[:top]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """A model's features (N, D) float32 and class probabilities (N, num_classes) float64 of N images."""
+
+    features: np.ndarray
+    probabilities: np.ndarray
+
+
+def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32") -> Outputs:
+    """The features and probabilities of images, prepared as the model's preprocessing says; errors as `classify`."""
+    both = FeaturesAndLogits(model)
+    outputs = []
+    for start in range(0, len(images), BATCH_SIZE):
+        batch = in_threads(lambda image: model_input(model, rgb(image)), images[start : start + BATCH_SIZE])
+        outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
+    if not outputs:
+        return Outputs(np.zeros((0, model.config.embed_dim), np.float32), np.zeros((0, model.config.num_classes)))
+    output = np.concatenate(outputs)  # (N, D + num_classes)
+    if not np.all(np.isfinite(output)):
+        raise EvaluationError("the model's outputs are not finite")
+    width = output.shape[1] - model.config.num_classes
+    features, logits = output[:, :width], output[:, width:].astype(np.float64)
+    exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return Outputs(features.astype(np.float32), exp / exp.sum(axis=1, keepdims=True))
+
+
+def rgb(image: ImageLike) -> Image.Image:
+    """An RGB image from a path, a PIL image or a uint8 array. Raises DataError, TypeError."""
+    if isinstance(image, str | os.PathLike):
+        return open_rgb(image)
+    if (
+        isinstance(image, np.ndarray)
+        and image.dtype == np.uint8
+        and image.shape[2:] in ((), (3,), (4,))
+        and image.ndim > 1
+    ):
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        given = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise TypeError(
+            f"expected a path, a PIL image or a uint8 array (H, W, 3), got {given}; prepared arrays are for predict"
+        )
+    return to_rgb(image)
+
+
+def model_input(model: VisionTransformer, image: Image.Image) -> np.ndarray:
+    """An RGB image as the model takes it: (1, C, H, W) float32."""
+    if model.preprocessing is None:
+        raise EvaluationError("the model has no preprocessing: open it with load_model, or prepare arrays for predict")
+    return model.preprocessing(image, model.config.image_size)[None]
+
+
+def image_paths(paths: Sequence[str]) -> list[str]:
+    """The paths, with each directory replaced by the images in and below it, by name. Raises EvaluationError."""
+    from tinyvit.data.sources.image_folder import images_in
+
+    found: list[str] = []
+    for path in paths:
+        inside = [str(image) for image in images_in(Path(path))] if os.path.isdir(path) else [path]
+        if not inside:
+            raise EvaluationError(f"{path} holds no images")
+        found += inside
+    return found
