@@ -183,7 +183,9 @@ def run_eval(args: argparse.Namespace) -> None:
         by_part = {}
         for name, split in parts.items():
             labels = labels_for(checkpoint, split.labels, data.class_names)
-            by_part[name] = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=args.precision)
+            measured = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=args.precision)
+            assert measured is not None  # nothing stops it
+            by_part[name] = measured
         scores = combined(list(by_part.values()))
         accuracies = {name: {"images": s.images, "accuracy": s.accuracy} for name, s in by_part.items()}
         about = {"images": scores.images, "splits": accuracies}
@@ -264,7 +266,7 @@ def run_models(args: argparse.Namespace) -> None:
     from tinyvit.models.registry import list_models, model_config
     from tinyvit.models.summary import summarise
 
-    rows = [("name", "width", "depth", "heads", "resnet", "patch", "image", "parameters")]
+    rows: list[tuple[str, ...]] = [("name", "width", "depth", "heads", "resnet", "patch", "image", "parameters")]
     for name in list_models():
         c = model_config(name)
         patch, image = (f"{h}x{w}" for h, w in (c.patch_size, c.image_size))

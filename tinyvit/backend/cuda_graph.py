@@ -88,6 +88,7 @@ class Graphed:
         if self._graph is not None and kind == self._kind:
             return self._graph.replay(inputs, self._on_replay)
         if again and kind not in self._failures and self._capture(kind, inputs):
+            assert self._graph is not None
             return self._graph.replay(inputs, lambda: None)  # the host did its share while capturing
         self.reason = self._failures.get(kind, "the first call with arrays of these shapes and addresses")
         return self._function(*inputs)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
@@ -139,7 +139,8 @@ def run(plan: Shards, function: Callable[[int, int], T]) -> Iterator[T]:
                 yield contextvars.copy_context().run(function, *bounds)
             return
         pool = _pool(plan.workers)
-        futures = [pool.submit(contextvars.copy_context().run, function, *bounds) for bounds in plan.ranges]
+        submit: Any = pool.submit
+        futures = [submit(contextvars.copy_context().run, function, *bounds) for bounds in plan.ranges]
         try:
             while futures:
                 yield futures.pop(0).result()  # popped: a result lives only as long as its receiver needs it

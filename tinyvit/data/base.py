@@ -18,8 +18,15 @@ class DataError(Exception):
 class Split(Protocol):
     """One part of a data set, read by index."""
 
-    labels: np.ndarray  # (N,) int64
-    skipped: list[str]  # unreadable images left out on request
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        ...
+
+    @property
+    def skipped(self) -> list[str]:
+        """The images that were left out on request, because they cannot be read."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -85,7 +92,7 @@ def mean_and_std(batches: Iterable[np.ndarray]) -> Statistics:
     Sums are exact integers, so neither the batch size nor the order matters. A channel that never varies gets
     the standard deviation 1, so that dividing by it is harmless.
     """
-    count, total, squares = 0, 0, 0
+    count, total, squares = 0, np.zeros(1, np.int64), np.zeros(1, np.int64)
     for batch in batches:
         values = np.moveaxis(batch, 1, 0).reshape(batch.shape[1], -1)  # (C, B*H*W)
         count += values.shape[1]

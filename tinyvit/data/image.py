@@ -195,7 +195,7 @@ def grey_to_rgb(image: Image.Image) -> Image.Image:
     2^bits - 1 as it declares, or the least of 255, 4095 and 65535 that no value exceeds.
     """
     values = np.asarray(image)
-    whites = (1.0, 255.0) if image.mode == "F" else (65535.0,)
+    whites: tuple[float, ...] = (1.0, 255.0) if image.mode == "F" else (65535.0,)
     if image.format == "TIFF" and image.mode != "F":
         bits = min(image.tag_v2.get(BITS_PER_SAMPLE, (16,)))  # type: ignore[attr-defined]
         whites = (2.0**bits - 1,) if bits < 16 else (255.0, 4095.0, 65535.0)

@@ -20,7 +20,8 @@ from tinyvit.data.image import StoredImage, fit, open_rgb, to_array
 Array = Any
 RESIDENT_SHARE = 0.25  # of a device's free memory, which a split may take for the whole run; the steps need the rest
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 ImageTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -135,7 +136,8 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
     drawn = draw_share(data.train.labels, share, seed)
     if not drawn.any():
         raise DataError(f"{data.name} has one training image a class, so none can be held out")
-    val = replace(data.train.take(np.flatnonzero(drawn)), skipped=[])
+    val: Any = data.train.take(np.flatnonzero(drawn))
+    val = replace(val, skipped=[])
     return replace(data, train=data.train.take(np.flatnonzero(~drawn)), val=val)
 
 
@@ -155,13 +157,15 @@ def resident(data: Data, device: Any) -> Data:
     """
 
     def moved(split: Split) -> Split:
-        fits = isinstance(split, ArraySplit) and split.images.nbytes <= RESIDENT_SHARE * devices.free_memory(device)
-        return replace(split, images=devices.mover(device)(split.images)) if fits else split
+        if not isinstance(split, ArraySplit) or split.images.nbytes > RESIDENT_SHARE * devices.free_memory(device):
+            return split
+        return replace(split, images=devices.mover(device)(split.images))
 
     if device == "cpu":
         return data
-    place = "test" if data.val is None else "val"
-    return replace(data, train=moved(data.train), **{place: moved(data.validation)})
+    if data.val is None:
+        return replace(data, train=moved(data.train), test=moved(data.test))
+    return replace(data, train=moved(data.train), val=moved(data.val))
 
 
 def stack(images: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:

@@ -43,7 +43,8 @@ def classify(
     if not model.class_names:
         raise EvaluationError("classify needs a model with class names, as load_model gives it; got one without")
     several = isinstance(images, list | tuple)
-    outputs = run_on_images(model, images if isinstance(images, list | tuple) else [images], precision)
+    given: Any = images if several else [images]
+    outputs = run_on_images(model, given, precision)
     named = [likeliest(model.class_names, p, top) for p in outputs.probabilities]
     return named if several else named[0]
 

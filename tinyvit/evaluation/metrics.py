@@ -13,7 +13,7 @@ from tinyvit.backend import arrays
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
     from tinyvit.data import Split
-    from tinyvit.models.vit import VisionTransformer
+    from tinyvit.nn import Module
 
 BATCH_SIZE = 256
 
@@ -56,7 +56,7 @@ def combined(parts: Sequence[Scores]) -> Scores:
 
 
 def evaluate(
-    model: VisionTransformer,
+    model: Module,
     split: Split,
     labels: np.ndarray,
     class_names: Sequence[str],

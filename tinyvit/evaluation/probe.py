@@ -42,7 +42,8 @@ def probe(kind: str, checkpoint: Checkpoint, model: VisionTransformer, data: Dat
     """
     data = dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std, val=data.test)
     seen = with_features(Pooled(model), data, precision=precision)
-    train, test = (split.images.astype(np.float32) for split in (seen.train, seen.validation))  # (N, D), (M, D)
+    splits: Any = (seen.train, seen.validation)  # FeatureSplits
+    train, test = (split.images.astype(np.float32) for split in splits)  # (N, D), (M, D)
     if not (np.all(np.isfinite(train)) and np.all(np.isfinite(test))):
         raise EvaluationError("the model's outputs are not finite")
     labels, names = data.test.labels, data.class_names

@@ -71,7 +71,11 @@ def predictions(
                 with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.applied():
                     batch = arrays.convert(images, like)
                     shards = _shards(model, batch.shape[0], threads, shards_per_batch)
-                    computed = list(parallel.run(shards, lambda start, stop, x=batch: compute(x[start:stop, ...])))
+
+                    def run(start: int, stop: int, x: Array = batch) -> Array:
+                        return compute(x[start:stop, ...])
+
+                    computed = list(parallel.run(shards, run))
                     last, unread = unread, [arrays.start_copy_to_host(x) for x in computed]
                 mode.note_rounded()
                 if last:
@@ -123,7 +127,7 @@ def _predictor(model: nn.Module, precision: str) -> Iterator[tuple[Precision, Ca
     try:
         yield found.mode, found.compute
     finally:
-        if arrays.is_cupy(model.parameters()[0].data):
+        if arrays.supports_graphs(model.parameters()[0].data):
             _kept.setdefault(model, {})[precision] = found
 
 
@@ -138,13 +142,15 @@ def _same(a: list[Any], b: list[Any]) -> bool:
 
 def _make(model: nn.Module, precision: str) -> tuple[Precision, Callable[[Array], Array]]:
     mode, weights = Precision(precision, model), model.parameters()
-    of_model = weakref.ref(model)  # what is kept goes with the model, so it must not keep that
+    of_model = weakref.ref(model)  # a reference would keep the model alive, which the graph must not outlive
 
     def compute(images: Array) -> Array:
-        logits = of_model()(images).data
+        alive = of_model()
+        assert alive is not None
+        logits = alive(images).data
         return logits if mode.dtype is None else arrays.astype(logits, "float32")
 
-    if not arrays.is_cupy(weights[0].data):
+    if not arrays.supports_graphs(weights[0].data):
         return mode, compute
     graph = Graphed(lambda images: ((compute(images),), []), lambda: tuple(cuda.address(p.data) for p in weights))
     return mode, lambda images: graph(images)[0][0]

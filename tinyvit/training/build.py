@@ -48,6 +48,7 @@ def make_model(options: TrainConfig, data: Data, checkpoint: Checkpoint | None) 
     if options.patch_size is not None:
         settings["patch_size"] = options.patch_size
     if checkpoint is None:
+        assert options.model is not None
         model = create_model(options.model, seed=options.seed, **settings)
     else:
         model = checkpoint.build(**settings).train()
@@ -69,6 +70,8 @@ def keeps_head(checkpoint: Checkpoint, data: Data) -> bool:
 
 
 def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Optimizer:
+    """The optimizer that complete options name, with parameter groups."""
+    assert options.lr is not None and options.weight_decay is not None
     head_lr_scale = 1.0 if options.head_lr is None else options.head_lr / options.lr
     groups = optim.param_groups(
         model, options.weight_decay, layer_decay=options.layer_decay, head_lr_scale=head_lr_scale
@@ -169,6 +172,7 @@ def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, 
         class_weights=class_weights(data.train.labels, len(data.class_names)) if balanced else None,
         precision=options.precision,
     )
+    assert options.batch_size is not None
     loader = Loader(
         data.train if options.augment else without_augmentation(data.train),
         options.batch_size,

@@ -55,7 +55,7 @@ def freeze(model: VisionTransformer, part: str | int) -> None:
     def frozen(name: str) -> bool:
         if part == ALL_BUT_HEAD:
             return not in_head(name) and name != "head_drop"
-        return layer_number(name, depth) <= part
+        return layer_number(name, depth) <= int(part)
 
     for name, p in model.named_parameters():
         if frozen(name):
@@ -94,7 +94,7 @@ class Head(nn.Module):
         self.classify = model.classify
 
     def forward(self, features: Array) -> Tensor:
-        weight = self.head.weight.data
+        weight = self.parameters()[0].data
         x = Tensor(arrays.astype(arrays.convert(features, weight), weight.dtype))
         if self.head_dist is None:
             return self.classify(x)

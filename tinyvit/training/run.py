@@ -105,9 +105,12 @@ def wanted_size(options: TrainConfig, checkpoint: Checkpoint | None) -> tuple[in
 
 def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
     """Refuse sizes that make no model, before data are read. Raises ValueError."""
-    if checkpoint is None and options.model is None:
+    if checkpoint is not None:
+        config = checkpoint.config
+    elif options.model is not None:
+        config = model_config(options.model)
+    else:
         return
-    config = model_config(options.model) if checkpoint is None else checkpoint.config
     patch = {} if options.patch_size is None else {"patch_size": options.patch_size}
     config.replace(image_size=wanted_size(options, checkpoint), **patch)
 

@@ -194,7 +194,7 @@ def _read_options(path: Path, values: Any) -> dict[str, Any]:
         raise ValueError("it has no options")
     if unknown := sorted(set(values) - set(FIELDS)):
         raise UsageError(f"{path}: this version of tinyvit has no option {', '.join(unknown)[:200]}")
-    options = {
+    options: dict[str, Any] = {
         name: value if value is None and FIELDS[name].default is None else read_value(path, name, name, value)
         for name, value in values.items()
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.data.base import Data, DataError, in_batches, mean_and_std, pair
+from tinyvit.data.base import Data, DataError, Split, in_batches, mean_and_std, pair
 from tinyvit.data.splits import ArraySplit, ResizedSplit
 from tinyvit.files.plain_pickle import load_pickle
 from tinyvit.files.reading import check_regular, open_regular
@@ -50,14 +50,15 @@ def load_cifar10(
     size = pair(image_size or SIDE)
     options = {"crop_pct": 1.0, **(fit_options or {})}
     as_stored = size == (SIDE, SIDE) and options["crop_pct"] == 1.0
-    splits = [
-        ArraySplit(images, labels, []) if as_stored else ResizedSplit(images, labels, [], size, options)
-        for images, labels in (train, test)
-    ]
+
+    def split(images: np.ndarray, labels: np.ndarray) -> Split:
+        return ArraySplit(images, labels, []) if as_stored else ResizedSplit(images, labels, [], size, options)
+
     digest = hashlib.sha256(repr(names).encode())
     for array in train + test:
-        digest.update(array)
-    return Data("cifar10", *splits, names, mean, std, size, 3, f"cifar10-{digest.hexdigest()[:16]}", options)
+        digest.update(array.tobytes())
+    fingerprint = f"cifar10-{digest.hexdigest()[:16]}"
+    return Data("cifar10", split(*train), split(*test), names, mean, std, size, 3, fingerprint, options)
 
 
 def class_names(directory: Path) -> tuple[str, ...]:
@@ -68,12 +69,12 @@ def class_names(directory: Path) -> tuple[str, ...]:
         return tuple(name.strip() for name in names if name.strip())
     if not pickled.is_file():
         return CLASSES
-    names = read_pickle(pickled).get("label_names")
-    if not isinstance(names, list) or not 1 <= len(names) <= 1000:
+    stored = read_pickle(pickled).get("label_names")
+    if not isinstance(stored, list) or not 1 <= len(stored) <= 1000:
         raise DataError(f"{pickled} has no list of label_names")
-    if not all(isinstance(name, str | bytes) for name in names):
+    if not all(isinstance(name, str | bytes) for name in stored):
         raise DataError(f"{pickled} has label_names that are not text")
-    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in names)
+    return tuple(name.decode(errors="replace") if isinstance(name, bytes) else name for name in stored)
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
@@ -107,8 +108,7 @@ def read_pickled(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = batch.get("data"), batch.get("labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != PIXELS:
         raise DataError(f"{path} has no 'data' array of uint8 rows of {PIXELS}")
-    whole = isinstance(labels, list) and all(isinstance(n, int | np.integer) and abs(n) < 2**31 for n in labels)
-    if not whole:
+    if not isinstance(labels, list) or not all(isinstance(n, int | np.integer) and abs(int(n)) < 2**31 for n in labels):
         raise DataError(f"{path} has no 'labels' list of integers")
     if len(labels) != len(pixels) or not labels:
         raise DataError(f"{path} has {len(pixels)} images and {len(labels)} labels, expected as many of each")

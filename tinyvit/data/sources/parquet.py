@@ -99,15 +99,16 @@ def split_name(source: Path, file: Path) -> str:
 
 def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
     """The images of a split, or None where it has no labels. Raises DataError naming a file, column or row."""
-    classes = [name for shard in shards for name in shard.classes]
-    if all(name is None for name in classes):
-        if not classes:
+    found = [name for shard in shards for name in shard.classes]
+    classes = [name for name in found if name is not None]
+    if not classes:
+        if not found:
             raise DataError(f"{shards[0].file} has no rows")
         return None
     base = root if root.is_dir() else root.parent
     names = [f"{s.file.relative_to(base).as_posix()}, row {i}" for s in shards for i in range(len(s.classes))]
-    if None in classes:
-        raise DataError(f"{base / names[classes.index(None)]} has no label (it is null or -1)")
+    if None in found:
+        raise DataError(f"{base / names[found.index(None)]} has no label (it is null or -1)")
     return Rows(names, classes, [content for shard in shards for content in shard.images()])
 
 

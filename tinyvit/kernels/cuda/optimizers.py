@@ -54,7 +54,7 @@ def _blocks(size: int) -> int:
     return min(math.ceil(size / 256), 8 * cuda.multiprocessors())
 
 
-def _sum_squares(scalar: str, partial: Array, total: Array) -> None:
+def _sum_squares(scalar: str | None, partial: Array, total: Array) -> None:
     kernel = cuda.kernel("adamw", "sum_squares", SCALAR=scalar)
     kernel((1,), (256,), (partial, np.int32(partial.size), total), shared_mem=8 * 256)
 
