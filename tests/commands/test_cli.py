@@ -419,6 +419,12 @@ def test_an_interrupt_before_training_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "tinyvit: interrupted\n"
 
 
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")
+    result = subprocess.run([*COMMAND, "models"], capture_output=True, text=True, env=environment(first=tmp_path))
+    assert (result.returncode, result.stderr) == (130, "tinyvit: interrupted\n")
+
+
 def test_version_and_help():
     assert tinyvit("--version").stdout == f"tinyvit {library.__version__}\n"
     shown = tinyvit("--help").stdout

@@ -49,3 +49,16 @@ def test_long_epochs_get_lines_where_there_is_no_terminal(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6
     assert lines[0] == "epoch 3  step 130/1000  loss 1.500  accuracy 25.0%  640 images/s  14:30 left"
+
+
+def test_a_long_evaluation_gets_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    from tinyvit.training import display as module
+
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    display = module.Display()
+    display.start(1000, 100)
+    for _ in range(100):
+        now[0] += 1.0
+        display.evaluating(3, 5000)
+    assert capsys.readouterr().out.splitlines() == 3 * ["epoch 3  evaluating 5000 validation images"]

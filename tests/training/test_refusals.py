@@ -1,7 +1,9 @@
 """What a run refuses: directories, options and damaged files."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from running import NANO, assert_one_line_error, make_images, tinyvit
 from runs import OPTIONS, snapshot
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.training.config import FIELDS, channel_values
 from tinyvit.training.run_directory import RunDirectory
 
 
@@ -156,3 +159,39 @@ def test_a_batch_larger_than_the_data_is_refused(images, tmp_path):
 def test_images_that_the_patch_does_not_divide_are_refused(images, tmp_path):
     result = tinyvit("train", "--data", images, "--out", tmp_path / "run", *NANO, "--image-size", "33")
     assert "image size 33x33 is not divisible by patch size 8" in assert_one_line_error(result, 1)
+
+
+def test_a_checkpoint_that_must_not_be_read_is_not_called_missing(unbroken, monkeypatch):
+    out, _ = unbroken
+    original = Path.stat
+
+    def stat(path, **how):
+        if path.name == "last.safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        RunDirectory(out).read_record()
+
+
+def test_a_missing_checkpoint_is_called_missing(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "file"):
+        with pytest.raises(CheckpointError, match="there is no last"):
+            RunDirectory(path).read_record()
+
+
+@pytest.mark.parametrize("text", ["0.48145466,0.4578275,0.40821073", "0.5", "1,0.1,0.30000000000000004"])
+def test_statistics_are_recorded_to_the_last_digit(text):
+    expected = tuple(float(value) for value in text.split(","))
+    for parse in (FIELDS["mean"].metadata["parse"], FIELDS["std"].metadata["parse"]):
+        assert channel_values(parse(text)) == expected
+        assert parse(parse(text)) == parse(text)
+
+
+@pytest.mark.parametrize("text", ["123.7,116.3,103.5", "-0.1", "nan", "inf", "", "0.5,", "a"])
+def test_statistics_are_those_of_pixels_from_0_to_1(text):
+    for name in ("mean", "std"):
+        with pytest.raises(ValueError, match="expected numbers from 0 to 1"):
+            FIELDS[name].metadata["parse"](text)

@@ -100,14 +100,14 @@ def channel_values(text: str) -> tuple[float, ...]:
         values = tuple(float(value) for value in text.split(","))
     except ValueError:
         values = ()
-    if not values or not all(0 <= value < math.inf for value in values):
-        raise ValueError(f"expected numbers of at least 0 separated by commas, as in 0.5,0.5,0.5, got {text!r}")
+    if not values or not all(0 <= value <= 1 for value in values):  # pixels are in 0..1
+        raise ValueError(f"expected numbers from 0 to 1 separated by commas, as in 0.5,0.5,0.5, got {text!r}")
     return values
 
 
 def mean(text: str) -> str:
     """A reader of each channel's mean; raises ValueError."""
-    return ",".join(f"{value:g}" for value in channel_values(text))
+    return ",".join(map(str, channel_values(text)))
 
 
 def std(text: str) -> str:

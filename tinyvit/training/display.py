@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from typing import Any
 
 from tinyvit.files.text import printable
 
@@ -22,7 +23,7 @@ class Display:
     """Lines go to standard output; a bar, when standard error is a terminal, to standard error."""
 
     def __init__(self) -> None:
-        self._bar = None
+        self._bar: Any = None  # tqdm has no types
 
     def start(self, total_steps: int, done: int) -> None:
         """Begin to show steps, `done` of which lie behind."""
@@ -49,6 +50,11 @@ class Display:
                 f"epoch {epoch}  step {self._done}/{self._total}  loss {loss:.3f}  accuracy {accuracy:.1%}  "
                 f"{images_per_second:.0f} images/s  {clock(left)} left"
             )
+
+    def evaluating(self, epoch: int, images: int) -> None:
+        """Say that an epoch's evaluation goes on, where nothing has been printed for SILENCE."""
+        if self._bar is None and time.monotonic() - self._spoken >= SILENCE:
+            self.line(f"epoch {epoch}  evaluating {images} validation images")
 
     def lengthen(self, total_steps: int) -> None:
         """Another number of steps is the whole."""

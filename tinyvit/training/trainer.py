@@ -149,10 +149,15 @@ class Trainer:
 
     def evaluate(self, stop: Stop) -> Scores | None:
         """Scores of the model, or of its average, on the validation split; keeps the best weights. None if stopped."""
-        ema = self.parts.ema
+        ema, epoch, images = self.parts.ema, self.progress.epoch + 1, len(self.validation)
+
+        def stop_or_show() -> int | None:
+            self.display.evaluating(epoch, images)
+            return stop()
+
         with ema.applied() if ema is not None else contextlib.nullcontext():
             try:
-                scores = self.parts.evaluate(self.validation, stop)
+                scores = self.parts.evaluate(self.validation, stop_or_show)
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
             if scores is not None and self.progress.improved_by(scores):
