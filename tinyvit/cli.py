@@ -94,6 +94,8 @@ def make_parser() -> Parser:
     evaluate.add_argument("--split", type=typed(one_of("train", "val", "test", "all")), metavar="NAME", help=splits)
     probes = "measure features instead: knn or linear, on the training split, for any classes"
     evaluate.add_argument("--probe", type=typed(one_of("knn", "linear")), metavar="KIND", help=probes)
+    evaluate.add_argument("--confusion", metavar="FILE.csv", help="write how often each class was taken for each")
+    evaluate.add_argument("--predictions", metavar="FILE.csv", help="write the true and predicted class of each image")
     evaluate.add_argument("--skip-corrupt", action="store_true", help=FIELDS["skip_corrupt"].metadata["help"])
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -156,7 +158,8 @@ def run_eval(args: argparse.Namespace) -> None:
     from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
     from tinyvit.data import Augment, load_data
-    from tinyvit.evaluation.metrics import combined, evaluate, labels_for
+    from tinyvit.data.splits import image_names
+    from tinyvit.evaluation.metrics import combined, evaluate, labels_for, write_confusion, write_predictions
 
     if args.probe and args.split not in (None, "test"):
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
@@ -191,6 +194,12 @@ def run_eval(args: argparse.Namespace) -> None:
         about = {"images": scores.images, "splits": accuracies}
         counts = [f"{s.images} {name} ({s.accuracy:.2%})" for name, s in by_part.items()]
         what = f"{data.name}, {', '.join(counts) if counts[1:] else next(iter(parts)) + ' split'}"
+    if args.confusion:
+        write_confusion(Path(args.confusion), scores)
+    if args.predictions:
+        named = {"test": data.test} if args.probe else parts
+        images = [image for name, split in named.items() for image in image_names(name, split)]
+        write_predictions(Path(args.predictions), scores, images)
     print_json({**about, **scores_dict(scores)}) if args.json else print_scores(scores, what)
 
 

@@ -169,3 +169,11 @@ def test_batches_are_prepared_fast():
     for images, _ in Loader(split, 128, transform=transform).epoch(0):
         assert images.shape == (128, 3, 32, 32)
     assert (time.process_time() - start) / 20 < 0.02  # seconds of one core a batch; 0.001 where it was written
+
+
+def test_a_loader_says_how_it_is_iterated():
+    split = ArraySplit(np.zeros((4, 3, 2, 2), np.uint8), np.zeros(4, np.int64), [])
+    with pytest.raises(TypeError, match=r"use loader\.epoch\(0\)"):
+        iter(Loader(split, 2, transform=lambda images, labels, rng: (images, labels)))
+    with pytest.raises(TypeError, match="Loader expects a transform such as default_augment"):
+        Loader(split, 2)

@@ -4,10 +4,13 @@ import builtins
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from running import environment
 
 from tinyvit.data import DataError, load_data
 from tinyvit.data.sources import listing
@@ -404,3 +407,25 @@ def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert_error(r'reading parquet files needs pyarrow: pip install "tinyvit\[parquet\]"', tmp_path, tmp_path)
+
+
+def test_a_small_file_that_repeats_a_large_image_takes_little_memory(tmp_path):
+    """Each row with the bytes of the others; in a process of its own, whose peak is its own."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    content = np.random.default_rng(0).bytes(1_000_000)
+    table = pyarrow.table({"image": pyarrow.array([content] * 2000), "label": [0, 1] * 1000})
+    parquet.write_table(table, tmp_path / "train.parquet", use_dictionary=True)
+    assert (tmp_path / "train.parquet").stat().st_size < 3_000_000
+    program = """
+import resource, sys
+from pathlib import Path
+from tinyvit.data.sources.parquet import Shard
+shard = Shard(Path(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+images = shard.images()
+assert len(images) == 2000 and len({id(image) for image in images}) == 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "train.parquet")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 0 and int(result.stdout) < 300_000, result

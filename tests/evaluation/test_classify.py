@@ -88,3 +88,21 @@ run()
 """
     result = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, env=environment())
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "tinyvit: interrupted\n")
+
+
+def test_eval_writes_predictions_and_their_confusion(home, tmp_path):
+    import csv
+
+    confusion, predictions = tmp_path / "confusion.csv", tmp_path / "predictions.csv"
+    options = ["--split", "test", "--confusion", confusion, "--predictions", predictions, "--json"]
+    result = tinyvit("eval", home / "run", "--data", home / "images", *options)
+    scores = json.loads(result.stdout)
+    with open(predictions, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["image", "true class", "predicted class"] and len(rows) == scores["images"] == 9
+    assert sum(true == guess for _, true, guess in rows) / 9 == pytest.approx(scores["accuracy"])
+    with open(confusion, newline="") as file:
+        (corner, *names), *table = csv.reader(file)
+    assert (corner, names) == ("true class", ["blue", "green", "red"])
+    for true, *counts in table:
+        assert list(map(int, counts)) == [sum(row[1:] == [true, guess] for row in rows) for guess in names]

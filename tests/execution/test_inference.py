@@ -215,3 +215,12 @@ def test_predicting_on_a_model_in_training_mode_changes_nothing_in_it(threads):
             assert np.array_equal(scores, expected)
     assert {True, False} == set(seen) and modes == [module.training for module in model.modules()]
     assert not np.array_equal(model(images).numpy(), model(images).numpy())
+
+
+def test_what_is_no_batch_is_refused_with_the_cure():
+    model = create_model("vit_nano_patch8_32", num_classes=3)
+    for wrong in (["a.png"], "a.png", [np.zeros((3, 32, 32), np.float32)]):
+        with pytest.raises(TypeError, match=r"for files and PIL images use tinyvit\.classify"):
+            predict(model, wrong)
+    with pytest.raises(ValueError, match=r"got one of shape \(3, 32, 32\): use images\[None\]"):
+        predict(model, np.zeros((3, 32, 32), np.float32))

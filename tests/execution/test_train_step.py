@@ -400,3 +400,22 @@ def test_kernels_and_references_train_alike():
         references = train(3, "float32", RATES, opt=optim.SGD, threads=1, seed=5)
     assert error(kernels[2], references[2]) < 1e-6
     assert [float(x) for x in kernels[1]] == pytest.approx([float(x) for x in references[1]], rel=1e-5)
+
+
+def test_lists_and_models_are_refused_with_the_cure():
+    model = nano()
+    images, labels = batch()
+    ema = optim.EMA(model, 0.5)
+    step = TrainStep(model, optim.SGD(model.parameters(), lr=0.1), threads=1)
+    with pytest.raises(TypeError, match=r"labels must be an array or a Tensor, got list; use numpy\.asarray"):
+        step(images, labels.tolist())
+    with pytest.raises(TypeError, match=r"update takes no model: .* use ema\.update\(\)"):
+        ema.update(model)
+
+
+def test_a_step_trains_every_part_that_is_not_frozen():
+    """Also if only a part of the model was put into evaluation mode."""
+    model = nano(**RATES)
+    model.blocks[0].eval()
+    TrainStep(model, optim.SGD(model.parameters(), lr=0.1), threads=1)(*batch())
+    assert all(module.training for module in model.modules())

@@ -32,17 +32,19 @@ class Loader:
         split: Split,
         batch_size: int,
         *,
-        transform: Transform,
+        transform: Transform | None = None,
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
         device: Any = None,
     ) -> None:
+        if not callable(transform):
+            raise TypeError(f"Loader expects a transform such as default_augment(data), got {type(transform).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size} given, expected at least 1")
         self.split = split
         self.batch_size = batch_size
-        self.transform = transform
+        self.transform: Transform = transform
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -52,6 +54,9 @@ class Loader:
         """Batches per epoch."""
         full, rest = divmod(len(self.split), self.batch_size)
         return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        raise TypeError("a Loader is iterated by epochs, each of which has an order of its own: use loader.epoch(0)")
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[tuple[Any, Any]]:
         """The (images, labels) of one epoch from batch `first_batch` on.

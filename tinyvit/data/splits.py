@@ -146,6 +146,13 @@ def without_augmentation(split: Split) -> Split:
     return replace(split, transform=None) if isinstance(split, FileSplit) else split
 
 
+def image_names(name: str, split: Split) -> list[str]:
+    """What the images of the split `name` are called: their files, or the name with their number."""
+    if isinstance(split, FileSplit):
+        return [file.name if isinstance(file, StoredImage) else str(file) for file in split.files]
+    return [f"{name}/{i}" for i in range(len(split))]
+
+
 SKIP_HINT = " (--skip-corrupt leaves such images out)"
 
 

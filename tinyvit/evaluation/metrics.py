@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyvit.backend import arrays
+from tinyvit.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
@@ -30,6 +33,8 @@ class Scores:
     top5: float
     loss: float | None  # None: what classified gives no probabilities
     per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no image of that class
+    labels: np.ndarray  # (N,) true classes
+    predicted: np.ndarray  # (N,) likeliest classes
 
     @property
     def images(self) -> int:
@@ -52,7 +57,34 @@ def combined(parts: Sequence[Scores]) -> Scores:
         per_class.append((same[0][0], hits / count if count else None, count))
     accuracy, top5 = mean([part.accuracy for part in parts]), mean([part.top5 for part in parts])
     assert accuracy is not None and top5 is not None
-    return Scores(accuracy, top5, mean([part.loss for part in parts]), tuple(per_class))
+    labels, predicted = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "predicted"))
+    return Scores(accuracy, top5, mean([part.loss for part in parts]), tuple(per_class), labels, predicted)
+
+
+def write_confusion(path: Path, scores: Scores) -> None:
+    """Write how often images of each class (rows) were taken for each class (columns), as a CSV file."""
+    names = [name for name, _, _ in scores.per_class]
+    counts = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(counts, (scores.labels, scores.predicted), 1)
+    _write_csv(
+        path, [["true class", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
+    )
+
+
+def write_predictions(path: Path, scores: Scores, images: Sequence[str]) -> None:
+    """Write the true and the predicted class of each image as a CSV file; `images` are their names."""
+    names = [name for name, _, _ in scores.per_class]
+    classes = zip(scores.labels.tolist(), scores.predicted.tolist(), strict=True)
+    rows = [[image, names[true], names[guess]] for image, (true, guess) in zip(images, classes, strict=True)]
+    _write_csv(path, [["image", "true class", "predicted class"], *rows])
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    with (
+        atomic_write(path) as beside,
+        open(beside, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        csv.writer(file).writerows(rows)
 
 
 def evaluate(
@@ -75,6 +107,7 @@ def evaluate(
     from tinyvit.execution.inference import predictions
 
     rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
+    predicted = np.empty(len(split), np.int64)
     done = 0
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
@@ -87,12 +120,15 @@ def evaluate(
             raise EvaluationError("the model's outputs are not finite")
         part = slice(done, done + len(logits))
         rank[part], loss[part] = ranks(logits, labels[part]), cross_entropies(logits, labels[part])
+        predicted[part] = logits.argmax(axis=1)
         done += len(logits)
-    return score(rank, loss, labels, class_names)
+    return score(rank, loss, labels, predicted, class_names)
 
 
-def score(rank: np.ndarray, loss: np.ndarray | None, labels: np.ndarray, class_names: Sequence[str]) -> Scores:
-    """What each image's rank of its true class, cross-entropy and label, all (N,), amount to."""
+def score(
+    rank: np.ndarray, loss: np.ndarray | None, labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]
+) -> Scores:
+    """The scores of images from the rank of the true class, cross-entropy, label and likeliest class of each (N,)."""
     hit = rank == 0
     per_class = []
     for k, name in enumerate(class_names):
@@ -100,7 +136,7 @@ def score(rank: np.ndarray, loss: np.ndarray | None, labels: np.ndarray, class_n
         count = int(of_class.sum())
         per_class.append((name, float(hit[of_class].mean()) if count else None, count))
     mean_loss = None if loss is None else float(loss.mean())
-    return Scores(float(hit.mean()), float((rank < 5).mean()), mean_loss, tuple(per_class))
+    return Scores(float(hit.mean()), float((rank < 5).mean()), mean_loss, tuple(per_class), labels, predicted)
 
 
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -45,6 +45,15 @@ def predict(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        given = type(images).__name__
+        raise TypeError(
+            f"predict expects an array (N, C, H, W), got {given}; for files and PIL images use tinyvit.classify"
+        )
+    if images.ndim == 3 and getattr(model, "config", None) is not None:
+        raise ValueError(
+            f"predict expects images (N, C, H, W), got one of shape {tuple(images.shape)}: use images[None]"
+        )
     count = images.shape[0]
     starts = range(0, max(count, 1), batch_size)
     batches = (images[first : min(first + batch_size, count), ...] for first in starts)
@@ -62,15 +71,16 @@ def predictions(
 
     A device computes a batch while the one before it is read.
     """
-    like = model.parameters()[0].data
+    weights = model.parameters()
+    like = weights[0].data
     unread: list[Callable[[], np.ndarray]] = []
-    with _predictor(model, precision) as (mode, compute):
+    with _predictor(model, weights, precision) as (mode, compute):
         try:
             for images in batches:
                 images = images.data if isinstance(images, Tensor) else images
                 with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.applied():
                     batch = arrays.convert(images, like)
-                    shards = _shards(model, batch.shape[0], threads, shards_per_batch)
+                    shards = _shards(model, like, batch.shape[0], threads, shards_per_batch)
 
                     def run(start: int, stop: int, x: Array = batch) -> Array:
                         return compute(x[start:stop, ...])
@@ -88,9 +98,9 @@ def predictions(
                 read()
 
 
-def _shards(model: nn.Module, samples: int, threads: int | None, count: int | None) -> parallel.Shards:
+def _shards(model: nn.Module, like: Array, samples: int, threads: int | None, count: int | None) -> parallel.Shards:
     """How a batch is cut into `count` shards, or into as many of about SHARD_TOKENS tokens for each thread."""
-    if not arrays.on_host(model.parameters()[0].data):  # a device runs its own threads
+    if not arrays.on_host(like):  # a device runs its own threads
         return parallel.plan(samples, 1, 1 if count is None else count)
     if count is None:
         threads = parallel.usual_threads() if threads is None else threads
@@ -115,20 +125,24 @@ _kept: weakref.WeakKeyDictionary[nn.Module, dict[str, _Predictor]] = weakref.Wea
 
 
 @contextlib.contextmanager
-def _predictor(model: nn.Module, precision: str) -> Iterator[tuple[Precision, Callable[[Array], Array]]]:
-    """How the model computes, and what computes its outputs; on a GPU the last call's, with its graph.
+def _predictor(
+    model: nn.Module, weights: list[nn.Parameter], precision: str
+) -> Iterator[tuple[Precision, Callable[[Array], Array]]]:
+    """The precision, and the function that computes the outputs; on a GPU those of the last call, with its graph.
 
-    Within the context it is the caller's alone: its graph has room for one batch.
+    Within the context the graph is used by nobody else: it has room for one batch.
     """
-    parts, kinds = _parts(model), [(arrays.device_name(p.data), p.dtype) for p in model.parameters()]
+    if not arrays.supports_graphs(weights[0].data):
+        yield _make(model, weights, precision)
+        return
+    parts, kinds = _parts(model), [(arrays.device_name(p.data), p.dtype) for p in weights]
     found = _kept.get(model, {}).pop(precision, None)
     if found is None or not (found.kinds == kinds and _same(found.parts, parts)):
-        found = _Predictor(*_make(model, precision), parts, kinds)
+        found = _Predictor(*_make(model, weights, precision), parts, kinds)
     try:
         yield found.mode, found.compute
     finally:
-        if arrays.supports_graphs(model.parameters()[0].data):
-            _kept.setdefault(model, {})[precision] = found
+        _kept.setdefault(model, {})[precision] = found
 
 
 def _parts(model: nn.Module) -> list[Any]:
@@ -140,8 +154,8 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def _make(model: nn.Module, precision: str) -> tuple[Precision, Callable[[Array], Array]]:
-    mode, weights = Precision(precision, model), model.parameters()
+def _make(model: nn.Module, weights: list[nn.Parameter], precision: str) -> tuple[Precision, Callable[[Array], Array]]:
+    mode = Precision(precision, model)
     of_model = weakref.ref(model)  # a reference would keep the model alive, which the graph must not outlive
 
     def compute(images: Array) -> Array:

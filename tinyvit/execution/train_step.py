@@ -117,6 +117,9 @@ class TrainStep:
         Returns:
             the mean loss over the batch before the update, without dimensions or history.
         """
+        for name, x in (("images", images), ("labels", labels)):
+            if not hasattr(x, "shape"):
+                raise TypeError(f"{name} must be an array or a Tensor, got {type(x).__name__}; use numpy.asarray")
         batch, count = images.shape[0], labels.shape[0]
         if batch != count or batch == 0:
             raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")

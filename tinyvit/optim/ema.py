@@ -38,6 +38,8 @@ class EMA:
                 of them, and the average is not to move either. It is not read from the device.
         """
         self._refuse_if_applied("update")
+        if hasattr(skipped, "parameters"):
+            raise TypeError("update takes no model: an EMA follows the one that it was made with; use ema.update()")
         for name, p in self._parameters.items():
             check_like(f"the average of {name}", self._average[name], p.data)
         averages, targets = list(self._average.values()), [p.data for p in self._parameters.values()]

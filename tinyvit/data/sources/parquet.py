@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 IMAGES = ("image", "img", "picture", "photo")  # usual names of the columns, in the order of preference
+ROWS = 16  # that are read at a time
 LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -203,13 +204,22 @@ class Shard:
         )
 
     def _read(self, name: str) -> list[Any]:
-        """The values of a column; of a struct, its bytes."""
-        column = self._try(lambda file: self.pyarrow.parquet.ParquetFile(file).read([name]))[name]
-        if self.pyarrow.types.is_struct(column.type):
-            import pyarrow.compute
+        """The values of a column; of a struct, its bytes.
 
-            column = pyarrow.compute.struct_field(column, "bytes")
-        return column.to_pylist()
+        It is read by few rows, and equal values are kept once: a small file can repeat a large one many times.
+        """
+
+        def read(file: Path) -> list[Any]:
+            values: list[Any] = []
+            seen: dict[Any, Any] = {}
+            for batch in self.pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, columns=[name]):
+                column = batch.column(0)
+                if self.pyarrow.types.is_struct(column.type):
+                    column = column.field("bytes")
+                values += [seen.setdefault(value, value) for value in column.to_pylist()]
+            return values
+
+        return self._try(read)
 
     def _try(self, read: Callable[[Path], Any]) -> Any:
         try:

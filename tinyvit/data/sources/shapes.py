@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from tqdm import tqdm
 
 from tinyvit.data.base import Data, in_batches, mean_and_std, pair
 from tinyvit.data.splits import ArraySplit, in_threads
@@ -101,7 +102,8 @@ def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[n
         (label, members), rng = task
         images[members] = draw_class(SHAPES[label], len(members), size, rng)
 
-    for _ in in_threads(work, zip(tasks, rng.spawn(len(tasks)), strict=True)):
+    drawn = in_threads(work, zip(tasks, rng.spawn(len(tasks)), strict=True))
+    for _ in tqdm(drawn, desc="drawing shapes", total=len(tasks), leave=False, disable=None):
         pass
     return images, labels
 
