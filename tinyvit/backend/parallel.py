@@ -53,7 +53,7 @@ _limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("tinyvit_thr
 
 @contextlib.contextmanager
 def limit(threads: int | None) -> Iterator[None]:
-    """Within this context `plan` and `each` use so many threads unless they are told otherwise; None: as before."""
+    """Within this context `plan` and `each` use at most `threads` threads by default; None changes nothing."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
     token = _limit.set(_limit.get() if threads is None else threads)

@@ -81,7 +81,7 @@ class ResizedSplit:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Images decoded from `files` whenever they are asked for, at `size` (height, width).
+    """Images that are decoded from `files` each time they are read, at `size` (height, width).
 
     They are resized and cut by `fit` with `fit_options`; for training (with `rng`) each goes through `transform` first.
     """

@@ -33,7 +33,7 @@ def predict(
         model: gives (B, num_classes) for images (B, C, H, W).
         images: (N, C, H, W), floating.
         batch_size: how many images are computed at a time.
-        threads: as in `shards.plan`.
+        threads: as in `parallel.plan`.
         shards_per_batch: into how many shards a CPU's threads share a batch; by default as many as bring each of them
             to about SHARD_TOKENS tokens.
         precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.

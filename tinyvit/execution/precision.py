@@ -1,10 +1,10 @@
-"""In which precision a model computes: products of 16-bit numbers, of TF32, or of what its parameters are.
+"""The precision that a model computes in: 16 bits, TF32, or that of its parameters.
 
-Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): the parameters stay float32, as masters. For a step, or
-for predictions, they are rounded once to 16 bits, and the model runs on these copies. Products are added up in float32,
-layer norm, softmax and the loss computed in it; gradients come back as float32 and change the masters, so that an
-update far smaller than a copy's last digit is not lost. bfloat16 has float32's range; float16 has not, and its loss
-is scaled so that small gradients stay above zero.
+Mixed precision (Micikevicius et al. 2017, arXiv:1710.03740): the parameters stay in float32 as master weights. Before
+a step or predictions they are rounded to 16 bits, and the model runs on the rounded weights. Products are summed in
+float32; layer norm, softmax and the loss are computed in it. Gradients update the master weights, so that an update
+far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
+loss is scaled to keep small gradients above zero.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class Precision:
-    """How `model` computes.
+    """The precision of `model`.
 
     Args:
-        name: "fp32": as its parameters are; "tf32": the same with operands of products rounded to TF32 (10 bits of
-            mantissa, float32's range; NVIDIA GPUs from compute capability 8.0 on); "bf16", "fp16": on copies.
-        model: of float32, where the name says more than "fp32".
+        name: "fp32" for that of its parameters; "tf32" for the same with the operands of products rounded to TF32 (10
+            bits of mantissa, float32's range; NVIDIA GPUs of compute capability 8.0 and later); "bf16" or "fp16" for
+            weights rounded to 16 bits.
+        model: a float32 model, unless the name is "fp32".
 
     Raises:
         ValueError: no such precision, or the model's dtype, library or device does not have it.
@@ -40,9 +41,9 @@ class Precision:
         if name not in PRECISIONS:
             raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {name!r}")
         self.name, self._parameters = name, model.parameters()
-        self.dtype = None  # of the copies
+        self.dtype = None  # of the rounded weights
         self._rounded: list[Array] = []
-        self._current: list[tuple[Array, int]] = []  # the masters that the copies equal, and their counts of changes
+        self._current: list[tuple[Array, int]] = []  # the master weights that were rounded, with their versions
         if name == "fp32":
             return
         like = self._parameters[0].data
@@ -58,7 +59,7 @@ class Precision:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the model computes so; meanwhile the copies take the place of its parameters."""
+        """Within this context the model computes in this precision; 16-bit weights replace its parameters meanwhile."""
         if self.name == "tf32":
             token = cublas.tf32.set(True)
             try:

@@ -54,7 +54,7 @@ class TrainStep:
         accumulate: computes a batch in this many parts, one after the other, to use less memory.
         ema: an average of the weights to update after each step.
         seed: what dropout masks derive from, together with `step_index`.
-        threads, shards: as in `shards.plan`.
+        threads, shards: as in `parallel.plan`.
         class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly
             its mean over the whole batch, however that is cut.
         precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
@@ -62,9 +62,9 @@ class TrainStep:
     In fp16 the loss is scaled while the gradient is computed, and a step whose gradient overflows changes nothing but
     the scale.
 
-    A batch may lie on the host wherever the model is. On a device a step is only started: nothing waits for its end but
-    reading one of its numbers. Who changes a setting of the model, such as a dropout rate, makes another TrainStep: a
-    CUDA graph goes on with the old one.
+    A batch may lie on the host wherever the model is. On a device a call only starts the step; reading one of its
+    numbers waits for its end. A CUDA graph keeps the settings of the model that it was captured with: after changing
+    one, such as a dropout rate, make another TrainStep.
 
     Attributes:
         step_index: how many steps were done; settable, to go on with an interrupted run.
@@ -262,7 +262,7 @@ def _array(x: Tensor | Array) -> Array:
 
 
 def _add(a: list[Array], b: list[Array]) -> list[Array]:
-    """The sums of gradients, in `a`'s memory: `grad` gives arrays that nobody else holds."""
+    """The sums of two lists of gradients, in the memory of `a`, which `grad` made for it alone."""
     if not a or not arrays.on_host(a[0]):
         return [x + y for x, y in zip(a, b, strict=True)]
     pairs = list(zip(a, b, strict=True))

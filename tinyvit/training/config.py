@@ -1,4 +1,4 @@
-"""What a training run can be told: one table from which the command line, the TOML file and config.json are made."""
+"""The options of a training run: one table for the command line, TOML files and config.json."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def _value(path: str | Path, key: str, name: str, value: Any) -> Any:
 
 
 def merge(file: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for: the file's options, overridden by the command line's."""
+    """The options of a file, overridden by those of the command line."""
     given = {**file, **command_line}
     if "minutes" in command_line:
         given.pop("epochs", None)

@@ -30,7 +30,7 @@ from tinyvit.training.time_budget import TimeBudget
 
 READ_EVERY = 1.0  # seconds: reading a step's numbers waits for a device, and the device then waits for the next step
 
-Stop = Callable[[], int | None]  # returns the signal that asks the run to stop, if one does
+Stop = Callable[[], int | None]  # returns the signal that is to stop the run, None if there is none
 
 
 class TrainError(Exception):
@@ -84,7 +84,7 @@ class Trainer:
         self.title, self.training_loss, self.patience, self.budget = title, training_loss, patience, budget
         self.progress = Progress() if progress is None else progress
         self.parts.step.step_index = self.progress.step
-        self.unread: deque[tuple[Any, int]] = deque()  # results of the latest steps, which may lie on a device
+        self.pending: deque[tuple[Any, int]] = deque()  # results of the latest steps, which may lie on a device
         self.read_every = 0.0 if arrays.on_host(parts.step.parameters[0].data) else READ_EVERY
         self.read_at = self.saved_at = time.monotonic()
         self.unsaved_best: dict[str, np.ndarray] | None = None
@@ -110,7 +110,7 @@ class Trainer:
                 break
             parts.optimizer.lr = rate(p.step)
             parts.step(images, labels)
-            self.unread.append((parts.step.result, labels.shape[0]))
+            self.pending.append((parts.step.result, labels.shape[0]))
             p.step, p.batch = p.step + 1, p.batch + 1
             if shown := time.monotonic() - self.read_at >= self.read_every:
                 self.read_results()
@@ -166,12 +166,12 @@ class Trainer:
 
     def read_results(self) -> None:
         """Take up the results of the steps since the last time. Raises TrainError where one is not finite."""
-        while self.unread:
-            result, images = self.unread[0]
+        while self.pending:
+            result, images = self.pending[0]
             loss = float(result.loss)
             self.check_finite(loss, float(result.grad_norm))
             self.progress.add_result(loss, int(result.correct), images)
-            self.unread.popleft()
+            self.pending.popleft()
         self.read_at = time.monotonic()
 
     def check_finite(self, loss: float, grad_norm: float) -> None:
@@ -183,7 +183,7 @@ class Trainer:
 
     def failure(self, problem: str) -> TrainError:
         """The error for a problem in the first step whose result is not read yet."""
-        step = self.progress.step - len(self.unread) + 1
+        step = self.progress.step - len(self.pending) + 1
         return TrainError(
             f"{problem} at step {step} (learning rate {self.parts.optimizer.lr:g}, "
             f"largest gradient {self.parts.step.largest_grad:g}): try a lower --lr; "

@@ -41,7 +41,7 @@ def find_parts(root: Path) -> dict[str, Path]:
     """The folders of the training, validation and test classes; `root` itself trains if it has no such folders.
 
     Raises:
-        DataError: it cannot be told whether a folder is a part of the data set or a class.
+        DataError: a folder could be a part of the data set or a class.
     """
     folders = class_folders(root)
     with_classes = [folder for folder in folders if class_folders(folder)]

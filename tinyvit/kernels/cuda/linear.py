@@ -109,7 +109,7 @@ def linear_gelu(
 def _linear_gelu(
     xp: Any, rows: Array, weight: Array, bias: Array, approximate: str, recording: bool
 ) -> tuple[Array, Array, Array]:
-    """gelu(rows W^T + bias); and, for the way back, what GELU was taken of, in two addends (the second may be NULL)."""
+    """gelu(rows W^T + bias); and for the backward pass GELU's input as a sum of two arrays (the second may be NULL)."""
     if approximate == "tanh" and rows.dtype.itemsize == 2:  # cuBLASLt's tanh is not good enough for fp32
         fused = cublas.linear_gelu(xp, rows, weight, bias, recording)
         if fused is not None:

@@ -1,7 +1,7 @@
-"""The arithmetic of the optimizers for one parameter's arrays, in the array API standard alone.
+"""The arithmetic of the optimizers, in the array API standard alone: of one parameter, then of all of them.
 
-Unlike an operation of the model, an update writes into what it changes (parameter, momentum, average) where
-the array library allows it, and returns it.
+Unlike an operation of the model, an update writes into the arrays that it changes (parameter, momentum, average)
+where the array library allows it, and returns them.
 """
 
 from __future__ import annotations
