@@ -12,6 +12,7 @@ from running import COMMAND, NANO, assert_one_line_error, environment, make_imag
 from runs import assert_same_run, epochs_done, metrics, snapshot
 from safetensors.numpy import load_file
 
+from tinyvit.errors import UsageError
 from tinyvit.training.run import train
 from tinyvit.training.trainer import Stopped, Trainer
 
@@ -148,10 +149,14 @@ def test_a_finished_run_goes_on_where_its_schedule_allows(tmp_path):
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "config.json").write_text("{}")
-    (out / ".last.safetensors.123.tmp").write_bytes(b"half")
+    (out / "config.json").write_text('{"model_type": "vit"}')  # no record of ours
     data = make_images(tmp_path / "images")
-    train({"data": str(data), "epochs": 1, "batch_size": 8, "out": str(out), "model": "vit_nano_patch8_32"})
+    given = {"data": str(data), "epochs": 1, "batch_size": 8, "out": str(out), "model": "vit_nano_patch8_32"}
+    with pytest.raises(UsageError, match="is not empty and holds no run"):
+        train(given)
+    (out / "config.json").write_text('{"options": {}, "plan": {}}')
+    (out / ".last.safetensors.123.tmp").write_bytes(b"half")
+    train(given)
     assert not [path for path in out.iterdir() if path.name.startswith(".")] and len(metrics(out)) == 1
 
 

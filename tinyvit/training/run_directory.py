@@ -68,8 +68,16 @@ class RunDirectory:
             raise UsageError(f"{self.path} holds a run: continue it with --resume, or choose another --out")
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another --out")
-        if self.path.is_dir() and any(not _is_ours(name) for name in os.listdir(self.path)):
+        if self.path.is_dir() and not all(self._may_replace(name) for name in os.listdir(self.path)):
             raise UsageError(f"{self.path} is not empty and holds no run: choose another --out")
+
+    def _may_replace(self, name: str) -> bool:
+        """Whether a file was left by a run that stopped before its first checkpoint."""
+        if name == CONFIG:
+            with contextlib.suppress(OSError, ValueError):
+                return {"options", "plan"} <= parse_json(read_text(self.path / CONFIG)).keys()
+            return False
+        return name == METRICS or (name.startswith(".") and name.endswith((".tmp", ".rehearsal.safetensors")))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -178,11 +186,6 @@ def curve_labels(options: Mapping[str, Any], data_name: str) -> tuple[str, str]:
     included = {name: options[name] for name in ("label_smoothing", "mixup", "cutmix")}
     parts = [f"{name.replace('_', ' ')} {value:g}" for name, value in included.items() if value]
     return f"{options['model']} on {data_name}", ", ".join(parts)
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a run that stopped before its first checkpoint may have left a file of this name."""
-    return name in (CONFIG, METRICS) or (name.startswith(".") and name.endswith((".tmp", ".rehearsal.safetensors")))
 
 
 def _size(value: Any) -> tuple[int, int]:
