@@ -140,7 +140,7 @@ def test_an_array_goes_to_the_place_of_another_and_back(backend):
     assert name == {"numpy": "cpu", "cupy": "cuda:0"}.get(backend, xp)
     moved = devices.mover(name)(np.arange(3))
     assert type(moved) is type(x) and arrays.namespace(moved) is xp
-    assert system_info.describe_device(x).startswith({"numpy": "cpu", "cupy": "cuda:0 "}.get(backend, xp.__name__))
+    assert devices.describe_device(x).startswith({"numpy": "cpu", "cupy": "cuda:0 "}.get(backend, xp.__name__))
     with arrays.on_device_of(x):
         assert arrays.to_numpy(x + x).tolist() == [0, 2, 4, 6, 8, 10]
 

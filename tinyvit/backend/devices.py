@@ -131,3 +131,39 @@ def cuda_version(number: int) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def describe_gpu(number: int) -> str:
+    """The name, memory and compute capability of a GPU."""
+    import cupy
+
+    gpu = cupy.cuda.runtime.getDeviceProperties(number)
+    return f"{gpu['name'].decode()}, {gpu['totalGlobalMem'] / 2**30:.0f} GiB, {gpu['major']}.{gpu['minor']}"
+
+
+def describe_device(x: Any) -> str:
+    """The device of the array `x`: "cpu", a GPU as `describe_gpu` has it, or another library's name."""
+    name = arrays.device_name(x)
+    if arrays.is_cupy(x):
+        return f"{name} {describe_gpu(x.device.id)}"
+    return name if isinstance(name, str) else name.__name__
+
+
+def describe_gpus() -> list[str]:
+    """Each GPU, as `describe_gpu` has it, or the reason why there is none."""
+    try:
+        count = gpu_count("a GPU")
+    except RuntimeError as error:
+        return [f"none ({error})"]
+    return [f"cuda:{i} {describe_gpu(i)}" for i in range(count)]
+
+
+def cuda_versions() -> dict[str, str | None]:
+    """The newest CUDA version that the driver knows, and the one that CuPy uses; empty without CuPy."""
+    try:
+        from cupy.cuda import runtime
+
+        numbers = {"CUDA of the driver": runtime.driverGetVersion(), "CUDA of CuPy": runtime.runtimeGetVersion()}
+    except Exception:  # CuPy is not installed, or broken, as the line about the GPU says
+        return {}
+    return {name: cuda_version(number) if number else None for name, number in numbers.items()}

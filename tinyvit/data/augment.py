@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
-Array = Any
+from tinyvit.backend.arrays import Array
 
 
 def _like(values: np.ndarray, images: Array) -> Array:

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from tinyvit.backend import arrays, devices
+from tinyvit.backend.arrays import Array
 from tinyvit.backend.parallel import available_cores
 from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.image import StoredImage, fit, open_rgb, to_array
 
-Array = Any
 RESIDENT_SHARE = 0.25  # of a device's free memory, which a split may take for the whole run; the steps need the rest
 
 T = TypeVar("T")

@@ -114,7 +114,7 @@ class Precision:
 
 
 def _check_tf32(like: Array) -> None:
-    if not arrays.is_cupy(like):
+    if not arrays.supports_graphs(like):
         raise ValueError("precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16")
     if cublas.library() is None:
         bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'

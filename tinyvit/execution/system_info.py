@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
-from tinyvit.backend import arrays, devices, parallel
+from tinyvit.backend import devices, parallel
 
 # OpenBLAS's kernels by the vector width that they use (its names for core types).
 _AVX512_CORES = {"skylakex", "cooperlake", "sapphirerapids", "zen4", "zen5"}
@@ -70,7 +70,7 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
         | {name: _version(name) for name in ("array-api-compat", "pillow", "safetensors", "matplotlib")}
         | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")}
         | {name: _version(name) for name in ("nvmath-python", "ml_dtypes")}
-        | _cuda_versions(),
+        | devices.cuda_versions(),
         processor=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
         vector="avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "",
         cores=os.cpu_count() or 1,
@@ -86,7 +86,7 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
         },
         settings={k: v for k, v in sorted(environment.items()) if k.startswith(_SETTINGS)},
         memory_gib=round(int(meminfo[0]) / 2**20, 1) if meminfo else None,
-        gpu=_gpus(),
+        gpu=devices.describe_gpus(),
         cache=str(cache_directory()),
     )
 
@@ -156,41 +156,6 @@ def as_table(info: SystemInfo) -> str:
     said = slowdowns(info)
     lines += ["", "Leaves speed behind:" if said else "Nothing found that leaves speed behind."]
     return "\n".join(lines + [f"  - {s}" for s in said])
-
-
-def describe_gpu(number: int) -> str:
-    """Name, memory and compute capability of a GPU that is there."""
-    import cupy
-
-    gpu = cupy.cuda.runtime.getDeviceProperties(number)
-    return f"{gpu['name'].decode()}, {gpu['totalGlobalMem'] / 2**30:.0f} GiB, {gpu['major']}.{gpu['minor']}"
-
-
-def describe_device(x: Any) -> str:
-    """Where the array `x` lies: "cpu", a GPU with what `describe_gpu` says, or another library's name."""
-    name = arrays.device_name(x)
-    if arrays.is_cupy(x):
-        return f"{name} {describe_gpu(x.device.id)}"
-    return name if isinstance(name, str) else name.__name__
-
-
-def _gpus() -> list[str]:
-    try:
-        count = devices.gpu_count("a GPU")
-    except RuntimeError as error:
-        return [f"none ({error})"]
-    return [f"cuda:{i} {describe_gpu(i)}" for i in range(count)]
-
-
-def _cuda_versions() -> dict[str, str | None]:
-    """The newest CUDA that the driver knows, and the one that CuPy runs; nothing without CuPy."""
-    try:
-        from cupy.cuda import runtime
-
-        numbers = {"CUDA of the driver": runtime.driverGetVersion(), "CUDA of CuPy": runtime.runtimeGetVersion()}
-    except Exception:  # CuPy is not installed, or broken, as the line about the GPU says
-        return {}
-    return {name: devices.cuda_version(number) if number else None for name, number in numbers.items()}
 
 
 def _version(package: str) -> str | None:

@@ -15,10 +15,10 @@ import numpy as np
 
 from tinyvit import kernels
 from tinyvit.backend import arrays, cuda_graph
+from tinyvit.backend.arrays import Array
 from tinyvit.kernels.reference.optimizers import UpdateState, limited_norm, update_adamw, update_sgd
 from tinyvit.optim.state import State, check_like, check_state, copy_like, copy_to_numpy, number, zeros_like
 
-Array = Any
 Parameter = Any  # anything with .data, .grad and .changed(): a tinyvit.nn.Parameter
 Params = Iterable[Parameter | Mapping[str, Any]]  # parameters, or groups with options of their own
 S = TypeVar("S")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import arrays
+from tinyvit.backend.arrays import Array
 
-Array = Any
 State = dict[str, np.ndarray]
 
 

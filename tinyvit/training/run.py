@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit._version import __version__
-from tinyvit.backend import arrays, parallel
+from tinyvit.backend import arrays, devices, parallel
 from tinyvit.backend.devices import pick_device
 from tinyvit.checkpoints.checkpoint import Checkpoint, describe
 from tinyvit.checkpoints.loading import open_checkpoint
@@ -303,7 +303,7 @@ def make_trainer(
         "shards": shards,
         "data": {"name": data.name, "fingerprint": data.fingerprint, **sizes},
         "versions": {"tinyvit": __version__, "numpy": np.__version__, "python": platform.python_version()},
-        "device": system_info.describe_device(parts.step.parameters[0].data),
+        "device": devices.describe_device(parts.step.parameters[0].data),
         **description,
     }
     title, training_loss = curve_labels(dataclasses.asdict(options), data.name)
@@ -337,7 +337,7 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
         display.line(f"weights of {options.init}, {head}")
     like = parts.step.parameters[0].data
     on_host = arrays.on_host(like)
-    where = system_info.one_line(system_info.collect()) if on_host else system_info.describe_device(like)
+    where = system_info.one_line(system_info.collect()) if on_host else devices.describe_device(like)
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
         display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")
