@@ -112,8 +112,9 @@ def test_data_of_every_kind(kind, tmp_path, monkeypatch):
     elif kind == "shapes":
         from tinyvit.data.sources import shapes
 
-        monkeypatch.setattr(shapes, "TRAIN_IMAGES", 64, raising=False)
-        given |= {"data": "shapes", "batch_size": 512, "epochs": 1}
+        monkeypatch.setattr(shapes, "TRAIN", 640)
+        monkeypatch.setattr(shapes, "TEST", 200)
+        given |= {"data": "shapes", "batch_size": 128, "epochs": 1}
     else:
         train({**given, "data": str(images), "out": str(tmp_path / "first")})
         del given["model"]
