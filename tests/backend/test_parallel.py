@@ -126,12 +126,13 @@ def test_cores_that_a_container_allows(tmp_path, files, cores):
     assert parallel.cgroup_cores(tmp_path) == cores
 
 
-def test_overlapping_runs_leave_blas_as_it_was():
-    entered = threading.Barrier(2)
+def test_overlapping_runs_of_any_thread_limit_blas_and_leave_it_as_it_was():
+    entered, limits = threading.Barrier(2), []
 
     def go(seconds):
         def work(start, stop):
             entered.wait()
+            limits.append(blas_threads())
             time.sleep(seconds)
 
         list(parallel.run(parallel.Shards(((0, 1),), 1, 1), work))
@@ -144,6 +145,7 @@ def test_overlapping_runs_leave_blas_as_it_was():
         for thread in threads:
             thread.join()
         assert blas_threads() == before
+    assert set(itertools.chain(*limits)) == {1}
 
 
 def test_a_limit_holds_for_plans_and_for_each_and_ends_with_its_context():

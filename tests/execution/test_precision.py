@@ -16,7 +16,7 @@ from on_gpu import needs_gpu
 from running import assert_one_line_error, make_images, tinyvit
 from safetensors.numpy import load_file
 
-from tinyvit import TrainStep, create_model, optim, predict
+from tinyvit import TrainStep, create_model, nn, optim, predict
 from tinyvit.backend import arrays
 from tinyvit.execution.precision import LossScale, Precision
 from tinyvit.kernels.cuda import cublas
@@ -133,6 +133,29 @@ def test_predict_rounds_and_leaves_the_masters_alone(precision, backend):
     with pytest.raises(ValueError, match="expected images"):
         predict(model, x[:, :2], precision=precision)
     assert np.array_equal(weights(model), before)
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        self.linear, self.shift = nn.Linear(3, 2), nn.Buffer(np.ones(2, np.float32))
+
+    def forward(self, x):
+        return self.linear(arrays.astype(x, self.linear.weight.dtype)) + self.shift
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_predict_writes_nothing_into_the_model_meanwhile(precision):
+    """So another thread may use the model; its floating buffers are rounded with the weights."""
+    model, seen = Shifted(), []
+
+    def watch(module, _):
+        if isinstance(module, Shifted):
+            tensors = (module.linear.weight, module.shift, model.linear.weight, model.shift)
+            seen.append([t.dtype.itemsize for t in tensors])
+
+    with nn.forward_pre_hook(watch):
+        predict(model, np.ones((4, 3), np.float32), precision=precision, threads=1)
+    assert seen == [[2, 2, 4, 4]]
 
 
 @pytest.mark.parametrize("precision", HALF)
@@ -311,7 +334,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(precision, tmp_path, monk
 def test_precisions_that_cannot_be(name, model, message):
     model = model()
     for make in (
-        lambda: Precision(name, model),
+        lambda: Precision(name, model.parameters()),
         lambda: TrainStep(model, optim.SGD(model.parameters(), lr=0.1), precision=name),
         lambda: predict(model, batch()[0], precision=name),
     ):
@@ -323,8 +346,8 @@ def test_precisions_that_cannot_be(name, model, message):
 def test_bf16_without_ml_dtypes(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ValueError, match=r"precision bf16: bfloat16 needs ml_dtypes: pip install ml_dtypes"):
-        Precision("bf16", nano())
-    Precision("fp16", nano())
+        Precision("bf16", nano().parameters())
+    Precision("fp16", nano().parameters())
 
 
 def test_a_state_for_another_precision():

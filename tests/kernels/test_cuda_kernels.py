@@ -151,7 +151,7 @@ def test_what_cublas_misses_is_said(monkeypatch):
         assert cublas.library() is None and "nvmath" in cublas.missing()
         needed = r"^precision tf32 needs nvmath-python: pip install [^\n]*nvmath\.bindings"
         with pytest.raises(ValueError, match=needed):
-            Precision("tf32", nn.Linear(2, 2))
+            Precision("tf32", nn.Linear(2, 2).parameters())
     finally:
         cublas._load.cache_clear()
 

@@ -46,10 +46,19 @@ def test_the_number_of_steps_is_corrected_to_what_still_fits(total, per_epoch, w
         return steps * cost + math.ceil((batch + steps) / per_epoch) * ends
 
     left = plan.total_steps - step
-    assert left == 1 or needed(left) <= 0.9 * total * 0.01 * (1 + 1e-9)
+    assert left <= 1 or needed(left) <= 0.9 * total * 0.01 * (1 + 1e-9)
     assert needed(left + 1) > 0.9 * total * 0.01 * (1 - 1e-9)
     assert plan.steps_per_epoch == per_epoch
     learning_rate("cosine", 1.0, plan)(step)  # a warm-up longer than the run would be refused
+
+
+def test_a_run_ends_when_no_other_step_fits():
+    budget = TimeBudget(1000.0, 5.0, 2.0, RunLength.of(12, 100, 0.1))
+    for now, due in ((990.0, False), (994.0, True)):  # after step 3, where no correction is planned
+        with mock.patch("tinyvit.training.time_budget.time.monotonic", return_value=now):
+            assert budget.due_after(3) == due
+    with mock.patch("tinyvit.training.time_budget.time.monotonic", return_value=994.0):
+        assert budget.correct(3, 3, 15.0, None).total_steps == 3
 
 
 @given(total=st.integers(1, 5000), per_epoch=st.integers(1, 500), warmup=st.floats(0, 20))

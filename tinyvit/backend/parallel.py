@@ -104,7 +104,8 @@ class _BlasThreads:
     """A limit on BLAS's threads, which holds for the whole process.
 
     Among overlapping runs the first sets it and the last lifts it: if each restored what it had found, the limit of one
-    could stay for good.
+    could stay for good. They may be of different threads, and threadpoolctl (from 3.8 on) lets one thread alone set an
+    OpenBLAS's limit until that is cleared.
     """
 
     def __init__(self) -> None:
@@ -112,9 +113,11 @@ class _BlasThreads:
 
     @contextlib.contextmanager
     def limit(self, threads: int) -> Iterator[None]:
+        libraries = _blas().lib_controllers
         with self.lock:
             if not self.runs:
-                self.limiter = _blas().limit(limits=threads)
+                self.before = [library.get_num_threads() for library in libraries]
+                self._set([threads] * len(libraries))
             self.runs += 1
         try:
             yield
@@ -122,7 +125,15 @@ class _BlasThreads:
             with self.lock:
                 self.runs -= 1
                 if not self.runs:
-                    self.limiter.restore_original_limits()
+                    self._set(self.before)
+
+    @staticmethod
+    def _set(threads: Sequence[int]) -> None:
+        for library, count in zip(_blas().lib_controllers, threads, strict=True):
+            clear = getattr(library, "clear_controlling_thread", lambda force: None)
+            clear(force=True)
+            library.set_num_threads(count)
+            clear(force=True)
 
 
 _blas_threads = _BlasThreads()

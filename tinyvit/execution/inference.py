@@ -78,7 +78,8 @@ def predictions(
         try:
             for images in batches:
                 images = images.data if isinstance(images, Tensor) else images
-                with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.applied():
+                with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.products():
+                    mode.refresh()
                     batch = arrays.convert(images, like)
                     shards = _shards(model, like, batch.shape[0], threads, shards_per_batch)
 
@@ -87,7 +88,6 @@ def predictions(
 
                     computed = list(parallel.run(shards, run))
                     last, unread = unread, [arrays.start_copy_to_host(x) for x in computed]
-                mode.note_rounded()
                 if last:
                     yield np.concatenate([read() for read in last])
             last, unread = unread, []
@@ -155,13 +155,14 @@ def _same(a: list[Any], b: list[Any]) -> bool:
 
 
 def _make(model: nn.Module, weights: list[nn.Parameter], precision: str) -> tuple[Precision, Callable[[Array], Array]]:
-    mode = Precision(precision, model)
-    of_model = weakref.ref(model)  # a reference would keep the model alive, which the graph must not outlive
+    buffers = [b for b in model.buffers() if arrays.is_floating(b.data)]
+    mode = Precision(precision, [*weights, *buffers])
+    copy = mode.copy_of(model)
+    # A reference to the model itself would keep it alive, which the graph must not outlive.
+    computing: Callable[[], Any] = weakref.ref(model) if copy is model else lambda: copy
 
     def compute(images: Array) -> Array:
-        alive = of_model()
-        assert alive is not None
-        logits = alive(images).data
+        logits = computing()(images).data
         return logits if mode.dtype is None else arrays.astype(logits, "float32")
 
     if not arrays.supports_graphs(weights[0].data):

@@ -10,44 +10,45 @@ loss is scaled to keep small gradients above zero.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinyvit.backend import arrays
-from tinyvit.engine.tensor import Array
+from tinyvit.engine.tensor import Array, Tensor
 from tinyvit.kernels.cuda import cublas
-from tinyvit.nn import Module
+from tinyvit.nn import Buffer, Module, Parameter
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 class Precision:
-    """The precision of `model`.
+    """The precision that a model with these weights computes in.
 
     Args:
-        name: "fp32" for that of its parameters; "tf32" for the same with the operands of products rounded to TF32 (10
+        name: "fp32" for that of the weights; "tf32" for the same with the operands of products rounded to TF32 (10
             bits of mantissa, float32's range; NVIDIA GPUs of compute capability 8.0 and later); "bf16" or "fp16" for
             weights rounded to 16 bits.
-        model: a float32 model, unless the name is "fp32".
+        weights: the model's, float32 unless the name is "fp32".
 
     Raises:
-        ValueError: no such precision, or the model's dtype, library or device does not have it.
+        ValueError: no such precision, or the weights' dtype, library or device does not have it.
     """
 
-    def __init__(self, name: str, model: Module) -> None:
+    def __init__(self, name: str, weights: Sequence[Tensor]) -> None:
         if name not in PRECISIONS:
             raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {name!r}")
-        self.name, self._parameters = name, model.parameters()
+        self.name, self._weights = name, list(weights)
         self.dtype = None  # of the rounded weights
         self._rounded: list[Array] = []
         self._current: list[tuple[Array, int]] = []  # the master weights that were rounded, with their versions
         if name == "fp32":
             return
-        like = self._parameters[0].data
-        if other := {arrays.dtype_name(p.dtype) for p in self._parameters} - {"float32"}:
+        like = self._weights[0].data
+        if other := {arrays.dtype_name(p.dtype) for p in self._weights} - {"float32"}:
             raise ValueError(f"precision {name} expects a float32 model, got {', '.join(sorted(other))}")
         if name == "tf32":
             _check_tf32(like)
@@ -58,58 +59,73 @@ class Precision:
             raise ValueError(f"precision {name}: {error}") from None
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the model computes in this precision; 16-bit weights replace its parameters meanwhile."""
-        if self.name == "tf32":
-            token = cublas.tf32.set(True)
-            try:
-                yield
-            finally:
-                cublas.tf32.reset(token)
-            return
-        parameters = [] if self.dtype is None else self._parameters
-        masters = [p.data for p in parameters]
+    def products(self) -> Iterator[None]:
+        """Within this context, in this thread, products are computed in this precision."""
+        token = cublas.tf32.set(self.name == "tf32")
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
             with np.errstate(**quiet):
-                if not self.is_current():
-                    self._round(masters)
-                for p, copy in zip(parameters, self._rounded, strict=True):
-                    p.data = copy
                 yield
         finally:
-            for p, master in zip(parameters, masters, strict=True):
-                p.data = master
+            cublas.tf32.reset(token)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the model computes in this precision; 16-bit weights replace its own meanwhile."""
+        with self.products():
+            if self.dtype is None:
+                yield
+                return
+            masters = [p.data for p in self._weights]
+            try:
+                if not self.is_current():
+                    self._round(masters)
+                for p, rounded in zip(self._weights, self._rounded, strict=True):
+                    p.data = rounded
+                yield
+            finally:
+                for p, master in zip(self._weights, masters, strict=True):
+                    p.data = master
+
+    def copy_of(self, model: Module) -> Module:
+        """A copy of the model that holds the 16-bit weights; the model itself in other precisions."""
+        if self.dtype is None:
+            return model
+        self.refresh()
+        tensors: dict[int, Any] = {id(b): b for b in model.buffers()}
+        for t, rounded in zip(self._weights, self._rounded, strict=True):
+            tensors[id(t)] = Buffer(rounded) if isinstance(t, Buffer) else Parameter(rounded, t.requires_grad)
+        return copy.deepcopy(model, tensors)
 
     def _round(self, masters: list[Array]) -> None:
         """Round the weights to 16 bits, in place after the first time: a captured graph has their addresses."""
         if not self._rounded:
             self._rounded = [arrays.astype(x, self.dtype) for x in masters]
         else:
-            for copy, master in zip(self._rounded, masters, strict=True):
-                copy[...] = arrays.astype(master, self.dtype)
+            for rounded, master in zip(self._rounded, masters, strict=True):
+                rounded[...] = arrays.astype(master, self.dtype)
 
     def refresh(self) -> None:
         """Round the weights again if one has changed."""
         if self.dtype is not None and not self.is_current():
             with np.errstate(over="ignore"):
-                self._round([p.data for p in self._parameters])
+                self._round([p.data for p in self._weights])
             self.note_rounded()
 
     def rounded(self) -> dict[int, Array]:
-        """The 16-bit weights, by the `id` of their parameters, for an optimizer that updates both."""
-        return {id(p): copy for p, copy in zip(self._parameters, self._rounded, strict=False)}
+        """The 16-bit weights, by the `id` of the weights, for an optimizer that updates both."""
+        return {id(p): rounded for p, rounded in zip(self._weights, self._rounded, strict=False)}
 
     def note_rounded(self) -> None:
-        """Note that the 16-bit weights have the parameters' present values."""
-        self._current = [(p.data, p.version) for p in self._parameters] if self._rounded else []
+        """Note that the 16-bit weights have the weights' present values."""
+        self._current = [(p.data, p.version) for p in self._weights] if self._rounded else []
 
     def is_current(self) -> bool:
-        """Whether no parameter was changed since `note_rounded`."""
+        """Whether no weight was changed since `note_rounded`."""
         return bool(self._current) and all(
             p.data is data and p.version == changes
-            for p, (data, changes) in zip(self._parameters, self._current, strict=True)
+            for p, (data, changes) in zip(self._weights, self._current, strict=True)
         )
 
 

@@ -100,7 +100,7 @@ class TrainStep:
             raise ValueError("a training step needs a model with parameters that require a gradient")
         like = self.parameters[0].data
         self.class_weights = None if class_weights is None else arrays.convert(arrays.as_array(class_weights), like)
-        self.precision = Precision(precision, model)
+        self.precision = Precision(precision, model.parameters())
         self._scale = LossScale(self.parameters[0].data) if precision == "fp16" else None
         self.step_index = 0
         self.result = StepResult(math.nan, 0, math.nan)

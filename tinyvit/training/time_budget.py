@@ -60,8 +60,8 @@ class TimeBudget:
         return cls(end, step_seconds, epoch_end, RunLength.of(total, steps_per_epoch, warmup))
 
     def due_after(self, step: int) -> bool:
-        """Whether the length is to be corrected after `step` steps."""
-        return step in self._due
+        """Whether the length is to be corrected after `step` steps: now and then, and when no other step fits."""
+        return step in self._due or time.monotonic() + self.step_seconds + self.epoch_end_seconds > self.end
 
     def correct(self, step: int, batch: int, seconds: float, epoch_end_seconds: float | None) -> RunLength:
         """Fit the rest of the run into the time that is left.
@@ -76,9 +76,10 @@ class TimeBudget:
         self._last = step, seconds
         if epoch_end_seconds is None:
             epoch_end_seconds = self.epoch_end_seconds * step_seconds / self.step_seconds
+        self.step_seconds, self.epoch_end_seconds = step_seconds, epoch_end_seconds
         left = self.end - time.monotonic() + batch * step_seconds  # as if the epoch were still to begin
         fit = steps_that_fit(left, step_seconds, epoch_end_seconds, self.length.steps_per_epoch)
-        self.length = self.length.with_total(step + max(1, fit - batch))
+        self.length = self.length.with_total(step + max(0, fit - batch))
         return self.length
 
 
