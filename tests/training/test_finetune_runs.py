@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from running import NANO, assert_one_line_error, count_decoded, start, stop_when, tinyvit
 from runs import finetune
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import tinyvit as package
 from tinyvit import TrainStep, optim
@@ -41,6 +41,16 @@ def test_a_run_keeps_what_is_frozen(trained, tmp_path):
     options = json.loads((tmp_path / "a" / "config.json").read_text())["options"]
     given = {"freeze": 1, "layer_decay": 0.7, "head_lr": 0.01, "head_init": "normal"}
     assert {name: options[name] for name in given} == given
+
+
+def test_the_number_of_heads_can_be_given(trained, tmp_path):
+    """Of a model by name, and of a checkpoint that does not say how many it has."""
+    save_file(load_file(trained / "run" / BEST), tmp_path / "weights.safetensors")
+    for number, begin in enumerate((["--model", "vit_nano_patch8_32"], ["--init", tmp_path / "weights.safetensors"])):
+        out = tmp_path / f"run{number}"
+        result = tinyvit("train", "--data", trained / "other", "--out", out, "--epochs", 1, *begin, "--num-heads", 4)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+        assert json.loads((out / "config.json").read_text())["config"]["num_heads"] == 4
 
 
 def with_classes(trained, path, names, **metadata):

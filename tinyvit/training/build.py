@@ -44,9 +44,8 @@ def make_model(options: TrainConfig, data: Data, checkpoint: Checkpoint | None) 
         proj_drop_rate=options.dropout,
         attn_drop_rate=0.0,  # of these, too, a checkpoint may have some
         drop_rate=0.0,
+        **model_settings(options),
     )
-    if options.patch_size is not None:
-        settings["patch_size"] = options.patch_size
     if checkpoint is None:
         assert options.model is not None
         model = create_model(options.model, seed=options.seed, **settings)
@@ -62,6 +61,12 @@ def make_model(options: TrainConfig, data: Data, checkpoint: Checkpoint | None) 
         except ValueError as error:
             raise UsageError(f"--freeze: {error}") from None
     return model
+
+
+def model_settings(options: TrainConfig) -> dict[str, Any]:
+    """The fields of the model's config that `options` give."""
+    given = {"patch_size": options.patch_size, "num_heads": options.num_heads}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def keeps_head(checkpoint: Checkpoint, data: Data) -> bool:

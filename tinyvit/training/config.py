@@ -221,6 +221,7 @@ class TrainConfig:
         None, parse_image_size, "S|HxW", "side, or height and width, of the images (default: the data's or the model's)"
     )
     patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
+    num_heads: int | None = option(None, whole(1), "N", "attention heads (default: the model's)")
     val_fraction: float | None = option(
         None,
         inner_share,

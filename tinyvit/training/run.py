@@ -32,7 +32,7 @@ from tinyvit.execution import system_info
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.registry import model_config
 from tinyvit.models.vit import VisionTransformer
-from tinyvit.training.build import Parts, keeps_head, make_model, make_parts
+from tinyvit.training.build import Parts, keeps_head, make_model, make_parts, model_settings
 from tinyvit.training.config import (
     ALL_BUT_HEAD,
     EPOCHS,
@@ -81,7 +81,7 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
         RunDirectory(options.out).check_unused()
     if options.device != "auto":
         pick_device(options.device)  # before data are fetched for it
-    checkpoint = None if options.init is None else open_checkpoint(options.init)
+    checkpoint = None if options.init is None else open_checkpoint(options.init, num_heads=options.num_heads)
     check_model(options, checkpoint)
     data = load(options, checkpoint)
     options = complete(options, data)
@@ -111,8 +111,7 @@ def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
         config = model_config(options.model)
     else:
         return
-    patch = {} if options.patch_size is None else {"patch_size": options.patch_size}
-    config.replace(image_size=wanted_size(options, checkpoint), **patch)
+    config.replace(image_size=wanted_size(options, checkpoint), **model_settings(options))
 
 
 def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
