@@ -18,6 +18,9 @@ settings.register_profile(
 )
 settings.load_profile("tinyvit")
 
+# Where no test asks for those that numba compiles, NumPy's own kernels run, and commands need not load numba.
+os.environ.setdefault("TINYVIT_JIT", "0")
+
 # TINYVIT_TEST_THREADS=4 runs the tests as a machine with four cores would.
 if "TINYVIT_TEST_THREADS" in os.environ:
     parallel.available_cores = lambda: int(os.environ["TINYVIT_TEST_THREADS"])

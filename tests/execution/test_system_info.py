@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tinyvit.backend import parallel
-from tinyvit.execution.system_info import SystemInfo, as_table, collect, one_line, slowdowns
+from tinyvit.execution.system_info import SystemInfo, as_table, collect, cpu_kernels, one_line, slowdowns
 
 GOOD = SystemInfo(
     versions={"tinyvit": "1", "cupy": None},
@@ -18,6 +18,7 @@ GOOD = SystemInfo(
     quota=None,
     usable=8,
     blas={"library": "openblas", "version": "0.3.31", "core_type": "SkylakeX", "threads": 8},
+    kernels="NumPy's",
     settings={},
     memory_gib=16.0,
     gpu=["none (no CuPy)"],
@@ -38,6 +39,15 @@ def test_a_machine_without_faults_has_no_findings():
     assert slowdowns(GOOD) == []
     assert one_line(GOOD) == "8 cores, openblas SkylakeX"
     assert "Nothing found" in as_table(GOOD)
+
+
+def test_the_kernels_in_use_are_named(monkeypatch):
+    assert "TINYVIT_JIT=0" in cpu_kernels({"TINYVIT_JIT": "0"})
+    found = {"numba": True}
+    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    assert cpu_kernels({}).startswith("compiled by numba")
+    found.clear()
+    assert cpu_kernels({}).startswith("NumPy's; with numba") and 'pip install "tinyvit[jit]"' in cpu_kernels({})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as TF
 from drawing import (
     BACKENDS,
+    HAS_NUMBA,
     LIBRARIES,
     TOLERANCE,
     host,
@@ -168,14 +169,12 @@ def _cross_entropy(draw):
 def test_every_operation_has_a_case_and_every_kernel_a_reference():
     references = operations(reference)
     assert references == set(CASES)
-    for backend in LIBRARIES:
-        for name in set(kernel_table(backend)) - {op.__name__ for op in optimizers.KERNELS} - {"sum_at"}:
+    tables = [kernel_table(backend) for backend in LIBRARIES]
+    for table in [*tables, kernel_table("numpy", jit=True)] if HAS_NUMBA else tables:
+        for name in set(table) - {op.__name__ for op in optimizers.KERNELS} - {"sum_at"}:
             assert name in references | operations(convolution), f"nothing tests the kernel {name}"
             if name in references:
-                ours, spec = (
-                    list(inspect.signature(f).parameters)
-                    for f in (kernel_table(backend)[name], getattr(reference, name))
-                )
+                ours, spec = (list(inspect.signature(f).parameters) for f in (table[name], getattr(reference, name)))
                 assert ours == spec, name
 
 

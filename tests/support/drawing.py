@@ -40,13 +40,23 @@ BACKENDS = ["numpy", "array_api_strict", "torch", pytest.param("cupy", marks=nee
 WITH_JAX = [*BACKENDS, pytest.param("jax", marks=needs_jax)]  # for few small tests: JAX compiles for each shape
 
 
-def kernel_table(backend: str) -> dict[str, Callable]:
-    """What runs in place of reference operations on arrays of this library, by the operations' names."""
-    return {op.__name__: run for op, run in kernels._fastest(LIBRARIES[backend]).items()}
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+
+
+def kernel_table(backend: str, jit: bool = False) -> dict[str, Callable]:
+    """What runs in place of reference operations on arrays of this library, by the operations' names.
+
+    With `jit` only what numba compiles, and with it what stands in where that does not cover the arguments.
+    """
+    table = kernels._fastest(LIBRARIES[backend])
+    if jit:
+        merged, own = kernels._merged("cpu", "jit"), importlib.import_module("tinyvit.kernels.jit.table").KERNELS
+        table = {op: merged[op] for op in own}
+    return {op.__name__: run for op, run in table.items()}
 
 
 def versions(name: str) -> list[Any]:
-    """Every version of an operation, as (library, "reference" or "kernel") parameters of a test."""
+    """Every version of an operation, as (library, "reference", "kernel" or "jit") parameters of a test."""
     found = []
     for backend in ("numpy", "array_api_strict", "torch", "cupy"):
         if backend not in LIBRARIES:
@@ -55,6 +65,8 @@ def versions(name: str) -> list[Any]:
         found.append(pytest.param(backend, "reference", id=f"{name}-{backend}"))
         if name in kernel_table(backend):
             found.append(pytest.param(backend, "kernel", id=f"{name}-{backend}-kernel"))
+        if backend == "numpy" and HAS_NUMBA and name in kernel_table(backend, jit=True):
+            found.append(pytest.param(backend, "jit", id=f"{name}-{backend}-jit"))
     return found
 
 
@@ -72,7 +84,8 @@ def references_only(active: bool = True):
 @contextlib.contextmanager
 def small_blocks(backend: str, size: int | None):
     """Kernels that work through their arrays in blocks get blocks smaller than the arrays of these tests."""
-    modules = {importlib.import_module(kernel.__module__) for kernel in kernel_table(backend).values()}
+    used = [*kernel_table(backend).values(), *(kernel_table(backend, jit=True).values() if HAS_NUMBA else [])]
+    modules = {importlib.import_module(kernel.__module__) for kernel in used}
     before = {module: module.BLOCK for module in modules if size is not None and hasattr(module, "BLOCK")}
     for module in before:
         module.BLOCK = size

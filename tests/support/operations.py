@@ -47,7 +47,7 @@ def operations(module: ModuleType) -> set[str]:
 
 def find_version(module: ModuleType, name: str, backend: str, version: str) -> Callable:
     """The kernel for a library, or the reference in `module`; several results are joined along their last axis."""
-    op = (kernel_table(backend) if version == "kernel" else vars(module))[name]
+    op = (vars(module) if version == "reference" else kernel_table(backend, jit=version == "jit"))[name]
 
     def joined(xp: ModuleType, *inputs: Any, **params: Any) -> tuple[Any, Callable]:
         result, vjp = op(xp, *inputs, **params)

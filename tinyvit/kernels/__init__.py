@@ -1,18 +1,21 @@
 """The operations' arithmetic: a reference for any array library, and faster kernels for NumPy and CuPy.
 
-A kernel has the signature of the reference operation that it replaces. `cpu/table.py` and `cuda/table.py` list the
-kernels of a library by their reference operations, each with the arguments that it covers.
+A kernel has the signature of the reference operation that it replaces. `cpu/table.py`, `jit/table.py` (with numba) and
+`cuda/table.py` list the kernels of a library by their reference operations, each with the arguments that it covers.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
-_TABLES = {"array_api_compat.numpy": "tinyvit.kernels.cpu.table", "array_api_compat.cupy": "tinyvit.kernels.cuda.table"}
+from tinyvit.kernels import jit
+
+_NUMPY, _CUPY = "array_api_compat.numpy", "array_api_compat.cupy"
 
 
 class Kernel(NamedTuple):
@@ -38,18 +41,34 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 @functools.cache
 def _fastest(xp: ModuleType) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each reference operation that has a kernel for `xp`, what to run in its place."""
-    table = importlib.import_module(_TABLES[xp.__name__]).KERNELS if xp.__name__ in _TABLES else {}
-    return {op: _where_covered(op, kernel) for op, kernel in table.items()}
+    if xp.__name__ == _NUMPY and jit.wanted():
+        try:
+            return _merged("cpu", "jit")
+        except ImportError as problem:  # numba takes a while to follow NumPy
+            warnings.warn(f"NumPy's kernels run, for numba does not work here: {problem}", stacklevel=2)
+    if xp.__name__ == _NUMPY:
+        return _merged("cpu")
+    return _merged("cuda") if xp.__name__ == _CUPY else {}
 
 
-def _where_covered(op: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
+@functools.cache
+def _merged(*tables: str) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The kernels of several tables; what one does not cover goes to that of the table before it, or the reference."""
+    merged: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for name in tables:
+        for op, kernel in importlib.import_module(f"tinyvit.kernels.{name}.table").KERNELS.items():
+            merged[op] = _where_covered(merged.get(op, op), kernel)
+    return merged
+
+
+def _where_covered(otherwise: Callable[..., Any], kernel: Kernel) -> Callable[..., Any]:
     run, covers = kernel
     if covers is None:
         return run
 
     @functools.wraps(run)
     def run_or_refer(xp: ModuleType, *inputs: Any, **parameters: Any) -> Any:
-        version = run if covers(*inputs, **parameters) else op
+        version = run if covers(*inputs, **parameters) else otherwise
         return version(xp, *inputs, **parameters)
 
     return run_or_refer

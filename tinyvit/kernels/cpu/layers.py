@@ -42,10 +42,10 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     y = rows @ weight.T
     if bias is not None:
         _by_row(np.add, y, _tiled(bias, len(y)), y)
-    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs)
+    return y.reshape(*x.shape[:-1], len(weight)), linear_vjp(x.shape, rows, weight, needs)
 
 
-def _linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
+def linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
     saved_rows: Array = rows if needs[1] else None
 
     def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
@@ -71,7 +71,7 @@ def linear_gelu(
     for part, scratch in _row_blocks(y, 2):
         _by_row(np.add, y[part], shift, y[part])
         _gelu(y[part], y[part], None if slope is None else slope[part], scratch, approximate)
-    linear_vjp = _linear_vjp(x.shape, rows, weight, needs)
+    product_vjp = linear_vjp(x.shape, rows, weight, needs)
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dy = dy.reshape(slope.shape)
@@ -80,7 +80,7 @@ def linear_gelu(
         for part, _ in _row_blocks(slope):
             piece = np.multiply(dy[part], slope[part], dhidden[part])
             dbias += np.ones(len(piece), dy.dtype) @ piece
-        return linear_vjp(dhidden, dbias)
+        return product_vjp(dhidden, dbias)
 
     return y.reshape(*x.shape[:-1], len(weight)), vjp
 

@@ -1,0 +1,177 @@
+"""The kernels that numba compiles: accuracy, infinities and NaN, whole steps, and how they come to be used or not.
+
+`test_layers.py` holds them to torch beside the other versions.
+"""
+
+import importlib
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+import tinyvit
+from tinyvit import kernels, optim
+from tinyvit.backend.arrays import numpy_namespace as xp
+from tinyvit.kernels import reference
+from tinyvit.kernels.jit import layers, loops
+
+OPERATIONS = kernels._merged("cpu", "jit")
+GRID = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)])
+GRID = GRID.astype(np.float32)
+
+
+@pytest.fixture
+def jit(monkeypatch):
+    """Within a test these kernels run."""
+    monkeypatch.setenv("TINYVIT_JIT", "1")
+    kernels._fastest.cache_clear()
+    yield
+    kernels._fastest.cache_clear()
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def test_numpy_s_blas_is_found():
+    """In NumPy's own wheels for this system; elsewhere its kernels do the products."""
+    assert layers.SGEMM or sys.platform == "darwin"
+
+
+def test_exp_is_exact():
+    x = np.linspace(-87, 88, 20_001, dtype=np.float32)
+    y = np.array([loops.exp(v) for v in x])
+    assert np.abs(y / np.exp(x.astype(np.float64)) - 1).max() < 1.2e-7
+    assert [loops.exp(np.float32(v)) for v in (-np.inf, -1e30, -100, 0, 100, np.inf)] == [0, 0, 0, 1, np.inf, np.inf]
+    assert np.isnan(loops.exp(np.float32(np.nan)))
+
+
+def test_gelu_is_exact():
+    identity, bias = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    run = OPERATIONS[reference.linear_gelu]
+    y, vjp = run(xp, GRID[:, None], identity, bias, approximate="none", needs=(True, False, False))
+    wide = GRID.astype(np.float64)
+    phi = np.array([0.5 * math.erfc(-v * math.sqrt(0.5)) for v in wide])
+    slope = phi + wide * np.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    assert (np.abs(y[:, 0] - wide * phi) / np.maximum(np.abs(wide), 1)).max() < 1.5e-7
+    assert np.abs(vjp(np.ones_like(y))[0][:, 0] - slope).max() < 3e-7
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_large_values(approximate):
+    x = np.array([1e4, -1e4, 50.0, -50.0, 0.0, np.nan], np.float32)[:, None]
+    identity, bias = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    run = OPERATIONS[reference.linear_gelu]
+    y, vjp = run(xp, x, identity, bias, approximate=approximate, needs=(True, False, False))
+    assert y[:5, 0].tolist() == pytest.approx([1e4, 0, 50, 0, 0], abs=1e-30)
+    assert vjp(np.ones_like(y))[0][:5, 0].tolist() == pytest.approx([1, 0, 1, 0, 0.5], abs=1e-29)
+    assert np.isnan(y[5, 0])
+
+
+@pytest.mark.parametrize("tokens, queries", [(65, None), (577, 1), (300, 290)])
+def test_attention_over_several_tiles(tokens, queries):
+    """More scores than one tile holds, kept for a gradient or not."""
+    qkv, dy = noise(2, tokens, 3 * 32), noise(2, queries or tokens, 32, seed=1)
+    run, parameters = OPERATIONS[reference.qkv_attention], {"num_heads": 2, "queries": queries}
+    wide, vjp = reference.qkv_attention(xp, qkv.astype(np.float64), needs=(True,), **parameters)
+    (expected,) = vjp(dy.astype(np.float64))
+    y, vjp = run(xp, qkv, needs=(True,), **parameters)
+    assert np.abs(y - wide).max() < 1e-6 and np.abs(vjp(dy)[0] - expected).max() < 2e-6
+    assert np.abs(run(xp, qkv, needs=(False,), **parameters)[0] - wide).max() < 1e-6
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["layer_norm", "qkv_attention", "linear", "linear_gelu"])
+def test_what_is_not_finite_shows_where_the_reference_shows_it(name, bad):
+    x = noise(2, 5, 12)
+    x[1, 2, 3] = bad
+    weight, bias = noise(8, 12, seed=1), noise(8, seed=2)
+    inputs, parameters = {
+        "layer_norm": ((x, noise(12, seed=3), noise(12, seed=4)), {"eps": 1e-6}),
+        "qkv_attention": ((x,), {"num_heads": 2}),
+        "linear": ((x, weight, bias), {}),
+        "linear_gelu": ((x, weight, bias), {"approximate": "none"}),
+    }[name]
+    op = getattr(reference, name)
+    with np.errstate(all="ignore"):
+        expected, _ = op(xp, *inputs, needs=(False,) * len(inputs), **parameters)
+    y, _ = OPERATIONS[op](xp, *inputs, needs=(False,) * len(inputs), **parameters)
+    assert np.array_equal(np.isfinite(y), np.isfinite(expected))
+    assert np.array_equal(np.isnan(y), np.isnan(expected))
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_adamw_follows_the_reference_in_float64(order):
+    arrays = [np.asarray(noise(37, 11, seed=i), order=order) for i in range(4)]
+    arrays[3] = np.abs(arrays[3])
+    wide = [x.astype(np.float64) for x in arrays]
+    settings = dict(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-6, weight_decay=0.1)
+    for step in (1, 2, 50):
+        assert OPERATIONS[reference.adamw](xp, *arrays, step=step, **settings)[0] is arrays[0]
+        reference.adamw(xp, *wide, step=step, **settings)
+        assert max(np.abs(a - b).max() for a, b in zip(arrays, wide, strict=True)) < 2e-6
+
+
+def train(steps=3):
+    """The losses and weights of a few steps of a small model."""
+    model = tinyvit.create_model("vit_micro_patch4_32", depth=2, num_classes=5, drop_path=0.2, seed=0)
+    step = tinyvit.TrainStep(model, optim.AdamW(model.parameters(), lr=1e-3), clip_norm=1.0, threads=2)
+    images, labels = noise(16, 3, 32, 32), np.arange(16) % 5
+    losses = [float(step(images, labels)) for _ in range(steps)]
+    return losses, np.concatenate([p.data.ravel() for p in model.parameters()]), tinyvit.predict(model, images)
+
+
+def test_training_gives_the_same_bits_again_and_numpy_s_to_rounding(jit, monkeypatch):
+    first, second = train(), train()
+    assert first[0] == second[0]
+    assert all(np.array_equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
+    monkeypatch.setenv("TINYVIT_JIT", "0")
+    kernels._fastest.cache_clear()
+    losses, weights, logits = train()
+    assert losses == pytest.approx(first[0], rel=1e-5) and not np.array_equal(weights, first[1])
+    assert np.abs(weights - first[1]).max() < 1e-4 and np.abs(logits - first[2]).max() < 1e-3
+
+
+def test_compiling_is_announced_once_and_works_where_nothing_can_be_kept(capsys, monkeypatch):
+    # As where no directory can be written.
+    monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
+    monkeypatch.setattr(loops, "_announce", loops._Announce())
+    compiled = loops.compiled(loops.float32, result=loops.float32)
+    assert compiled(lambda x: x + x)(1.5) == 3.0 and compiled(lambda x: x * x)(1.5) == 2.25
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "compiling" in err
+
+
+def test_a_numba_that_does_not_work_leaves_numpy_s_kernels(jit, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tinyvit.kernels.jit.table", None)
+    kernels._merged.cache_clear()
+    with pytest.warns(UserWarning, match="numba does not work here"):
+        table = kernels._fastest(xp)
+    assert table == kernels._merged("cpu")
+
+
+@pytest.mark.parametrize("value, used", [("1", True), ("0", False)])
+def test_numba_is_imported_when_the_first_operation_runs_and_it_is_wanted(value, used):
+    program = (
+        "import sys, tinyvit, numpy; assert 'numba' not in sys.modules;"
+        "tinyvit.functional.gelu(numpy.ones(3, 'f')); print('numba' in sys.modules)"
+    )
+    environment = os.environ | {"TINYVIT_JIT": value}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert ran.stdout.strip() == str(used), ran.stderr
+
+
+def test_the_table_covers_float32_and_what_it_lacks_is_numpy_s(jit):
+    cpu = importlib.import_module("tinyvit.kernels.cpu.layers")
+    x = noise(2, 5, 12)
+    mask = np.ones((5, 5), bool)
+    plain, _ = kernels.best(reference.qkv_attention, xp)(xp, x, num_heads=2, mask=mask, needs=(False,))
+    assert np.abs(plain - reference.qkv_attention(xp, x, num_heads=2, needs=(False,))[0]).max() < 1e-6
+    wide = x.astype(np.float64), np.ones(12), np.zeros(12)
+    ours, _ = kernels.best(reference.layer_norm, xp)(xp, *wide, eps=1e-6, needs=(False,) * 3)
+    assert np.array_equal(ours, cpu.layer_norm(xp, *wide, eps=1e-6, needs=(False,) * 3)[0])

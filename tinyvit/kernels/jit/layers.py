@@ -1,0 +1,101 @@
+"""The layers' kernels: what surrounds the loops."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_info
+
+from tinyvit.backend.arrays import VJP, Array
+from tinyvit.kernels.cpu.layers import linear_vjp
+from tinyvit.kernels.jit import loops
+
+BLOCK = 1 << 16  # scores computed at a time: 256 KiB, half of the second cache of most processors
+
+
+def _find_sgemm() -> int:
+    """The address of the `cblas_sgemm` with 64-bit sizes in NumPy's BLAS; 0 if there is none of a known name."""
+    for library in threadpool_info():
+        for name in ("scipy_cblas_sgemm64_", "cblas_sgemm64_"):
+            function = getattr(ctypes.CDLL(library["filepath"]), name, None)
+            if function is not None:
+                return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+SGEMM = _find_sgemm()
+contiguous = np.ascontiguousarray
+
+
+def _rows(x: Array) -> Array:
+    return contiguous(x).reshape(-1, x.shape[-1])
+
+
+def linear(xp: Any, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    rows = _rows(x)
+    y = np.empty((len(rows), len(weight)), x.dtype)
+    loops.linear(rows, contiguous(weight), contiguous(bias), y, SGEMM)
+    return y.reshape(*x.shape[:-1], len(weight)), linear_vjp(x.shape, rows, weight, needs)
+
+
+def linear_gelu(
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows @ weight.T
+    slope = np.empty((len(y) if True in needs else 0, len(weight)), y.dtype)
+    loops.bias_gelu(y, contiguous(bias), slope, approximate == "tanh")
+    product_vjp = linear_vjp(x.shape, rows, weight, needs)
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dhidden, dbias = np.empty_like(slope), np.zeros_like(bias)
+        loops.multiply_and_sum(_rows(dy), slope, dhidden, dbias)
+        return product_vjp(dhidden, dbias)
+
+    return y.reshape(*x.shape[:-1], len(weight)), vjp
+
+
+def layer_norm(
+    xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    rows, weight = _rows(x), contiguous(weight)
+    y, moments = np.empty_like(rows), np.empty((len(rows), 2), x.dtype)
+    loops.layer_norm(rows, weight, contiguous(bias), eps, y, moments)
+
+    def vjp(dy: Array) -> tuple[Array, Array, Array]:
+        dx = np.empty_like(rows)
+        dweight, dbias = np.zeros((2, len(weight)), dy.dtype)
+        loops.layer_norm_vjp(_rows(dy), rows, weight, moments, dx, dweight, dbias)
+        return dx.reshape(x.shape), dweight, dbias
+
+    return y.reshape(x.shape), vjp
+
+
+def qkv_attention(
+    xp: Any,
+    qkv: Array,
+    *,
+    num_heads: int,
+    queries: int | None = None,
+    mask: None = None,
+    dropout_mask: None = None,
+    needs: tuple[bool, ...],
+) -> tuple[Array, VJP]:
+    qkv = contiguous(qkv)
+    batch, n, width = qkv.shape
+    queries = n if queries is None else queries
+    tile = math.ceil(queries / math.ceil(queries * n / BLOCK))  # tiles of about one size
+    y = np.empty((batch, queries, width // 3), qkv.dtype)
+    weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
+    loops.attention(qkv, y, weights, num_heads, tile, SGEMM)
+
+    def vjp(dy: Array) -> tuple[Array]:
+        dqkv, scratch = np.empty_like(qkv), np.empty((tile, n), qkv.dtype)
+        dqkv[:, queries:, : width // 3] = 0
+        loops.attention_vjp(contiguous(dy), qkv, y, weights, dqkv, scratch, num_heads, SGEMM)
+        return (dqkv,)
+
+    return y, vjp

@@ -1,0 +1,332 @@
+"""The loops: each goes through memory once, and without Python's lock. `layers` and `optimizers` call them.
+
+All stand in one file, because numba looks for changes only in the file of a function that it has cached. Only sums are
+reordered (`reorder`), so that infinities and NaN go where they go in NumPy; multiplying and adding may be one
+instruction everywhere. Products of matrices are NumPy's own BLAS, called by the address of its `cblas_sgemm`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import boolean, float32, int32, int64, njit, types, void
+from numba.core import event
+from numba.extending import intrinsic
+
+from tinyvit.kernels.cpu.layers import _PHI_TANH
+
+# mypy: disable-error-code="no-untyped-def, call-arg"
+
+
+class _Announce(event.Listener):
+    """Says once that loops are compiled, when numba does not find them in its cache."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        if not self.said:
+            print("tinyvit: compiling loops for this processor, once: some 10 seconds", file=sys.stderr, flush=True)
+        self.said = True
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+def _in(ndim: int) -> types.Array:
+    """A float32 array that is only read."""
+    return types.Array(float32, ndim, "C", readonly=True)
+
+
+def _out(ndim: int) -> types.Array:
+    return types.Array(float32, ndim, "C")
+
+
+def compiled(*arguments: types.Type, result: types.Type = void, reorder: bool = False) -> Callable:
+    """Compile a function for these arguments, or take it from the cache."""
+    options: dict[str, Any] = dict(nogil=True, error_model="numpy")
+    options["fastmath"] = {"contract", "reassoc", "nsz"} if reorder else {"contract"}
+
+    def wrap(function: Callable) -> Any:
+        with event.install_listener("numba:compile", _announce):
+            try:
+                return njit(result(*arguments), cache=True, **options)(function)
+            except RuntimeError:  # numba finds no directory that it may write to
+                return njit(result(*arguments), **options)(function)
+
+    return wrap
+
+
+_announce = _Announce()
+f = np.float32
+ZERO, HALF, ONE, TWO, THREE = f(0.0), f(0.5), f(1.0), f(2.0), f(3.0)
+
+# --- what LLVM has and Python has not ---------------------------------------------------------------------------------
+
+
+@intrinsic
+def _float_of_bits(typing, bits):
+    return float32(int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def _bits_of_float(typing, x):
+    return int32(float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+def _binary(name: str) -> Any:
+    """LLVM's intrinsic function of this name, of two float32 numbers."""
+
+    @intrinsic
+    def function(typing, x, y):
+        def generate(context, builder, signature, args):
+            real = ir.FloatType()
+            declared = builder.module.declare_intrinsic(name, [real], ir.FunctionType(real, [real, real]))
+            return builder.call(declared, args)
+
+        return float32(float32, float32), generate
+
+    return function
+
+
+_maximum, _copysign = _binary("llvm.maximum"), _binary("llvm.copysign")  # of NaN and x: NaN
+
+
+@intrinsic
+def _sgemm(typing, address, transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    """The `cblas_sgemm` with 64-bit sizes at `address`, row by row; matrices are the addresses of their first entry."""
+    signature = void(int64, boolean, boolean, *(int64,) * 3, float32, *(int64,) * 4, float32, int64, int64)
+
+    def generate(context, builder, signature, args):
+        enum, size, real = ir.IntType(32), ir.IntType(64), ir.FloatType()
+        takes = [enum, enum, enum, size, size, size, real, size, size, size, size, real, size, size]
+        function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), takes).as_pointer())
+        transpose = [builder.select(x, enum(112), enum(111)) for x in args[1:3]]  # CblasTrans, CblasNoTrans
+        builder.call(function, [enum(101), *transpose, *args[3:]])  # CblasRowMajor
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+# --- exponential and GELU ---------------------------------------------------------------------------------------------
+
+# e^x = 2^n e^r, n = round(x / ln 2): adding 1.5 * 2^23 rounds, and leaves n in the lowest bits. ln 2 is split in two,
+# so that n ln 2 is exact, and e^r is Cephes' polynomial (Moshier 1989). Within 1.2e-7 of the truth, relatively.
+_LOG2_E, _LN2_HIGH, _LN2_LOW, _ROUND = f(1.4426950408889634), f(0.693359375), f(-2.12194440e-4), f(12582912.0)
+_E0, _E1, _E2 = f(1.9875691500e-4), f(1.3981999507e-3), f(8.3334519073e-3)
+_E3, _E4, _E5 = f(4.1665795894e-2), f(1.6666665459e-1), f(5.0000001201e-1)
+_LOWEST, _HIGHEST = f(-88.0), f(89.0)  # where n is -127 and 128: the bits of 0 and of infinity
+
+# The normal distribution's upper tail is density(x) t (T0 + ... + T5 t^5) for x >= 0, t = 1 / (1 + T x): the form of
+# Hastings 1955, a least-maximum fit made for this file, within 4e-9.
+_T, _T0, _T1, _T2 = f(0.275997), f(0.29484163), f(0.11708208), f(0.80759466)
+_T3, _T4, _T5 = f(-0.78684713), f(1.10503375), f(-0.28439086)
+_DENSITY = f(1.0 / math.sqrt(2.0 * math.pi))
+_TANH0, _TANH1 = map(f, _PHI_TANH)
+
+
+@compiled(float32, result=float32)
+def exp(x):
+    """e^x; 0 below -87.3 and infinity above 88.4."""
+    x = _LOWEST if x < _LOWEST else x  # written so that NaN stays
+    x = _HIGHEST if x > _HIGHEST else x
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = ((((_E0 * r + _E1) * r + _E2) * r + _E3) * r + _E4) * r + _E5
+    return (p * (r * r) + r + ONE) * _float_of_bits((_bits_of_float(shifted) << int32(23)) + int32(0x3F800000))
+
+
+@compiled(float32, result=types.UniTuple(float32, 2))
+def _exact(x):
+    """The normal distribution's Phi(x), and its derivative."""
+    density = exp(-HALF * x * x) * _DENSITY
+    t = ONE / (ONE + _T * abs(x))
+    tail = density * t * (((((_T5 * t + _T4) * t + _T3) * t + _T2) * t + _T1) * t + _T0)
+    return HALF + _copysign(HALF - tail, x), density
+
+
+@compiled(float32, result=types.UniTuple(float32, 2))
+def _tanh(x):
+    """The tanh approximation of Phi(x), and its derivative."""
+    square = x * x
+    phi = ONE / (ONE + exp(-TWO * x * (_TANH1 * square + _TANH0)))
+    return phi, TWO * phi * (ONE - phi) * (THREE * _TANH1 * square + _TANH0)
+
+
+@compiled(_out(2), _in(1), _out(2), boolean)
+def bias_gelu(y, bias, slope, tanh):
+    """gelu(y + bias) in the place of y (R, C), and its derivative in `slope` (R, C) if that has rows."""
+    rows, columns = y.shape
+    wanted = len(slope) > 0
+    for i in range(rows):  # a loop for each case, because LLVM vectorises none with cases in it
+        if wanted and tanh:
+            for j in range(columns):
+                x = y[i, j] + bias[j]
+                phi, density = _tanh(x)
+                y[i, j], slope[i, j] = x * phi, phi + x * density
+        elif wanted:
+            for j in range(columns):
+                x = y[i, j] + bias[j]
+                phi, density = _exact(x)
+                y[i, j], slope[i, j] = x * phi, phi + x * density
+        elif tanh:
+            for j in range(columns):
+                x = y[i, j] + bias[j]
+                y[i, j] = x * _tanh(x)[0]
+        else:
+            for j in range(columns):
+                x = y[i, j] + bias[j]
+                y[i, j] = x * _exact(x)[0]
+
+
+@compiled(_in(2), _in(2), _out(2), _out(1))
+def multiply_and_sum(a, b, product, total):
+    """a * b (R, C), and the sum of its rows added to `total` (C,)."""
+    rows, columns = a.shape
+    for i in range(rows):
+        for j in range(columns):
+            x = a[i, j] * b[i, j]
+            product[i, j] = x
+            total[j] += x
+
+
+# --- linear layers and layer norm -------------------------------------------------------------------------------------
+
+
+@compiled(_in(2), _in(2), _in(1), _out(2), int64)
+def linear(x, weight, bias, y, sgemm):
+    """x W^T + b: BLAS adds the product to what it finds in y, which costs no more than to write it there."""
+    rows, columns = y.shape
+    for i in range(rows):
+        for j in range(columns):
+            y[i, j] = bias[j]
+    _sgemm(
+        sgemm, False, True, rows, columns, x.shape[1],
+        ONE, x.ctypes.data, x.shape[1], weight.ctypes.data, x.shape[1], ONE, y.ctypes.data, columns,
+    )  # fmt: skip
+
+
+@compiled(_in(2), _in(1), _in(1), float32, _out(2), _out(2), reorder=True)
+def layer_norm(x, weight, bias, eps, y, moments):
+    """Each row of x (R, D) normalised into y; its mean and 1 / standard deviation into `moments` (R, 2)."""
+    rows, dim = x.shape
+    for i in range(rows):
+        total = ZERO
+        for j in range(dim):
+            total += x[i, j]
+        mean = total / f(dim)
+        total = ZERO
+        for j in range(dim):
+            total += (x[i, j] - mean) * (x[i, j] - mean)
+        rstd = ONE / f(math.sqrt(total / f(dim) + eps))
+        for j in range(dim):
+            y[i, j] = (x[i, j] - mean) * rstd * weight[j] + bias[j]
+        moments[i, 0], moments[i, 1] = mean, rstd
+
+
+@compiled(_in(2), _in(2), _in(1), _in(2), _out(2), _out(1), _out(1), reorder=True)
+def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
+    """`dweight` and `dbias` are added to."""
+    rows, dim = x.shape
+    for i in range(rows):
+        mean, rstd = moments[i, 0], moments[i, 1]
+        total, along = ZERO, ZERO
+        for j in range(dim):
+            g = dy[i, j] * weight[j]
+            total += g
+            along += g * ((x[i, j] - mean) * rstd)
+        total, along = total / f(dim), along / f(dim)
+        for j in range(dim):
+            normal = (x[i, j] - mean) * rstd
+            dx[i, j] = (dy[i, j] * weight[j] - total - normal * along) * rstd
+            dweight[j] += dy[i, j] * normal
+            dbias[j] += dy[i, j]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+@compiled(_out(1), reorder=True)
+def _softmax(row):
+    highest = row[0]
+    for j in range(len(row)):
+        highest = _maximum(highest, row[j])
+    total = ZERO
+    for j in range(len(row)):
+        row[j] = exp(row[j] - highest)
+        total += row[j]
+    share = ONE / total
+    for j in range(len(row)):
+        row[j] *= share
+
+
+@compiled(_in(3), _out(3), _out(4), int64, int64, int64)
+def attention(qkv, y, weights, heads, tile, sgemm):
+    """qkv (B, N, 3 H D) -> y (B, Q, H D), so many queries at a time that their scores stay in the cache.
+
+    `weights` is (B, H, Q, N) to keep them, or (1, 1, tile, N), which every tile uses.
+    """
+    batch, n, width = qkv.shape
+    queries, model = y.shape[1], y.shape[2]
+    dim = model // heads
+    scale = f(1.0 / math.sqrt(dim))
+    for b in range(batch):
+        for h in range(heads):
+            q = qkv.ctypes.data + 4 * (b * n * width + h * dim)
+            k, v = q + 4 * model, q + 8 * model
+            out = y.ctypes.data + 4 * (b * queries * model + h * dim)
+            for start in range(0, queries, tile):
+                rows = min(tile, queries - start)
+                place = weights[b % weights.shape[0], h % weights.shape[1]]
+                w = place[start : start + rows] if len(place) == queries else place[:rows]
+                at = w.ctypes.data
+                _sgemm(sgemm, False, True, rows, n, dim, scale, q + 4 * start * width, width, k, width, ZERO, at, n)
+                for i in range(rows):
+                    _softmax(w[i])
+                _sgemm(sgemm, False, False, rows, dim, n, ONE, at, n, v, width, ZERO, out + 4 * start * model, model)
+
+
+@compiled(_in(3), _in(3), _in(3), _in(4), _out(3), _out(2), int64, int64, reorder=True)
+def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
+    """The gradient dqkv (B, N, 3 H D) of `attention` with all its weights; `scratch` (tile, N)."""
+    batch, n, width = qkv.shape
+    queries, model = y.shape[1], y.shape[2]
+    dim, tile, ds = model // heads, len(scratch), scratch.ctypes.data
+    scale = f(1.0 / math.sqrt(dim))
+    for b in range(batch):
+        for h in range(heads):
+            here = 4 * (b * n * width + h * dim)
+            q, dq = qkv.ctypes.data + here, dqkv.ctypes.data + here
+            k, v, dk, dv = q + 4 * model, q + 8 * model, dq + 4 * model, dq + 8 * model
+            for start in range(0, queries, tile):
+                rows = min(tile, queries - start)
+                w = weights[b, h, start : start + rows]
+                dout = dy.ctypes.data + 4 * ((b * queries + start) * model + h * dim)
+                _sgemm(sgemm, False, True, rows, n, dim, ONE, dout, model, v, width, ZERO, ds, n)
+                for i in range(rows):
+                    along = ZERO  # the sum of weights times their gradients is that of outputs times theirs
+                    for j in range(h * dim, (h + 1) * dim):
+                        along += dy[b, start + i, j] * y[b, start + i, j]
+                    for j in range(n):
+                        scratch[i, j] = w[i, j] * (scratch[i, j] - along)
+                row, beta = 4 * start * width, ONE if start else ZERO
+                _sgemm(sgemm, False, False, rows, dim, n, scale, ds, n, k, width, ZERO, dq + row, width)
+                _sgemm(sgemm, True, False, n, dim, rows, scale, ds, n, q + row, width, beta, dk, width)
+                _sgemm(sgemm, True, False, n, dim, rows, ONE, w.ctypes.data, n, dout, model, beta, dv, width)
+
+
+# --- AdamW ------------------------------------------------------------------------------------------------------------
+
+
+@compiled(_out(1), _in(1), _out(1), _out(1), *(float32,) * 5)
+def adamw(p, g, m, v, beta1, beta2, eps, rate, kept):
+    """p = kept p - rate m / (sqrt(v) + eps), with the running means m of g and v of g^2."""
+    for i in range(len(p)):
+        m[i] += (ONE - beta1) * (g[i] - m[i])
+        v[i] = beta2 * v[i] + (ONE - beta2) * g[i] * g[i]
+        p[i] = kept * p[i] - rate * (m[i] / (f(math.sqrt(v[i])) + eps))

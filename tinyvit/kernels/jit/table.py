@@ -1,0 +1,49 @@
+"""Every kernel that is compiled. What one does not cover is done by NumPy's."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tinyvit.kernels import Kernel, reference
+from tinyvit.kernels.half_precision import in_fp32
+from tinyvit.kernels.jit import layers, loops
+
+
+def _not_float64(x: np.ndarray, *_: Any, **__: Any) -> bool:
+    return x.dtype != np.float64
+
+
+def _biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, **_: Any) -> bool:
+    return bias is not None and x.dtype != np.float64 and layers.SGEMM != 0 and weight.size > 0
+
+
+def _plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
+    plain = mask is None and dropout_mask is None
+    return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
+
+
+def _float32_in_rows(*arrays: np.ndarray, **_: Any) -> bool:
+    return all(x.dtype == np.float32 and x.flags.c_contiguous for x in arrays)
+
+
+def adamw(
+    xp: Any, p: np.ndarray, g: np.ndarray, m: np.ndarray, v: np.ndarray,
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    correction = math.sqrt(1 - beta2**step)
+    rate = lr * correction / (1 - beta1**step)
+    flat = [x.reshape(-1) for x in (p, g, m, v)]
+    loops.adamw(*flat, beta1, beta2, eps * correction, rate, 1 - lr * weight_decay)
+    return p, m, v
+
+
+KERNELS = {
+    reference.linear: Kernel(in_fp32(layers.linear), _biased),
+    reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
+    reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
+    reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
+    reference.adamw: Kernel(adamw, _float32_in_rows),
+}
