@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # what type checkers take for true; importing `typing` wo
 if TYPE_CHECKING:
     from typing import Any
 
-    from tinyvit import data, functional, nn, optim
+    from tinyvit import data, functional, nn, optim, viz
     from tinyvit.checkpoints.loading import load_model
     from tinyvit.data import load_data
     from tinyvit.engine import ops
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Tensor", "TrainStep", "ViTConfig", "VisionTransformer", "classify", "concat", "create_model", "data", "functional",
     "grad", "list_models", "load_data", "load_model", "model_config", "nn", "no_grad", "ops", "optim", "predict",
-    "stack", "where",
+    "stack", "viz", "where",
 ]  # fmt: skip
 
-_MODULES = {"data": "data", "functional": "functional", "nn": "nn", "ops": "engine.ops", "optim": "optim"}
+_MODULES = {"data": "data", "functional": "functional", "nn": "nn", "ops": "engine.ops", "optim": "optim", "viz": "viz"}
 _NAMES = {
     "checkpoints.loading": ("load_model",),
     "data": ("load_data",),

@@ -103,7 +103,9 @@ def make_parser() -> Parser:
     predict.add_argument("checkpoint", metavar="RUN|CKPT")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, or directories of images")
     predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
-    predict.add_argument("--attention", metavar="DIR", help="draw into DIR where in each image the model looks")
+    predict.add_argument(
+        "--attention", metavar="DIR", help="draw into DIR each image beside where in it the model looks"
+    )
     predict.add_argument(
         "--embed", metavar="FILE.npz", help="write the features before the head, to search by likeness"
     )
@@ -131,6 +133,16 @@ def make_parser() -> Parser:
         heads = "attention heads of a checkpoint that does not say how many it has"
         sub.add_argument("--num-heads", type=typed(whole(1)), metavar="N", help=heads)
 
+    report = command("report", run_report, "Write one HTML page with all that is known about a run or a checkpoint.")
+    report.add_argument("checkpoint", metavar="RUN|CKPT")
+    report.add_argument("--data", metavar="SRC", help="whose test images are measured (default: the run's data)")
+    report.add_argument("--out", metavar="FILE.html", help="the page (default: report.html in the run)")
+    report.add_argument("--device", type=typed(device["parse"]), default="auto", help=device["help"])
+
+    compare = command("compare", run_compare, "Show in which settings runs differ, and how well each did.")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("--out", metavar="FILE.html", help="write a page, too, with all curves in one chart")
+
     plot = command("plot", run_plot, "Draw a run's curves into its curves.png.")
     plot.add_argument("run_directory", metavar="RUN")
 
@@ -157,22 +169,15 @@ def run_train(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
-    from tinyvit.data import Augment, load_data
+    from tinyvit.data import Augment
     from tinyvit.data.splits import image_names
-    from tinyvit.evaluation.metrics import combined, evaluate, labels_for, write_confusion, write_predictions
+    from tinyvit.evaluation.metrics import combined, data_for, evaluate, labels_for, write_confusion, write_predictions
 
     if args.probe and args.split not in (None, "test"):
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
-    data = load_data(
-        args.data,
-        image_size=checkpoint.image_size,
-        skip_corrupt=args.skip_corrupt,
-        fit_options=checkpoint.preprocessing.fit,
-        statistics=(checkpoint.mean, checkpoint.std),
-        **checkpoint.split,
-    )
+    data = data_for(checkpoint, args.data, args.skip_corrupt)
     if args.probe:
         from tinyvit.evaluation.probe import probe
 
@@ -269,6 +274,26 @@ def run_plot(args: argparse.Namespace) -> None:
     from tinyvit.training.run_directory import plot
 
     print(printable(f"curves in {plot(Path(args.run_directory))}"))
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from tinyvit.backend.devices import pick_device
+    from tinyvit.viz.report import write_report
+
+    page = write_report(args.checkpoint, args.data, args.out, pick_device(args.device))
+    print(printable(f"report in {page}"))
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from tinyvit.viz.compare import read_runs, rows, write_comparison
+
+    runs = read_runs(args.runs)
+    columns = rows(runs)
+    headings = list(next(iter(columns.values())))
+    print_table([("", *columns), *((name, *(column[name] for column in columns.values())) for name in headings)])
+    if args.out:
+        write_comparison(runs, Path(args.out))
+        print(printable(f"comparison in {args.out}"))
 
 
 def run_models(args: argparse.Namespace) -> None:
@@ -390,7 +415,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         given = f", got {rest[0]}" if rest else ""
-        raise UsageError(f"expected a command: train, eval, predict, summary, convert, plot, models or info{given}")
+        raise UsageError(
+            f"expected a command: train, eval, predict, report, compare, summary, convert, plot, models or info{given}"
+        )
     if rest:
         options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")

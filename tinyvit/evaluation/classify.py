@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
+from tinyvit.backend import arrays
+from tinyvit.data import Augment, Loader, Split
 from tinyvit.data.image import open_rgb, to_rgb
 from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError
-from tinyvit.execution.inference import predict
+from tinyvit.execution.inference import predict, predictions
 from tinyvit.models.inspection import FeaturesAndLogits
 from tinyvit.models.vit import VisionTransformer
 
@@ -71,7 +74,33 @@ def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precisi
         outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
     if not outputs:
         return Outputs(np.zeros((0, model.config.embed_dim), np.float32), np.zeros((0, model.config.num_classes)))
-    output = np.concatenate(outputs)  # (N, D + num_classes)
+    return _separated(model, np.concatenate(outputs))
+
+
+def run_on_split(model: VisionTransformer, split: Split, transform: Augment, precision: str = "fp32") -> Outputs:
+    """The features and probabilities of all images of a split; `transform` is mostly `Augment(mean, std)`.
+
+    Raises EvaluationError where an output is not finite, DataError where an image cannot be read.
+    """
+    loader = Loader(
+        split,
+        BATCH_SIZE,
+        transform=transform,
+        shuffle=False,
+        device=arrays.device_name(model.parameters()[0].data),
+    )
+    batches = (images for images, _ in loader.epoch(0))
+    computed = predictions(FeaturesAndLogits(model), batches, precision=precision)
+    with tqdm(total=len(split), desc="images", leave=False, disable=None) as bar:
+        outputs = []
+        for output in computed:
+            outputs.append(output)
+            bar.update(len(output))
+    return _separated(model, np.concatenate(outputs))
+
+
+def _separated(model: VisionTransformer, output: np.ndarray) -> Outputs:
+    """Features and probabilities from the output of `FeaturesAndLogits`, (N, D + num_classes)."""
     if not np.all(np.isfinite(output)):
         raise EvaluationError("the model's outputs are not finite")
     width = output.shape[1] - model.config.num_classes

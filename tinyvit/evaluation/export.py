@@ -69,15 +69,15 @@ def overlay_paths(directory: Path, images: Sequence[str]) -> list[Path]:
 def write_overlays(
     paths: Sequence[Path], images: Sequence[str], checkpoint: Checkpoint, model: VisionTransformer
 ) -> None:
-    """Attention rollout over each image as a PNG image, each whole or not at all."""
+    """Each image beside its attention rollout as a PNG image, each whole or not at all."""
     from tinyvit.data.image import open_rgb, seen_part
-    from tinyvit.evaluation.heatmap import draw
+    from tinyvit.evaluation.heatmap import beside as draw_beside
     from tinyvit.models.inspection import rollout
 
     for path, image in zip(paths, images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         original = open_rgb(image)
         part = seen_part((original.height, original.width), checkpoint.image_size, **checkpoint.preprocessing.fit)
-        drawn = draw(original, rollout(model, model_input(model, original))[0], part)
+        drawn = draw_beside(original, rollout(model, model_input(model, original))[0], part)
         with atomic_write(path) as beside:
             drawn.save(beside, format="png")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 # Stops of a colour map from black over violet and red to pale yellow, each lighter than the one before.
 STOPS = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 SMALL = 256  # pixels: the side to which smaller images are enlarged
-STRENGTH = (0.35, 0.8)  # shares of the heat's colour in the image's, where it is coldest and hottest
+STRENGTH = (0.2, 0.7)  # shares of the heat's colour in the image's, where it is coldest and hottest
 
 
 def draw(image: Image.Image, heat: np.ndarray, part: tuple[tuple[float, float], tuple[float, float]]) -> Image.Image:
@@ -37,6 +38,42 @@ def draw(image: Image.Image, heat: np.ndarray, part: tuple[tuple[float, float], 
     share = levels.point([round(255 * (STRENGTH[0] + (STRENGTH[1] - STRENGTH[0]) * i / 255)) for i in range(256)])
     inside = Image.blend(grey, image, 0.5).crop((left, top, right, bottom))
     canvas.paste(Image.composite(colours.convert("RGB"), inside, share), (left, top))
+    return canvas
+
+
+def beside(image: Image.Image, heat: np.ndarray, part: tuple[tuple[float, float], tuple[float, float]]) -> Image.Image:
+    """An image, the same with the heat map of `draw` over it, and a bar that says what the colours stand for.
+
+    The arguments are those of `draw`; the heat is labelled in percent.
+    """
+    over = draw(image, heat, part)
+    (width, height), gap, bar = over.size, 8, 14
+    canvas = Image.new("RGB", (2 * width + 3 * gap + bar + 56, height), "white")
+    canvas.paste(image.resize(over.size, Image.Resampling.NEAREST), (0, 0))
+    canvas.paste(over, (width + gap, 0))
+    scale = Image.linear_gradient("L").transpose(Image.Transpose.FLIP_TOP_BOTTOM).resize((bar, height))
+    scale.putpalette(palette())
+    canvas.paste(scale.convert("RGB"), (2 * width + 2 * gap, 0))
+    text, font, left = ImageDraw.Draw(canvas), ImageFont.load_default(13), 2 * width + 3 * gap + bar
+    text.text((left, 0), f"{heat.max():.2%}", "black", font)
+    text.text((left, height), f"{heat.min():.2%}", "black", font, anchor="ld")
+    return canvas
+
+
+def coloured(heat: np.ndarray, low: float, high: float, scale: int) -> Image.Image:
+    """A heat map alone, (rows, columns), with the colours spread over low ... high and `scale` pixels a value."""
+    levels = np.clip((heat - low) / (high - low if high > low else 1.0), 0, 1)
+    image = Image.fromarray(np.rint(255 * levels).astype(np.uint8))
+    image.putpalette(palette())
+    return image.convert("RGB").resize((scale * heat.shape[1], scale * heat.shape[0]), Image.Resampling.NEAREST)
+
+
+def grid(tiles: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Images of one size in rows, on white."""
+    width, height = tiles[0].width + gap, tiles[0].height + gap
+    canvas = Image.new("RGB", (columns * width - gap, math.ceil(len(tiles) / columns) * height - gap), "white")
+    for i, tile in enumerate(tiles):
+        canvas.paste(tile, (i % columns * width, i // columns * height))
     return canvas
 
 

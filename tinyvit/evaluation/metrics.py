@@ -15,7 +15,7 @@ from tinyvit.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
-    from tinyvit.data import Split
+    from tinyvit.data import Data, Split
     from tinyvit.nn import Module
 
 BATCH_SIZE = 256
@@ -61,11 +61,17 @@ def combined(parts: Sequence[Scores]) -> Scores:
     return Scores(accuracy, top5, mean([part.loss for part in parts]), tuple(per_class), labels, predicted)
 
 
+def confusion_counts(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """How often images of each class (rows) were taken for each class (columns): (classes, classes) int64."""
+    counts = np.zeros((classes, classes), np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
+
+
 def write_confusion(path: Path, scores: Scores) -> None:
     """Write how often images of each class (rows) were taken for each class (columns), as a CSV file."""
     names = [name for name, _, _ in scores.per_class]
-    counts = np.zeros((len(names), len(names)), np.int64)
-    np.add.at(counts, (scores.labels, scores.predicted), 1)
+    counts = confusion_counts(scores.labels, scores.predicted, len(names))
     _write_csv(
         path, [["true class", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
     )
@@ -154,6 +160,20 @@ def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     highest = logits.max(axis=1)
     true = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true
+
+
+def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) -> Data:
+    """A data set (see `data.load_data`), prepared for a checkpoint and divided as in its run. Raises DataError."""
+    from tinyvit.data import load_data
+
+    return load_data(
+        source,
+        image_size=checkpoint.image_size,
+        skip_corrupt=skip_corrupt,
+        fit_options=checkpoint.preprocessing.fit,
+        statistics=(checkpoint.mean, checkpoint.std),
+        **checkpoint.split,
+    )
 
 
 def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

@@ -44,6 +44,7 @@ class Record:
         shards: the number of shards of a batch on a CPU; None in runs that did not record it.
         image_size: (height, width) of the images.
         data_name, fingerprint: the data set.
+        device: where it ran; "" in runs that did not record it.
     """
 
     options: dict[str, Any]
@@ -52,6 +53,7 @@ class Record:
     image_size: tuple[int, int]
     data_name: str
     fingerprint: str
+    device: str = ""
 
 
 class RunDirectory:
@@ -126,7 +128,7 @@ class RunDirectory:
             if length["warmup_steps"] >= length["total_steps"]:
                 raise ValueError("its warm-up is longer than the run")
             data = checked(content.get("data"), _DATA, required=_DATA)
-            shards = checked(content, {"shards": integer(1, 10**6)}).get("shards")
+            where = checked(content, {"shards": integer(1, 10**6), "device": text})
             model = checked(content.get("config"), {"image_size": _size}, required=("image_size",))
             options = _read_options(path, content.get("options"))
         except ValueError as error:
@@ -134,7 +136,15 @@ class RunDirectory:
         except UsageError as error:
             raise CheckpointError(str(error)) from None
         size = model["image_size"]
-        return Record(options, RunLength(**length), shards, size, data["name"], data["fingerprint"])
+        return Record(
+            options,
+            RunLength(**length),
+            where.get("shards"),
+            size,
+            data["name"],
+            data["fingerprint"],
+            where.get("device", ""),
+        )
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl: one JSON object for each epoch."""

@@ -1,0 +1,184 @@
+"""Reports and comparisons: what is on the pages, and that a browser shows them."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import browser
+import numpy as np
+import pytest
+from PIL import Image
+from running import NANO, assert_one_line_error, make_images, tinyvit
+
+import tinyvit as package
+from tinyvit import viz
+from tinyvit.checkpoints.checkpoint import BEST
+from tinyvit.viz import svg
+from tinyvit.viz.report import write_report
+
+NAME = "<b>&\"'\x1b[31m"  # of a class
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    make_images(folder / "images", train=12)
+    for part in ("train", "test"):
+        (folder / "images" / part / "blue").rename(folder / "images" / part / NAME)
+    for number, lr in enumerate((0.001, 0.003)):
+        options = ["--data", folder / "images", "--out", folder / f"run{number}", "--lr", lr, "--epochs", 2]
+        assert tinyvit("train", *NANO, *options).returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    result = tinyvit("report", run / "run0")
+    assert result.returncode == 0, result.stderr
+    return run / "run0" / "report.html"
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.open = [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text += text
+
+
+def test_the_page_needs_nothing_else_and_escapes_names(report):
+    text = report.read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open and len(text) < 5_000_000
+    for tag, attributes in page.tags:
+        assert tag not in ("iframe", "object", "b")
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert not re.search(r"url\(|@import|\x1b", text)
+    assert "<b>&\"'\\x1b[31m" in page.text
+
+
+def test_the_numbers_are_those_of_eval(run, report):
+    measured = json.loads(tinyvit("eval", run / "run0", "--data", run / "images", "--split", "test", "--json").stdout)
+    page = Page(report.read_text(encoding="utf-8")).text
+    assert f"top-1{measured['accuracy']:.2%}" in page and f"top-5{measured['top5']:.2%}" in page
+    assert "Of 18 test images of images" in page
+    for name, accuracy in measured["per_class"].items():
+        shown = re.search(re.escape(name.replace("\x1b", "\\x1b")) + r"(-|[\d.]+%)([\d.]+%)6", page)
+        assert shown[2] == f"{accuracy:.2%}"
+    for heading in ("Curves", "Confusion", "Calibration", "Attention rollout", "Heads", "Patch filters", "Positions"):
+        assert heading in page
+
+
+def test_a_checkpoint_without_a_run_and_a_data_set_that_is_gone(run, tmp_path):
+    best = tmp_path / "weights.safetensors"
+    best.write_bytes((run / "run0" / BEST).read_bytes())
+    assert tinyvit("report", best).returncode == 0
+    page = Page((tmp_path / "weights-report.html").read_text(encoding="utf-8")).text
+    assert "A checkpoint, without a record" in page and "Confusion" not in page and "Patch filters" in page
+    config = run / "run1" / "config.json"
+    kept = config.read_text()
+    try:
+        config.write_text(kept.replace(str(run / "images"), str(run / "gone")))
+        assert tinyvit("report", run / "run1", "--out", tmp_path / "x.html").returncode == 0
+        page = Page((tmp_path / "x.html").read_text(encoding="utf-8")).text
+        assert "data set cannot be read" in page and "Curves" in page
+    finally:
+        config.write_text(kept)
+
+
+def test_bad_usage_writes_nothing(run, tmp_path):
+    target = tmp_path / "none" / "x.html"
+    assert "no directory" in assert_one_line_error(tinyvit("report", run / "run0", "--out", target), 2)
+    missing = tinyvit("report", run / "run0", "--data", tmp_path / "gone", "--out", tmp_path / "x.html")
+    assert "no data at" in assert_one_line_error(missing, 1)
+    assert "no such run" in assert_one_line_error(tinyvit("report", tmp_path / "gone"), 1)
+    assert "given twice" in assert_one_line_error(tinyvit("compare", run / "run0", run / "run0"), 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hybrid_has_a_report_without_patch_filters(run, tmp_path):
+    model = ["--model", "vit_tiny_r_s16_p8_224", "--image-size", 32, "--patch-size", 4]
+    train = tinyvit("train", "--data", run / "images", "--out", tmp_path / "run", "--epochs", 1, *model)
+    assert train.returncode == 0, train.stderr
+    page = Page(write_report(str(tmp_path / "run"), None, None).read_text(encoding="utf-8")).text
+    assert "Patch filters" not in page and "Attention rollout" in page
+
+
+def test_compare_shows_what_differs(run, tmp_path):
+    page = tmp_path / "both.html"
+    result = tinyvit("compare", run / "run0", run / "run1", "--out", page)
+    assert result.returncode == 0, result.stderr
+    rows = {line[:25].strip(): line[25:].split() for line in result.stdout.splitlines()}
+    assert rows["lr"] == ["0.001", "0.003"] and "weight decay" not in rows and "epochs" in rows
+    text = Page(page.read_text(encoding="utf-8")).text
+    assert "run0 validation" in text and "0.003" in text
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width, dark", [(390, False), (794, False), (1280, True)])
+def test_a_browser_shows_the_page(report, tmp_path, width, dark):
+    found = browser.look(report, tmp_path, width, dark)
+    assert found["overflow"] <= 0 and found["images"] > 10 and not found["missing"] and not found["console"], found
+    assert found["contrast"] >= 4.5, found
+
+
+# --- in Python --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_arrays_with_pictures(run):
+    model = package.load_model(run / "run0")
+    image = run / "images" / "test" / "red" / "00.png"
+    shapes = {
+        "attention": (viz.attention(model, image), (2, 2, 4, 4)),
+        "rollout": (viz.rollout(model, Image.open(image)), (4, 4)),
+        "filters": (viz.filters(model), (28, 8, 8, 3)),
+        "positions": (viz.position_similarity(model), (4, 4, 4, 4)),
+        "distance": (viz.attention_distance(model, [image, np.asarray(Image.open(image))]), (2, 2)),
+        "predictions": (viz.predictions(model, image), (1, 3)),
+        "curves": (viz.curves(run / "run0"), (2, 6)),
+        "confusion": (viz.confusion([0, 1, 1], [0, 1, 0], ["a", "b"]), (2, 2)),
+        "calibration": (viz.calibration([[0.9, 0.1]], [0]), (15, 3)),
+    }
+    for name, (figure, shape) in shapes.items():
+        assert figure.data.shape == np.asarray(figure).shape == shape, name
+        assert Page(figure._repr_html_()).open == [], name
+    assert viz.rollout(model, image).image().size[0] > 512
+    with pytest.raises(ValueError, match="vector graphics"):
+        shapes["curves"][0].image()
+
+
+@pytest.mark.parametrize(
+    "values, least, within, expected",
+    [
+        ([0.5, 0.9], 0.2, (0, 1), (0.48, 0.92)),
+        ([0.91, 0.92], 0.2, (0, 1), (0.8, 1.0)),  # a small difference stays small
+        ([0.5], 0.2, (0, 1), (0.4, 0.6)),
+        ([], 0.2, (0, 1), (0.0, 0.2)),
+        ([float("nan"), 2.0, 3.0], 0.0, (-9, 9), (1.95, 3.05)),
+    ],
+)
+def test_axes_do_not_exaggerate(values, least, within, expected):
+    assert svg.around(values, least, within) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.48, 0.92), (-3, 1e5), (1e-6, 2e-6)])
+def test_ticks_are_round_numbers(low, high):
+    found = svg.ticks(low, high)
+    assert 2 <= len(found) <= 7 and low - 1e-9 <= found[0] and found[-1] <= high * (1 + 1e-9)
+    step = found[1] - found[0]
+    assert float(f"{step:.0e}") == pytest.approx(step) and f"{step:.0e}"[0] in "125"

@@ -1,0 +1,212 @@
+"""Everything about a run or a checkpoint on one page: `tinyvit report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tinyvit.checkpoints.checkpoint import LAST, Checkpoint
+from tinyvit.checkpoints.loading import open_checkpoint
+from tinyvit.data import Augment, DataError, Split
+from tinyvit.data.augment import normalise
+from tinyvit.errors import UsageError
+from tinyvit.evaluation.classify import Outputs, run_on_split
+from tinyvit.evaluation.heatmap import beside
+from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, labels_for
+from tinyvit.files.atomic import write_text
+from tinyvit.models import inspection
+from tinyvit.models.summary import summarise
+from tinyvit.models.vit import VisionTransformer
+from tinyvit.viz import figures, measures
+from tinyvit.viz.page import facts, page, table
+from tinyvit.viz.runs import Run
+
+SHOWN = 16  # images on a sheet
+ROLLOUTS = 6  # images with attention
+MAPPED = 500  # images on the map of features
+MOST_WEIGHTS = 1 << 25  # attention weights of a block that are held at a time
+
+Section = tuple[str, str, str]  # heading, explanation, HTML
+
+
+def write_report(path: str, source: str | None, out: str | None, device: str = "cpu", precision: str = "fp32") -> Path:
+    """Write the report on the run or checkpoint at `path`, and return where it is.
+
+    Args:
+        source: the data set whose test images are measured; a run's own if None, none for a checkpoint.
+        out: the page; report.html in the run, or NAME-report.html beside the checkpoint, if None.
+        device, precision: as for `predict`.
+
+    Raises:
+        CheckpointError, DataError, EvaluationError, UsageError, OSError: each with a message of one line.
+    """
+    target = Path(out) if out else _usual_place(Path(path))
+    if not target.parent.is_dir():
+        raise UsageError(f"--out {target}: there is no directory {target.parent}")
+    checkpoint = open_checkpoint(path)
+    check_head(checkpoint)
+    run = Run.read(path) if (Path(path) / LAST).exists() else None
+    model = checkpoint.build(copy=False).to(device)
+    sections = list(_about(checkpoint, run))
+    measured = source or (run.record.options["data"] if run is not None else None)
+    if measured:
+        try:
+            sections += _measured(checkpoint, model, measured, precision)
+        except DataError as error:
+            if source:
+                raise
+            sections.append(("Images", f"The run's data set cannot be read: {error}. Name another with --data.", ""))
+    sections += _weights(model)
+    name = checkpoint.path.name if run is None else run.name
+    write_text(target, page(f"{name}: {summarise(checkpoint.config).parameters / 1e6:.2f} M parameters", sections))
+    return target
+
+
+def _usual_place(path: Path) -> Path:
+    return path / "report.html" if path.is_dir() else path.with_name(f"{path.stem}-report.html")
+
+
+def _about(checkpoint: Checkpoint, run: Run | None) -> Iterator[Section]:
+    """What is known without data."""
+    if run is None:
+        model = summarise(checkpoint.config)
+        of_model = {"parameters": f"{model.parameters:,}", "FLOPs an image": f"{model.flops / 1e9:.3g} G"}
+        yield "Model", "A checkpoint, without a record of its training.", facts({"": of_model})
+        return
+    yield "Run", "What was trained on what, how long and how fast.", facts({"": run.facts()})
+    yield "Settings", "The options of the run that are not zero or off.", facts({"": run.settings})
+    if run.rows:
+        yield (
+            "Curves",
+            "By epoch. The training loss includes label smoothing and mixing of images where they are used; "
+            "validation is measured without them.",
+            f'<div class="row">{figures.curve_charts({"": run.rows})}</div>',
+        )
+
+
+def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, precision: str) -> Iterator[Section]:
+    """What the model does with the test images of a data set."""
+    data = data_for(checkpoint, source)
+    split, names = data.test, checkpoint.class_names
+    labels = labels_for(checkpoint, split.labels, data.class_names)
+    outputs = run_on_split(model, split, Augment(checkpoint.mean, checkpoint.std), precision)
+    p, predicted = outputs.probabilities, outputs.probabilities.argmax(axis=1)
+    hit, confidence = predicted == labels, p.max(axis=1)
+    what = f"{len(labels)} {data.test_name} images of {data.name}"
+    counts = confusion_counts(labels, predicted, len(names))
+    top5 = (p >= np.take_along_axis(p, labels[:, None], axis=1)).sum(axis=1) <= 5
+    calibration = figures.calibration(p, labels)
+    error = measures.calibrate(p, labels).error
+    yield (
+        "Accuracy",
+        f"Of {what}.",
+        facts({"": {"top-1": f"{hit.mean():.2%}", "top-5": f"{top5.mean():.2%}",
+                    "expected calibration error": f"{error:.2%}"}}),
+    )  # fmt: skip
+    yield "Classes", "A click on a heading sorts.", _class_table(counts, names)
+    yield (
+        "Confusion",
+        "Rows are the true classes, columns what they were taken for.",
+        f'<div class="wide">{figures.confusion(labels, predicted, names).html}</div>{_most_confused(counts, names)}',
+    )
+    yield (
+        "Calibration",
+        "How often predictions of a confidence are right: on the dashed line they are as often right as they are "
+        "confident.",
+        calibration.html,
+    )
+
+    def sheet(places: np.ndarray) -> str:
+        captions = [
+            f"{figures.svg.label(names[predicted[i]])} {confidence[i]:.1%}"
+            + ("" if hit[i] else f"<br>is {figures.svg.label(names[labels[i]])}")
+            for i in places
+        ]
+        return figures.sheet(images_of(split, places), captions)
+
+    wrong, right = np.flatnonzero(~hit), np.flatnonzero(hit)
+    if len(wrong):
+        most_certain = wrong[np.argsort(-confidence[wrong], kind="stable")][:SHOWN]
+        yield "Confident mistakes", "Wrong, and the most certain.", sheet(most_certain)
+    if len(right):
+        yield "Uncertain hits", "Right, and the least certain.", sheet(right[np.argsort(confidence[right])][:SHOWN])
+    yield from _attention(model, checkpoint, split)
+    yield _feature_map(outputs, labels, names)
+
+
+def images_of(split: Split, places: np.ndarray) -> list[Image.Image]:
+    """The images of a split at `places`, as the model sees them."""
+    pixels = np.asarray(split.read(places)).transpose(0, 2, 3, 1)
+    return [Image.fromarray(x if x.shape[2] == 3 else x[:, :, 0]).convert("RGB") for x in pixels]
+
+
+def _class_table(counts: np.ndarray, names: tuple[str, ...]) -> str:
+    rows = []
+    for k, name in enumerate(names):
+        support, taken, hits = int(counts[k].sum()), int(counts[:, k].sum()), int(counts[k, k])
+        rows.append((name, hits / taken if taken else None, hits / support if support else None, support))
+    return table(("class", "precision", "recall", "images"), rows)
+
+
+def _most_confused(counts: np.ndarray, names: tuple[str, ...]) -> str:
+    """The pairs that are confused most often, where the matrix is too large to be read."""
+    if len(names) <= figures.MOST_NUMBERS:
+        return ""
+    wrong = counts * (1 - np.eye(len(names), dtype=np.int64))
+    pairs = zip(*np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:20], wrong.shape), strict=True)
+    return table(
+        ("true", "predicted", "images"), [(names[i], names[j], int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
+    )
+
+
+def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -> Iterator[Section]:
+    """Attention on images from all over the split. Nothing for a model whose attention is not known."""
+    config = model.config
+    places = np.unique(np.linspace(0, len(split) - 1, ROLLOUTS).astype(int))
+    pixels = np.asarray(split.read(places))
+    inputs = normalise(pixels, checkpoint.mean, checkpoint.std)
+    whole = ((0.0, float(config.image_size[0])), (0.0, float(config.image_size[1])))
+    at_a_time = max(1, MOST_WEIGHTS // (config.num_heads * config.num_tokens**2))
+    heats = np.concatenate(
+        [inspection.rollout(model, inputs[i : i + at_a_time]) for i in range(0, len(inputs), at_a_time)]
+    )
+    pictures = [beside(image, heat, whole) for image, heat in zip(images_of(split, places), heats, strict=True)]
+    shown = "".join(
+        f"<div>{figures.embedded(p, 'an image, and attention rollout over it', photo=True)}</div>" for p in pictures
+    )
+    yield (
+        "Attention rollout",
+        "How much the output draws on each patch, over all blocks. The bar gives the shares of the most and the least.",
+        f'<div class="row">{shown}</div>',
+    )
+    heads = measures.head_attention(model, inputs[:1])[:, 0]
+    yield (
+        "Heads",
+        "For the first of these images: where each head (columns) of each block (rows) looks.",
+        f'<div class="wide">{figures.heads_picture(heads).html}</div>',
+    )
+    many = split.read(np.unique(np.linspace(0, len(split) - 1, min(32, at_a_time)).astype(int)))
+    distance = measures.attention_distance(model, normalise(np.asarray(many), checkpoint.mean, checkpoint.std))
+    yield (
+        "Attention distance",
+        f"How far each head looks, in pixels, as a mean over {len(many)} images. Small values are local heads.",
+        figures.distance_chart(distance),
+    )
+
+
+def _feature_map(outputs: Outputs, labels: np.ndarray, names: tuple[str, ...]) -> Section:
+    places = np.unique(np.linspace(0, len(labels) - 1, MAPPED).astype(int))
+    figure = figures.features(outputs.features[places], labels[places], names)
+    return "Features", f"The features before the head of {len(places)} images: like lies near like.", figure.html
+
+
+def _weights(model: VisionTransformer) -> Iterator[Section]:
+    """What the weights alone show, where it makes sense for the model."""
+    if model.config.feature_chans == model.config.in_chans:
+        about = "The principal components of the filters that embed the patches (figure 7 of the ViT paper)."
+        yield "Patch filters", about, f'<div class="wide">{figures.filters(model).html}</div>'
+    about = "For each patch, how alike all position embeddings are to its own: from -1, dark, to 1, light."
+    yield "Positions", about, f'<div class="wide">{figures.position_similarity(model).html}</div>'

@@ -1,0 +1,63 @@
+"""Runs as they are reported on and compared."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tinyvit.checkpoints.loading import open_checkpoint
+from tinyvit.models.config import ViTConfig
+from tinyvit.models.summary import summarise
+from tinyvit.training.display import clock
+from tinyvit.training.progress import Progress
+from tinyvit.training.run_directory import Record, RunDirectory
+
+_NOT_SETTINGS = ("out", "data", "model", "device", "threads")  # shown by themselves, or of no effect on the result
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: what config.json records, how far it is, and the model's config."""
+
+    name: str
+    record: Record
+    progress: Progress
+    config: ViTConfig
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Run:
+        """The run in a directory. Raises CheckpointError where there is none or its files are damaged."""
+        directory = RunDirectory(path)
+        record, progress = directory.read_record(), Progress.read(directory.last)
+        return cls(Path(path).resolve().name, record, progress, open_checkpoint(path).config)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of metrics.jsonl."""
+        return self.progress.history
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The options that decide the result, as text; those that were not chosen are left out."""
+        options = self.record.options.items()
+        return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in options
+                if name not in _NOT_SETTINGS and v not in (None, 0.0, False, "none")}  # fmt: skip
+
+    def facts(self) -> dict[str, str]:
+        """What was trained on what, how long, how fast and how well: text by heading."""
+        model, p = summarise(self.config), self.progress
+        speeds = [row["images_per_second"] for row in self.rows]
+        return {
+            "model": str(self.record.options["model"]),
+            "data": self.record.data_name,
+            "device": self.record.device or "not recorded",
+            "parameters": f"{model.parameters:,}",
+            "FLOPs an image": f"{model.flops / 1e9:.3g} G",
+            "epochs": self.record.length.epochs_after(p.step).strip() + ("" if p.finished else " (not finished)"),
+            "time": clock(p.seconds),
+            "training images/s": f"{sum(speeds) / len(speeds):.0f}" if speeds else "none yet",
+            "best accuracy": f"{p.best_accuracy:.2%} in epoch {p.best_epoch}" if p.best_epoch else "none yet",
+            "last validation loss": f"{self.rows[-1]['val_loss']:.4f}" if self.rows else "none yet",
+        }
