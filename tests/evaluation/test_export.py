@@ -149,7 +149,7 @@ def test_a_model_without_a_head_embeds_and_looks(home, tmp_path, capsys):
     assert prediction["classes"] == []
     found = np.load(tmp_path / "f.npz")
     assert found["features"].shape == (1, 64) and found["class_names"].tolist() == []
-    assert Image.open(tmp_path / "new" / "looks" / "photo-attention.png").size == (180, 360)
+    assert Image.open(tmp_path / "new" / "looks" / "photo-attention.png").size == (2 * 180 + 94, 360)
     assert prediction["attention"] == str(tmp_path / "new" / "looks" / "photo-attention.png")
 
 
@@ -161,8 +161,10 @@ def test_attention_is_written_for_each_image(home, tmp_path, capsys):
     assert lines[2::3] == [f"  attention in {tmp_path / name}" for name in names]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     drawn = [np.asarray(Image.open(tmp_path / name)) for name in names[:2]]
-    assert drawn[0].shape == drawn[1].shape == (256, 256, 3) and not np.array_equal(*drawn)
-    photo = np.asarray(Image.open(tmp_path / names[2]).convert("HSV"))[:, :, 1]
+    assert drawn[0].shape == drawn[1].shape == (256, 2 * 256 + 94, 3) and not np.array_equal(*drawn)
+    original = np.asarray(Image.open(images[0]).convert("RGB")).repeat(8, axis=0).repeat(8, axis=1)
+    assert np.array_equal(drawn[0][:, :256], original)
+    photo = np.asarray(Image.open(tmp_path / names[2]).convert("HSV"))[:, 188:368, 1]  # the overlay alone
     assert photo[:90].max() == photo[270:].max() == 0 < photo[90:270].max(axis=1).min()  # what was cut off is grey
 
 

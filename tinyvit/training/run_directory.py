@@ -114,13 +114,13 @@ class RunDirectory:
         """Read config.json.
 
         Raises:
-            CheckpointError: there is no last.safetensors to resume from, or config.json is damaged.
+            CheckpointError: there is no last.safetensors, or config.json is damaged.
             OSError: a file cannot be read.
         """
         try:
             self.last.stat()  # not exists(), which may call a file missing that must not be read
         except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(f"{self.path}: there is no {LAST} to resume from") from None
+            raise CheckpointError(f"{self.path}: there is no {LAST}, so no run to go on with or to show") from None
         path = self.path / CONFIG
         try:
             content = parse_json(read_text(path))
