@@ -1,6 +1,7 @@
 """Cross-entropy with weighted classes: torch's, whole or in shards."""
 
 import array_api_strict
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,25 @@ def test_equal_weights_change_nothing_and_a_class_may_count_for_nothing():
     assert weighted.dtype == np.float32 and float(weighted) == pytest.approx(float(plain), rel=1e-6)
     without = F.cross_entropy(logits, labels, weight=np.array([1, 1, 0]))
     assert float(without) == pytest.approx(float(F.cross_entropy(logits[[0, 1, 5]], labels[[0, 1, 5]])), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_many_weights_add_up_in_16_bits(dtype):
+    """bfloat16 cannot count to 257."""
+    logits, labels = np.zeros((3000, 4), dtype), np.arange(3000) % 4
+    for targets in (labels, np.eye(4, dtype=dtype)[labels]):
+        loss = F.cross_entropy(logits, targets, weight=np.full(4, 30.0))
+        assert loss.dtype == dtype
+        assert float(loss) == pytest.approx(np.log(4) * (1 if targets.ndim == 1 else 30), rel=1e-2)
+    total = F.weighted_targets(labels, np.full(4, 30.0), like=logits).astype(np.float64).sum()
+    assert total == pytest.approx(3000, rel=1e-2)
+
+
+def test_labels_that_are_no_class_are_refused_in_a_weighted_step_too():
+    model = tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
+    step = TrainStep(model, optim.SGD(model.parameters(), lr=0.1), class_weights=np.ones(3))
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\.\. 2, got 1 \.\.\. 99"):
+        step(np.zeros((2, 3, 32, 32), np.float32), np.array([1, 99]))
 
 
 def test_weights_of_any_array_library():

@@ -37,6 +37,19 @@ def test_patch_embed_is_a_strided_convolution(bias):
         check(got, expected, "numpy", "float64")
 
 
+def test_odd_arguments():
+    x = Tensor(np.array([-1.0, 2.0]), requires_grad=True)
+    assert grad(F.relu(x), x, np.array([np.inf, np.inf])).tolist() == [0, np.inf]  # no NaN where nothing passed
+    assert F.dropout(Tensor(np.array(2.0)), 0.5).item() in (0, 4)
+    assert F.patchify(np.zeros((1, 3, 4, 4)), 2).shape == (1, 4, 12)
+    for call, message in (
+        (lambda: F.patchify(np.zeros((1, 3, 4, 4)), (0, 2)), "patch_size must be a whole number of at least 1"),
+        (lambda: F.linear(np.zeros((2, 0)), np.zeros((3, 0))), r"got \(2, 0\) and \(3, 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_functions_take_arrays_and_tensors_and_pass_their_options_on():
     rng = np.random.default_rng(0)
     x, w, b = rng.standard_normal((2, 3)), rng.standard_normal((4, 3)), rng.standard_normal(4)

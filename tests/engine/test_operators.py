@@ -219,7 +219,7 @@ def test_comparisons_are_elementwise_and_a_tensor_is_hashed_by_identity(backend)
     t, other = Tensor(a), Tensor(a)
     assert {t: 1, other: 2}[t] == 1 and len({t, other, t}) == 2 and hash(t) == hash(t)
     assert (t == None) is False and (t != "a") is True  # noqa: E711
-    assert 2.0 in t and 5.0 not in t
+    assert 2.0 in t and 5.0 not in t and None not in t and (+t) is t
     with pytest.raises(ValueError, match=r"expects one element, got shape \(1, 3\)"):
         bool(t == other)
 

@@ -16,7 +16,13 @@ def leaf(x):
     return Tensor(np.asarray(x, np.float64), requires_grad=True)
 
 
-@pytest.mark.parametrize("view", [lambda x: x.reshape(6), lambda x: x.T, lambda x: x[0], lambda x: x.reshape(3, 2)[1:]])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.reshape(6), lambda x: x.T, lambda x: x[0], lambda x: x.reshape(3, 2)[1:],
+        lambda x: x.astype("float64"),  # the very array
+    ],
+)  # fmt: skip
 def test_a_change_through_a_view_is_noticed(view):
     x = leaf([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     hidden = x * 2.0

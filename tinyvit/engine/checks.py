@@ -57,12 +57,12 @@ Version = list[int]  # holds how often an array was changed in place; tensors wh
 
 
 def share_versions(inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """Give output tensors that are views of an input its version: a change of one is a change of the other."""
+    """Give outputs that are an input's array, or views of it, its version: a change of one is a change of the other."""
     for output in outputs:
-        if not arrays.owns_memory(output._data):
-            for tensor in inputs:
-                if arrays.is_view_of(output._data, tensor._data):
-                    output._version = tensor._version
+        is_view = not arrays.owns_memory(output._data)
+        for tensor in inputs:
+            if output._data is tensor._data or (is_view and arrays.is_view_of(output._data, tensor._data)):
+                output._version = tensor._version
 
 
 def check_unchanged(name: str, versions: Sequence[tuple[Version, int]]) -> None:

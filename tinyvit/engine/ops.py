@@ -79,5 +79,6 @@ for _name, _function in {
 for _function in (max, min):
     setattr(Tensor, _function.__name__, _values_only(_function))
 Tensor.__neg__ = negative
+Tensor.__pos__ = lambda self: self
 Tensor.__getitem__ = getitem
 setattr(Tensor, "T", property(_transposed))  # noqa: B010

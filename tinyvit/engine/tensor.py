@@ -139,7 +139,8 @@ class Tensor:
         return (self[i] for i in range(len(self)))
 
     def __contains__(self, value: Any) -> bool:
-        return bool((self == value).numpy().any())
+        equal = self == value
+        return isinstance(equal, Tensor) and bool(equal.numpy().any())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """What NumPy's functions see: the values, without their history."""
@@ -195,6 +196,7 @@ class Tensor:
     __gt__: Operator
     __ge__: Operator
     __neg__: Method
+    __pos__: Method
     __getitem__: Operator
     abs: Method
     exp: Method

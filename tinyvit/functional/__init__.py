@@ -16,6 +16,7 @@ from tinyvit.engine.tensor import Array, Tensor, apply
 from tinyvit.functional import checks
 from tinyvit.functional.checks import Input, Pair, Shape
 from tinyvit.kernels import reference
+from tinyvit.kernels.half_precision import half_dtype
 
 __all__ = [
     "attention",
@@ -210,18 +211,18 @@ def attention_weights(qkv: Input, num_heads: int) -> Tensor:
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
-def patchify(images: Input, patch_size: Pair) -> Tensor:
+def patchify(images: Input, patch_size: int | Pair) -> Tensor:
     """Cut images into patches, row by row.
 
     Args:
         images: (B, C, H, W).
-        patch_size: (h, w), with h dividing H and w dividing W.
+        patch_size: (h, w), or one number for both, with h dividing H and w dividing W.
 
     Returns:
         (B, (H / h)(W / w), C h w).
     """
     checks.patches(images, patch_size)
-    return apply(reference.patchify, images, patch_size=tuple(patch_size))
+    return apply(reference.patchify, images, patch_size=checks.pair("patch_size", patch_size, 1))
 
 
 def patch_embed(images: Input, weight: Input, bias: Input | None = None) -> Tensor:
@@ -301,6 +302,8 @@ def dropout(x: Input, p: float = 0.5, training: bool = True) -> Tensor:
         p: from 0 to 1.
         training: with False x stays as it is.
     """
+    if not checks.shape(x):
+        return dropout(_tensor(x).reshape(1), p, training).reshape(())
     mask = _dropout_mask(x, p, training, checks.shape(x)[1:])
     return _tensor(x) if mask is None else multiply(x, mask)
 
@@ -365,6 +368,10 @@ def cross_entropy(logits: Input, labels: Input, label_smoothing: float = 0.0, we
 def _weighted_cross_entropy(logits: Input, labels: Array, weight: Array, label_smoothing: float) -> Tensor:
     """For class numbers: other classes do not count, not even at -inf, which `weighted_targets` cannot say."""
     like = _array(logits)
+    if half_dtype((like,)) is not None:  # a sum of weights needs more than 16 bits
+        return _weighted_cross_entropy(_tensor(logits).astype("float32"), labels, weight, label_smoothing).astype(
+            like.dtype
+        )
     xp, classes = arrays.namespace(like), weight.shape[0]
     weight = arrays.astype(arrays.convert(weight, like), like.dtype)
     is_label = labels[:, None] == xp.arange(classes, dtype=labels.dtype, device=arrays.device(labels))
@@ -400,15 +407,17 @@ def weighted_targets(labels: Array, weight: Array, label_smoothing: float = 0.0,
         (B, C); their rows do not add up to 1.
     """
     xp, classes = arrays.namespace(like), weight.shape[0]
-    weight = arrays.astype(arrays.convert(weight, like), like.dtype)
+    wide = like.dtype if half_dtype((like,)) is None else xp.float32  # a sum of weights needs more than 16 bits
+    weight = arrays.astype(arrays.convert(weight, like), wide)
     labels = arrays.convert(labels, like)
     numbers = labels.ndim == 1
     if numbers:
-        labels = arrays.astype(labels, "int64")[:, None] == xp.arange(classes, dtype=xp.int64, device=labels.device)
-    labels = arrays.astype(labels, like.dtype)
+        numbered = checks.class_numbers(labels, classes)
+        labels = numbered[:, None] == xp.arange(classes, dtype=xp.int64, device=arrays.device(labels))
+    labels = arrays.astype(labels, wide)
     counted = xp.sum(labels * weight) if numbers else labels.shape[0]
     smoothed = labels * (1.0 - label_smoothing) + label_smoothing / classes
-    return smoothed * (weight * (labels.shape[0] / counted))
+    return arrays.astype(smoothed * (weight * (labels.shape[0] / counted)), like.dtype)
 
 
 def _array(x: Input) -> Array:

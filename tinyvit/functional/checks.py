@@ -32,7 +32,7 @@ def constant(name: str, x: Input) -> Array:
 
 def linear(x: Input, weight: Input, bias: Input | None) -> None:
     given, matrix = shape(x), shape(weight)
-    if len(matrix) != 2 or not given or given[-1] != matrix[1]:
+    if len(matrix) != 2 or not given or given[-1] != matrix[1] or not matrix[1]:
         raise ValueError(f"linear expects x (..., in) and weight (out, in), got {given} and {matrix}")
     if bias is not None and shape(bias) != matrix[:1]:
         raise ValueError(f"linear expects a bias of shape ({matrix[0]},), got {shape(bias)}")
@@ -89,10 +89,10 @@ def attention_mask(mask: Input | None, x: Array, scores: Shape) -> Array | None:
     return mask
 
 
-def patches(images: Input, patch_size: Pair) -> None:
+def patches(images: Input, patch_size: int | Pair) -> None:
     if len(shape(images)) != 4:
         raise ValueError(f"expected images (B, C, H, W), got shape {shape(images)}")
-    (height, width), (h, w) = shape(images)[2:], patch_size
+    (height, width), (h, w) = shape(images)[2:], pair("patch_size", patch_size, 1)
     if height % h or width % w:
         patch = f"{h}" if h == w else f"{h}x{w}"
         raise ValueError(f"image size {height}x{width} is not divisible by patch size {patch}")
@@ -155,7 +155,12 @@ def targets(logits: Input, labels: Input, like: Array) -> Array:
         if labels.dtype != like.dtype:
             raise TypeError(f"cross_entropy expects probabilities of dtype {like.dtype}, got {labels.dtype}")
         return labels
-    labels = arrays.astype(labels, "int64")  # class numbers may not fit the labels' own dtype
+    return class_numbers(labels, classes)
+
+
+def class_numbers(labels: Array, classes: int) -> Array:
+    """Labels as int64: class numbers may not fit their own dtype. On a device nothing is read to check them."""
+    labels = arrays.astype(labels, "int64")
     if arrays.on_host(labels) and ((labels < 0).any() or (labels >= classes).any()):
         raise ValueError(f"labels must lie in 0 ... {classes - 1}, got {int(labels.min())} ... {int(labels.max())}")
     return labels

@@ -67,9 +67,9 @@ def conv2d(
 
 def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     y = np.maximum(x, 0)
-    positive = y > 0 if needs[0] else None
+    positive: Array = y > 0 if needs[0] else None
 
     def vjp(dy: Array) -> tuple[Array]:
-        return (dy * positive,)
+        return (np.where(positive, dy, np.zeros((), dy.dtype)),)
 
     return y, vjp
