@@ -1,9 +1,14 @@
 """What a run shows while it trains."""
 
 import sys
+import time
 
 import pytest
 from running import NANO
+
+from tinyvit.training import display
+from tinyvit.training.run import train
+from tinyvit.training.trainer import Trainer
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
@@ -36,29 +41,32 @@ def test_a_terminal_gets_a_bar_and_the_log_stays_clean(images, tmp_path):
     assert (model, rest) == ("vit_nano_patch8_32", ["epoch", "epoch", "best"])
 
 
-def test_long_epochs_get_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    from tinyvit.training import display as module
-
+def test_a_line_says_how_far_a_long_epoch_is(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    display = module.Display()
-    display.start(1000, 100)
-    for done in range(101, 301):
-        now[0] += 1.0
-        display.step(done, 3, 1.5, 0.25, 640.0)
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
+    shown = display.Display()
+    shown.start(1000, 100)
+    now[0] = display.SILENCE
+    shown.step(130, 3, 1.5, 0.25, 640.0)
+    printed = ""
+    with shown:
+        while not printed:
+            printed = capsys.readouterr().out
+    assert printed == "epoch 3  step 130/1000  loss 1.500  accuracy 25.0%  640 images/s  14:30 left\n"
+
+
+def test_silence_ends_whatever_takes_long(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(display, "SILENCE", 0.001)
+    monkeypatch.setattr(Trainer, "end_epoch", slowly(Trainer.end_epoch))
+    given = {"data": str(images), "model": "vit_nano_patch8_32", "epochs": 1, "device": "cpu"}
+    train({**given, "out": str(tmp_path / "run")})
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
-    assert lines[0] == "epoch 3  step 130/1000  loss 1.500  accuracy 25.0%  640 images/s  14:30 left"
+    began = {line.split("  loss")[0] for line in lines}
+    assert {f"reading {images}", "epoch 1  step 0/8", "epoch 1  evaluating 18 validation images"} <= began
+    time.sleep(0.01)
+    assert not capsys.readouterr().out, "nothing is said once the run is over"
 
 
-def test_a_long_evaluation_gets_lines_where_there_is_no_terminal(monkeypatch, capsys):
-    from tinyvit.training import display as module
-
-    now = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    display = module.Display()
-    display.start(1000, 100)
-    for _ in range(100):
-        now[0] += 1.0
-        display.evaluating(3, 5000)
-    assert capsys.readouterr().out.splitlines() == 3 * ["epoch 3  evaluating 5000 validation images"]
+def slowly(function):
+    """The function, and a while after it."""
+    return lambda *arguments: (function(*arguments), time.sleep(0.01))[0]

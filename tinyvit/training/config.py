@@ -222,6 +222,9 @@ class TrainConfig:
     )
     patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
     num_heads: int | None = option(None, whole(1), "N", "attention heads (default: the model's)")
+    log: str = option(
+        "none", one_of("none", "tensorboard"), "KIND", "tensorboard: write event files into the run, too", free=True
+    )
     val_fraction: float | None = option(
         None,
         inner_share,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from typing import Any
+from typing import Any, Self
 
 from tinyvit.files.text import printable
 
-SILENCE = 30.0  # seconds after which a line is due where there is no bar
+SILENCE = 30.0  # seconds after which a line is due, if a little less, where there is no bar
 
 
 def clock(seconds: float) -> str:
@@ -20,15 +21,39 @@ def clock(seconds: float) -> str:
 
 
 class Display:
-    """Lines go to standard output; a bar, when standard error is a terminal, to standard error."""
+    """Lines go to standard output; a bar, when standard error is a terminal, to standard error.
+
+    Within `with`, and as long as there is no bar, SILENCE does not pass without a line, however long a step takes.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None  # tqdm has no types
+        self._doing, self._spoken, self._over = "", time.monotonic(), threading.Event()
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._break_silence, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def _break_silence(self) -> None:
+        while not self._over.wait(max(0.0, self._spoken + SILENCE - time.monotonic())):
+            if self._bar is not None:
+                return
+            if time.monotonic() >= self._spoken + SILENCE:
+                try:
+                    self.line(self._doing)
+                except OSError:  # nobody reads on; the run fails with its own next line
+                    return
+
+    def doing(self, what: str) -> None:
+        """Note what to say when it takes long."""
+        self._doing = what
 
     def start(self, total_steps: int, done: int) -> None:
         """Begin to show steps, `done` of which lie behind."""
-        self._total, self._first, self._done = total_steps, done, done
-        self._begun = self._spoken = time.monotonic()
+        self._total, self._first, self._begun = total_steps, done, time.monotonic()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -38,23 +63,12 @@ class Display:
 
     def step(self, done: int, epoch: int, loss: float, accuracy: float, images_per_second: float) -> None:
         """Show that so many steps are done, with this epoch's figures so far."""
-        more, self._done = done - self._done, done
-        now = time.monotonic()
+        figures = f"loss {loss:.3f}", f"accuracy {accuracy:.1%}", f"{images_per_second:.0f} images/s"
         if self._bar is not None:
-            figures = f"epoch {epoch}, loss {loss:.3f}, accuracy {accuracy:.1%}, {images_per_second:.0f} images/s"
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(more)
-        elif now - self._spoken >= SILENCE:
-            left = (now - self._begun) / (self._done - self._first) * (self._total - self._done)
-            self.line(
-                f"epoch {epoch}  step {self._done}/{self._total}  loss {loss:.3f}  accuracy {accuracy:.1%}  "
-                f"{images_per_second:.0f} images/s  {clock(left)} left"
-            )
-
-    def evaluating(self, epoch: int, images: int) -> None:
-        """Say that an epoch's evaluation goes on, where nothing has been printed for SILENCE."""
-        if self._bar is None and time.monotonic() - self._spoken >= SILENCE:
-            self.line(f"epoch {epoch}  evaluating {images} validation images")
+            self._bar.set_postfix_str(", ".join((f"epoch {epoch}", *figures)), refresh=False)
+            self._bar.update(done - self._bar.n)
+        left = (time.monotonic() - self._begun) / (done - self._first) * (self._total - done)
+        self.doing("  ".join((f"epoch {epoch}", f"step {done}/{self._total}", *figures, f"{clock(left)} left")))
 
     def lengthen(self, total_steps: int) -> None:
         """Another number of steps is the whole."""
@@ -67,7 +81,7 @@ class Display:
         self._spoken = time.monotonic()
         if self._bar is not None:
             self._bar.clear()
-        print(printable(text), flush=True)
+        print(printable(text) + "\n", end="", flush=True)  # at once, as two threads print
         if self._bar is not None:
             self._bar.refresh()
 

@@ -52,6 +52,7 @@ from tinyvit.training.finetune import Backbone
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import Record, RunDirectory, curve_labels
 from tinyvit.training.schedule import RunLength, learning_rate
+from tinyvit.training.tensorboard import check_log, open_log
 from tinyvit.training.time_budget import TimeBudget
 from tinyvit.training.trainer import Stop, Trainer
 
@@ -73,22 +74,24 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
         Stopped: SIGINT or SIGTERM came, and the run was saved.
     """
     started = time.monotonic() if started is None else started
-    if resume and given.get("out"):
-        return resume_run(RunDirectory(given["out"]), given)
-    check_pairs(given)
-    options = TrainConfig(**with_recipe(given))
-    if options.out and not resume:
-        RunDirectory(options.out).check_unused()
-    if options.device != "auto":
-        pick_device(options.device)  # before data are fetched for it
-    checkpoint = None if options.init is None else open_checkpoint(options.init, num_heads=options.num_heads)
-    check_model(options, checkpoint)
-    data = load(options, checkpoint)
-    options = complete(options, data)
-    assert options.out is not None
-    if resume:  # the run has its default name
-        return resume_run(RunDirectory(options.out), given)
-    return start_run(options, data, checkpoint, started)
+    with Display() as display:
+        if resume and given.get("out"):
+            return resume_run(RunDirectory(given["out"]), given, display)
+        check_pairs(given)
+        options = TrainConfig(**with_recipe(given))
+        if options.out and not resume:
+            RunDirectory(options.out).check_unused()
+        check_log(options.log)
+        if options.device != "auto":
+            pick_device(options.device)  # before data are fetched for it
+        checkpoint = None if options.init is None else open_checkpoint(options.init, num_heads=options.num_heads)
+        check_model(options, checkpoint)
+        data = load(options, checkpoint, display)
+        options = complete(options, data)
+        assert options.out is not None
+        if resume:  # the run has its default name
+            return resume_run(RunDirectory(options.out), given, display)
+        return start_run(options, data, checkpoint, started, display)
 
 
 # --- the data and the options -----------------------------------------------------------------------------------------
@@ -114,8 +117,9 @@ def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
     config.replace(image_size=wanted_size(options, checkpoint), **model_settings(options))
 
 
-def load(options: TrainConfig, checkpoint: Checkpoint | None) -> Data:
+def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display) -> Data:
     """The data set, prepared as for the options and the checkpoint. Raises DataError, UsageError."""
+    display.doing(f"reading {options.data}")
     statistics = None if checkpoint is None else (checkpoint.mean, checkpoint.std)
     if options.mean is not None and options.std is not None:
         statistics = channel_values(options.mean), channel_values(options.std)
@@ -178,10 +182,12 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
 # --- starting and resuming --------------------------------------------------------------------------------------------
 
 
-def start_run(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float) -> Progress:
+def start_run(
+    options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float, display: Display
+) -> Progress:
     """Train in a new run directory; `options` are complete."""
     assert options.out is not None and options.batch_size is not None
-    directory, display = RunDirectory(options.out), Display()
+    directory = RunDirectory(options.out)
     directory.check_unused()
     steps_per_epoch = len(data.train) // options.batch_size
     length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
@@ -195,6 +201,7 @@ def start_run(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, s
         directory.remove_leftovers()
         budget = None
         if options.minutes is not None:
+            display.doing("timing training steps")
             spent = make_parts(options, data, checkpoint, shards)
             end = started + 60 * options.minutes
             budget = TimeBudget.rehearse(end, spent, data.validation, directory, options.warmup)
@@ -206,17 +213,17 @@ def start_run(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, s
         directory.write_config(trainer.config(length))
         directory.write_metrics([])
         trainer.save()  # from here on the run can be resumed, whatever happens to it
-        return finish(trainer)
+        return finish(trainer, options.log)
 
 
-def resume_run(directory: RunDirectory, given: Mapping[str, Any]) -> Progress:
+def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Display) -> Progress:
     """Continue the run in `directory`, whose record decides everything that `given` may not change."""
     record, progress = directory.read_record(), Progress.read(directory.last)
     options, length = resumed_options(directory, record, given), record.length
+    check_log(options.log)
     if options.epochs is not None and options.epochs != record.options["epochs"]:
         length = length.with_total(options.epochs * length.steps_per_epoch)
         progress.finished = progress.step >= length.total_steps
-    display = Display()
     same_source = options.data == record.options["data"]
     if progress.finished and same_source:  # the images of a finished run are not needed
         display.line(f"{directory.path} is finished: its {progress.epoch} epochs are done, nothing was changed")
@@ -224,7 +231,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any]) -> Progress:
     checkpoint = None
     if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
         checkpoint = open_checkpoint(directory.last)
-    data = load(options, checkpoint)
+    data = load(options, checkpoint, display)
     if record.fingerprint != data.fingerprint:
         other = f"{data.name}, which holds other images" if data.name == record.data_name else data.name
         raise UsageError(
@@ -246,7 +253,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any]) -> Progress:
         if length != record.length:
             directory.write_config(trainer.config(length))
         directory.write_metrics(progress.history)  # drops the rows of epochs after the checkpoint
-        return finish(trainer)
+        return finish(trainer, options.log)
 
 
 def resumed_options(directory: RunDirectory, record: Record, given: Mapping[str, Any]) -> TrainConfig:
@@ -275,6 +282,7 @@ def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, d
         return resident(data, device)
     images = len(data.train) + len(data.validation)
     display.line(f"only the head learns: computing the features of {images} images once")
+    display.doing("computing features")
     model = make_model(options, data, checkpoint).to(device)
     return resident(with_features(Backbone(model), data, options.threads, options.precision), device)
 
@@ -351,11 +359,11 @@ def parameters(model: VisionTransformer) -> str:
     return f"{model.num_parameters() / 1e6:.2f} M parameters{some}"
 
 
-def finish(trainer: Trainer) -> Progress:
+def finish(trainer: Trainer, log_kind: str) -> Progress:
     """Train to the end of the run and say how it ended."""
-    with stop_on_signals() as stop:
-        trainer.run(stop)
     progress, directory = trainer.progress, trainer.directory
+    with stop_on_signals() as stop, open_log(log_kind, directory.path, progress.step) as log:
+        trainer.run(stop, log)
     curves = f", curves in {directory.curves}"
     if not directory.curves.exists():
         curves = f'; for curves: pip install "tinyvit[plot]" and tinyvit plot {directory.path}'

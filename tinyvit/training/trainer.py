@@ -26,6 +26,7 @@ from tinyvit.training.display import Display, clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import RunDirectory
 from tinyvit.training.schedule import RunLength
+from tinyvit.training.tensorboard import Log, no_log
 from tinyvit.training.time_budget import TimeBudget
 
 READ_EVERY = 1.0  # seconds: reading a step's numbers waits for a device, and the device then waits for the next step
@@ -82,16 +83,18 @@ class Trainer:
         self.parts, self.validation, self.length, self.rate = parts, validation, length, rate
         self.directory, self.display, self.config, self.description = directory, display, config, description
         self.title, self.training_loss, self.patience, self.budget = title, training_loss, patience, budget
+        self.log: Log = no_log
         self.progress = Progress() if progress is None else progress
         self.parts.step.step_index = self.progress.step
-        self.pending: deque[tuple[Any, int]] = deque()  # results of the latest steps, which may lie on a device
+        self.pending: deque[tuple[Any, int, float]] = deque()  # results, which may lie on a device, images and rates
         self.read_every = 0.0 if arrays.on_host(parts.step.parameters[0].data) else READ_EVERY
         self.read_at = self.saved_at = time.monotonic()
         self.unsaved_best: dict[str, np.ndarray] | None = None
         self.epoch_end_seconds = 0.0  # in this process
 
-    def run(self, stop: Stop) -> None:
-        """Train to the end. Raises Stopped, TrainError, OSError."""
+    def run(self, stop: Stop, log: Log = no_log) -> None:
+        """Train to the end; `log` gets the figures of each step and epoch. Raises Stopped, TrainError, OSError."""
+        self.log = log
         self.display.start(self.length.total_steps, self.progress.step)
         try:
             while not self.progress.finished:
@@ -104,13 +107,14 @@ class Trainer:
     def train_epoch(self, stop: Stop) -> None:
         """Do the steps of the present epoch that are still to be done."""
         p, parts, rate = self.progress, self.parts, self.rate(self.length)
+        self.display.doing(f"epoch {p.epoch + 1}  step {p.step}/{self.length.total_steps}")
         begun = time.monotonic()
         for images, labels in parts.loader.epoch(p.epoch, first_batch=p.batch):
             if p.step >= self.length.total_steps:
                 break
             parts.optimizer.lr = rate(p.step)
             parts.step(images, labels)
-            self.pending.append((parts.step.result, labels.shape[0]))
+            self.pending.append((parts.step.result, labels.shape[0], parts.optimizer.lr))
             p.step, p.batch = p.step + 1, p.batch + 1
             if shown := time.monotonic() - self.read_at >= self.read_every:
                 self.read_results()
@@ -138,6 +142,7 @@ class Trainer:
         given_up = self.patience is not None and p.epoch - p.best_epoch >= self.patience
         p.finished = given_up or p.step >= self.length.total_steps
         self.directory.write_metrics(p.history)
+        self.log("epoch", p.step, {name: value for name, value in row.items() if name not in ("epoch", "step")})
         if p.finished or time.monotonic() - self.saved_at >= self.parts.save_every:
             self.save()
         self.directory.draw_curves(p.history, self.title, self.training_loss, now=p.finished)
@@ -149,15 +154,11 @@ class Trainer:
 
     def evaluate(self, stop: Stop) -> Scores | None:
         """Scores of the model, or of its average, on the validation split; keeps the best weights. None if stopped."""
-        ema, epoch, images = self.parts.ema, self.progress.epoch + 1, len(self.validation)
-
-        def stop_or_show() -> int | None:
-            self.display.evaluating(epoch, images)
-            return stop()
-
+        ema = self.parts.ema
+        self.display.doing(f"epoch {self.progress.epoch + 1}  evaluating {len(self.validation)} validation images")
         with ema.applied() if ema is not None else contextlib.nullcontext():
             try:
-                scores = self.parts.evaluate(self.validation, stop_or_show)
+                scores = self.parts.evaluate(self.validation, stop)
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
             if scores is not None and self.progress.improved_by(scores):
@@ -167,12 +168,18 @@ class Trainer:
     def read_results(self) -> None:
         """Take up the results of the steps since the last time. Raises TrainError where one is not finite."""
         while self.pending:
-            result, images = self.pending[0]
+            result, images, lr = self.pending[0]
             loss = float(result.loss)
             self.check_finite(loss, float(result.grad_norm))
+            self.log("step", self.oldest_pending, {"loss": loss, "lr": lr})
             self.progress.add_result(loss, int(result.correct), images)
             self.pending.popleft()
         self.read_at = time.monotonic()
+
+    @property
+    def oldest_pending(self) -> int:
+        """The number of the first step whose result is not read yet."""
+        return self.progress.step - len(self.pending) + 1
 
     def check_finite(self, loss: float, grad_norm: float) -> None:
         """Raise TrainError for a loss or a gradient that is not finite."""
@@ -183,9 +190,8 @@ class Trainer:
 
     def failure(self, problem: str) -> TrainError:
         """The error for a problem in the first step whose result is not read yet."""
-        step = self.progress.step - len(self.pending) + 1
         return TrainError(
-            f"{problem} at step {step} (learning rate {self.parts.optimizer.lr:g}, "
+            f"{problem} at step {self.oldest_pending} (learning rate {self.parts.optimizer.lr:g}, "
             f"largest gradient {self.parts.step.largest_grad:g}): try a lower --lr; "
             f"{self.directory.last} holds the last good weights"
         )

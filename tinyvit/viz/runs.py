@@ -14,7 +14,7 @@ from tinyvit.training.display import clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import Record, RunDirectory
 
-_NOT_SETTINGS = ("out", "data", "model", "device", "threads")  # shown by themselves, or of no effect on the result
+_NOT_SETTINGS = ("out", "data", "model", "device", "threads", "log")  # shown by themselves, or without effect
 
 
 @dataclass(frozen=True)
