@@ -20,6 +20,7 @@ import numpy as np
 import tinyvit
 from tinyvit.backend import memory, parallel
 from tinyvit.backend.devices import DeviceError, pick_device
+from tinyvit.execution import system_info
 from tinyvit.kernels.cuda import cublas
 
 Call = Callable[[int], Any]  # does the work on the inputs of this number and gives its results
@@ -284,7 +285,7 @@ def machine(device: Host | Gpu | None = None) -> dict:
     from threadpoolctl import threadpool_info
 
     versions = {"python": platform.python_version(), "numpy": np.__version__, "tinyvit": tinyvit.__version__}
-    for name in ("torch", "jax"):
+    for name in ("numba", "torch", "jax", "onnxruntime", "openvino"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     if "cupy" in sys.modules:
@@ -292,6 +293,15 @@ def machine(device: Host | Gpu | None = None) -> dict:
     libraries = [b for b in threadpool_info() if b["user_api"] == "blas"]
     blas = [f"{b['internal_api']} {b['version']} {b.get('architecture')}" for b in libraries]
     forced = {k: v for k, v in os.environ.items() if k.startswith(("OPENBLAS_", "OMP_", "MKL_"))}
+    processor, flags = system_info.processor()
     gpu = {"gpu": device.describe()} if isinstance(device, Gpu) else {}
-    return gpu | {"cores": parallel.available_cores(), "blas": blas, "versions": versions, "environment": forced,
-            "processor": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    return gpu | {
+        "cores": parallel.available_cores(),
+        "blas": blas,
+        "kernels": system_info.cpu_kernels(os.environ),
+        "versions": versions,
+        "environment": forced,
+        "processor": processor,
+        "instructions": system_info.instruction_sets(flags),
+        "date": time.strftime("%Y-%m-%d"),
+    }

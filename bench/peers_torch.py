@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,3 +128,22 @@ def torch_peer(
         return loss.item(), found
 
     return Peer(name, step, infer, gradients, torch.cuda.synchronize if on_gpu else lambda: None)
+
+
+def onednn_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str) -> Peer:
+    """Inference with weights packed for oneDNN, which torch uses in place of MKL's products only for packed weights."""
+    from torch.utils import mkldnn
+
+    net = vit(model.config).eval()
+    net.load_state_dict({name: torch.from_numpy(value) for name, value in model.state_dict().items()})
+    net = mkldnn.to_mkldnn(net)
+    x = torch.from_numpy(images)
+
+    def infer(batches: int) -> np.ndarray:
+        with torch.no_grad():
+            return torch.cat([net(x) for _ in range(batches)]).numpy()
+
+    def no_training(*_: Any) -> Any:
+        raise NotImplementedError("packed weights cannot be trained")
+
+    return Peer("torch oneDNN", no_training, infer, no_training)

@@ -1,4 +1,4 @@
-"""Training and inference speed of tinyvit beside PyTorch and JAX on this machine.
+"""Training and inference speed of tinyvit beside PyTorch, JAX, ONNX Runtime and OpenVINO on this machine.
 
 All contenders start from the same weights and take turns, step by step, in one process, so that a machine whose speed
 drifts treats them alike. Each row gives the median over the steps. On a CPU they compute in float32, on a GPU in
@@ -63,9 +63,14 @@ PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, bui
     "torch": ("torch", peer_of("peers_torch", "torch_peer")),
     "torch.compile": ("torch", peer_of("peers_torch", "torch_peer", compiled=True)),
     "torch bf16": ("torch", peer_of("peers_torch", "torch_peer", bf16=True)),
+    "torch oneDNN": ("torch", peer_of("peers_torch", "onednn_peer")),
     "JAX": ("jax", peer_of("peers_jax", "jax_peer")),
+    "ONNX Runtime": ("onnxruntime", peer_of("peers_runtimes", "onnxruntime_peer")),
+    "OpenVINO": ("openvino", peer_of("peers_runtimes", "openvino_peer")),
+    "OpenVINO bf16": ("openvino", peer_of("peers_runtimes", "openvino_peer", bf16=True)),
 }
-CPU_ONLY = {"torch bf16"}  # on a GPU all are
+ONLY_INFER = {"torch oneDNN", "ONNX Runtime", "OpenVINO", "OpenVINO bf16"}
+CPU_ONLY = {"torch bf16", *ONLY_INFER}  # on a GPU all torch is in bfloat16
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
 UNCOUNTED = 0.3  # seconds of steps before each that is counted: after a pause short ones take up to twice their time
@@ -111,9 +116,10 @@ def interleave(
     warm_up, repeats, settle, uncounted = (
         (1, 1, SETTLE, UNCOUNTED) if device == "cpu" else (3, GPU_REPEATS[kind], 0.0, 0.0)
     )
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    able = [name for name in contenders if kind == "infer" or name not in ONLY_INFER]
+    times: dict[str, list[float]] = {name: [] for name in able}
     for i in range(warm_up + steps):
-        for name in list(contenders):
+        for name in list(times):
             time.sleep(settle)
             seconds = attempt(name, functools.partial(reading, contenders[name], kind, repeats, uncounted))
             if seconds is None:
@@ -162,7 +168,7 @@ def print_memory(case: str, name: str, device: str) -> None:
         free = cupy.cuda.runtime.memGetInfo()[0]
     peer = make_peer(case, name, device)
     for _ in range(3):
-        peer.run("step")
+        peer.run("infer" if name in ONLY_INFER else "step")
     if device == "cuda":
         print((free - cupy.cuda.runtime.memGetInfo()[0]) / 2**20)
         return
@@ -236,7 +242,7 @@ def table(result: dict) -> str:
         cells = []
         for kind in ("step", "infer"):
             if kind not in row:
-                cells.append(f"{'failed':^32}")
+                cells.append(f"{'' if kind == 'step' and name in ONLY_INFER else 'failed':^32}")
                 continue
             rate, gflops = row[kind]["images_per_second"], row[kind]["gflops"]
             ratio = f"{own[kind]['images_per_second'] / rate:.2f}" if own and kind in own else ""

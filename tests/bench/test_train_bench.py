@@ -56,6 +56,17 @@ def test_training_on_the_cpu(nano, tmp_path, capsys):
     assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines[1:]}) == 1
 
 
+@pytest.mark.parametrize("name", sorted(train_bench.ONLY_INFER))
+def test_contenders_that_only_infer_give_tinyvit_s_logits(nano, name, capsys):
+    if not importlib.util.find_spec(train_bench.PEERS[name][0]):
+        pytest.skip(f"{train_bench.PEERS[name][0]} is not installed")
+    theirs, ours = (train_bench.make_peer("micro", peer, "cpu").infer(2) for peer in (name, "tinyvit"))
+    assert np.abs(theirs - ours).max() < (0.05 if "bf16" in name else 1e-5) and len(theirs) == 10
+    train_bench.main(["--device", "cpu", "--cases", "micro", "--steps", "1", "--no-memory", "--peers", name])
+    row = capsys.readouterr().out.split("\n\n")[0].splitlines()[-1].split("|")
+    assert row[0].strip() == name and not row[1].strip() and "%" in row[2]
+
+
 def test_a_disturbed_measurement_is_said(nano, monkeypatch, capsys):
     rates = iter([1e11, 0.7e11, 1e11])
     monkeypatch.setattr(train_bench, "sgemm_rate", lambda: next(rates))

@@ -13,6 +13,7 @@ GOOD = SystemInfo(
     versions={"tinyvit": "1", "cupy": None},
     processor="a processor",
     vector="avx512",
+    instructions=["avx2", "avx512f"],
     cores=8,
     affinity=8,
     quota=None,

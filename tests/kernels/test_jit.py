@@ -11,6 +11,8 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
 pytest.importorskip("numba")
 
@@ -164,6 +166,19 @@ def test_numba_is_imported_when_the_first_operation_runs_and_it_is_wanted(value,
     environment = os.environ | {"TINYVIT_JIT": value}
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert ran.stdout.strip() == str(used), ran.stderr
+
+
+def test_a_command_that_predicts_few_pictures_does_not_load_numba(tmp_path):
+    weights = tinyvit.create_model("vit_nano_patch8_32", num_classes=3).state_dict()
+    save_file(weights, tmp_path / "nano.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    program = (
+        "import sys; from tinyvit import cli;"
+        "cli.main(['predict', 'nano.safetensors', 'x.png']); print('numba' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TINYVIT_JIT"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "%" in ran.stdout and ran.stdout.endswith("False\n"), ran.stderr
 
 
 def test_the_table_covers_float32_and_what_it_lacks_is_numpy_s(jit):

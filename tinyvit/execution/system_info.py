@@ -19,6 +19,8 @@ from tinyvit.kernels import jit
 # OpenBLAS's kernels by the vector width that they use (its names for core types).
 _AVX512_CORES = {"skylakex", "cooperlake", "sapphirerapids", "zen4", "zen5"}
 _AVX2_CORES = {"haswell", "zen", "excavator"}
+_INSTRUCTIONS = {"fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
+_INSTRUCTIONS |= {"asimd", "asimdhp", "bf16", "i8mm", "sve"}  # ARM's
 _SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_")
 
 
@@ -28,7 +30,8 @@ class SystemInfo:
 
     Attributes:
         versions: package or program name -> version; None where it is not installed.
-        processor: its name; vector: its widest vector instructions ("avx512", "avx2" or "").
+        processor: its name; vector: its widest vector instructions ("avx512", "avx2" or ""); instructions: those of its
+            instruction sets that matter to products of matrices.
         cores: processors of the machine; affinity: those this process may run on; quota: cores that the cgroup
             grants, None without a limit; usable: what tinyvit uses.
         blas: NumPy's BLAS: library, version, core type, threads; None if none is known.
@@ -42,6 +45,7 @@ class SystemInfo:
     versions: dict[str, str | None]
     processor: str
     vector: str
+    instructions: list[str]
     cores: int
     affinity: int
     quota: int | None
@@ -62,8 +66,7 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
     """Look at this info."""
     from tinyvit.data.sources.download import cache_directory
 
-    cpuinfo = _read("/proc/cpuinfo")
-    flags = _field(cpuinfo, "flags").split()
+    name, flags = processor()
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     meminfo = _field(_read("/proc/meminfo"), "MemTotal").split()
     blas = next((b for b in threadpool_info() if b["user_api"] == "blas" and "numpy" in b["filepath"]), None)
@@ -74,8 +77,9 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
         | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")}
         | {name: _version(name) for name in ("nvmath-python", "ml_dtypes")}
         | devices.cuda_versions(),
-        processor=_field(cpuinfo, "model name") or platform.processor() or platform.machine(),
+        processor=name,
         vector="avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "",
+        instructions=instruction_sets(flags),
         cores=os.cpu_count() or 1,
         affinity=affinity,
         quota=parallel.cgroup_cores(Path("/sys/fs/cgroup")),
@@ -132,6 +136,18 @@ def slowdowns(info: SystemInfo) -> list[str]:
     if info.quota is not None and info.quota < info.affinity:
         out.append(f"the cgroup grants {info.quota} of {info.affinity} cores: raise the container's --cpus")
     return out
+
+
+def processor() -> tuple[str, list[str]]:
+    """The processor's name and its flags, as Linux lists them."""
+    cpuinfo = _read("/proc/cpuinfo")
+    flags = _field(cpuinfo, "flags") or _field(cpuinfo, "Features")  # x86 or ARM
+    return _field(cpuinfo, "model name") or platform.processor() or platform.machine(), flags.split()
+
+
+def instruction_sets(flags: list[str]) -> list[str]:
+    """Those among a processor's flags that matter to products of matrices."""
+    return sorted(_INSTRUCTIONS.intersection(flags))
 
 
 def cpu_kernels(environment: Mapping[str, str]) -> str:
