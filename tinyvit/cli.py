@@ -146,6 +146,9 @@ def make_parser() -> Parser:
     compare.add_argument("runs", nargs="+", metavar="RUN")
     compare.add_argument("--out", metavar="FILE.html", help="write a page, too, with all curves in one chart")
 
+    watch = command("watch", run_watch, "Draw a run's curves in the terminal while it trains.")
+    watch.add_argument("run_directory", metavar="RUN")
+
     plot = command("plot", run_plot, "Draw a run's curves into its curves.png.")
     plot.add_argument("run_directory", metavar="RUN")
 
@@ -301,6 +304,12 @@ def run_compare(args: argparse.Namespace) -> None:
         print(printable(f"comparison in {args.out}"))
 
 
+def run_watch(args: argparse.Namespace) -> None:
+    from tinyvit.viz.watch import watch
+
+    watch(Path(args.run_directory))
+
+
 def run_models(args: argparse.Namespace) -> None:
     from tinyvit.models.registry import list_models, model_config
     from tinyvit.models.summary import summarise
@@ -421,7 +430,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.command is None:
         given = f", got {rest[0]}" if rest else ""
         raise UsageError(
-            f"expected a command: train, eval, predict, report, compare, summary, convert, plot, models or info{given}"
+            f"expected a command: train, eval, predict, report, compare, watch, summary, convert, plot, models "
+            f"or info{given}"
         )
     if rest:
         options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()

@@ -14,7 +14,7 @@ from tinyvit.files.fields import boolean, checked, integer, list_of, number
 
 _COUNT, _SECONDS, _SHARE = integer(0, 10**15), number(0, 1e12), number(0, 1)
 _LOSS = number(-1e30, 1e30)  # class weights can make a mean of losses as large as they like, but not infinite
-_ROW = {
+ROW = {
     "epoch": integer(1, 10**15),
     "step": integer(1, 10**15),
     "train_loss": _LOSS,
@@ -39,7 +39,7 @@ _FIELDS = {
     "best_loss": _LOSS,
     "best_epoch": _COUNT,
     "finished": boolean,
-    "history": list_of(lambda row: checked(row, _ROW, required=_ROW), 0, 10**6),
+    "history": list_of(lambda row: checked(row, ROW, required=ROW), 0, 10**6),
 }
 
 

@@ -23,7 +23,7 @@ from tinyvit.files.fields import checked, integer, text
 from tinyvit.files.reading import parse_json, read_text
 from tinyvit.files.text import printable
 from tinyvit.training.config import FIELDS, TrainConfig, read_value
-from tinyvit.training.progress import Progress
+from tinyvit.training.progress import ROW, Progress
 from tinyvit.training.schedule import RunLength
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
@@ -149,6 +149,14 @@ class RunDirectory:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl: one JSON object for each epoch."""
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl. Raises CheckpointError, OSError."""
+        path = self.path / METRICS
+        try:
+            return [checked(parse_json(line), ROW, required=ROW) for line in read_text(path).splitlines()]
+        except ValueError as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
 
     def save_last(self, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
         """Write all that resuming needs."""

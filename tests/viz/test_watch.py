@@ -1,0 +1,93 @@
+"""Curves drawn as text."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from running import NANO, assert_one_line_error, make_images, tinyvit
+
+from tinyvit.cli import main
+from tinyvit.training.progress import Progress
+from tinyvit.viz.watch import CLEAR, chart
+
+ROWS = [dict(epoch=i, train_accuracy=t, val_accuracy=v) for i, t, v in ((1, 0.25, 0.5), (2, 0.75, 0.75), (3, 1.0, 0.5))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watch")
+    images = make_images(folder / "images")
+    result = tinyvit("train", "--data", images, *NANO, "--epochs", 2, "--out", folder / "run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_a_chart_is_what_one_would_draw():
+    """From 1 to 0.2125, lines are 0.1575 apart: 1, 0.75, 0.5 and 0.25 are on the lines 0, 2, 3 and 5."""
+    assert [line.rstrip() for line in chart(ROWS, "accuracy", 24, 6, False)] == [
+        "     accuracy: . training, o validation",
+        "100% +              ....",
+        " 80% +         ......",
+        "     |    oooooooooo",
+        " 60% +ooooo..      ooooo",
+        " 40% + ...",
+        "     |..",
+        "      1                3",
+    ]
+
+
+def test_one_epoch_is_a_point():
+    picture = chart(ROWS[:1], "accuracy", 60, 9, False)
+    assert "".join(picture[1:]).count("o") == "".join(picture[1:]).count(".") == 1 and picture[-1].split() == ["1"]
+
+
+@pytest.mark.parametrize("columns, lines", [(1, 1), (80, 24), (140, 50)])
+def test_it_fits_and_without_a_terminal_is_drawn_once(run, monkeypatch, capsys, columns, lines):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(lines))
+    assert main(["watch", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert "finished" in shown and "epoch 2/2  training loss" in shown and "\x1b" not in shown and shown.isascii()
+    if columns > 1:
+        *picture, _ = shown.splitlines()
+        assert len(picture) < lines and max(map(len, picture)) <= columns
+
+
+@pytest.mark.parametrize("no_colour", [False, True])
+def test_a_terminal_is_drawn_on_until_the_run_ends(run, monkeypatch, capsys, no_colour):
+    """It begins after one epoch; while it waits, the second one ends."""
+    metrics, read = run / "metrics.jsonl", Progress.read
+    both = metrics.read_text()
+    ended = []
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1" if no_colour else "")
+    monkeypatch.setattr("time.sleep", lambda seconds: (ended.append(seconds), metrics.write_text(both)))
+
+    def progress(path):
+        found = read(path)
+        found.finished = bool(ended)
+        return found
+
+    monkeypatch.setattr(Progress, "read", progress)
+    metrics.write_text(both.splitlines(keepends=True)[0])
+    assert main(["watch", str(run)]) == 0
+    nothing, first, second = capsys.readouterr().out.split(CLEAR)
+    assert not nothing and "ago" in first and "epoch 1/2" in first and "finished" in second and "epoch 2/2" in second
+    assert (set(re.findall(r"\x1b\[\d*m", second)) == set()) == no_colour
+
+
+def test_what_cannot_be_watched(run, tmp_path):
+    assert "there is no last.safetensors" in assert_one_line_error(tinyvit("watch", tmp_path), 1)
+    metrics = run / "metrics.jsonl"
+    kept = metrics.read_text()
+    row = json.loads(kept.splitlines()[0])
+    try:
+        for damage in ("[1", json.dumps({**row, "val_loss": "x"}), json.dumps({**row, "lr": np.inf})):
+            metrics.write_text(damage + "\n")
+            assert "metrics.jsonl is damaged" in assert_one_line_error(tinyvit("watch", run), 1)
+        metrics.write_text("")
+        assert tinyvit("watch", run).stdout == "vit_nano_patch8_32 on images: no epoch has ended yet\n"
+    finally:
+        metrics.write_text(kept)
