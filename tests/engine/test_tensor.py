@@ -433,6 +433,13 @@ def test_importing_is_light():
     assert min(seconds) < 0.3
 
 
+def test_a_tensor_has_its_operators_whichever_module_is_imported_first():
+    for first in ("from tinyvit import Tensor", "from tinyvit.engine.tensor import Tensor"):
+        program = f"{first}; import numpy as np; t = Tensor(np.ones(2)); print((t == np.ones(2)).numpy().all(), (t + t).sum().item())"
+        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert out.stdout == "True 4.0\n", out.stderr
+
+
 def test_numpy_and_loops_see_a_tensor_as_the_array_it_is():
     x = Tensor(np.arange(6, dtype=np.float32).reshape(2, 3), requires_grad=True)
     assert np.asarray(x).dtype == np.float32 and np.array_equal(np.asarray(x), x.data)
