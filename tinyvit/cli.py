@@ -1,4 +1,4 @@
-"""The command line: reading arguments and printing, no logic. Heavy imports wait until a command needs them."""
+"""The command line: reading arguments, calling the package, printing. A command imports what it alone needs."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_a_saved_array_that_was_changed_in_place_is_noticed(compute, backend):
     def fresh():
         return Tensor(place(np.array([[1.0, 2.0], [3.0, 4.0]]), backend, "float64") * 1.0, requires_grad=True)
 
-    message = "saved for its gradient was changed in place after the forward pass"
+    message = "was changed in place after the forward pass"
     for changed in ("input", "output", "detached", "told"):
         x = fresh()
         y = compute(x)
@@ -77,7 +77,7 @@ def test_a_change_before_the_forward_pass_is_none_of_its_business():
     x.data += 1
     (x * x).sum().backward()
     assert x.grad.tolist() == [4, 6]
-    with pytest.raises(RuntimeError, match="multiply saved"):
+    with pytest.raises(RuntimeError, match="an input or output of multiply was changed"):
         old.backward()
 
 

@@ -435,7 +435,7 @@ def test_importing_is_light():
 
 def test_a_tensor_has_its_operators_whichever_module_is_imported_first():
     for first in ("from tinyvit import Tensor", "from tinyvit.engine.tensor import Tensor"):
-        program = f"{first}; import numpy as np; t = Tensor(np.ones(2)); print((t == np.ones(2)).numpy().all(), (t + t).sum().item())"
+        program = f"{first}; t = Tensor([1.0, 1.0]); print((t == t.data).numpy().all(), (t + t).sum().item())"
         out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert out.stdout == "True 4.0\n", out.stderr
 

@@ -107,7 +107,7 @@ def checked_preprocessing(values: Mapping[str, Any], in_chans: int) -> Preproces
     for name in ("mean", "std"):
         if len(found[name]) != in_chans:
             raise ValueError(f"{name} has {len(found[name])} values for {in_chans} channels")
-    return Preprocessing.from_dict(found)
+    return Preprocessing(**found)
 
 
 def describe(

@@ -1,7 +1,7 @@
 """Our own checkpoints, each one safetensors file.
 
 It holds the weights under their state-dict names, and in its metadata, under the key "tinyvit", one JSON object with
-the model's config, the class names, and the size, mean and standard deviation of its images. A training checkpoint
+the model's config, its class names and preprocessing, and how its run divided the data. A training checkpoint
 (`last.safetensors`) also holds tensors named `optimizer.…`, `ema.…` and `step.…`, and its position in the run under
 "progress".
 """

@@ -19,22 +19,8 @@ from tinyvit.data.image_transforms import centre_crop, covering_size, margin, re
 from tinyvit.files.reading import check_regular
 
 # The formats that are decoded within the process. Pillow would hand others, PostScript for one, to external programs.
-FORMATS = (
-    "AVIF",
-    "BMP",
-    "DIB",
-    "GIF",
-    "ICO",
-    "JPEG",
-    "JPEG2000",
-    "PCX",
-    "PNG",
-    "PPM",
-    "QOI",
-    "SGI",
-    "TGA",
-    "TIFF",
-    "WEBP",
+FORMATS = tuple(
+    ["AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF", "WEBP"]
 )
 MOST_PIXELS = 50_000_000  # of an image: decoded, 200 MB
 _decoding = threading.Semaphore(2)  # how many large images are decoded at a time
@@ -251,7 +237,7 @@ def seen_part(
     crop_mode: str = "center",
     interpolation: str = "bicubic",
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where in an image of `image_size` (height, width) lies what `fit` keeps of it, given the same arguments.
+    """Where in an image of `stored_size` (height, width) lies what `fit` keeps of it, given the same arguments.
 
     Returns:
         (top, bottom) and (left, right) in the image's pixels.

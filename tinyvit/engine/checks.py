@@ -69,6 +69,6 @@ def check_unchanged(name: str, versions: Sequence[tuple[Version, int]]) -> None:
     """Raise RuntimeError if an array was changed since the operation `name` recorded its version."""
     if any(version[0] != count for version, count in versions):
         raise RuntimeError(
-            f"an array that {name} saved for its gradient was changed in place after the forward pass; "
+            f"an input or output of {name} was changed in place after the forward pass, which its gradient may need; "
             "run the forward pass again after the change"
         )

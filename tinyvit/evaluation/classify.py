@@ -45,6 +45,8 @@ def classify(
     """
     if not model.class_names:
         raise EvaluationError("classify needs a model with class names, as load_model gives it; got one without")
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
     several = isinstance(images, list | tuple)
     given: Any = images if several else [images]
     outputs = run_on_images(model, given, precision)

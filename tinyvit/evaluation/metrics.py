@@ -1,4 +1,4 @@
-"""Running a trained model: where it runs, how good it is on a data set, what it sees in an image."""
+"""How good a model is on a data set: accuracy, loss, confusion."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _check_tf32(like: Array) -> None:
 
 
 class LossScale:
-    """The factor of a float16 loss (section 3.2 of the paper), which finds its size by itself.
+    """The factor of a float16 loss (section 3.2 of the paper), which adapts to the gradients.
 
     A gradient that overflows halves it, and is not used; GROW_AFTER good ones in a row double it. It lives beside
     `like` and changes in place.

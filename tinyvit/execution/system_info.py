@@ -63,7 +63,7 @@ class SystemInfo:
 
 
 def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
-    """Look at this info."""
+    """What this machine offers."""
     from tinyvit.data.sources.download import cache_directory
 
     name, flags = processor()

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import stat
-from pathlib import Path
 from typing import Any, BinaryIO
 
 # A megabyte of JSON becomes at most some 25 MB of objects.
@@ -78,16 +77,3 @@ def parse_json(text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}, expected an object")
     return content
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        OSError: the file cannot be opened, or it is not a regular file.
-        ValueError: it holds no such object; the message names the file.
-    """
-    try:
-        return parse_json(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{Path(path)} cannot be read: {error}") from None

@@ -43,14 +43,8 @@ class Preprocessing:
         return {**crop, "crop_mode": self.crop_mode, "interpolation": self.interpolation}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; `Preprocessing.from_dict` takes them back."""
+        """Plain values, for JSON; `Preprocessing(**values)` takes them back."""
         return {**self.fit, "mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """Reads `to_dict`'s values; other keys are passed over. Raises KeyError or TypeError without mean and std."""
-        optional = {key: values[key] for key in ("crop_pct", "crop_mode", "interpolation") if key in values}
-        return cls(tuple(values["mean"]), tuple(values["std"]), **optional)
 
 
 def share(part: int, whole: int) -> float:

@@ -1,4 +1,4 @@
-"""Optimizers with torch's semantics, learning-rate schedules, gradient clipping and averaged weights.
+"""SGD, Adam, AdamW and gradient clipping, with torch's semantics.
 
 The arithmetic is in `tinyvit.kernels.reference.optimizers`, with faster versions in the kernels of NumPy and CuPy.
 """

@@ -286,20 +286,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def read_value(path: str | Path, key: str, name: str, value: Any) -> Any:
     """The value that the file `path` gives the option `name` (as `key`). Raises UsageError."""
-    return (_switch if FIELDS[name].metadata["parse"] is bool else _value)(path, key, name, value)
-
-
-def _switch(path: str | Path, key: str, name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UsageError(f"{path}: {key}: expected true or false, got {shown_value(value)}")
-    return value
-
-
-def _value(path: str | Path, key: str, name: str, value: Any) -> Any:
-    if not isinstance(value, str | int | float) or isinstance(value, bool):
-        raise UsageError(f"{path}: {key}: expected one value, got {shown_value(value)}")
+    parse = FIELDS[name].metadata["parse"]
     try:
-        return FIELDS[name].metadata["parse"](str(value))
+        if isinstance(value, bool) != (parse is bool) or not isinstance(value, str | int | float):
+            expected = "true or false" if parse is bool else "one value"
+            raise ValueError(f"expected {expected}, got {shown_value(value)}")
+        return value if parse is bool else parse(str(value))
     except ValueError as error:
         raise UsageError(f"{path}: {key}: {str(error)[:300]}") from None
 

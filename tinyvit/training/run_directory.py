@@ -13,10 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tinyvit.checkpoints.checkpoint import BEST, LAST, CheckpointError
-from tinyvit.checkpoints.native_file import save
 from tinyvit.errors import UsageError
 from tinyvit.files.atomic import atomic_write, write_text
 from tinyvit.files.fields import checked, integer, text
@@ -157,14 +154,6 @@ class RunDirectory:
             return [checked(parse_json(line), ROW, required=ROW) for line in read_text(path).splitlines()]
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
-
-    def save_last(self, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-        """Write all that resuming needs."""
-        save(self.last, tensors, metadata)
-
-    def save_best(self, weights: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-        """Write the best weights."""
-        save(self.best, weights, metadata)
 
     def draw_curves(self, rows: list[dict[str, Any]], title: str, training_loss: str, *, now: bool = False) -> None:
         """Draw curves.png where matplotlib is installed, at most every DRAW_EVERY seconds unless `now` is true."""

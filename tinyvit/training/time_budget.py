@@ -51,7 +51,7 @@ class TimeBudget:
     def rehearse(
         cls, end: float, parts: Parts, validation: Split, directory: RunDirectory, warmup: float
     ) -> TimeBudget:
-        """A budget from durations that are measured with `parts`, which are spent afterwards."""
+        """A budget from durations that are measured with `parts`. It trains them: make others for the run."""
         seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * max(0.0, end - time.monotonic()))
         step_seconds = time_steps(parts, seconds)
         epoch_end = time_epoch_end(parts, validation, directory, step_seconds, seconds)
@@ -103,9 +103,10 @@ def time_epoch_end(
 ) -> float:
     """Seconds for evaluating, saving and drawing at the end of an epoch, of which a part is measured."""
     count = min(len(validation), 1 + int(parts.loader.batch_size * seconds / step_seconds))
-    parts.evaluate(FirstImages(validation, validation.labels[:1]))  # the first prediction is slower
+    parts.evaluate(validation.take(np.arange(1)))  # the first prediction is slower
+    first = validation.take(np.arange(count))
     began = time.monotonic()
-    parts.evaluate(FirstImages(validation, validation.labels[:count]))
+    parts.evaluate(first)
     evaluating = (time.monotonic() - began) * len(validation) / count
     throwaway = directory.path / ".rehearsal.safetensors"
     try:
@@ -123,24 +124,3 @@ def time_epoch_end(
     if parts.save_every:
         saving *= min(1.0, epoch / parts.save_every)
     return evaluating + saving + drawing * min(1.0, epoch / DRAW_EVERY)
-
-
-@dataclasses.dataclass(frozen=True)
-class FirstImages:
-    """The first images of a split, as many as there are `labels`."""
-
-    split: Split
-    labels: np.ndarray
-
-    @property
-    def skipped(self) -> list[str]:
-        return []
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        return self.split.read(indices, rng)
-
-    def take(self, indices: np.ndarray) -> FirstImages:
-        return FirstImages(self.split.take(indices), self.labels[indices])

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import arrays
+from tinyvit.checkpoints.native_file import save
 from tinyvit.data import Split
 from tinyvit.evaluation.metrics import EvaluationError, Scores
 from tinyvit.training.build import Parts
@@ -211,13 +212,13 @@ class Trainer:
         self.read_results()
         self.save_best()
         progress = dataclasses.asdict(self.progress)
-        self.directory.save_last(self.parts.tensors(), {**self.description, "progress": progress})
+        save(self.directory.last, self.parts.tensors(), {**self.description, "progress": progress})
         self.saved_at = time.monotonic()
 
     def save_best(self) -> None:
         """Write the best weights if they are newer than the file."""
         if self.unsaved_best is not None:
-            self.directory.save_best(self.unsaved_best, self.description)
+            save(self.directory.best, self.unsaved_best, self.description)
             self.unsaved_best = None
 
 

@@ -2,7 +2,7 @@
 
 The layout is that of github.com/google-research/vision_transformer: Flax kernels are (in, out), those of attention
 are split into heads, and those of convolutions are (h, w, in, out); ours are (out, in) and (out, in, h, w). A hybrid's
-ResNet runs with timm's epsilons (`tinyvit.resnet`), as all models here run with timm's GELU.
+ResNet runs with timm's epsilons (`tinyvit.models.resnet`), as all models here run with timm's GELU.
 
 github.com/google-research/big_vision writes the same under other names, perhaps all blocks in one array, with position
 embeddings for the patches alone; without a class token it takes the mean of the normalised tokens ("gap"), and without

@@ -56,11 +56,11 @@ def open_weights(path: Path) -> BinaryIO:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError."""
     try:
-        return reading.read_json(path)
+        return reading.parse_json(reading.read_text(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def check_count(count: int) -> None:

@@ -47,7 +47,7 @@ def load_cifar10(
         for group in (TRAIN, TEST)
     )
     mean, std = mean_and_std(in_batches(train[0]))
-    size = pair(image_size or SIDE)
+    size = pair(SIDE if image_size is None else image_size)
     options = {"crop_pct": 1.0, **(fit_options or {})}
     as_stored = size == (SIDE, SIDE) and options["crop_pct"] == 1.0
 

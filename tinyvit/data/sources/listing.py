@@ -108,7 +108,7 @@ def load_listings(
     names, train = found.names, found.train
     test, val = (found.test, found.val) if found.test is not None else (found.val, None)
     assert test is not None
-    size = pair(image_size or common_size(train, test) or LARGE_SIZE)
+    size = pair((common_size(train, test) or LARGE_SIZE) if image_size is None else image_size)
     options = fit_options or {}
     if image_transform is None and max(size) > SMALL:
         image_transform = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))

@@ -80,7 +80,7 @@ CLASSES = tuple(shape.__name__ for shape in SHAPES)
 
 def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0) -> Data:
     """20,000 training images drawn from `seed` and the same 2,000 test images every time, 32x32 by default."""
-    size = pair(image_size or 32)
+    size = pair(32 if image_size is None else image_size)
     train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed])), [])
     test = ArraySplit(*draw(TEST, size, np.random.default_rng([1])), [])
     mean, std = mean_and_std(in_batches(train.images))
