@@ -79,7 +79,7 @@ def _power(draw, name):
     return Example([values(draw, draw(shapes()), kind)], lambda x: x**exponent, lambda x: x**exponent)
 
 
-@case("negative", "abs", "exp", "tanh", "sigmoid", "erf")
+@case("negative", "abs", "exp", "tanh", "sigmoid", "erf", "cos", "sin")
 def _everywhere(draw, name):
     kind = draw(st.sampled_from(["normal", "grid"]))
     return Example([values(draw, draw(shapes()), kind)], getattr(ops, name), getattr(torch, name))

@@ -83,13 +83,13 @@ def test_a_config_survives_json():
         (dict(representation_size=0), "representation_size is 0, expected a whole number from 1 to 65536"),
         (dict(mlp_ratio=0), "mlp_ratio is 0, expected a number from 1e-06 to 1e+06"),
         (dict(mlp_ratio=math.nan), "mlp_ratio is nan, expected a number from 1e-06 to 1e+06"),
-        (dict(act="relu"), "act is 'relu', expected gelu or gelu_tanh"),
-        (dict(pos_embed="rope"), "pos_embed is 'rope', expected learn or sincos2d"),
+        (dict(act="relu"), "act is 'relu', expected one of gelu, gelu_tanh or quick_gelu"),
+        (dict(pos_embed="rope"), "pos_embed is 'rope', expected one of learn, sincos2d or none"),
         (
             dict(pos_embed="sincos2d", embed_dim=6),
             "sincos2d position embeddings need embed_dim divisible by 4, got 6",
         ),
-        (dict(global_pool="max"), "global_pool is 'max', expected token or avg"),
+        (dict(global_pool="max"), "global_pool is 'max', expected one of token, avg or map"),
         (
             dict(class_token=False),
             'global_pool "token" needs class_token=True; without one use global_pool="avg"',

@@ -22,7 +22,7 @@ def watched(twin, images):
     maps, tokens, pooled = [], [], []
 
     def attention(module, inputs, _):
-        q, k, _ = (t.unflatten(-1, (module.heads, -1)).transpose(1, 2) for t in module.qkv(inputs[0]).chunk(3, dim=-1))
+        q, k, _ = module.queries_keys_values(inputs[0])
         maps.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1))
 
     for block in twin.blocks:

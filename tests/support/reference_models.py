@@ -14,30 +14,76 @@ from tinyvit.models.config import ViTConfig
 from tinyvit.models.vit import VisionTransformer
 
 
+def torch_norm(c: ViTConfig, dim: int, present: bool = True) -> nn.Module:
+    return (nn.RMSNorm if c.norm == "rms_norm" else nn.LayerNorm)(dim, c.norm_eps) if present else nn.Identity()
+
+
 class TorchAttention(nn.Module):
     def __init__(self, c: ViTConfig) -> None:
         super().__init__()
+        self.c = c
         self.heads = c.num_heads
         self.qkv = nn.Linear(c.embed_dim, 3 * c.embed_dim, bias=c.qkv_bias)
-        self.proj = nn.Linear(c.embed_dim, c.embed_dim)
+        self.q_norm, self.k_norm = (torch_norm(c, c.embed_dim // c.num_heads, c.qk_norm) for _ in range(2))
+        self.norm = torch_norm(c, c.embed_dim, c.scale_attn_norm)
+        self.proj = nn.Linear(c.embed_dim, c.embed_dim, bias=c.proj_bias)
+        if c.rope == "mixed":
+            self.rope = nn.Module()
+            self.rope.freqs = nn.Parameter(torch.zeros(2, c.num_heads, c.embed_dim // c.num_heads // 2))
+
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, N, D)
+        """The pairs of entries of the patches as complex numbers, times exp(i angle); "mixed" alone."""
+        rows, columns = (torch.arange(n, dtype=x.dtype) for n in self.c.grid_size)
+        places = torch.cartesian_prod(rows, columns).flip(1)  # (patches, 2): column, row
+        angles = torch.einsum("na,ahd->hnd", places, self.rope.freqs)
+        prefix, patches = x[:, :, : self.c.num_prefix_tokens], x[:, :, self.c.num_prefix_tokens :]
+        turned = torch.view_as_complex(patches.unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angles)
+        return torch.cat([prefix, torch.view_as_real(turned).flatten(-2)], dim=2)
+
+    def queries_keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # (B, N, D)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return (self.rotated(q), self.rotated(k), v) if self.c.rope else (q, k, v)  # (B, H, N, D / H) each
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1)
-        )  # (B, H, N, D)
-        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = self.queries_keys_values(x)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.norm(y))
 
 
 class TorchMlp(nn.Module):
-    def __init__(self, c: ViTConfig) -> None:
+    def __init__(self, c: ViTConfig, gated: bool) -> None:
         super().__init__()
         hidden = int(c.mlp_ratio * c.embed_dim)
-        self.fc1 = nn.Linear(c.embed_dim, hidden)
+        self.gated, self.quick = gated, c.act == "quick_gelu"
+        self.fc1 = nn.Linear(c.embed_dim, 2 * hidden if gated else hidden, bias=c.proj_bias)
         self.act = nn.GELU(approximate="tanh" if c.act == "gelu_tanh" else "none")
-        self.fc2 = nn.Linear(hidden, c.embed_dim)
+        self.norm = torch_norm(c, hidden, c.scale_mlp_norm)
+        self.fc2 = nn.Linear(hidden, c.embed_dim, bias=c.proj_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        x = self.fc1(x)
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = nn.functional.silu(gate) * x
+        else:
+            x = x * torch.sigmoid(1.702 * x) if self.quick else self.act(x)
+        return self.fc2(self.norm(x))
+
+
+class TorchAttentionPool(nn.Module):
+    def __init__(self, c: ViTConfig) -> None:
+        super().__init__()
+        self.heads, dim = c.num_heads, c.embed_dim
+        self.latent = nn.Parameter(torch.zeros(1, 1, dim))
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm, self.mlp = torch_norm(c, dim), TorchMlp(c, gated=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(self.latent).expand(len(x), -1, -1)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, *self.kv(x).chunk(2, dim=-1)))
+        y = self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return (y + self.mlp(self.norm(y)))[:, 0]
 
 
 class Scale(nn.Module):
@@ -52,10 +98,10 @@ class Scale(nn.Module):
 class TorchBlock(nn.Module):
     def __init__(self, c: ViTConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(c.embed_dim, c.norm_eps)
+        self.norm1 = torch_norm(c, c.embed_dim)
         self.attn = TorchAttention(c)
-        self.norm2 = nn.LayerNorm(c.embed_dim, c.norm_eps)
-        self.mlp = TorchMlp(c)
+        self.norm2 = torch_norm(c, c.embed_dim)
+        self.mlp = TorchMlp(c, c.swiglu)
         self.ls1 = nn.Identity() if c.init_values is None else Scale(c.embed_dim)
         self.ls2 = nn.Identity() if c.init_values is None else Scale(c.embed_dim)
 
@@ -81,15 +127,21 @@ class TorchViT(nn.Module):
             self.patch_embed.backbone = torch_backbone(c.in_chans, c.resnet_layers)
             with torch.no_grad():
                 features = self.patch_embed.backbone(features)
-        self.patch_embed.proj = nn.Conv2d(features.shape[1], dim, c.patch_size, stride=c.patch_size)
+        self.patch_embed.proj = nn.Conv2d(
+            features.shape[1], dim, c.patch_size, stride=c.patch_size, bias=not c.pre_norm
+        )
+        self.patch_embed.norm = torch_norm(c, dim, c.embed_norm)
+        self.norm_pre = torch_norm(c, dim, c.pre_norm)
         rows, columns = (n // p for n, p in zip(features.shape[2:], c.patch_size, strict=True))
-        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
+        self.pos_embed = None if c.pos_embed == "none" else nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
         self.blocks = nn.ModuleList(TorchBlock(c) for _ in range(c.depth))
         self.pools_first = c.global_pool == "avg" and c.fc_norm is not False
         if self.pools_first:
-            self.fc_norm = nn.LayerNorm(dim, c.norm_eps)
+            self.fc_norm = torch_norm(c, dim, c.final_norm)
         else:
-            self.norm = nn.LayerNorm(dim, c.norm_eps)
+            self.norm = torch_norm(c, dim, c.final_norm)
+        if c.global_pool == "map":
+            self.attn_pool = TorchAttentionPool(c)
         if c.representation_size:
             self.pre_logits = nn.Module()
             self.pre_logits.fc = nn.Linear(dim, c.representation_size)
@@ -99,18 +151,25 @@ class TorchViT(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.patch_embed.proj(self.patch_embed.backbone(images)).flatten(2).transpose(1, 2)  # (B, N, D)
+        x = self.patch_embed.norm(x)
         tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
-        if self.c.no_embed_class:
+        if self.pos_embed is None:
+            x = torch.cat([*tokens, x], dim=1)
+        elif self.c.no_embed_class:
             x = torch.cat([*tokens, x + self.pos_embed], dim=1)
         else:
             x = torch.cat([*tokens, x], dim=1) + self.pos_embed
+        x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
         if not self.pools_first:
             x = self.norm(x)
         pooled = x[:, 0]
+        patches = x[:, sum(t.shape[1] for t in tokens) :]
         if self.c.global_pool == "avg":
-            pooled = x[:, sum(t.shape[1] for t in tokens) :].mean(dim=1)
+            pooled = patches.mean(dim=1)
+        elif self.c.global_pool == "map":
+            pooled = self.attn_pool(patches)
         if self.pools_first:
             pooled = self.fc_norm(pooled)
         if self.c.representation_size:
@@ -167,6 +226,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tanh GELU": dict(act="gelu_tanh", mlp_ratio=2.5),
     "sines and cosines": dict(pos_embed="sincos2d", image_size=(8, 12)),
     "large epsilon": dict(norm_eps=0.1),
+    "a norm before the blocks, none behind them, quick GELU": dict(pre_norm=True, final_norm=False, act="quick_gelu"),
+    "RMS norms everywhere": dict(
+        norm="rms_norm", embed_norm=True, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, norm_eps=1e-3
+    ),
+    "gated MLPs without biases": dict(swiglu=True, proj_bias=False),
+    "gated MLPs with norms": dict(swiglu=True, scale_mlp_norm=True, global_pool="avg"),
+    "attention pooling": dict(global_pool="map", class_token=False, act="gelu_tanh"),
+    "attention pooling behind register tokens": dict(global_pool="map", reg_tokens=2, swiglu=True),
+    "learned rotary positions alone": dict(rope="mixed", pos_embed="none", image_size=(8, 12)),
     "features": dict(num_classes=0),
     "features of a distilled model with pre-logits": dict(num_classes=0, distilled=True, representation_size=7),
 }

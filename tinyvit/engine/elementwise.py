@@ -129,6 +129,18 @@ def tanh(xp: Any, x: Array) -> tuple[Array, Gradient]:
 
 
 @elementwise
+def cos(xp: Any, x: Array) -> tuple[Array, Gradient]:
+    """The cosine."""
+    return xp.cos(x), lambda dy: -dy * xp.sin(x)
+
+
+@elementwise
+def sin(xp: Any, x: Array) -> tuple[Array, Gradient]:
+    """The sine."""
+    return xp.sin(x), lambda dy: dy * xp.cos(x)
+
+
+@elementwise
 def sigmoid(xp: Any, x: Array) -> tuple[Array, Gradient]:
     """1 / (1 + e ** -x)."""
     y = 1.0 / (1.0 + xp.exp(-x))

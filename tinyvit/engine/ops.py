@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from tinyvit.engine.elementwise import (
-    abs, add, clip, compare, divide, erf, exp, log, maximum, minimum, multiply, negative, power, sigmoid, sqrt,
-    subtract, tanh, where,
+    abs, add, clip, compare, cos, divide, erf, exp, log, maximum, minimum, multiply, negative, power, sigmoid, sin,
+    sqrt, subtract, tanh, where,
 )  # fmt: skip
 from tinyvit.engine.indexing import concat, getitem, stack
 from tinyvit.engine.reductions import (

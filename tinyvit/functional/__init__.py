@@ -15,6 +15,7 @@ from tinyvit.engine.ops import multiply, where
 from tinyvit.engine.tensor import Array, Tensor, apply
 from tinyvit.functional import checks
 from tinyvit.functional.checks import Input, Pair, Shape
+from tinyvit.functional.variants import rms_norm, rotary, silu, swiglu
 from tinyvit.kernels import reference
 from tinyvit.kernels.half_precision import half_dtype
 
@@ -37,7 +38,11 @@ __all__ = [
     "patchify",
     "qkv_attention",
     "relu",
+    "rms_norm",
+    "rotary",
+    "silu",
     "softmax",
+    "swiglu",
     "weight_standardize",
     "weighted_targets",
 ]

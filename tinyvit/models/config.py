@@ -51,12 +51,19 @@ FIELDS = {  # the type and the range of each setting
     "reg_tokens": integer(0, 65536),
     "distilled": boolean,
     "no_embed_class": boolean,
-    "pos_embed": one_of("learn", "sincos2d"),
-    "global_pool": one_of("token", "avg"),
+    "pos_embed": one_of("learn", "sincos2d", "none"),
+    "rope": optional(one_of("eva", "dinov3", "pe", "axial", "mixed")),
+    "rope_grid": optional(_size),
+    "global_pool": one_of("token", "avg", "map"),
     "fc_norm": optional(boolean),
-    "act": one_of("gelu", "gelu_tanh"),
+    "act": one_of("gelu", "gelu_tanh", "quick_gelu"),
+    "swiglu": boolean,
+    "norm": one_of("layer_norm", "rms_norm"),
     "norm_eps": number(0, 1),
     "init_values": optional(number(-1e6, 1e6)),
+    **dict.fromkeys(
+        ("embed_norm", "pre_norm", "final_norm", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm"), boolean
+    ),
     "representation_size": optional(integer(1, 65536)),
     **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"), _rate),
 }
@@ -96,11 +103,20 @@ class ViTConfig:
         reg_tokens: how many register tokens stand behind it (Darcet et al. 2023, arXiv:2309.16588).
         distilled: a distillation token and a second head (Touvron et al. 2020, arXiv:2012.12877).
         no_embed_class: position embeddings for the patches only.
-        pos_embed: "learn", or "sincos2d" for fixed sines and cosines (Chen et al. 2021, arXiv:2104.02057).
-        global_pool: "token" takes the class token, "avg" the mean of the patches.
+        pos_embed: "learn", "sincos2d" for fixed sines and cosines (Chen et al. 2021, arXiv:2104.02057), or "none".
+        rope: rotary positions, one of `parts.ROPES` ("eva", "dinov3", "pe", "axial" or "mixed"); None for none.
+        rope_grid: the grid of patches that they were trained on, if places in another are scaled to it.
+        global_pool: "token" takes the class token, "avg" the mean of the patches, "map" a learned attention to them
+            (Zhai et al. 2021, arXiv:2106.04560).
         fc_norm: whether the last layer norm stands behind the pooling; None: if that is "avg", as in timm.
-        act: "gelu" (exact) or "gelu_tanh".
-        norm_eps: epsilon of all layer norms.
+        act: "gelu" (exact), "gelu_tanh" or "quick_gelu" (that of OpenAI's CLIP).
+        swiglu: gated MLPs, with SiLU in the place of `act` (Shazeer 2020, arXiv:2002.05202).
+        norm, norm_eps: "layer_norm" or "rms_norm", and the epsilon of them all.
+        embed_norm, pre_norm, final_norm: whether there is a norm in the patch embedding, one before the blocks (the
+            patch embedding then has no bias, as in CLIP), and one behind them.
+        proj_bias: whether attentions' projections and MLPs have biases.
+        qk_norm, scale_attn_norm, scale_mlp_norm: norms of each head's queries and keys, of what comes before an
+            attention's projection, and of an MLP's hidden layer.
         init_values: start value of layer scale, None for none.
         representation_size: width of a tanh layer before the head (pre_logits), None for none.
         drop_rate: dropout before the head; pos_drop_rate: after the position embeddings; proj_drop_rate: after each
@@ -123,10 +139,21 @@ class ViTConfig:
     distilled: bool = False
     no_embed_class: bool = False
     pos_embed: str = "learn"
+    rope: str | None = None
+    rope_grid: tuple[int, int] | None = None
     global_pool: str = "token"
     fc_norm: bool | None = None
     act: str = "gelu"
+    swiglu: bool = False
+    norm: str = "layer_norm"
     norm_eps: float = 1e-6
+    embed_norm: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    proj_bias: bool = True
+    qk_norm: bool = False
+    scale_attn_norm: bool = False
+    scale_mlp_norm: bool = False
     init_values: float | None = None
     representation_size: int | None = None
     drop_rate: float = 0.0
@@ -144,6 +171,8 @@ class ViTConfig:
         self._check_head()
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        if self.rope and self.embed_dim // self.num_heads % 4:
+            raise ValueError(f"rope needs heads of a width divisible by 4, got {self.embed_dim // self.num_heads}")
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
             raise ValueError(f"sincos2d position embeddings need embed_dim divisible by 4, got {self.embed_dim}")
         if self.mlp_dim < 1:
@@ -173,7 +202,7 @@ class ViTConfig:
     def num_weights(self) -> int:
         """The number of weights in the large matrices, outside a ResNet."""
         dim, (h, w) = self.embed_dim, self.patch_size
-        blocks = self.depth * dim * (4 * dim + 2 * self.mlp_dim)
+        blocks = self.depth * dim * (4 * dim + (2 + self.swiglu) * self.mlp_dim)
         return blocks + dim * (
             self.num_tokens + self.feature_chans * h * w + self.num_classes + (self.representation_size or 0)
         )

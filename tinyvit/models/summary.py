@@ -138,22 +138,32 @@ def _rows(c: ViTConfig) -> Iterator[Row]:
     dim, patch_values = c.embed_dim, c.feature_chans * math.prod(c.patch_size)
     if c.resnet_layers is not None:
         yield from _resnet(c.in_chans, c.image_size, c.resnet_layers)
-    yield _linear("patch_embed.proj", (1, c.num_patches), patch_values, dim, kind="patch embedding")
+    yield _linear(
+        "patch_embed.proj", (1, c.num_patches), patch_values, dim, bias=not c.pre_norm, kind="patch embedding"
+    )
     tokens = {"cls_token": int(c.class_token), "dist_token": int(c.distilled), "reg_token": c.reg_tokens}
     for name, count in tokens.items():
         if count:
             yield Row(name, "token", (1, count, dim), count * dim)
     embedded = c.num_patches if c.no_embed_class else c.num_tokens
     kind = "position embedding" if c.pos_embed == "learn" else "fixed positions"
-    yield Row("pos_embed", kind, (1, c.num_tokens, dim), embedded * dim)
+    if c.embed_norm:
+        yield _norm(c, "patch_embed.norm", (1, c.num_patches, dim))
+    if c.pos_embed != "none":
+        yield Row("pos_embed", kind, (1, c.num_tokens, dim), embedded * dim)
+    if c.pre_norm:
+        yield _norm(c, "norm_pre", (1, c.num_tokens, dim))
     for i in range(c.depth):
         for row in _block(c):
             yield replace(row, name=f"blocks.{i}.{row.name}")
-    if not c.norm_after_pool:
-        yield _layer_norm("norm", (1, c.num_tokens, dim))
-    yield Row("pool", "class token" if c.global_pool == "token" else "mean of patches", (1, dim))
-    if c.norm_after_pool:
-        yield _layer_norm("fc_norm", (1, dim))
+    if c.final_norm and not c.norm_after_pool:
+        yield _norm(c, "norm", (1, c.num_tokens, dim))
+    if c.global_pool == "map":
+        yield from _attention_pool(c)
+    else:
+        yield Row("pool", "class token" if c.global_pool == "token" else "mean of patches", (1, dim))
+    if c.final_norm and c.norm_after_pool:
+        yield _norm(c, "fc_norm", (1, dim))
     if c.representation_size:
         yield _linear("pre_logits.fc", (1,), dim, c.representation_size, kind="linear, tanh")
     if c.num_classes:
@@ -164,19 +174,47 @@ def _rows(c: ViTConfig) -> Iterator[Row]:
 
 def _block(c: ViTConfig) -> Iterator[Row]:
     n, dim = c.num_tokens, c.embed_dim
-    yield _layer_norm("norm1", (1, n, dim))
+    head = dim // c.num_heads
+    yield _norm(c, "norm1", (1, n, dim))
     yield _linear("attn.qkv", (1, n), dim, 3 * dim, bias=c.qkv_bias)
+    for name in ("attn.q_norm", "attn.k_norm") if c.qk_norm else ():
+        yield _norm(c, name, (1, c.num_heads, n, head))
+    if c.rope:
+        learned = 2 * c.num_heads * (head // 2) if c.rope == "mixed" else 0
+        yield Row("attn.rope", "rotary positions", (2, c.num_heads, n, head), learned)
     yield Row("attn.weights", "softmax(q k^T)", (1, c.num_heads, n, n), flops=2 * n * n * dim)
     yield Row("attn.values", "weights v", (1, n, dim), flops=2 * n * n * dim)
-    yield _linear("attn.proj", (1, n), dim, dim)
+    if c.scale_attn_norm:
+        yield _norm(c, "attn.norm", (1, n, dim))
+    yield _linear("attn.proj", (1, n), dim, dim, bias=c.proj_bias)
     if c.init_values is not None:
         yield Row("ls1", "layer scale", (1, n, dim), dim)
-    yield _layer_norm("norm2", (1, n, dim))
-    yield _linear("mlp.fc1", (1, n), dim, c.mlp_dim)
-    yield Row("mlp.act", c.act, (1, n, c.mlp_dim))
-    yield _linear("mlp.fc2", (1, n), c.mlp_dim, dim)
+    yield _norm(c, "norm2", (1, n, dim))
+    yield from _mlp(c, "mlp", n)
     if c.init_values is not None:
         yield Row("ls2", "layer scale", (1, n, dim), dim)
+
+
+def _mlp(c: ViTConfig, name: str, n: int, gated: bool | None = None) -> Iterator[Row]:
+    """The MLP of a block, or that of attention pooling, which is never gated."""
+    gated = c.swiglu if gated is None else gated
+    yield _linear(f"{name}.fc1", (1, n), c.embed_dim, (1 + gated) * c.mlp_dim, bias=c.proj_bias)
+    yield Row(f"{name}.act", "SwiGLU" if gated else c.act, (1, n, c.mlp_dim))
+    if c.scale_mlp_norm:
+        yield _norm(c, f"{name}.norm", (1, n, c.mlp_dim))
+    yield _linear(f"{name}.fc2", (1, n), c.mlp_dim, c.embed_dim, bias=c.proj_bias)
+
+
+def _attention_pool(c: ViTConfig) -> Iterator[Row]:
+    n, dim = c.num_patches, c.embed_dim
+    yield Row("attn_pool.latent", "query", (1, 1, dim), dim)
+    yield _linear("attn_pool.q", (1, 1), dim, dim)
+    yield _linear("attn_pool.kv", (1, n), dim, 2 * dim)
+    yield Row("attn_pool.weights", "softmax(q k^T)", (1, c.num_heads, 1, n), flops=2 * n * dim)
+    yield Row("attn_pool.values", "weights v", (1, 1, dim), flops=2 * n * dim)
+    yield _linear("attn_pool.proj", (1, 1), dim, dim)
+    yield _norm(c, "attn_pool.norm", (1, 1, dim))
+    yield from _mlp(c, "attn_pool.mlp", 1, gated=False)
 
 
 def _resnet(in_chans: int, image_size: tuple[int, int], layers: tuple[int, ...]) -> Iterator[Row]:
@@ -212,8 +250,9 @@ def _linear(name: str, rows: tuple[int, ...], n_in: int, n_out: int, *, bias: bo
     return Row(name, kind, (*rows, n_out), (n_in + bias) * n_out, 2 * math.prod(rows) * n_in * n_out)
 
 
-def _layer_norm(name: str, output: tuple[int, ...]) -> Row:
-    return Row(name, "layer norm", output, 2 * output[-1])
+def _norm(c: ViTConfig, name: str, output: tuple[int, ...]) -> Row:
+    layer = c.norm == "layer_norm"
+    return Row(name, "layer norm" if layer else "RMS norm", output, (1 + layer) * output[-1])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ a token (`embed_dim`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tinyvit import functional as F
@@ -13,7 +15,7 @@ from tinyvit import nn
 from tinyvit.backend import arrays
 from tinyvit.engine.ops import broadcast_to, concat, tanh
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.models import inspection, resnet
+from tinyvit.models import inspection, parts, resnet
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.positions import sincos2d
 from tinyvit.models.preprocessing import Preprocessing
@@ -25,14 +27,17 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         layers, patch = config.resnet_layers, config.patch_size
         self.backbone = nn.Identity() if layers is None else resnet.backbone(config.in_chans, layers)
-        self.proj = nn.Conv2d(config.feature_chans, config.embed_dim, patch, stride=patch)
+        self.proj = nn.Conv2d(config.feature_chans, config.embed_dim, patch, stride=patch, bias=not config.pre_norm)
+        self.norm = parts.norm_if(config.embed_norm, config, config.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W)
         x = self.backbone(images)
         if nn.is_plain(self.proj, nn.Conv2d):  # no pixel is in two patches: one product of matrices
-            return F.patch_embed(x, self.proj.weight, self.proj.bias)  # (B, patches, D)
-        x = self.proj(x)  # (B, D, rows, columns)
-        return x.reshape(*x.shape[:2], -1).transpose()
+            x = F.patch_embed(x, self.proj.weight, self.proj.bias)  # (B, patches, D)
+        else:
+            x = self.proj(x)  # (B, D, rows, columns)
+            x = x.reshape(*x.shape[:2], -1).transpose()
+        return self.norm(x)  # (B, patches, D)
 
 
 class Attention(nn.Module):
@@ -46,34 +51,53 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(
             dim, 3 * dim, config.qkv_bias, weight_init=lambda shape: nn.init.xavier_uniform(shape, fan_out=dim)
         )
-        self.proj = nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (parts.norm_if(config.qk_norm, config, dim // config.num_heads) for _ in range(2))
+        self.rope = parts.Rotary(config) if config.rope else None
+        self.changes_queries = config.qk_norm or bool(config.rope)
+        self.norm = parts.norm_if(config.scale_attn_norm, config, dim)
+        self.proj = nn.Linear(dim, dim, config.proj_bias)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:  # (B, N, D)
         """The outputs of all tokens, or of the first `queries` alone."""
-        qkv, drop = self.qkv(x), self.attn_drop_rate  # (B, N, 3 D)
+        qkv, drop = self.queries_keys_values(x), self.attn_drop_rate  # (B, N, 3 D)
         y = F.qkv_attention(qkv, self.num_heads, dropout=drop, training=self.training, queries=queries)
-        return self.proj_drop(self.proj(y))  # (B, N or queries, D)
+        return self.proj_drop(self.proj(self.norm(y)))  # (B, N or queries, D)
+
+    def queries_keys_values(self, x: Tensor) -> Tensor:  # (B, N, D)
+        qkv = self.qkv(x)
+        if not self.changes_queries:
+            return qkv  # (B, N, 3 D)
+
+        def change(q: Tensor, k: Tensor) -> Sequence[Tensor]:
+            q, k = self.q_norm(q), self.k_norm(k)
+            return (q, k) if self.rope is None else self.rope(q, k)
+
+        return parts.with_queries_and_keys(qkv, self.num_heads, change)  # (B, N, 3 D)
 
     def attention_weights(self, x: Tensor) -> Tensor:  # (B, N, D)
         """The weights by which `forward` adds up the values in evaluation mode: softmax(q k^T / sqrt(D / heads))."""
-        return F.attention_weights(self.qkv(x), self.num_heads)  # (B, heads, N, N)
+        return F.attention_weights(self.queries_keys_values(x), self.num_heads)  # (B, heads, N, N)
 
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU between."""
 
     def __init__(self, config: ViTConfig) -> None:
-        self.approximate = "tanh" if config.act == "gelu_tanh" else "none"
-        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
-        for layer in (self.fc1, self.fc2):
+        self.act, self.approximate = config.act, "tanh" if config.act == "gelu_tanh" else "none"
+        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim, config.proj_bias)
+        self.norm = parts.norm_if(config.scale_mlp_norm, config, config.mlp_dim)
+        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim, config.proj_bias)
+        for layer in (self.fc1, self.fc2) if config.proj_bias else ():
             layer.bias = nn.Parameter(nn.init.normal((layer.weight.shape[0],), std=1e-6))
         self.drop = nn.Dropout(config.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        x = nn.linear_gelu(self.fc1, x, self.approximate)  # (B, N, mlp_dim)
-        return self.drop(self.fc2(self.drop(x)))  # (B, N, D)
+        if self.act == "quick_gelu":
+            x = F.silu(self.fc1(x), parts.QUICK_GELU)  # (B, N, mlp_dim)
+        else:
+            x = nn.linear_gelu(self.fc1, x, self.approximate)  # (B, N, mlp_dim)
+        return self.drop(self.fc2(self.norm(self.drop(x))))  # (B, N, D)
 
 
 class Block(nn.Module):
@@ -83,11 +107,11 @@ class Block(nn.Module):
         def layer_scale() -> nn.Module:
             return nn.Identity() if config.init_values is None else nn.LayerScale(config.embed_dim, config.init_values)
 
-        self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.norm1 = parts.norm(config, config.embed_dim)
         self.attn = Attention(config)
         self.ls1 = layer_scale()
-        self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
-        self.mlp = Mlp(config)
+        self.norm2 = parts.norm(config, config.embed_dim)
+        self.mlp = parts.SwiGLU(config) if config.swiglu else Mlp(config)
         self.ls2 = layer_scale()
         self.drop_path = nn.DropPath(drop_path)
 
@@ -116,17 +140,20 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(np.zeros((1, 1, dim), np.float32)) if config.class_token else None
         self.dist_token = nn.Parameter(np.zeros((1, 1, dim), np.float32)) if config.distilled else None
         self.reg_token = nn.Parameter(nn.init.normal((1, config.reg_tokens, dim), 1e-6)) if config.reg_tokens else None
+        self.pos_embed: nn.Parameter | None = None
         if config.pos_embed == "learn":
             self.pos_embed = nn.Parameter(nn.init.normal((1, embedded, dim), std=0.02))
-        else:
+        elif config.pos_embed == "sincos2d":
             self.pos_embed = nn.Parameter(sincos2d(config.grid_size, dim, embedded), requires_grad=False)
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
         self.patch_embed = PatchEmbed(config)
+        self.norm_pre = parts.norm_if(config.pre_norm, config, dim)
         rates = np.linspace(0.0, config.drop_path, config.depth).tolist()
         self.blocks: list[nn.Module] = [Block(config, rate) for rate in rates]
-        norm, after = nn.LayerNorm(dim, config.norm_eps), config.norm_after_pool
+        norm, after = parts.norm_if(config.final_norm, config, dim), config.norm_after_pool
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
+        self.attn_pool = parts.AttentionPool(config, Mlp(config)) if config.global_pool == "map" else None
         self.pre_logits = PreLogits(dim, config.representation_size) if config.representation_size else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head, self.head_dist = _heads(config)
@@ -151,11 +178,12 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(self._images(images))  # (B, patches, D)
         tokens = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         prefix = [broadcast_to(t, (x.shape[0], *t.shape[1:])) for t in tokens]
-        if self.config.no_embed_class:
+        if self.pos_embed is not None and self.config.no_embed_class:
             x = concat([*prefix, x + self.pos_embed], axis=1)
         else:
-            x = concat([*prefix, x], axis=1) + self.pos_embed
-        return self.pos_drop(x)  # (B, N, D)
+            x = concat([*prefix, x], axis=1)
+            x = x if self.pos_embed is None else x + self.pos_embed
+        return self.norm_pre(self.pos_drop(x))  # (B, N, D)
 
     def forward_head(self, x: Tensor) -> Tensor:  # (B, N, D), or as many first tokens as the head reads
         """Logits; those of a distilled model are the mean of its two heads'."""
@@ -163,8 +191,11 @@ class VisionTransformer(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:  # (B, N, D), or as many first tokens as the head reads
         """The feature before the head."""
-        if self.config.global_pool == "avg":
-            pooled = x[:, self.config.num_prefix_tokens :, :].mean(axis=1)
+        patches = slice(self.config.num_prefix_tokens, None)
+        if self.attn_pool is not None:
+            pooled = self.attn_pool(x[:, patches, :])
+        elif self.config.global_pool == "avg":
+            pooled = x[:, patches, :].mean(axis=1)
         else:
             pooled = x[:, 0, :]
         return self.pre_logits(self.fc_norm(pooled))  # (B, D) or (B, representation_size)
@@ -206,15 +237,23 @@ class VisionTransformer(nn.Module):
         Args:
             num_classes: 0 for no head.
             global_pool: "token" or "avg" changes how tokens are pooled; the weights of the last norm stay.
+
+        Raises:
+            ValueError: a `global_pool` of "map", for a model that has none.
         """
         pool = global_pool or self.config.global_pool
+        if pool == "map" != self.config.global_pool:
+            raise ValueError(
+                'a model without attention pooling cannot get global_pool "map", expected "token" or "avg"'
+            )
+        self.attn_pool = self.attn_pool if pool == "map" else None
         after = self.config.norm_after_pool if pool == "avg" else None
         config = self.config.replace(num_classes=num_classes, global_pool=pool, fc_norm=after)
         if config.norm_after_pool != self.config.norm_after_pool:
             self.norm, self.fc_norm = self.fc_norm, self.norm
         self.config, self.class_names = config, ()
         self.head, self.head_dist = _heads(config)
-        like = self.pos_embed.data
+        like = self._like
         for head in (self.head, self.head_dist):
             if head is not None:
                 head.to(arrays.device_name(like), like.dtype)
@@ -225,9 +264,14 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return x
 
+    @property
+    def _like(self) -> Array:
+        """An array of the model's library, device and dtype."""
+        return (self.patch_embed.proj.weight if self.pos_embed is None else self.pos_embed).data
+
     def _images(self, images: Tensor | Array) -> Tensor:
         """The images as a Tensor in the model's library and dtype. Raises TypeError or ValueError."""
-        like = self.pos_embed.data
+        like = self._like
         data = images.data if isinstance(images, Tensor) else images
         if not arrays.is_array(data):
             raise TypeError(f"expected an array of images (B, C, H, W), got {type(data).__name__}")
@@ -265,7 +309,10 @@ def _heads(config: ViTConfig) -> tuple[nn.Module, nn.Module | None]:
 
 
 # In a block that is made of these, attention alone lets one token's output depend on the others.
-_KNOWN_LAYERS = (Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.LayerScale, nn.Dropout, nn.DropPath, nn.Identity)
+_KNOWN_LAYERS = (
+    Block, Attention, Mlp, nn.Linear, nn.LayerNorm, nn.LayerScale, nn.Dropout, nn.DropPath, nn.Identity,
+    nn.RMSNorm, parts.SwiGLU, parts.Rotary,
+)  # fmt: skip
 
 
 def _reads_first_tokens(model: VisionTransformer) -> bool:

@@ -13,6 +13,7 @@ from tinyvit.nn.layers import (
     LayerScale,
     Linear,
     ReLU,
+    RMSNorm,
     is_plain,
     linear_gelu,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Module",
     "ModuleList",
     "Parameter",
+    "RMSNorm",
     "ReLU",
     "Sequential",
     "evaluating",

@@ -123,6 +123,17 @@ class LayerNorm(Module):
         return F.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class RMSNorm(Module):
+    """Division by the root of the mean square over the last axis, of length `dim` (arXiv:1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        self.eps = eps
+        self.weight = Parameter(np.ones(dim, np.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight, self.eps)
+
+
 class LayerScale(Module):
     """A learned factor for each channel (Touvron et al. 2021, arXiv:2103.17239): (..., dim) -> (..., dim)."""
 

@@ -78,12 +78,16 @@ class Parameter(Tensor):
 
 
 class Buffer(Tensor):
-    """A tensor of a module that does not learn: it is in the state dict and moved by `to`, but is no parameter."""
+    """A tensor of a module that does not learn: it is moved by `to`, but is no parameter.
 
-    __slots__ = ()
+    As in torch it is in the state dict unless `persistent` is False, for what the module itself can compute.
+    """
 
-    def __init__(self, data: Array | Tensor) -> None:
+    __slots__ = ("persistent",)
+
+    def __init__(self, data: Array | Tensor, persistent: bool = True) -> None:
         super().__init__(data.data if isinstance(data, Tensor) else data)
+        self.persistent = persistent
 
 
 class Module:
@@ -113,7 +117,7 @@ class Module:
         """Set an attribute. Raises TypeError for a parameter or module that would get lost."""
         old = vars(self).get(name)
         if isinstance(old, Buffer) and value is not None and not isinstance(value, Buffer):
-            value = Buffer(value)
+            value = Buffer(value, old.persistent)
         elif isinstance(old, Parameter) and value is not None and not isinstance(value, Parameter):
             raise TypeError(
                 f"{name} is a parameter of {type(self).__name__} and cannot become a {type(value).__name__}; assign "
@@ -126,9 +130,9 @@ class Module:
             )
         super().__setattr__(name, value)
 
-    def register_buffer(self, name: str, tensor: Array | Tensor | None) -> None:
-        """The same as `self.name = nn.Buffer(tensor)`."""
-        setattr(self, name, None if tensor is None else Buffer(tensor))
+    def register_buffer(self, name: str, tensor: Array | Tensor | None, persistent: bool = True) -> None:
+        """The same as `self.name = nn.Buffer(tensor, persistent)`."""
+        setattr(self, name, None if tensor is None else Buffer(tensor, persistent))
 
     def _members(self) -> list[tuple[str, Any]]:
         """The parameters, buffers and modules among the attributes, with their names."""
@@ -231,8 +235,12 @@ class Module:
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Copies of all parameters and buffers as NumPy arrays, by name."""
-        return {name: np.array(t.numpy()) for name, t in self._named((Parameter, Buffer))}
+        """Copies of all parameters and persistent buffers as NumPy arrays, by name."""
+        return {name: np.array(t.numpy()) for name, t in self._state()}
+
+    def _state(self) -> list[tuple[str, Tensor]]:
+        """All parameters and persistent buffers."""
+        return [(name, t) for name, t in self._named((Parameter, Buffer)) if getattr(t, "persistent", True)]
 
     def load_state_dict(self, state: Mapping[str, Array], strict: bool = True, *, copy: bool = True) -> None:
         """Take over parameters and buffers by name.
@@ -247,7 +255,7 @@ class Module:
         Raises:
             ValueError: names every missing, unexpected and mis-shaped entry; nothing was changed then.
         """
-        own = dict(self._named((Parameter, Buffer)))
+        own = dict(self._state())
         problems = []
         if strict:
             problems += [f"missing {name}" for name in own if name not in state]

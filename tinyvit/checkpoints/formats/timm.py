@@ -23,6 +23,7 @@ from tinyvit.checkpoints.formats.common import (
     count_classes,
     mlp_ratio,
     names_of_classes,
+    pack_qkv,
     renamed,
     resnet_layers,
     stem,
@@ -38,6 +39,7 @@ from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
 
 PATCHES = "patch_embed.proj.weight"
+PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 HEAD_WIDTH = 64  # of an attention head in nearly all published models
 NAMED_HEADS = (  # what a model's name says, its width, and its heads where they are not HEAD_WIDTH wide
     ("giant_", 1408, 16),  # Zhai et al. 2021, arXiv:2106.04560, table 2
@@ -47,21 +49,34 @@ NAMED_HEADS = (  # what a model's name says, its width, and its heads where they
     ("base_patch16_gap_", 768, 16),
 )
 # Models to which timm gives the tanh GELU by their names alone.
-TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_gap_512")
+TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_(gap_)?512")
 LAYER_SCALE = 1e-5  # its usual start value
-NORM_EPS = 1e-6
+NORM_EPS, LARGE_NORM_EPS = 1e-6, 1e-5
+ROPES = (  # what a model's name says of its rotary positions: the kind, and the grid of patches they were trained on
+    (r"dinov3|lingbot", "dinov3", None),
+    (r"vit_pe_core_base", "pe", 14),
+    (r"vit_pe_core_(tiny|small|large)", "pe", 24),
+    (r"vit_pe_", "pe", 32),
+    (r"_rope_mixed", "mixed", None),
+    (r"_rope_reg\d", "eva", 16),
+    (r"_rope_", "axial", None),
+    (r"eva02_", "eva", 16),
+)
 UNSUPPORTED = {  # parts of timm's other models, and what they are
-    "norm_pre.": "a layer norm before the blocks",
-    "attn_pool.": "attention pooling",
     "rel_pos": "relative positions",
     "relative_position": "relative positions",
-    "attn.q_norm.": "normalised queries and keys",
-    "attn.q_bias": "separate biases of queries and values",
-    "attn.norm.": "a layer norm within attention",
-    "mlp.norm.": "a layer norm within the MLP",
-    "mlp.w12.": "a gated MLP",
-    "mlp.fc1_g.": "a gated MLP",
+    "attn.gate.": "gated attention",
+    "attn.lambda_": "differential attention",
+    "attns.": "several attentions side by side",
+    "in_proj.": "attention and MLP side by side",
     "decoder_": "a decoder",
+}
+UNSUPPORTED_NAMES = {  # models that their weights do not tell apart from ours
+    "_rpn_": "its norms behind attention and MLP (rpn)",
+    "eva02_enormous": "its norms behind attention and MLP",
+    "sapiens2": "fewer keys than queries",
+    "vit_pe_core": "attention pooling of the class token, too",
+    "test_vit3": "attention pooling of the register tokens, too",
 }
 RESNET = re.compile(  # the parts of the ResNet that ours is, with stages or without
     r"patch_embed\.backbone\.((stem\.)?(conv|norm)|stages\.\d+\.blocks\.\d+\.(downsample\.(conv|norm)|(conv|norm)[123]))\.\w+"
@@ -88,7 +103,7 @@ FIELDS = {  # of config.json
     "architecture": text,
     "num_heads": integer(1, 65536),
     "global_pool": text,
-    "act_layer": one_of("gelu", "gelu_tanh"),
+    "act_layer": one_of("gelu", "gelu_tanh", "quick_gelu", "silu"),
     "norm_eps": number(0, 1),
     "img_size": either(PIXELS, list_of(PIXELS, 2, 2)),
     "input_size": list_of(PIXELS, 3, 3),
@@ -109,6 +124,7 @@ def read(files: WeightFiles) -> Checkpoint:
         del files.arrays[unused]
     state = renamed(files, our_name)
     try:
+        pack(state)
         card = read_card(files.config)
     except ValueError as error:
         raise CheckpointError(f"{files.path}: its {CONFIG} cannot be followed: {reason(error)}") from None
@@ -129,8 +145,35 @@ def read(files: WeightFiles) -> Checkpoint:
 
 
 def our_name(name: str) -> str:
-    """Our name: layer scale of DeiT III (gamma_1) is called ls1.gamma since."""
-    return re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+    """Our name. The older ones are those of the authors of DeiT III (gamma_1) and DINOv2 (w12)."""
+    name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+    name = re.sub(r"\.attn\.([qkv])_proj\.", lambda found: f".attn.{PROJECTIONS[found[1]]}.", name)
+    return name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
+
+
+def pack(state: dict[str, np.ndarray]) -> None:
+    """Put together what EVA's models keep apart, in place: queries, keys and values, and the halves of gated MLPs.
+
+    Keys have no bias there; zeros are the same. Frequencies of rotary positions go to the blocks. DINOv2's authors add
+    the class token's position embedding, which is added to the class token here, and have none for register tokens.
+    """
+    for name in [name for name in state if name.endswith(".attn.q_bias")]:
+        query, value = state.pop(name), state.pop(name.replace(".q_bias", ".v_bias"))
+        state[name.replace(".q_bias", ".qkv.bias")] = np.concatenate([query, np.zeros_like(query), value])
+    for name in [name for name in state if name.endswith(".attn.query.bias")]:
+        state.setdefault(name.replace(".query.", ".key."), np.zeros_like(state[name]))
+    pack_qkv(state)
+    for name in [name for name in state if ".mlp.fc1_g." in name]:
+        halves = state.pop(name), state.pop(name.replace("fc1_g", "fc1_x"))
+        state[name.replace("fc1_g", "fc1")] = np.concatenate(halves)
+    if "rope.freqs" in state:
+        for i, freqs in enumerate(np.moveaxis(state.pop("rope.freqs"), 1, 0)):  # (2, heads, D / 2)
+            state[f"blocks.{i}.attn.rope.freqs"] = freqs
+    if "register_tokens" in state:
+        state["reg_token"] = state.pop("register_tokens")
+        positions = state["pos_embed"]
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+        state["pos_embed"] = positions[:, 1:]
 
 
 def unsupported_part(state: dict[str, np.ndarray], name: str) -> str | None:
@@ -140,14 +183,9 @@ def unsupported_part(state: dict[str, np.ndarray], name: str) -> str | None:
             return f"{what} ({found})"
     if found := next((key for key in state if "patch_embed.backbone." in key and not RESNET.fullmatch(key)), None):
         return f"a convolutional stem of another kind ({found})"
-    if "_rpn_" in name:
-        return "its norms behind attention and MLP (rpn)"
     if "norm.weight" in state and "fc_norm.weight" in state:
         return "layer norms before and after pooling (norm, fc_norm)"
-    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight", np.empty(0)) for i in (1, 2))
-    if first.ndim == second.ndim == 2 and len(first) == 2 * second.shape[1]:
-        return "a gated MLP (blocks.0.mlp.fc1 is twice as wide as fc2)"
-    return None
+    return next((what for part, what in UNSUPPORTED_NAMES.items() if part in name), None)
 
 
 def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,10 +211,20 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
     if layers is not None:
         in_chans, stride = stem(state).shape[1], resnet.stride(layers)
     blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
+
+    def has(part: str) -> bool:
+        """Whether a block has such a weight."""
+        return any(part in key for key in state if key.startswith("blocks."))
+
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+    swiglu = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden
+    rope, rope_grid = find_rope(state, name)
     after = "fc_norm.weight" in state
     norm_first = card.get("fc_norm") is False and card.get("global_pool") == "avg"
+    if rope in ("dinov3", "pe") and not after:  # these have a mean behind their norm
+        norm_first = card.get("global_pool", "token" if "lingbot" in name else "avg") == "avg"
     mean = after or norm_first or "cls_token" not in state
-    pooling = "avg" if mean else "token"
+    pooling = "map" if "attn_pool.latent" in state else "avg" if mean else "token"
     if card.get("global_pool", "") not in ("", pooling):
         raise ValueError(f"global_pool is {card['global_pool']!r}, but the norm is that of {pooling!r}")
     pre_logits = state.get("pre_logits.fc.weight")
@@ -188,21 +236,53 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
         embed_dim=embed_dim,
         depth=max(blocks, default=0) + 1,
         num_heads=count_heads(files, card, name, embed_dim),
-        mlp_ratio=mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), embed_dim),
-        qkv_bias=any(key.endswith("attn.qkv.bias") for key in state),
+        mlp_ratio=mlp_ratio(hidden, embed_dim),
+        swiglu=swiglu,
+        qkv_bias=has(".attn.qkv.bias"),
         class_token="cls_token" in state,
         reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
         distilled="dist_token" in state,
         global_pool=pooling,
-        fc_norm=False if mean and not after else None,
-        act=card.get("act_layer", "gelu_tanh" if TANH_NAMES.search(name) else "gelu"),
-        norm_eps=card.get("norm_eps", NORM_EPS),  # timm itself cannot say
-        init_values=LAYER_SCALE if any(key.endswith(".gamma") for key in state) else None,
+        fc_norm=False if pooling == "avg" and not after else None,
+        rope=rope,
+        rope_grid=rope_grid,
+        norm="layer_norm" if has(".norm1.bias") else "rms_norm",
+        embed_norm="patch_embed.norm.weight" in state,
+        pre_norm="norm_pre.weight" in state,
+        final_norm=after or any(f"norm.{kind}" in state for kind in ("weight", "bias")),
+        proj_bias=has(".attn.proj.bias"),
+        qk_norm=has(".attn.q_norm."),
+        scale_attn_norm=has(".attn.norm."),
+        scale_mlp_norm=has(".mlp.norm."),
+        act="gelu" if swiglu else card.get("act_layer", find_act(name)),
+        init_values=LAYER_SCALE if has(".gamma") else None,
         representation_size=None if pre_logits is None else len(pre_logits),
     )
+    large = fields["pre_norm"] or fields["embed_norm"] or rope == "dinov3" or (fields["scale_attn_norm"] and not rope)
+    fields["norm_eps"] = card.get("norm_eps", LARGE_NORM_EPS if large else NORM_EPS)  # timm itself cannot say
+    if "pos_embed" not in state:
+        known = [*pairs(files.overrides.get("image_size")), *image_sizes(card, name), (224, 224)]
+        return ViTConfig(**fields, pos_embed="none", image_size=known[0])
     prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
     grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), stride, image_sizes(card, name), files)
     return ViTConfig(**fields, **grid)
+
+
+def find_act(name: str) -> str:
+    """The activation that timm gives a model by its name."""
+    return "quick_gelu" if "quickgelu" in name else "gelu_tanh" if TANH_NAMES.search(name) else "gelu"
+
+
+def find_rope(state: Mapping[str, np.ndarray], name: str) -> tuple[str | None, tuple[int, int] | None]:
+    """The kind of rotary positions and the grid that they were trained on. Raises ValueError where nothing says it."""
+    for part, kind, side in ROPES:
+        if re.search(part, name):
+            return kind, None if side is None else (side, side)
+    if any(key.endswith(".rope.freqs") for key in state):
+        return "mixed", None
+    if "pos_embed" not in state:
+        raise ValueError("it has no position embeddings, and its name none that is known: name the file as its model")
+    return None, None
 
 
 def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: int) -> int:
@@ -237,18 +317,20 @@ def find_grid(
     without one. Raises ValueError when nothing fits.
     """
 
+    given = pairs(files.overrides.get("image_size"))
+
     def square(patches: int) -> tuple[int, int]:
         side = math.isqrt(max(patches, 0)) * stride
         return side * patch[0], side * patch[1]
 
     tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in known]
-    tries += [(square(embedded - prefix), False), *((size, False) for size in pairs(files.overrides.get("image_size")))]
+    tries += [(square(embedded - prefix), False), *((size, False) for size in given)]
     for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
         features = -(-height // stride), -(-width // stride)  # rounded up
         rows, columns = features[0] // patch[0], features[1] // patch[1]
         count = rows * columns + (0 if no_embed_class else prefix)
         if rows and count == embedded and (rows * patch[0], columns * patch[1]) == features:
-            if no_embed_class and prefix and (height, width) not in known:
+            if no_embed_class and prefix and (height, width) not in [*known, *given]:
                 taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
                 warnings.warn(f"{files.path}: {taken}: give image_size if that is wrong", stacklevel=2)
             return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
@@ -278,6 +360,13 @@ def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTC
         raise CheckpointError(f"{path}: its {CONFIG} cannot be followed: {reason(error)}") from None
 
 
+# Settings that are written where they differ from timm's, and those for which a config.json has no place.
+PARTS = {
+    "pre_norm": False, "final_norm": True, "proj_bias": True, "qk_norm": False, "scale_attn_norm": False,
+    "scale_mlp_norm": False,
+}  # fmt: skip
+NOT_IN_CARDS = {"swiglu": False, "norm": "layer_norm", "embed_norm": False, "rope": None}
+
 # --- writing --------------------------------------------------------------------------------------------------
 
 
@@ -290,8 +379,9 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     config = checkpoint.config
     if config.representation_size:
         raise CheckpointError(f"{path}: timm's models have no layer between pooling and head (pre_logits)")
-    if config.norm_eps != NORM_EPS:
-        warnings.warn(f"timm's layer norms have epsilon {NORM_EPS:g}, this model's {config.norm_eps:g}", stacklevel=2)
+    theirs = LARGE_NORM_EPS if config.pre_norm else NORM_EPS
+    if config.norm_eps != theirs:
+        warnings.warn(f"timm's layer norms have epsilon {theirs:g}, this model's {config.norm_eps:g}", stacklevel=2)
     if path.suffix == ".safetensors":
         write_checkpoint(
             checkpoint, path
@@ -300,6 +390,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         stages = f"stages of {config.resnet_layers} blocks before its patches"
         what = "a distilled hybrid" if config.distilled else stages
         raise CheckpointError(f"{path}: timm has no model with {what}; write a .safetensors file")
+    elif part := next((name for name, usual in NOT_IN_CARDS.items() if getattr(config, name) != usual), None):
+        raise CheckpointError(f"{path}: timm's config.json cannot say {part}; write a .safetensors file")
     else:
         write_directory(path, checkpoint.state, {CONFIG: json.dumps(write_card(checkpoint), indent=2)})
 
@@ -313,6 +405,8 @@ def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
     if c.resnet_layers is not None:
         architecture = HYBRIDS[c.resnet_layers]
         first = "patch_embed.backbone.stem.conv" if c.resnet_layers else "patch_embed.backbone.conv"
+    elif c.pre_norm:  # for its epsilon
+        architecture = "vit_base_patch16_clip_224"
     model_args = {
         "img_size": list(c.image_size),
         "patch_size": list(c.patch_size),
@@ -328,6 +422,7 @@ def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
         "no_embed_class": c.no_embed_class,
         "reg_tokens": c.reg_tokens,
     }
+    model_args |= {name: getattr(c, name) for name, usual in PARTS.items() if getattr(c, name) != usual}
     model_args |= {name: getattr(c, name) for name in ("init_values", "fc_norm") if getattr(c, name) is not None}
     return {
         "architecture": "deit_base_distilled_patch16_224" if c.distilled else architecture,

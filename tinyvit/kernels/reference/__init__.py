@@ -12,3 +12,4 @@ from tinyvit.kernels.reference.layers import (
 from tinyvit.kernels.reference.optimizers import (
     UpdateState, adamw, lerp, limited_norm, sgd, sum_of_squares, update_adamw, update_average, update_sgd,
 )  # fmt: skip
+from tinyvit.kernels.reference.variants import rms_norm, rotary, silu, swiglu
