@@ -82,7 +82,12 @@ def position_similarity(model: VisionTransformer) -> np.ndarray:
 
     Returns:
         (rows, columns, rows, columns) float64, from -1 to 1.
+
+    Raises:
+        ValueError: a model without position embeddings.
     """
+    if model.pos_embed is None:
+        raise ValueError("a model without position embeddings (pos_embed 'none') has no similarities of them")
     rows, columns = model.config.grid_size
     embeddings = model.pos_embed.numpy()[0, -rows * columns :].astype(np.float64)
     unit = embeddings / np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
