@@ -343,6 +343,12 @@ def test_precisions_that_cannot_be(name, model, message):
         assert str(caught.value) == message
 
 
+def test_arrays_that_cannot_be_changed_train_in_fp32_only():
+    model = nano().to(pytest.importorskip("jax.numpy"))
+    with pytest.raises(ValueError, match="precision bf16 rounds weights in place"):
+        TrainStep(model, optim.SGD(model.parameters(), lr=0.1), precision="bf16")
+
+
 def test_bf16_without_ml_dtypes(monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(ValueError, match=r"precision bf16: bfloat16 needs ml_dtypes: pip install ml_dtypes"):

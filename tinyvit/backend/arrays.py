@@ -91,9 +91,14 @@ def convert(x: Array, like: Array) -> Array:
     return namespace(like).asarray(to_numpy(x), device=array_api_compat.device(like))
 
 
+def is_writable(x: Array) -> bool:
+    """Whether the library's arrays can be changed in place; JAX's cannot."""
+    return array_api_compat.is_writeable_array(x)
+
+
 def assign(x: Array, key: Any, values: Array) -> Array:
     """`x` after x[key] = values: `x` itself, or another array where the library's arrays cannot be changed (JAX)."""
-    if not array_api_compat.is_writeable_array(x):
+    if not is_writable(x):
         return x.at[key].set(values)
     x[key] = values
     return x

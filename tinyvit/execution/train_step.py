@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,16 +17,6 @@ from tinyvit.backend.memory import keep_freed_memory
 from tinyvit.engine.tensor import Array, Tensor, grad
 from tinyvit.execution.precision import LossScale, Precision
 from tinyvit.kernels import cuda
-
-
-class Average(Protocol):
-    """Follows the weights: `update()` is called after each of their updates.
-
-    One whose `update(skipped)` takes a number that is not 0 where the weights were not updated, and which has
-    `arrays()`, the arrays that it changes in place, becomes part of a CUDA graph: `optim.EMA`.
-    """
-
-    def update(self) -> None: ...
 
 
 class StepResult(NamedTuple):
@@ -52,7 +42,9 @@ class TrainStep:
         clip_norm: largest global norm of the gradient, None for no limit.
         label_smoothing: as in `functional.cross_entropy`.
         accumulate: computes a batch in this many parts, one after the other, to use less memory.
-        ema: an average of the weights to update after each step.
+        ema: an average of the weights, whose `update()` is called after each step. One like `optim.EMA`, with
+            `update(skipped)`, where `skipped` is not 0 if the weights were not updated, and `arrays()`, those that it
+            changes in place, becomes part of a CUDA graph.
         seed: what dropout masks derive from, together with `step_index`.
         threads, shards: as in `parallel.plan`.
         class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly
@@ -101,6 +93,8 @@ class TrainStep:
         like = self.parameters[0].data
         self.class_weights = None if class_weights is None else arrays.convert(arrays.as_array(class_weights), like)
         self.precision = Precision(precision, model.parameters())
+        if self.precision.dtype is not None and not arrays.is_writable(like):
+            raise ValueError(f"precision {precision} rounds weights in place, which these arrays refuse: expected fp32")
         self._scale = LossScale(self.parameters[0].data) if precision == "fp16" else None
         self.step_index = 0
         self.result = StepResult(math.nan, 0, math.nan)
