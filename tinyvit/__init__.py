@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from tinyvit import data, functional, nn, optim, viz
     from tinyvit.checkpoints.loading import load_model
+    from tinyvit.checkpoints.native_file import save_model
     from tinyvit.data import load_data
     from tinyvit.engine import ops
     from tinyvit.engine.ops import concat, stack, where
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Tensor", "TrainStep", "ViTConfig", "VisionTransformer", "classify", "concat", "create_model", "data", "functional",
     "grad", "list_models", "load_data", "load_model", "model_config", "nn", "no_grad", "ops", "optim", "predict",
+    "save_model",
     "stack", "viz", "where",
 ]  # fmt: skip
 
 _MODULES = {"data": "data", "functional": "functional", "nn": "nn", "ops": "engine.ops", "optim": "optim", "viz": "viz"}
 _NAMES = {
     "checkpoints.loading": ("load_model",),
+    "checkpoints.native_file": ("save_model",),
     "data": ("load_data",),
     "engine.ops": ("concat", "stack", "where"),
     "engine.tensor": ("Tensor", "grad", "no_grad"),

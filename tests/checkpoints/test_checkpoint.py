@@ -18,6 +18,7 @@ import tinyvit
 from tinyvit.checkpoints.checkpoint import BEST, LAST, CheckpointError, describe
 from tinyvit.checkpoints.loading import load_model, open_checkpoint
 from tinyvit.checkpoints.native_file import read, read_metadata, save
+from tinyvit.data import Data
 from tinyvit.evaluation.metrics import EvaluationError, labels_for
 from tinyvit.files.atomic import atomic_write, write_text
 from tinyvit.models.preprocessing import Preprocessing
@@ -363,3 +364,22 @@ def test_a_class_name_that_a_model_has_twice_decides_nothing(tmp_path):
     assert labels_for(checkpoint, labels[:1], ("owl",)).tolist() == [1]
     with pytest.raises(EvaluationError, match="class 'crane' is the name of several classes"):
         labels_for(checkpoint, labels[:2], ("crane", "owl"))
+
+
+def test_a_model_trained_in_python_is_saved_and_opened(tmp_path):
+    images = Data("d", None, None, ("a", "b"), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (32, 32), 3, "x", {"crop_pct": 0.9})
+    model = tinyvit.create_model("vit_nano_patch8_32", num_classes=2)
+    for path in (tmp_path / "m.safetensors", tmp_path / "directory"):
+        tinyvit.save_model(model, path, images)
+        again = tinyvit.load_model(path)
+        assert again.class_names == ("a", "b") and again.config == model.config
+        assert (again.preprocessing.mean, again.preprocessing.crop_pct) == ((0.1, 0.2, 0.3), 0.9)
+        for name, array in model.state_dict().items():
+            assert np.array_equal(again.state_dict()[name], array)
+    tinyvit.save_model(again, tmp_path / "m.safetensors")  # as it was loaded
+    assert tinyvit.load_model(tmp_path / "m.safetensors").class_names == ("a", "b")
+    with pytest.raises(ValueError, match="give the data set"):
+        tinyvit.save_model(model, tmp_path / "n.safetensors")
+    with pytest.raises(ValueError, match="3 outputs, the data 2 classes"):
+        tinyvit.save_model(tinyvit.create_model("vit_nano_patch8_32", num_classes=3), tmp_path / "n", images)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "m.safetensors"]

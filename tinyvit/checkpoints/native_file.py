@@ -27,10 +27,13 @@ from tinyvit.checkpoints.checkpoint import (
 from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.safetensors import read_metadata as read_strings
 from tinyvit.checkpoints.readers.safetensors import read_safetensors
+from tinyvit.data.base import Data
 from tinyvit.files.atomic import atomic_write, new_directory
 from tinyvit.files.fields import boolean, checked, integer, list_of, number, text
 from tinyvit.files.reading import parse_json
 from tinyvit.models.config import FIELDS, ViTConfig
+from tinyvit.models.preprocessing import Preprocessing
+from tinyvit.models.vit import VisionTransformer
 
 KEY = "tinyvit"
 FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
@@ -111,3 +114,28 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     else:
         with new_directory(path) as beside:
             save(beside / BEST, checkpoint.state, metadata)
+
+
+def save_model(model: VisionTransformer, path: str | os.PathLike[str], data: Data | None = None) -> None:
+    """Write a model so that `load_model` and all commands open it.
+
+    Args:
+        model: its weights and config are written.
+        path: a name that ends in .safetensors, which is replaced; another name is that of a new directory.
+        data: the data set that it learned, which gives the class names and how images are prepared; None for those
+            that the model was loaded with.
+
+    Raises:
+        ValueError: nothing says how images are prepared, or the model and the data have other numbers of classes.
+        OSError: the file cannot be written.
+    """
+    config, names, preprocessing = model.config, model.class_names, model.preprocessing
+    if data is not None:
+        names, preprocessing = data.class_names, Preprocessing(data.mean, data.std, **data.fit_options)
+    if preprocessing is None:
+        raise ValueError("nothing says how images are prepared for this model: give the data set that it learned")
+    known = len(names) > 0
+    names = names if known else tuple(map(str, range(config.num_classes)))
+    if config.num_classes and len(names) != config.num_classes:
+        raise ValueError(f"the model has {config.num_classes} outputs, the data {len(names)} classes")
+    write_checkpoint(Checkpoint(Path(path), config, model.state_dict(), names, preprocessing, {}, known), Path(path))
