@@ -40,6 +40,7 @@ KERNELS = {
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
     reference.cross_entropy: Kernel(in_fp32(layers.cross_entropy), _valid_labels),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d)),
+    reference.max_pool2d: Kernel(convolution.max_pool2d),
     reference.relu: Kernel(convolution.relu),
     reference.sum_at: Kernel(sum_at),
     **optimizers.KERNELS,
