@@ -314,11 +314,14 @@ def run_models(args: argparse.Namespace) -> None:
     from tinyvit.models.registry import list_models, model_config
     from tinyvit.models.summary import summarise
 
-    rows: list[tuple[str, ...]] = [("name", "width", "depth", "heads", "resnet", "patch", "image", "parameters")]
+    rows: list[tuple[str, ...]] = [("name", "width", "depth", "heads", "stem", "patch", "image", "parameters")]
     for name in list_models():
         c = model_config(name)
         patch, image = (f"{h}x{w}" for h, w in (c.patch_size, c.image_size))
-        before = "none" if c.resnet_layers is None else "-".join(map(str, c.resnet_layers)) or "stem"
+        if c.conv_chans is not None:
+            before = f"{len(c.conv_chans) + 1} conv"
+        else:
+            before = "none" if c.resnet_layers is None else "-".join(map(str, c.resnet_layers)) or "stem"
         sizes = (c.embed_dim, c.depth, c.num_heads, before, patch, image, f"{summarise(c).parameters:,}")
         rows.append((name, *map(str, sizes)))
     print_table(rows)

@@ -178,7 +178,7 @@ def test_summary_of_a_name_a_run_and_a_file(run, capsys):
 def test_models_lists_every_model_with_its_parameters():
     result = tinyvit("models")
     header, *lines = result.stdout.splitlines()
-    assert header.split() == ["name", "width", "depth", "heads", "resnet", "patch", "image", "parameters"]
+    assert header.split() == ["name", "width", "depth", "heads", "stem", "patch", "image", "parameters"]
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert list(rows) == library.list_models()
     assert rows["vit_base_patch16_224"] == ["768", "12", "12", "none", "16x16", "224x224", "86,567,656"]

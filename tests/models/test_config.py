@@ -62,6 +62,15 @@ def test_a_config_survives_json():
             dict(resnet_layers=(1,) * 5),
             "resnet_layers is a tuple, " + STAGES,
         ),
+        (
+            dict(conv_chans=(8, 0)),
+            "conv_chans is a tuple, expected at most 8 numbers of channels from 1 to 65536, or None",
+        ),
+        (
+            dict(conv_chans=(8,)),
+            "conv_chans (8,) makes the tokens: it needs patch_size 1 and no ResNet, got patch_size (4, 4) and "
+            "resnet_layers None",
+        ),
         (dict(fc_norm=True), """fc_norm=True needs global_pool="avg", got 'token'"""),
         (
             dict(image_size=0),
@@ -89,7 +98,7 @@ def test_a_config_survives_json():
             dict(pos_embed="sincos2d", embed_dim=6),
             "sincos2d position embeddings need embed_dim divisible by 4, got 6",
         ),
-        (dict(global_pool="max"), "global_pool is 'max', expected one of token, avg or map"),
+        (dict(global_pool="max"), "global_pool is 'max', expected one of token, avg, map or seq"),
         (
             dict(class_token=False),
             'global_pool "token" needs class_token=True; without one use global_pool="avg"',

@@ -29,6 +29,7 @@ VARIANTS = {
     "mean with tokens": dict(distilled=False, global_pool="avg", act="gelu_tanh"),
     "fixed positions": dict(pos_embed="sincos2d"),
     "norm before the mean": dict(distilled=False, global_pool="avg", fc_norm=False),
+    "convolutions": dict(distilled=False, class_token=False, global_pool="seq", patch_size=1, conv_chans=(8, 12)),
     "hybrid": dict(resnet_layers=(1, 2), patch_size=(3, 1)),
     "hybrid of a stem": dict(resnet_layers=(), patch_size=(3, 2)),
 }
@@ -200,6 +201,8 @@ def test_the_table_lines_up_and_adds_up(name):
     assert depth * sum(f for _, f in inner) == pytest.approx(folded[0][1], rel=1e-3)
     layers = summary.config.resnet_layers
     before = 2 + summary.config.class_token + summary.config.distilled + (0 if layers is None else 3 + len(layers))
+    if summary.config.conv_chans is not None:
+        before += 2 * len(summary.config.conv_chans) + 1
     assert f"blocks.0-{depth - 1} (x{depth})" in lines[before]
     for i, count in enumerate(layers or ()):
         assert f"backbone.stages.{i}  " in lines[3 + i] and f" (x{count}) " in lines[3 + i]

@@ -33,7 +33,8 @@ def compare(model, images, tolerance):
     reference = torch.autograd.grad(expected, [theirs[name] for name in names], torch.tensor(weight))
     for name, p, got, want in zip(names, wanted, gradients, reference, strict=True):
         assert got.dtype == p.dtype and got.shape == p.shape
-        assert error(got, want.numpy(), floor=1e-3) < tolerance, name
+        floor = 1.0 if name == "seq_pool.weight.bias" else 1e-3  # a softmax does not change with it: 0 but for rounding
+        assert error(got, want.numpy(), floor=floor) < tolerance, name
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -127,14 +128,24 @@ class TorchViT(nn.Module):
             self.patch_embed.backbone = torch_backbone(c.in_chans, c.resnet_layers)
             with torch.no_grad():
                 features = self.patch_embed.backbone(features)
-        self.patch_embed.proj = nn.Conv2d(
-            features.shape[1], dim, c.patch_size, stride=c.patch_size, bias=not c.pre_norm
-        )
+        if c.conv_chans is not None:
+            chans = (c.in_chans, *c.conv_chans, dim)
+            self.patch_embed.convs = nn.ModuleList(
+                nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in itertools.pairwise(chans)
+            )
+            features = self.tokens(features)
+        else:
+            self.patch_embed.proj = nn.Conv2d(
+                features.shape[1], dim, c.patch_size, stride=c.patch_size, bias=not c.pre_norm
+            )
         self.patch_embed.norm = torch_norm(c, dim, c.embed_norm)
         self.norm_pre = torch_norm(c, dim, c.pre_norm)
         rows, columns = (n // p for n, p in zip(features.shape[2:], c.patch_size, strict=True))
         self.pos_embed = None if c.pos_embed == "none" else nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
         self.blocks = nn.ModuleList(TorchBlock(c) for _ in range(c.depth))
+        if c.global_pool == "seq":
+            self.seq_pool = nn.Module()
+            self.seq_pool.weight = nn.Linear(dim, 1)
         self.pools_first = c.global_pool == "avg" and c.fc_norm is not False
         if self.pools_first:
             self.fc_norm = torch_norm(c, dim, c.final_norm)
@@ -149,9 +160,15 @@ class TorchViT(nn.Module):
         if c.distilled and c.num_classes:
             self.head_dist = nn.Linear(dim, c.num_classes)
 
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        if self.c.conv_chans is None:
+            return self.patch_embed.proj(self.patch_embed.backbone(images))
+        for conv in self.patch_embed.convs:
+            images = nn.functional.max_pool2d(conv(images).relu(), 3, stride=2, padding=1)
+        return images
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed.proj(self.patch_embed.backbone(images)).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = self.patch_embed.norm(x)
+        x = self.patch_embed.norm(self.tokens(images).flatten(2).transpose(1, 2))  # (B, N, D)
         tokens = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         if self.pos_embed is None:
             x = torch.cat([*tokens, x], dim=1)
@@ -170,6 +187,9 @@ class TorchViT(nn.Module):
             pooled = patches.mean(dim=1)
         elif self.c.global_pool == "map":
             pooled = self.attn_pool(patches)
+        elif self.c.global_pool == "seq":
+            weights = self.seq_pool.weight(patches).softmax(dim=1).transpose(1, 2)  # (B, 1, N)
+            pooled = (weights @ patches).squeeze(1)
         if self.pools_first:
             pooled = self.fc_norm(pooled)
         if self.c.representation_size:
@@ -216,6 +236,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a stem before the patches": dict(resnet_layers=(), image_size=(33, 24), patch_size=(3, 2)),
     "a stem before the only patch": dict(resnet_layers=(), patch_size=2),
     "a ResNet before the patches": dict(resnet_layers=(2, 1), image_size=(30, 41), patch_size=(2, 1), in_chans=2),
+    "convolutions before the tokens": dict(
+        patch_size=1, conv_chans=(6, 5), image_size=(17, 8), class_token=False, global_pool="seq"
+    ),
+    "one convolution before the tokens": dict(patch_size=1, conv_chans=(), in_chans=2),
+    "sequence pooling without the register tokens": dict(global_pool="seq", reg_tokens=2),
     "register tokens": dict(reg_tokens=2),
     "register tokens outside the embedding": dict(reg_tokens=2, no_embed_class=True),
     "distilled": dict(distilled=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,13 @@ def _stages(value: Any) -> tuple[int, ...]:
         raise ValueError(f"expected at most {resnet.MOST_STAGES} numbers of blocks from 1 to 100, or None") from None
 
 
+def _channels(value: Any) -> tuple[int, ...]:
+    try:
+        return list_of(integer(1, 65536), 0, 8)(value)
+    except ValueError:
+        raise ValueError("expected at most 8 numbers of channels from 1 to 65536, or None") from None
+
+
 def _rate(value: Any) -> float:
     if number(0, 1)(value) == 1:
         raise ValueError("expected a number from 0 to 1 (1 excluded)")
@@ -40,6 +48,7 @@ FIELDS = {  # the type and the range of each setting
     "image_size": _size,
     "patch_size": _size,
     "resnet_layers": optional(_stages),
+    "conv_chans": optional(_channels),
     "in_chans": integer(1, 1024),
     "num_classes": integer(0, 1_000_000),
     "embed_dim": integer(1, 65536),
@@ -54,7 +63,7 @@ FIELDS = {  # the type and the range of each setting
     "pos_embed": one_of("learn", "sincos2d", "none"),
     "rope": optional(one_of("eva", "dinov3", "pe", "axial", "mixed")),
     "rope_grid": optional(_size),
-    "global_pool": one_of("token", "avg", "map"),
+    "global_pool": one_of("token", "avg", "map", "seq"),
     "fc_norm": optional(boolean),
     "act": one_of("gelu", "gelu_tanh", "quick_gelu"),
     "swiglu": boolean,
@@ -94,6 +103,8 @@ class ViTConfig:
         resnet_layers: blocks in each stage of a ResNet before the patches (at most 4), () for its stem alone, None for
             no ResNet. `patch_size` then counts pixels of its feature map, one for 4, 4, 8, 16 or 32 pixels of the
             image with 0, 1, 2, 3 or 4 stages, rounded up.
+        conv_chans: channels between the convolutions that make tokens in place of patches, () for one convolution,
+            None for patches. Each halves the image's sides, rounded up; `patch_size` is 1.
         in_chans: channels of an image.
         num_classes: outputs; 0 gives the feature before the head.
         embed_dim, depth, num_heads: width of a token, number of blocks, heads of each attention.
@@ -107,7 +118,7 @@ class ViTConfig:
         rope: rotary positions, one of `parts.ROPES` ("eva", "dinov3", "pe", "axial" or "mixed"); None for none.
         rope_grid: the grid of patches that they were trained on, if places in another are scaled to it.
         global_pool: "token" takes the class token, "avg" the mean of the patches, "map" a learned attention to them
-            (Zhai et al. 2021, arXiv:2106.04560).
+            (Zhai et al. 2021, arXiv:2106.04560), "seq" their mean with learned weights (Hassani et al. 2021).
         fc_norm: whether the last layer norm stands behind the pooling; None: if that is "avg", as in timm.
         act: "gelu" (exact), "gelu_tanh" or "quick_gelu" (that of OpenAI's CLIP).
         swiglu: gated MLPs, with SiLU in the place of `act` (Shazeer 2020, arXiv:2002.05202).
@@ -127,6 +138,7 @@ class ViTConfig:
     image_size: tuple[int, int] = (224, 224)
     patch_size: tuple[int, int] = (16, 16)
     resnet_layers: tuple[int, ...] | None = None
+    conv_chans: tuple[int, ...] | None = None
     in_chans: int = 3
     num_classes: int = 1000
     embed_dim: int = 768
@@ -181,6 +193,11 @@ class ViTConfig:
             raise ValueError(f"a model of {self.num_weights:.1e} parameters is refused, at most {MOST_PARAMETERS:.0e}")
 
     def _check_patches(self) -> None:
+        if self.conv_chans is not None and (self.resnet_layers is not None or self.patch_size != (1, 1)):
+            given = f"patch_size {self.patch_size} and resnet_layers {self.resnet_layers}"
+            raise ValueError(
+                f"conv_chans {self.conv_chans} makes the tokens: it needs patch_size 1 and no ResNet, got {given}"
+            )
         (rows, columns), (h, w) = self.feature_size, self.patch_size
         if rows % h or columns % w:
             image = f"image size {self.image_size[0]}x{self.image_size[1]}"
@@ -203,19 +220,29 @@ class ViTConfig:
         """The number of weights in the large matrices, outside a ResNet."""
         dim, (h, w) = self.embed_dim, self.patch_size
         blocks = self.depth * dim * (4 * dim + (2 + self.swiglu) * self.mlp_dim)
+        blocks += 9 * sum(before * after for before, after in itertools.pairwise(self.tokenizer_chans))
         return blocks + dim * (
             self.num_tokens + self.feature_chans * h * w + self.num_classes + (self.representation_size or 0)
         )
 
     @property
+    def tokenizer_chans(self) -> tuple[int, ...]:
+        """Channels before, between and after the convolutions that make tokens; () where patches do."""
+        return () if self.conv_chans is None else (self.in_chans, *self.conv_chans, self.embed_dim)
+
+    @property
     def feature_size(self) -> tuple[int, int]:
-        """Height and width of what is cut into patches: the image's, or those of the ResNet's feature map."""
+        """Height and width of what is cut into patches: the image's, or those of the feature map."""
         stride = 1 if self.resnet_layers is None else resnet.stride(self.resnet_layers)
+        if self.conv_chans is not None:
+            stride = 2 ** (len(self.conv_chans) + 1)
         return -(-self.image_size[0] // stride), -(-self.image_size[1] // stride)  # rounded up
 
     @property
     def feature_chans(self) -> int:
         """Channels of what is cut into patches."""
+        if self.conv_chans is not None:
+            return self.embed_dim
         return self.in_chans if self.resnet_layers is None else resnet.channels(self.resnet_layers)
 
     @property

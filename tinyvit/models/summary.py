@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -138,9 +139,12 @@ def _rows(c: ViTConfig) -> Iterator[Row]:
     dim, patch_values = c.embed_dim, c.feature_chans * math.prod(c.patch_size)
     if c.resnet_layers is not None:
         yield from _resnet(c.in_chans, c.image_size, c.resnet_layers)
-    yield _linear(
-        "patch_embed.proj", (1, c.num_patches), patch_values, dim, bias=not c.pre_norm, kind="patch embedding"
-    )
+    if c.tokenizer_chans:
+        yield from _tokenizer(c.image_size, c.tokenizer_chans)
+    else:
+        yield _linear(
+            "patch_embed.proj", (1, c.num_patches), patch_values, dim, bias=not c.pre_norm, kind="patch embedding"
+        )
     tokens = {"cls_token": int(c.class_token), "dist_token": int(c.distilled), "reg_token": c.reg_tokens}
     for name, count in tokens.items():
         if count:
@@ -160,6 +164,9 @@ def _rows(c: ViTConfig) -> Iterator[Row]:
         yield _norm(c, "norm", (1, c.num_tokens, dim))
     if c.global_pool == "map":
         yield from _attention_pool(c)
+    elif c.global_pool == "seq":
+        yield _linear("seq_pool.weight", (1, c.num_patches), dim, 1, kind="weights of patches")
+        yield Row("pool", "weighted mean", (1, dim))
     else:
         yield Row("pool", "class token" if c.global_pool == "token" else "mean of patches", (1, dim))
     if c.final_norm and c.norm_after_pool:
@@ -215,6 +222,16 @@ def _attention_pool(c: ViTConfig) -> Iterator[Row]:
     yield _linear("attn_pool.proj", (1, 1), dim, dim)
     yield _norm(c, "attn_pool.norm", (1, 1, dim))
     yield from _mlp(c, "attn_pool.mlp", 1, gated=False)
+
+
+def _tokenizer(size: tuple[int, int], chans: tuple[int, ...]) -> Iterator[Row]:
+    """The layers of a `ConvTokenizer`."""
+    for i, (before, after) in enumerate(itertools.pairwise(chans)):
+        weights = 9 * before * after
+        name = f"patch_embed.convs.{i}"
+        yield Row(name, "convolution 3x3", (1, after, *size), weights, 2 * weights * math.prod(size))
+        size = -(-size[0] // 2), -(-size[1] // 2)
+        yield Row(f"{name}.pool", "max-pooling, ReLU", (1, after, *size))
 
 
 def _resnet(in_chans: int, image_size: tuple[int, int], layers: tuple[int, ...]) -> Iterator[Row]:

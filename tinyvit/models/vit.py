@@ -7,6 +7,7 @@ a token (`embed_dim`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tinyvit import nn
 from tinyvit.backend import arrays
 from tinyvit.engine.ops import broadcast_to, concat, tanh
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.models import inspection, parts, resnet
+from tinyvit.models import compact, inspection, parts, resnet
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.positions import sincos2d
 from tinyvit.models.preprocessing import Preprocessing
@@ -146,7 +147,8 @@ class VisionTransformer(nn.Module):
         elif config.pos_embed == "sincos2d":
             self.pos_embed = nn.Parameter(sincos2d(config.grid_size, dim, embedded), requires_grad=False)
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
-        self.patch_embed = PatchEmbed(config)
+        chans = config.tokenizer_chans
+        self.patch_embed: Any = compact.ConvTokenizer(chans) if chans else PatchEmbed(config)
         self.norm_pre = parts.norm_if(config.pre_norm, config, dim)
         rates = np.linspace(0.0, config.drop_path, config.depth).tolist()
         self.blocks: list[nn.Module] = [Block(config, rate) for rate in rates]
@@ -154,6 +156,7 @@ class VisionTransformer(nn.Module):
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
         self.attn_pool = parts.AttentionPool(config, Mlp(config)) if config.global_pool == "map" else None
+        self.seq_pool = compact.SequencePool(dim) if config.global_pool == "seq" else None
         self.pre_logits = PreLogits(dim, config.representation_size) if config.representation_size else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head, self.head_dist = _heads(config)
@@ -166,7 +169,7 @@ class VisionTransformer(nn.Module):
         return self.norm(self._run(self.blocks, self.embed(images)))  # (B, N, D)
 
     def head_tokens(self, images: Tensor | Array) -> Tensor:  # (B, C, H, W)
-        """The first tokens of `forward_features`, as many as the head reads: with `global_pool` "avg" all of them."""
+        """The first tokens of `forward_features`, as many as the head reads: all unless `global_pool` is "token"."""
         if not _reads_first_tokens(self):
             return self.forward_features(images)  # (B, N, D)
         *blocks, last = self.blocks
@@ -194,6 +197,8 @@ class VisionTransformer(nn.Module):
         patches = slice(self.config.num_prefix_tokens, None)
         if self.attn_pool is not None:
             pooled = self.attn_pool(x[:, patches, :])
+        elif self.seq_pool is not None:
+            pooled = self.seq_pool(x[:, patches, :])
         elif self.config.global_pool == "avg":
             pooled = x[:, patches, :].mean(axis=1)
         else:
@@ -236,7 +241,7 @@ class VisionTransformer(nn.Module):
 
         Args:
             num_classes: 0 for no head.
-            global_pool: "token" or "avg" changes how tokens are pooled; the weights of the last norm stay.
+            global_pool: "token", "avg" or "seq" changes how tokens are pooled; the weights of the last norm stay.
 
         Raises:
             ValueError: a `global_pool` of "map", for a model that has none.
@@ -253,8 +258,10 @@ class VisionTransformer(nn.Module):
             self.norm, self.fc_norm = self.fc_norm, self.norm
         self.config, self.class_names = config, ()
         self.head, self.head_dist = _heads(config)
+        if (pool == "seq") != (self.seq_pool is not None):
+            self.seq_pool = compact.SequencePool(config.embed_dim) if pool == "seq" else None
         like = self._like
-        for head in (self.head, self.head_dist):
+        for head in (self.head, self.head_dist, self.seq_pool):
             if head is not None:
                 head.to(arrays.device_name(like), like.dtype)
 
@@ -267,7 +274,7 @@ class VisionTransformer(nn.Module):
     @property
     def _like(self) -> Array:
         """An array of the model's library, device and dtype."""
-        return (self.patch_embed.proj.weight if self.pos_embed is None else self.pos_embed).data
+        return (self.patch_embed.parameters()[0] if self.pos_embed is None else self.pos_embed).data
 
     def _images(self, images: Tensor | Array) -> Tensor:
         """The images as a Tensor in the model's library and dtype. Raises TypeError or ValueError."""

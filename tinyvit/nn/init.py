@@ -54,6 +54,11 @@ def truncated_normal(shape: Shape, std: float) -> np.ndarray:
     return _draw(shape, draw)
 
 
+def he_normal(shape: Shape) -> np.ndarray:
+    """Normal whose variance is 2 / fan_in, for layers before a ReLU (He et al. 2015, arXiv:1502.01852)."""
+    return normal(shape, math.sqrt(2.0 / math.prod(shape[1:])))
+
+
 def lecun_normal(shape: Shape) -> np.ndarray:
     """Truncated normal whose variance is 1 / fan_in (LeCun et al. 1998); shape (out, in, ...)."""
     # A unit normal that is cut at +-2 has a standard deviation of 0.8796.

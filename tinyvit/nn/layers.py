@@ -67,6 +67,7 @@ class Conv2d(Module):
         in_channels, out_channels, kernel_size: sizes of the weight (out_channels, in_channels, h, w).
         stride, padding: as in `functional.conv2d`.
         bias: whether there is one; it starts as zeros.
+        weight_init: gives the initial weight of that shape.
     """
 
     def __init__(
@@ -78,10 +79,11 @@ class Conv2d(Module):
         padding: int | tuple[int, int] | str = 0,
         *,
         bias: bool = True,
+        weight_init: Callable[[init.Shape], np.ndarray] = init.lecun_normal,
     ) -> None:
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         self.stride, self.padding = stride, padding
-        self.weight = Parameter(init.lecun_normal((out_channels, in_channels, height, width)))
+        self.weight = Parameter(weight_init((out_channels, in_channels, height, width)))
         self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

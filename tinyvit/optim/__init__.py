@@ -1,6 +1,7 @@
 """Optimizers with torch's semantics, learning-rate schedules, gradient clipping and averaged weights."""
 
 from tinyvit.optim.ema import EMA as EMA
+from tinyvit.optim.muon import Muon as Muon
 from tinyvit.optim.optimizers import (
     SGD as SGD,
 )

@@ -29,13 +29,14 @@ T = TypeVar("T")
 
 
 @dataclass
-class _Slot:
+class Slot:
     """One parameter with what its optimizer keeps about it."""
 
     parameter: Parameter
     lr_scale: float
     weight_decay: float
     state: dict[str, Array]
+    muon: bool
     steps: int = 0
 
 
@@ -45,19 +46,20 @@ class Optimizer:
     def __init__(self, params: Params, lr: float, weight_decay: float, state_names: tuple[str, ...]) -> None:
         weight_decay = number("weight_decay", weight_decay)
         self.lr = lr
-        self._slots: list[_Slot] = []
-        self._updated: list[_Slot] = []  # by the last update
+        self._slots: list[Slot] = []
+        self._updated: list[Slot] = []  # by the last update
         self._state: UpdateState | None = None
         for parameter, options in _flatten(params):
             p = parameter.data
             if not arrays.is_floating(p):
                 raise TypeError(f"parameter {len(self._slots)} must be floating, got {p.dtype}")
             self._slots.append(
-                _Slot(
+                Slot(
                     parameter,
                     lr_scale=number("lr_scale", options.get("lr_scale", 1.0)),
                     weight_decay=number("weight_decay", options.get("weight_decay", weight_decay)),
                     state={name: zeros_like(p) for name in state_names},
+                    muon=bool(options.get("muon", False)),
                 )
             )
 
@@ -137,7 +139,7 @@ class Optimizer:
         return norm
 
     def _update(
-        self, xp: ModuleType, slots: list[_Slot], **options: Any
+        self, xp: ModuleType, slots: list[Slot], **options: Any
     ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
         """Run the operation that updates all of `slots`, which takes `options`."""
         raise NotImplementedError
@@ -218,10 +220,10 @@ class SGD(Optimizer):
         super().__init__(params, lr, weight_decay, ("m",) if momentum else ())
 
     def _update(
-        self, xp: ModuleType, slots: list[_Slot], **options: Any
+        self, xp: ModuleType, slots: list[Slot], **options: Any
     ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
         return kernels.best(update_sgd, xp)(
-            xp, *_arrays(slots), [slot.state.get("m") for slot in slots],
+            xp, *slot_arrays(slots), [slot.state.get("m") for slot in slots],
             momentum=self._momentum, nesterov=self._nesterov, **options,
         )  # fmt: skip
 
@@ -252,11 +254,11 @@ class AdamW(Optimizer):
         super().__init__(params, lr, weight_decay, ("m", "v"))
 
     def _update(
-        self, xp: ModuleType, slots: list[_Slot], **options: Any
+        self, xp: ModuleType, slots: list[Slot], **options: Any
     ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
         m, v = ([slot.state[name] for slot in slots] for name in ("m", "v"))
         return kernels.best(update_adamw, xp)(
-            xp, *_arrays(slots), m, v, steps=[slot.steps for slot in slots],
+            xp, *slot_arrays(slots), m, v, steps=[slot.steps for slot in slots],
             beta1=self._beta1, beta2=self._beta2, eps=self._eps, decoupled=self._decoupled, **options,
         )  # fmt: skip
 
@@ -277,7 +279,7 @@ class Adam(AdamW):
         super().__init__(params, lr, betas, eps, weight_decay)
 
 
-def _arrays(slots: list[_Slot]) -> tuple[list[Array], list[Array]]:
+def slot_arrays(slots: list[Slot]) -> tuple[list[Array], list[Array]]:
     """The parameters' arrays and their gradients."""
     return [slot.parameter.data for slot in slots], [slot.parameter.grad for slot in slots]
 
@@ -314,8 +316,8 @@ def _flatten(params: Params) -> list[tuple[Parameter, Mapping]]:
         if not isinstance(item, Mapping):
             flat.append((item, {}))
             continue
-        if unknown := item.keys() - {"params", "weight_decay", "lr_scale"}:
-            raise ValueError(f"a group has params, weight_decay, lr_scale, got {', '.join(sorted(unknown))}")
+        if unknown := item.keys() - {"params", "weight_decay", "lr_scale", "muon"}:
+            raise ValueError(f"a group has params, weight_decay, lr_scale, muon, got {', '.join(sorted(unknown))}")
         flat.extend((p, item) for p in item["params"])
     if not flat:
         raise ValueError("an optimizer expects at least one parameter, got none")

@@ -274,7 +274,8 @@ def unsupported(config: ViTConfig) -> str | None:
     problems = {
         "ResNet before the patches (resnet_layers)": config.resnet_layers is not None,
         "layer scale (init_values)": config.init_values is not None,
-        "average pooling": config.global_pool == "avg",
+        "convolutions before the tokens (conv_chans)": config.conv_chans is not None,
+        "average pooling": config.global_pool != "token",
         f"{config.reg_tokens} register tokens": config.reg_tokens > (0 if config.distilled else 1),
         "layer between pooling and head (pre_logits)": config.representation_size and config.num_classes,
     }

@@ -386,6 +386,10 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
         write_checkpoint(
             checkpoint, path
         )  # our names are timm's; what they cannot say goes into metadata, for us alone
+    elif config.conv_chans is not None or config.global_pool == "seq":
+        raise CheckpointError(
+            f"{path}: timm has no model with a convolutional tokenizer or sequence pooling; write a .safetensors file"
+        )
     elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
         stages = f"stages of {config.resnet_layers} blocks before its patches"
         what = "a distilled hybrid" if config.distilled else stages

@@ -149,7 +149,7 @@ def update_adamw(
             lr=state.lr * lr_scales[i], beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay, step=steps[i],
         )  # fmt: skip
 
-    return _update_each(xp, update, parameters, gradients, state, max_norm, loss_scale, rounded)
+    return update_each(xp, update, parameters, gradients, state, max_norm, loss_scale, rounded)
 
 
 def update_sgd(
@@ -175,10 +175,10 @@ def update_sgd(
             lr=state.lr * lr_scales[i], momentum=momentum, nesterov=nesterov, weight_decay=weight_decays[i],
         )  # fmt: skip
 
-    return _update_each(xp, update, parameters, gradients, state, max_norm, loss_scale, rounded)
+    return update_each(xp, update, parameters, gradients, state, max_norm, loss_scale, rounded)
 
 
-def _update_each(
+def update_each(
     xp: ModuleType,
     update: Callable[[int, Array], tuple[Array, ...]],
     parameters: Arrays,
@@ -254,9 +254,14 @@ def limited_norm(gradients: Arrays, max_norm: float, divisor: Array | None = Non
     return norm, xp.where(xp.isfinite(norm) & (factor < 1), factor, xp.ones_like(factor)) / unit
 
 
-def each(function: Callable[[Any], Any], items: Sequence[Any], data: Arrays | None = None) -> list[Any]:
-    """`function` of every item, in threads if the items' arrays `data` (the items if None) are on the host."""
+def each(
+    function: Callable[[Any], Any], items: Sequence[Any], data: Arrays | None = None, sizes: Sequence[int] | None = None
+) -> list[Any]:
+    """`function` of every item, in threads if the items' arrays `data` (the items if None) are on the host.
+
+    `sizes` say how much work each item is, where that is not the size of its array.
+    """
     data = items if data is None else data
     if data and arrays.on_host(data[0]):
-        return parallel.each(function, items, [x.size for x in data])
+        return parallel.each(function, items, [x.size for x in data] if sizes is None else sizes)
     return [function(item) for item in items]
