@@ -87,6 +87,13 @@ def test_attention_over_several_tiles(tokens, queries):
     assert np.abs(run(xp, qkv, needs=(False,), **parameters)[0] - wide).max() < 1e-6
 
 
+def test_scores_of_thousands_do_not_overflow():
+    qkv = 30 * noise(1, 9, 3 * 2 * 16)
+    expected, _ = reference.qkv_attention(xp, qkv.astype(np.float64), num_heads=2, needs=(False,))
+    y, _ = OPERATIONS[reference.qkv_attention](xp, qkv, num_heads=2, needs=(False,))
+    assert np.abs(y - expected).max() < 0.01  # scores are rounded to 1e-4, values reach 100
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["layer_norm", "qkv_attention", "linear", "linear_gelu"])
 def test_what_is_not_finite_shows_where_the_reference_shows_it(name, bad):
