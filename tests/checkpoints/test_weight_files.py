@@ -191,13 +191,28 @@ def test_what_wrappers_put_inside_names(tmp_path):
         read_weights(tmp_path / "a.safetensors")
 
 
-def test_weights_of_a_model_within_another_are_refused_with_the_cure(tmp_path):
+@pytest.mark.parametrize("part", ["model", "encoder", "net"])
+def test_weights_of_a_model_within_another(tmp_path, part):
+    """As Lightning's checkpoints have them, beside hyper-parameters and the optimizer's state."""
     model = tinyvit.create_model("vit_nano_patch8_32")
-    save_file({f"encoder.{name}": array for name, array in model.state_dict().items()}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"known layout .*; save the weights without 'encoder\.' before their names"
-    ):
-        load_model(tmp_path / "a.safetensors")
+    state = model.state_dict()
+    named = {f"{part}.{name}": torch.from_numpy(array) for name, array in state.items()}
+    content = {"state_dict": named, "hyper_parameters": {"lr": 0.1}, "optimizer_states": [{"state": {}}], "epoch": 3}
+    torch.save(content, tmp_path / "vit_nano_patch8_32.ckpt")
+    found = load_model(tmp_path / "vit_nano_patch8_32.ckpt").state_dict()
+    assert found.keys() == state.keys() and all(np.array_equal(found[name], state[name]) for name in state)
+    torch.save({**named, "loss.weight": torch.ones(3)}, tmp_path / "vit_nano_patch8_32.ckpt")
+    with pytest.raises(CheckpointError, match=f"known layout .*: it holds {part}"):
+        load_model(tmp_path / "vit_nano_patch8_32.ckpt")
+
+
+def test_averaged_weights_are_preferred_and_that_is_said(tmp_path):
+    states = {
+        name: {"cls_token": torch.full((2,), float(i))} for i, name in enumerate(["state_dict", "state_dict_ema"])
+    }
+    torch.save(states, tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match="holds weights and averaged ones: those under state_dict_ema are read"):
+        assert read_weights(tmp_path / "a.pth")["cls_token"].tolist() == [1, 1]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="named pipes are files only on POSIX")

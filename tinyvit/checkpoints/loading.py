@@ -78,9 +78,9 @@ def check_sizes(checkpoint: Checkpoint) -> None:
 def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", **overrides: Any) -> VisionTransformer:
     """The model saved at `path`, in eval mode: a run directory (its best weights) or a checkpoint.
 
-    Checkpoints are files of ours, Hugging Face directories of ViT and DeiT, timm's .safetensors, .pth and hub
-    directories, and Google's .npz; the content of a file decides what it is. `model.class_names` and
-    `model.preprocessing` describe the outputs and the inputs.
+    Checkpoints are files of ours, Hugging Face directories (ViT, DeiT, ViTMAE, CLIP, SigLIP, DINOv2, DINOv3), timm's
+    .safetensors, .pth and hub directories, and Google's .npz; the content of a file decides what it is.
+    `model.class_names` and `model.preprocessing` describe the outputs and the inputs.
 
     Args:
         path: a file or a directory.

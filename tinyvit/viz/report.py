@@ -208,5 +208,6 @@ def _weights(model: VisionTransformer) -> Iterator[Section]:
     if model.config.feature_chans == model.config.in_chans:
         about = "The principal components of the filters that embed the patches (figure 7 of the ViT paper)."
         yield "Patch filters", about, f'<div class="wide">{figures.filters(model).html}</div>'
-    about = "For each patch, how alike all position embeddings are to its own: from -1, dark, to 1, light."
-    yield "Positions", about, f'<div class="wide">{figures.position_similarity(model).html}</div>'
+    if model.pos_embed is not None:
+        about = "For each patch, how alike all position embeddings are to its own: from -1, dark, to 1, light."
+        yield "Positions", about, f'<div class="wide">{figures.position_similarity(model).html}</div>'

@@ -7,7 +7,7 @@ perhaps `write(checkpoint, path)`. `readers` find the file that holds the weight
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +15,16 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats import google, huggingface, timm
+from tinyvit.checkpoints.formats import google, huggingface, huggingface_families, timm
 from tinyvit.checkpoints.native_file import write_checkpoint
 from tinyvit.checkpoints.readers.weight_files import read_weight_files
 
-LAYOUTS: dict[str, ModuleType] = {"huggingface": huggingface, "timm": timm, "google": google}
+LAYOUTS: tuple[tuple[str, ModuleType], ...] = (
+    ("huggingface", huggingface_families),
+    ("huggingface", huggingface),
+    ("timm", timm),
+    ("google", google),
+)
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "tinyvit": write_checkpoint,
     "timm": timm.write,
@@ -40,20 +45,25 @@ def read_other(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     files = read_weight_files(path, overrides)
     if empty := next((name for name, array in files.arrays.items() if not array.size), None):
         raise CheckpointError(f"{path}: {empty} has the shape {files.arrays[empty].shape}, which holds no numbers")
-    for layout in LAYOUTS.values():
-        if layout.recognises(files.arrays):
-            checkpoint = layout.read(files)
-            for name, array in checkpoint.state.items():  # in place: two copies of all weights are never in memory
-                checkpoint.state[name] = floating(path, name, array)
-            return dataclasses.replace(checkpoint, names_known=not only_numbers(checkpoint.class_names))
-    some = ", ".join(list(files.arrays)[:3])
-    problem = f"not the weights of a ViT in a known layout ({', '.join(LAYOUTS)}): it holds {some or 'nothing'} …"
+    layout = find_layout(files.arrays)
     first = next(iter(files.arrays), "").partition(".")[0] + "."
-    if len(first) > 1 and any(
-        layout.recognises([n.removeprefix(first) for n in files.arrays]) for layout in LAYOUTS.values()
-    ):
-        problem += f"; save the weights without {first!r} before their names"
-    raise CheckpointError(f"{path}: {problem}")
+    if layout is None and all(name.startswith(first) for name in files.arrays):  # a model within another: "model.", …
+        files.arrays = {name.removeprefix(first): array for name, array in files.arrays.items()}
+        layout = find_layout(files.arrays)
+    if layout is None:
+        known = dict.fromkeys(name for name, _ in LAYOUTS)
+        some = ", ".join(list(files.arrays)[:3])
+        problem = f"not the weights of a ViT in a known layout ({', '.join(known)}): it holds {some or 'nothing'} …"
+        raise CheckpointError(f"{path}: {problem}")
+    checkpoint = layout.read(files)
+    for name, array in checkpoint.state.items():  # in place: two copies of all weights are never in memory
+        checkpoint.state[name] = floating(path, name, array)
+    return dataclasses.replace(checkpoint, names_known=not only_numbers(checkpoint.class_names))
+
+
+def find_layout(names: Collection[str]) -> ModuleType | None:
+    """The layout in which weights of these names are."""
+    return next((layout for _, layout in LAYOUTS if layout.recognises(names)), None)
 
 
 def only_numbers(names: tuple[str, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +67,14 @@ def stem(state: Mapping[str, np.ndarray]) -> np.ndarray:
 def mlp_ratio(hidden: int, dim: int) -> float:
     """`hidden / dim`, such that `int(dim * ratio)` is `hidden` in spite of rounding."""
     return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
+
+
+def square_grid(patches: int) -> tuple[int, int]:
+    """Rows and columns of a square of patches. Raises ValueError for another number."""
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches or not side:
+        raise ValueError(f"{patches} position embeddings of patches make no square")
+    return side, side
 
 
 def without_null(values: Mapping[str, Any]) -> dict[str, Any]:

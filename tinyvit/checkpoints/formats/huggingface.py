@@ -1,4 +1,5 @@
-"""Directories of Hugging Face Transformers: ViTModel, ViTForImageClassification and DeiT's three counterparts.
+"""Directories of Hugging Face Transformers: ViTModel, ViTForImageClassification, DeiT's three counterparts and
+ViTMAE's encoder.
 
 Differences from our layout: queries, keys and values are three matrices, names differ, and the shape of the model
 stands in config.json. A DeiT without the teacher's head reads nothing from its distillation token, which makes it a
@@ -62,7 +63,7 @@ BLOCK = {  # the same within a block
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-UNUSED = ("embeddings.mask_token",)  # for pre-training by masked images
+UNUSED = ("embeddings.mask_token",)  # for pre-training by masked images, as is MAE's decoder
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
@@ -91,7 +92,7 @@ def resized_size(value: Any) -> tuple[str, int]:
 
 PIXELS = either(integer(1, 65536), list_of(integer(1, 65536), 2, 2))
 FIELDS = {  # of config.json
-    "model_type": one_of("vit", "deit"),
+    "model_type": one_of("vit", "deit", "vit_mae"),
     "architectures": optional(list_of(text, 0, 100)),
     "id2label": optional(names_by_number),
     "hidden_act": one_of(*ACTIVATIONS),
@@ -133,7 +134,7 @@ def read(files: WeightFiles) -> Checkpoint:
         given = checked(files.config, FIELDS, required=["model_type"])
     except ValueError as error:
         raise CheckpointError(f"{files.path}: its {CONFIG} describes no model: {reason(error)}") from None
-    for name in [name for name in files.arrays if base_name(name) in UNUSED]:
+    for name in [name for name in files.arrays if base_name(name) in UNUSED or name.startswith("decoder.")]:
         del files.arrays[name]
     state = renamed(files, our_name)
     pack_qkv(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ STANDARD = (  # names that Transformers and timm give a directory's weights, the
 )  # fmt: skip
 TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 ENDINGS = (".safetensors", ".npz", *TORCH)
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys of the weights in a checkpoint, in timm's order
+AVERAGED = ("state_dict_ema", "model_ema")
+NESTED = (*AVERAGED, "state_dict", "model")  # keys of the weights in a checkpoint, in timm's order
 # What torch's wrappers add to names: data parallelism and torch.compile at the front, the others also inside.
 FRONT = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 INSIDE = re.compile(r"(?<=\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
@@ -139,6 +141,9 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     content = file.content
     for name in 2 * NESTED:  # some are nested twice
         if isinstance(content, dict) and isinstance(content.get(name), dict):
+            if name in AVERAGED and any(isinstance(content.get(other), dict) for other in ("state_dict", "model")):
+                said = f"{path}: holds weights and averaged ones: those under {name} are read"
+                warnings.warn(said, stacklevel=2)
             content = content[name]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {describe(content)}, expected a state dict")
