@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 import platform
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +47,10 @@ from tinyvit.training.finetune import Backbone
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import Record, RunDirectory, curve_labels
 from tinyvit.training.schedule import RunLength, learning_rate
+from tinyvit.training.signals import stop_on_signals
 from tinyvit.training.tensorboard import check_log, open_log
 from tinyvit.training.time_budget import TimeBudget
-from tinyvit.training.trainer import Stop, Trainer
+from tinyvit.training.trainer import Trainer
 
 
 def train(given: Mapping[str, Any], *, resume: bool = False, started: float | None = None) -> Progress:
@@ -372,28 +368,3 @@ def finish(trainer: Trainer, log_kind: str) -> Progress:
         f"weights in {directory.best}{curves}"
     )
     return progress
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Give a function that returns the signal, SIGINT or SIGTERM, that came. A second one ends the process at once."""
-    received: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        received.append(signum)
-        for other in before:
-            signal.signal(other, signal.SIG_DFL)
-        if sys.stderr.isatty():  # os.write, because the signal may have interrupted a print
-            os.write(sys.stderr.fileno(), b"\nstopping after this step; once more stops at once\n")
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: None
-        return
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    for signum in before:
-        signal.signal(signum, note)
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

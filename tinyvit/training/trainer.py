@@ -27,12 +27,11 @@ from tinyvit.training.display import Display, clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import RunDirectory
 from tinyvit.training.schedule import RunLength
+from tinyvit.training.signals import Stop
 from tinyvit.training.tensorboard import Log, no_log
 from tinyvit.training.time_budget import TimeBudget
 
 READ_EVERY = 1.0  # seconds: reading a step's numbers waits for a device, and the device then waits for the next step
-
-Stop = Callable[[], int | None]  # returns the signal that is to stop the run, None if there is none
 
 
 class TrainError(Exception):
