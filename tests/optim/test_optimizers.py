@@ -246,7 +246,7 @@ P = parameter(np.ones((2, 3)))
         (lambda: optim.Adam([{"params": []}]), "an optimizer expects at least one parameter, got none"),
         (lambda: optim.Adam([P, P]), "parameters 0 and 1 are one and the same"),
         (lambda: optim.Adam([{"params": [P]}, {"params": [P]}]), "parameters 0 and 1 are one and the same"),
-        (lambda: optim.Adam([{"params": [P], "lr": 1}]), "a group has params, weight_decay, lr_scale, got lr"),
+        (lambda: optim.Adam([{"params": [P], "lr": 1}]), "a group has params, weight_decay, lr_scale, muon, got lr"),
         (lambda: optim.Adam([{"params": [P], "lr_scale": -1}]), "lr_scale must be a number of at least 0, got -1"),
         (lambda: optim.Adam([Tensor(np.ones(2, int))]), "parameter 0 must be floating, got int64"),
         (lambda: optim.clip_grad_norm([P], -1), "max_norm must be a number of at least 0, got -1"),
