@@ -99,10 +99,15 @@ def test_eval_writes_predictions_and_their_confusion(home, tmp_path):
     scores = json.loads(result.stdout)
     with open(predictions, newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["image", "true class", "predicted class"] and len(rows) == scores["images"] == 9
-    assert sum(true == guess for _, true, guess in rows) / 9 == pytest.approx(scores["accuracy"])
+    assert header == ["image", "true class", "predicted class", "probability"] and len(rows) == scores["images"] == 9
+    assert sum(true == guess for _, true, guess, _ in rows) / 9 == pytest.approx(scores["accuracy"])
+    files = [home / "images" / "test" / image.split("test/")[1] for image, *_ in rows]
+    for (*_, guess, probability), best in zip(
+        rows, package.classify(package.load_model(home / "run"), files), strict=True
+    ):
+        assert (guess, pytest.approx(float(probability), abs=1e-6)) == best[0]
     with open(confusion, newline="") as file:
         (corner, *names), *table = csv.reader(file)
     assert (corner, names) == ("true class", ["blue", "green", "red"])
     for true, *counts in table:
-        assert list(map(int, counts)) == [sum(row[1:] == [true, guess] for row in rows) for guess in names]
+        assert list(map(int, counts)) == [sum(row[1:3] == [true, guess] for row in rows) for guess in names]

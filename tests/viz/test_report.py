@@ -12,7 +12,10 @@ from running import NANO, assert_one_line_error, make_images, tinyvit
 
 import tinyvit as package
 from tinyvit import viz
-from tinyvit.checkpoints.checkpoint import BEST
+from tinyvit.checkpoints import save
+from tinyvit.checkpoints.checkpoint import BEST, describe
+from tinyvit.cli import main
+from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.viz import svg
 from tinyvit.viz.report import write_report
 
@@ -111,6 +114,16 @@ def test_bad_usage_writes_nothing(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_channels_that_do_not_fit(run, tmp_path, capsys):
+    model, path = package.create_model("vit_nano_patch8_32", in_chans=1, num_classes=3), tmp_path / "grey.safetensors"
+    names = ("red", "green", NAME)
+    save(path, model.state_dict(), describe(model.config, names, Preprocessing((0.5,), (0.5,)), {}))
+    for command in ("report", "eval"):
+        assert main([command, str(path), "--data", str(run / "images")]) == 1
+        assert "takes images of 1 channels, those of images have 3" in capsys.readouterr().err
+    assert main(["report", str(path)]) == 0
+
+
 def test_a_hybrid_has_a_report_without_patch_filters(run, tmp_path):
     model = ["--model", "vit_tiny_r_s16_p8_224", "--image-size", 32, "--patch-size", 4]
     train = tinyvit("train", "--data", run / "images", "--out", tmp_path / "run", "--epochs", 1, *model)
@@ -124,7 +137,7 @@ def test_compare_shows_what_differs(run, tmp_path):
     result = tinyvit("compare", run / "run0", run / "run1", "--out", page)
     assert result.returncode == 0, result.stderr
     rows = {line[:25].strip(): line[25:].split() for line in result.stdout.splitlines()}
-    assert rows["lr"] == ["0.001", "0.003"] and "weight decay" not in rows and "epochs" in rows
+    assert rows["lr"] == ["0.001", "0.003"] and "weight decay" not in rows and rows["epochs"] == ["2/2", "2/2"]
     text = Page(page.read_text(encoding="utf-8")).text
     assert "run0 validation" in text and "0.003" in text
 

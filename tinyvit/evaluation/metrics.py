@@ -35,6 +35,7 @@ class Scores:
     per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no image of that class
     labels: np.ndarray  # (N,) true classes
     predicted: np.ndarray  # (N,) likeliest classes
+    probability: np.ndarray | None  # (N,) of the likeliest classes; None like the loss
 
     @property
     def images(self) -> int:
@@ -58,7 +59,10 @@ def combined(parts: Sequence[Scores]) -> Scores:
     accuracy, top5 = mean([part.accuracy for part in parts]), mean([part.top5 for part in parts])
     assert accuracy is not None and top5 is not None
     labels, predicted = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "predicted"))
-    return Scores(accuracy, top5, mean([part.loss for part in parts]), tuple(per_class), labels, predicted)
+    probabilities = [part.probability for part in parts if part.probability is not None]
+    probability = np.concatenate(probabilities) if len(probabilities) == len(parts) else None
+    loss = mean([part.loss for part in parts])
+    return Scores(accuracy, top5, loss, tuple(per_class), labels, predicted, probability)
 
 
 def confusion_counts(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -78,11 +82,16 @@ def write_confusion(path: Path, scores: Scores) -> None:
 
 
 def write_predictions(path: Path, scores: Scores, images: Sequence[str]) -> None:
-    """Write the true and the predicted class of each image as a CSV file; `images` are their names."""
+    """Write the true class, the predicted one and its probability, if known, of each image as a CSV file.
+
+    `images` are their names.
+    """
     names = [name for name, _, _ in scores.per_class]
-    classes = zip(scores.labels.tolist(), scores.predicted.tolist(), strict=True)
-    rows = [[image, names[true], names[guess]] for image, (true, guess) in zip(images, classes, strict=True)]
-    _write_csv(path, [["image", "true class", "predicted class"], *rows])
+    columns = [images, [names[k] for k in scores.labels], [names[k] for k in scores.predicted]]
+    header = ["image", "true class", "predicted class"]
+    if scores.probability is not None:
+        columns, header = [*columns, [f"{p:.6f}" for p in scores.probability]], [*header, "probability"]
+    _write_csv(path, [header, *zip(*columns, strict=True)])
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -112,8 +121,8 @@ def evaluate(
     from tinyvit.data import Loader
     from tinyvit.execution.inference import predictions
 
-    rank, loss = np.empty(len(split), np.int64), np.empty(len(split))
-    predicted = np.empty(len(split), np.int64)
+    rank, predicted = np.empty((2, len(split)), np.int64)
+    loss, probability = np.empty((2, len(split)))
     done = 0
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
@@ -127,14 +136,21 @@ def evaluate(
         part = slice(done, done + len(logits))
         rank[part], loss[part] = ranks(logits, labels[part]), cross_entropies(logits, labels[part])
         predicted[part] = logits.argmax(axis=1)
+        probability[part] = np.exp(-cross_entropies(logits, predicted[part]))
         done += len(logits)
-    return score(rank, loss, labels, predicted, class_names)
+    return score(rank, loss, labels, predicted, probability, class_names)
 
 
 def score(
-    rank: np.ndarray, loss: np.ndarray | None, labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]
+    rank: np.ndarray,
+    loss: np.ndarray | None,
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    probability: np.ndarray | None,
+    class_names: Sequence[str],
 ) -> Scores:
-    """The scores of images from the rank of the true class, cross-entropy, label and likeliest class of each (N,)."""
+    """The scores of images from what is known of each (N,): the rank of the true class, the cross-entropy, the label,
+    the likeliest class and its probability."""
     hit = rank == 0
     per_class = []
     for k, name in enumerate(class_names):
@@ -142,7 +158,8 @@ def score(
         count = int(of_class.sum())
         per_class.append((name, float(hit[of_class].mean()) if count else None, count))
     mean_loss = None if loss is None else float(loss.mean())
-    return Scores(float(hit.mean()), float((rank < 5).mean()), mean_loss, tuple(per_class), labels, predicted)
+    top5 = float((rank < 5).mean())
+    return Scores(float(hit.mean()), top5, mean_loss, tuple(per_class), labels, predicted, probability)
 
 
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -163,10 +180,13 @@ def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) -> Data:
-    """A data set (see `data.load_data`), prepared for a checkpoint and divided as in its run. Raises DataError."""
+    """A data set (see `data.load_data`), prepared for a checkpoint and divided as in its run.
+
+    Raises DataError, and EvaluationError where the model takes images of other channels.
+    """
     from tinyvit.data import load_data
 
-    return load_data(
+    data = load_data(
         source,
         image_size=checkpoint.image_size,
         skip_corrupt=skip_corrupt,
@@ -174,6 +194,11 @@ def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) ->
         statistics=(checkpoint.mean, checkpoint.std),
         **checkpoint.split,
     )
+    if data.in_chans != (channels := checkpoint.config.in_chans):
+        raise EvaluationError(
+            f"the model takes images of {channels} channels, those of {data.name} have {data.in_chans}"
+        )
+    return data
 
 
 def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence[str]) -> np.ndarray:

@@ -50,11 +50,11 @@ def probe(kind: str, checkpoint: Checkpoint, model: VisionTransformer, data: Dat
     if kind == "knn":
         k = min(NEIGHBOURS, len(train))
         votes = nearest_neighbours(train, seen.train.labels, test, len(names), k=k)
-        return Probe(score(ranks(votes, labels), None, labels, votes.argmax(axis=1), names), {"k": k})
+        return Probe(score(ranks(votes, labels), None, labels, votes.argmax(axis=1), None, names), {"k": k})
     logits, l2 = linear(train, seen.train.labels, test, len(names))
-    return Probe(
-        score(ranks(logits, labels), cross_entropies(logits, labels), labels, logits.argmax(axis=1), names), {"l2": l2}
-    )
+    predicted = logits.argmax(axis=1)
+    losses, probability = cross_entropies(logits, labels), np.exp(-cross_entropies(logits, predicted))
+    return Probe(score(ranks(logits, labels), losses, labels, predicted, probability, names), {"l2": l2})
 
 
 def nearest_neighbours(

@@ -80,7 +80,7 @@ class Summary:
         """The layers as aligned columns. All blocks, which are alike, make one line, and so does each ResNet stage."""
         cells: list[tuple[str, ...]] = [("layer", "kind", "output", "parameters", "FLOPs")]
         cells += [_cells(row) for row in self._table_rows()]
-        cells.append(("total", "", "", f"{self.parameters:,}", _short(self.flops)))
+        cells.append(("total", "", "", f"{self.parameters:,}", short(self.flops)))
         widths = [max(len(line[i]) for line in cells) for i in range(5)]
         align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
         lines = ["  ".join(f(c, w) for f, c, w in zip(align, line, widths, strict=True)) for line in cells]
@@ -274,10 +274,10 @@ def _norm(c: ViTConfig, name: str, output: tuple[int, ...]) -> Row:
 
 def _cells(row: Row) -> tuple[str, ...]:
     parameters = f"{row.parameters:,}" if row.parameters else "-"
-    return row.name, row.kind, str(row.output), parameters, _short(row.flops) if row.flops else "-"
+    return row.name, row.kind, str(row.output), parameters, short(row.flops) if row.flops else "-"
 
 
-def _short(count: int) -> str:
+def short(count: int) -> str:
     """Four digits and a power of a thousand: 35128479744 -> "35.13 G"."""
     value, unit = float(count), 0
     while value >= 999.95 and unit < 4:

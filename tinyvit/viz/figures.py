@@ -161,13 +161,13 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[s
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
     """A reliability diagram; data (bins, 3): confidence, accuracy and count as `measures.calibrate`."""
     c = measures.calibrate(np.asarray(probabilities), np.asarray(labels))
-    axes = svg.Axes((0.0, 1.0), (0.0, 1.0), "confidence", "accuracy", percent=True)
+    x_label = f"confidence (expected calibration error {c.error:.2%})"
+    axes = svg.Axes((0.0, 1.0), (0.0, 1.0), x_label, "accuracy", percent=True)
     for i, (confidence, accuracy, count) in enumerate(zip(c.confidence, c.accuracy, c.count, strict=True)):
         if count:
             hint = f"{count} images, confidence {confidence:.1%}, accuracy {accuracy:.1%}"
             axes.bar(i / len(c.count), (i + 1) / len(c.count), float(accuracy), 0, hint)
     axes.line((0, 1), (0, 1), 1, dashed=True)
-    axes.text(svg.LEFT + 10, svg.TOP + 14, f"expected calibration error {c.error:.2%}", "start")
     return Figure(np.stack([c.confidence, c.accuracy, c.count], axis=1), axes.svg("reliability diagram"))
 
 
@@ -239,11 +239,16 @@ def sheet(images: Sequence[Image.Image], captions: Sequence[str]) -> str:
 
 
 def embedded(image: Image.Image, name: str, *, photo: bool = False) -> str:
-    """An <img> that holds the image, described by `name`; large photographs as JPEG, all else as PNG."""
-    buffer, kind = io.BytesIO(), "jpeg" if photo and max(image.size) >= JPEG_FROM else "png"
+    """An <img> that holds the image, described by `name`; large photographs as JPEG, all else as PNG.
+
+    The pixels of small photographs stay sharp when they are enlarged.
+    """
+    small = max(image.size) < JPEG_FROM
+    buffer, kind = io.BytesIO(), "jpeg" if photo and not small else "png"
     image.save(buffer, kind, quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{svg.label(name)}" src="data:image/{kind};base64,{data}">'
+    sharp = ' style="image-rendering:pixelated"' if photo and small else ""
+    return f'<img{sharp} alt="{svg.label(name)}" src="data:image/{kind};base64,{data}">'
 
 
 def _raster(data: np.ndarray, picture: Image.Image, name: str, *, photo: bool = False) -> Figure:

@@ -21,16 +21,16 @@ h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .3
 p{color:var(--quiet);margin:.3rem 0 .8rem;max-width:46rem}
 .row{display:flex;flex-wrap:wrap;gap:1rem}.row>div{flex:1 1 24rem;min-width:0}
 .wide{overflow-x:auto}.wide svg.chart{max-width:none}
-img{max-width:100%;image-rendering:pixelated}
+img{max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem .2rem 0;text-align:right;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left;overflow-wrap:anywhere}th button{all:unset;cursor:pointer;font-weight:600}
+.text,.facts th,.facts td{text-align:left;overflow-wrap:anywhere}th button{all:unset;cursor:pointer;font-weight:600}
 th button:focus-visible{outline:2px solid}
-.facts td{text-align:left}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr));gap:.8rem}
 figure{margin:0}figure img{width:100%}
+.row>img{width:9rem;align-self:start}
 figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}
-@media print{body{max-width:none}h2{break-after:avoid}figure,svg.chart{break-inside:avoid}}
+@media print{body{max-width:none}.row>div{flex-basis:15rem}h2{break-after:avoid}figure,svg.chart{break-inside:avoid}}
 """
 SORT = """
 for(const b of document.querySelectorAll("th button"))b.onclick=()=>{const th=b.closest("th"),t=th.closest("table"),
@@ -67,9 +67,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
     def cell(value: Cell) -> str:
         shown = NONE if value is None else f"{value:.2%}" if isinstance(value, float) else label(str(value))
-        return f"<td data-v={json.dumps(label(str(-1 if value is None else value)))}>{shown}</td>"
+        return f"<td{kind(value)} data-v={json.dumps(label(str(-1 if value is None else value)))}>{shown}</td>"
 
-    head = "".join(f"<th><button>{label(name)}</button></th>" for name in header)
+    def kind(value: Cell) -> str:
+        return ' class="text"' if isinstance(value, str) else ""
+
+    kinds = [kind(value) for value in rows[0]] if rows else [""] * len(header)
+    head = "".join(f"<th{k}><button>{label(name)}</button></th>" for k, name in zip(kinds, header, strict=True))
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

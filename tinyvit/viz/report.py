@@ -15,17 +15,18 @@ from tinyvit.data.augment import normalise
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.classify import Outputs, run_on_split
 from tinyvit.evaluation.heatmap import beside
-from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, labels_for
+from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, labels_for, ranks
 from tinyvit.files.atomic import write_text
 from tinyvit.models import inspection
-from tinyvit.models.summary import summarise
+from tinyvit.models.summary import short, summarise
 from tinyvit.models.vit import VisionTransformer
 from tinyvit.viz import figures, measures
 from tinyvit.viz.page import facts, page, table
 from tinyvit.viz.runs import Run
 
 SHOWN = 16  # images on a sheet
-ROLLOUTS = 6  # images with attention
+ROLLOUTS, HEADS = 6, 3  # images with attention rollout, and with the attention of each head
+LARGEST = 384  # pixels: the side of images on the page
 MAPPED = 500  # images on the map of features
 MOST_WEIGHTS = 1 << 25  # attention weights of a block that are held at a time
 
@@ -73,7 +74,7 @@ def _about(checkpoint: Checkpoint, run: Run | None) -> Iterator[Section]:
     """What is known without data."""
     if run is None:
         model = summarise(checkpoint.config)
-        of_model = {"parameters": f"{model.parameters:,}", "FLOPs an image": f"{model.flops / 1e9:.3g} G"}
+        of_model = {"parameters": f"{model.parameters:,}", "FLOPs an image": short(model.flops)}
         yield "Model", "A checkpoint, without a record of its training.", facts({"": of_model})
         return
     yield "Run", "What was trained on what, how long and how fast.", facts({"": run.facts()})
@@ -97,7 +98,7 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, pre
     hit, confidence = predicted == labels, p.max(axis=1)
     what = f"{len(labels)} {data.test_name} images of {data.name}"
     counts = confusion_counts(labels, predicted, len(names))
-    top5 = (p >= np.take_along_axis(p, labels[:, None], axis=1)).sum(axis=1) <= 5
+    top5 = ranks(p, labels) < 5
     calibration = figures.calibration(p, labels)
     error = measures.calibrate(p, labels).error
     yield (
@@ -109,7 +110,8 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, pre
     yield "Classes", "A click on a heading sorts.", _class_table(counts, names)
     yield (
         "Confusion",
-        "Rows are the true classes, columns what they were taken for.",
+        "Rows are the true classes, columns what they were taken for"
+        + (": from dark, none of a class's images, to light, all." if len(names) > figures.MOST_NUMBERS else "."),
         f'<div class="wide">{figures.confusion(labels, predicted, names).html}</div>{_most_confused(counts, names)}',
     )
     yield (
@@ -138,9 +140,12 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, pre
 
 
 def images_of(split: Split, places: np.ndarray) -> list[Image.Image]:
-    """The images of a split at `places`, as the model sees them."""
+    """The images of a split at `places`, as the model sees them, but no larger than LARGEST."""
     pixels = np.asarray(split.read(places)).transpose(0, 2, 3, 1)
-    return [Image.fromarray(x if x.shape[2] == 3 else x[:, :, 0]).convert("RGB") for x in pixels]
+    images = [Image.fromarray(x if x.shape[2] == 3 else x[:, :, 0]).convert("RGB") for x in pixels]
+    for image in images:
+        image.thumbnail((LARGEST, LARGEST))
+    return images
 
 
 def _class_table(counts: np.ndarray, names: tuple[str, ...]) -> str:
@@ -168,12 +173,14 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
     places = np.unique(np.linspace(0, len(split) - 1, ROLLOUTS).astype(int))
     pixels = np.asarray(split.read(places))
     inputs = normalise(pixels, checkpoint.mean, checkpoint.std)
-    whole = ((0.0, float(config.image_size[0])), (0.0, float(config.image_size[1])))
     at_a_time = max(1, MOST_WEIGHTS // (config.num_heads * config.num_tokens**2))
     heats = np.concatenate(
         [inspection.rollout(model, inputs[i : i + at_a_time]) for i in range(0, len(inputs), at_a_time)]
     )
-    pictures = [beside(image, heat, whole) for image, heat in zip(images_of(split, places), heats, strict=True)]
+    pictures = [
+        beside(image, heat, ((0.0, image.height), (0.0, image.width)))
+        for image, heat in zip(images_of(split, places), heats, strict=True)
+    ]
     shown = "".join(
         f"<div>{figures.embedded(p, 'an image, and attention rollout over it', photo=True)}</div>" for p in pictures
     )
@@ -182,11 +189,16 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
         "How much the output draws on each patch, over all blocks. The bar gives the shares of the most and the least.",
         f'<div class="row">{shown}</div>',
     )
-    heads = measures.head_attention(model, inputs[:1])[:, 0]
+    heads = measures.head_attention(model, inputs[: min(HEADS, at_a_time)])
+    by_head = (
+        f'<div><div class="row">{figures.embedded(image, "an image", photo=True)}'
+        f'<div class="wide">{figures.heads_picture(heads[:, i]).html}</div></div></div>'
+        for i, image in enumerate(images_of(split, places[: heads.shape[1]]))
+    )
     yield (
         "Heads",
-        "For the first of these images: where each head (columns) of each block (rows) looks.",
-        f'<div class="wide">{figures.heads_picture(heads).html}</div>',
+        "Where each head (columns) of each block (rows) looks; each map goes from dark, its least, to light, its most.",
+        f'<div class="row">{"".join(by_head)}</div>',
     )
     many = split.read(np.unique(np.linspace(0, len(split) - 1, min(32, at_a_time)).astype(int)))
     distance = measures.attention_distance(model, normalise(np.asarray(many), checkpoint.mean, checkpoint.std))

@@ -9,12 +9,12 @@ from typing import Any
 
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.summary import summarise
+from tinyvit.models.summary import short, summarise
 from tinyvit.training.display import clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import Record, RunDirectory
 
-_NOT_SETTINGS = ("out", "data", "model", "device", "threads", "log")  # shown by themselves, or without effect
+_NOT_SETTINGS = ("out", "data", "model", "epochs", "device", "threads", "log")  # shown by themselves, or without effect
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Run:
             "data": self.record.data_name,
             "device": self.record.device or "not recorded",
             "parameters": f"{model.parameters:,}",
-            "FLOPs an image": f"{model.flops / 1e9:.3g} G",
+            "FLOPs an image": short(model.flops),
             "epochs": self.record.length.epochs_after(p.step).strip() + ("" if p.finished else " (not finished)"),
             "time": clock(p.seconds),
             "training images/s": f"{sum(speeds) / len(speeds):.0f}" if speeds else "none yet",
