@@ -132,7 +132,14 @@ def make_parser() -> Parser:
     layouts = one_of("tinyvit", "timm", "huggingface")
     convert.add_argument("--to", type=typed(layouts), required=True, help="tinyvit, timm or huggingface")
 
-    for sub in (evaluate, predict, summary, convert):
+    export = command("export", run_export, "Write an ONNX file, which other runtimes execute (extra: onnx).")
+    export.add_argument("checkpoint", metavar="RUN|CKPT")
+    export.add_argument("path", metavar="FILE.onnx")
+    export.add_argument("--preprocess", action="store_true", help="take pixels from 0 to 255 and normalise them inside")
+    export.add_argument("--softmax", action="store_true", help="give probabilities in the place of logits")
+    export.add_argument("--precision", type=typed(one_of("fp32", "fp16")), default="fp32", help="fp32 or fp16")
+
+    for sub in (evaluate, predict, summary, convert, export):
         heads = "attention heads of a checkpoint that does not say how many it has"
         sub.add_argument("--num-heads", type=typed(whole(1)), metavar="N", help=heads)
 
@@ -276,6 +283,16 @@ def run_convert(args: argparse.Namespace) -> None:
 
     convert(Path(args.checkpoint), Path(args.path), args.to, num_heads=args.num_heads)
     print(printable(f"{args.path}: {args.checkpoint} in the layout of {args.to}"))
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from tinyvit.checkpoints.loading import open_checkpoint
+    from tinyvit.checkpoints.onnx_file import write_onnx
+
+    checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
+    path, inside = Path(args.path), {"preprocess": args.preprocess, "softmax": args.softmax}
+    write_onnx(checkpoint, path, **inside, precision=args.precision)
+    print(printable(f"{args.path}: {args.checkpoint} as an ONNX graph"))
 
 
 def run_plot(args: argparse.Namespace) -> None:
@@ -433,7 +450,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.command is None:
         given = f", got {rest[0]}" if rest else ""
         raise UsageError(
-            f"expected a command: train, eval, predict, report, compare, watch, summary, convert, plot, models "
+            f"expected a command: train, eval, predict, report, compare, watch, summary, convert, export, plot, models "
             f"or info{given}"
         )
     if rest:

@@ -202,7 +202,10 @@ def test_info_shows_the_machine_and_what_holds_it_back():
 # --- bad usage ------------------------------------------------------------------------------------------------
 
 BAD_USAGE = [
-    ([], "expected a command: train, eval, predict, report, compare, summary, convert, plot, models or info"),
+    (
+        [],
+        "report, compare, watch, summary, convert, export, plot, models or info",
+    ),
     (["trian"], "invalid choice: 'trian'"),
     (["--verbose"], "--verbose"),
     (["train", "--epoch", "3"], "train does not know --epoch; did you mean --epochs?"),

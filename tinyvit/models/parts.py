@@ -68,11 +68,13 @@ class Rotary(nn.Module):
             self.sin = nn.Buffer(np.sin(angles).astype(np.float32), persistent=False)
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:  # (B, heads, N, D / heads) each
-        cos_sin = self._learned() if hasattr(self, "freqs") else (self.cos, self.sin)
+        cos_sin = self.cos_sin()
         return [F.rotary(x, *cos_sin, interleaved=self.interleaved) for x in tensors]
 
-    def _learned(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the angles (heads, N, D / 2)."""
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles (heads or 1, N, D / (2 heads))."""
+        if not hasattr(self, "freqs"):
+            return self.cos, self.sin
         rows = self.freqs.reshape(2, *self.freqs.shape[1:2], 1, -1)  # (2, heads, 1, D / 2)
         angles = self.places[:, :1] * rows[0, ...] + self.places[:, 1:] * rows[1, ...]
         return cos(angles), sin(angles)
