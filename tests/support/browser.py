@@ -23,20 +23,23 @@ back=back.map((b,i)=>b*(1-o)+f[i]*o)}
 const a=light(rgb(e.tagName=="text"?s.fill:s.color).slice(0,3)),b=light(back),
 c=(Math.max(a,b)+.05)/(Math.min(a,b)+.05);if(c<least){least=c;where=walk.currentNode.data}}
 const out=document.createElement("pre");out.id="found";out.textContent=JSON.stringify({width:innerWidth,
-overflow:document.documentElement.scrollWidth-innerWidth,images:document.images.length,
+overflow:document.documentElement.scrollWidth-document.documentElement.clientWidth,images:document.images.length,
 missing:[...document.images].filter(i=>!i.naturalWidth).length,contrast:least,where});parent.document.body.append(out)})</script>"""
 
 
-def look(page, folder, width, dark=False):
+def look(page, folder, width, media=""):
     """Open the HTML file `page` in a frame of this width (a window of Chromium's has at least 500 pixels).
+
+    With `media`, such as "print", the rules for that medium hold.
 
     Returns `width`, `overflow` (pixels beyond the window), `images`, `missing` (images that do not show), `contrast`
     (the least between text and what is behind it) and `console` (errors).
     """
     copy = folder / f"{page.stem}-{width}.html"
     text = page.read_text(encoding="utf-8")
-    if dark:
-        text = text.replace("(prefers-color-scheme:dark)", "all")
+    if media:
+        assert f"@media {media}{{" in text
+        text = text.replace(f"@media {media}{{", "@media all{")
     inside = html.escape(text.replace("</body>", SCRIPT + "</body>"))
     frame = f'<!doctype html><link rel="icon" href="data:,"><iframe style="width:{width}px;height:900px;border:0" '
     copy.write_text(f'{frame}srcdoc="{inside}"></iframe>', encoding="utf-8")

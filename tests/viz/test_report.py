@@ -143,11 +143,24 @@ def test_compare_shows_what_differs(run, tmp_path):
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
-@pytest.mark.parametrize("width, dark", [(390, False), (794, False), (1280, True)])
-def test_a_browser_shows_the_page(report, tmp_path, width, dark):
-    found = browser.look(report, tmp_path, width, dark)
+@pytest.mark.parametrize("width, media", [(390, ""), (794, "print"), (1280, "(prefers-color-scheme:dark)")])
+def test_a_browser_shows_the_page(report, tmp_path, width, media):
+    found = browser.look(report, tmp_path, width, media)
     assert found["overflow"] <= 0 and found["images"] > 10 and not found["missing"] and not found["console"], found
     assert found["contrast"] >= 4.5, found
+
+
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")
+def test_a_browser_finds_what_is_wrong(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        '<!doctype html><body><p style="width:410px;color:#888">pale</p><img src="data:,">'
+        "<script>console.error('wrong')</script></body>"
+    )
+    found = browser.look(page, tmp_path, 390)
+    assert found["overflow"] > 0 and found["missing"] == 1 and found["where"] == "pale"
+    assert found["contrast"] == pytest.approx(3.545, abs=0.01)  # of #888 on white
+    assert any("wrong" in line for line in found["console"])
 
 
 # --- in Python --------------------------------------------------------------------------------------------------------
