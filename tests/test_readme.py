@@ -43,8 +43,9 @@ def test_there_is_something_to_test():
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_python_runs_as_it_stands(number, monkeypatch):
+def test_python_runs_as_it_stands(number, monkeypatch, tmp_path):
     """With few images, and of each epoch the first two batches."""
+    monkeypatch.chdir(tmp_path)  # it saves its model
     epoch = data.Loader.epoch
     monkeypatch.setattr(shapes, "TRAIN", 400)
     monkeypatch.setattr(shapes, "TEST", 40)
