@@ -159,6 +159,8 @@ def make_parser() -> Parser:
     plot = command("plot", run_plot, "Draw a run's curves into its curves.png.")
     plot.add_argument("run_directory", metavar="RUN")
 
+    command("recipes", run_recipes, "List the recipes of train --recipe, and what was measured with them.")
+
     command("models", run_models, "List the models that can be created by name.")
 
     info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
@@ -341,6 +343,18 @@ def run_models(args: argparse.Namespace) -> None:
             before = "none" if c.resnet_layers is None else "-".join(map(str, c.resnet_layers)) or "stem"
         sizes = (c.embed_dim, c.depth, c.num_heads, before, patch, image, f"{summarise(c).parameters:,}")
         rows.append((name, *map(str, sizes)))
+    print_table(rows)
+
+
+def run_recipes(args: argparse.Namespace) -> None:
+    from tinyvit.training.recipes import FILES, read_recipe
+
+    rows: list[tuple[str, ...]] = [("name", "data", "model", "length", "device", "accuracy")]
+    for name in FILES:
+        recipe = read_recipe(name)
+        o = recipe.options
+        length = f"{o['minutes']:g} minutes" if "minutes" in o else f"{o['epochs']} epochs"
+        rows.append((name, o.get("data", "any"), o.get("model", "any"), length, recipe.device, recipe.accuracy))
     print_table(rows)
 
 

@@ -7,13 +7,25 @@ from running import assert_one_line_error, make_images, tinyvit
 
 import tinyvit as package
 from tinyvit.models.summary import summarise
-from tinyvit.training.config import FIELDS, RECIPES, UsageError, check_same, with_recipe
+from tinyvit.training.config import FIELDS, UsageError, check_same, with_recipe
+from tinyvit.training.recipes import BEST, FILES, best_recipe, read_recipe
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("name", list(FILES))
 def test_a_recipe_is_made_of_options(name):
-    for option, value in RECIPES[name].items():
+    recipe = read_recipe(name)
+    for option, value in recipe.options.items():
         assert FIELDS[option].metadata["parse"](str(value)) == value, option
+    assert recipe.options.get("model") in (None, *package.list_models())
+    assert name in tinyvit("recipes").stdout
+
+
+def test_cifar_10_without_a_choice_gets_the_best_recipe_of_the_device():
+    for device, name in BEST.items():
+        assert best_recipe({"data": "cifar10", "lr": 0.1}, on_gpu=device == "cuda") == name
+        assert read_recipe(name).options["data"] == "cifar10"
+    for given in ({"data": "shapes"}, {}, {"data": "cifar10", "model": "m"}, {"data": "cifar10", "recipe": "finetune"}):
+        assert best_recipe(given, on_gpu=False) is None
 
 
 def test_what_is_given_counts_more():
@@ -30,7 +42,7 @@ def test_keras_s_model():
 
     Its own parameter count minus what we leave out: each layer has 2 norms, attention (here 4 heads of 16), and an MLP.
     """
-    config = package.model_config(RECIPES["keras-cifar10"]["model"], num_classes=10)
+    config = package.model_config(read_recipe("keras-cifar10").options["model"], num_classes=10)
     assert (config.image_size, config.patch_size, config.num_patches, config.num_tokens) == ((72, 72), (6, 6), 144, 144)
     assert (config.depth, config.embed_dim, config.num_heads, config.mlp_dim) == (8, 64, 4, 128)
     layer = 2 * 2 * 64 + 4 * (64 * 64 + 64) + (64 * 128 + 128) + (128 * 64 + 64)
@@ -60,4 +72,4 @@ def test_keras_s_recipe_trains_on_images_of_any_size(tmp_path):
 
 def test_an_unknown_recipe_is_refused(tmp_path):
     result = tinyvit("train", "--recipe", "keras", "--out", tmp_path / "run")
-    assert "--recipe: expected keras-cifar10, got 'keras'" in assert_one_line_error(result, 2)
+    assert ", finetune or keras-cifar10, got 'keras'" in assert_one_line_error(result, 2)

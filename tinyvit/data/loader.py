@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import arrays, devices
+from tinyvit.data.augment import mirror
 from tinyvit.data.base import Split
 
 AHEAD = 2  # batches prepared beyond the one in the caller's hands
-ORDER, BATCH = 1, 2  # separate the random streams of an epoch's order and of its batches
+ORDER, BATCH, FLIP = 1, 2, 3  # separate the random streams of an epoch's order, of its batches, and of first flips
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[Any, Any]]
 
@@ -23,6 +24,9 @@ class Loader:
 
     `transform(images, labels, rng)` turns uint8 (B, C, H, W) images into what the model takes (see Augment).
     `shuffle` is training: a new order every epoch, and images read with random crops where the split has them.
+    `alternate_flip`: in training each image is mirrored in every second epoch, which ones first is drawn (Jordan 2024,
+    arXiv:2404.00498, section 3.6). `repeats`: an epoch has so many copies, one after the other, of as many times fewer
+    images (Berman et al. 2019, arXiv:1902.05509).
     `drop_last` leaves out a last batch that is not full. With a `device` (as for `nn.Module.to`) images that are read
     elsewhere are moved there before they are transformed; without one they stay where the split has them.
     """
@@ -36,6 +40,8 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        alternate_flip: bool = False,
+        repeats: int = 1,
         device: Any = None,
     ) -> None:
         if not callable(transform):
@@ -48,6 +54,8 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.drop_last = drop_last
+        self.repeats = repeats
+        self.flipped = np.random.default_rng([FLIP, seed]).random(len(split)) < 0.5 if alternate_flip else None
         self._move = arrays.as_array if device is None else devices.mover(device)
 
     def __len__(self) -> int:
@@ -66,6 +74,7 @@ class Loader:
         order = np.arange(len(self.split))
         if self.shuffle:
             np.random.default_rng([ORDER, self.seed, epoch]).shuffle(order)
+        order = np.repeat(order, self.repeats)[: len(order)]
 
         pending: deque[Future[tuple[Any, Any]]] = deque()
         with ThreadPoolExecutor(1, thread_name_prefix="tinyvit-loader") as pool:
@@ -84,4 +93,6 @@ class Loader:
         indices = order[number * self.batch_size : (number + 1) * self.batch_size]
         images = self._move(self.split.read(indices, rng if self.shuffle else None))
         with arrays.on_device_of(images):
+            if self.flipped is not None:
+                images = mirror(images, self.flipped[indices] ^ bool(epoch % 2))
             return self.transform(images, arrays.convert(self.split.labels[indices], images), rng)

@@ -14,7 +14,7 @@ from tinyvit.backend import arrays
 from tinyvit.backend.devices import pick_device
 from tinyvit.checkpoints.checkpoint import TRAINING_PREFIXES, Checkpoint, CheckpointError
 from tinyvit.checkpoints.native_file import read
-from tinyvit.data import Augment, Data, Loader, Split, default_augment
+from tinyvit.data import Augment, Data, Loader, Split, default_augment, policies
 from tinyvit.data.splits import without_augmentation
 from tinyvit.engine.tensor import Array
 from tinyvit.errors import UsageError
@@ -79,16 +79,30 @@ def make_optimizer(options: TrainConfig, model: VisionTransformer) -> optim.Opti
     assert options.lr is not None and options.weight_decay is not None
     head_lr_scale = 1.0 if options.head_lr is None else options.head_lr / options.lr
     groups = optim.param_groups(
-        model, options.weight_decay, layer_decay=options.layer_decay, head_lr_scale=head_lr_scale
+        model,
+        options.weight_decay,
+        layer_decay=options.layer_decay,
+        head_lr_scale=head_lr_scale,
+        adam_lr_scale=options.adam_lr / options.lr if options.optimizer == "muon" else None,
     )
     if options.optimizer == "sgd":
         return optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
-    return {"adam": optim.Adam, "adamw": optim.AdamW}[options.optimizer](groups, lr=options.lr)
+    return {"adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon}[options.optimizer](groups, lr=options.lr)
 
 
 def make_augmentation(options: TrainConfig, data: Data) -> Augment:
     """What happens to a batch before a step."""
-    augment = default_augment(data) if options.augment else Augment(data.mean, data.std)
+    augment = Augment(data.mean, data.std)
+    if options.augment:
+        augment = dataclasses.replace(
+            default_augment(data),
+            policy=policies.parse(options.policy),
+            turn=options.rotate,
+            zoom=options.zoom,
+            erasing=options.erasing,
+        )
+        if options.flip == "alternate":  # the loader does it, which knows the epoch
+            augment = dataclasses.replace(augment, flip=False)
     return dataclasses.replace(augment, mixup=options.mixup, cutmix=options.cutmix, num_classes=len(data.class_names))
 
 
@@ -184,6 +198,8 @@ def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, 
         transform=unchanged if on_features else make_augmentation(options, data),
         seed=options.seed,
         drop_last=True,
+        alternate_flip=bool(options.augment) and options.flip == "alternate",
+        repeats=options.repeats,
         device=arrays.device_name(model.parameters()[0].data),
     )
 

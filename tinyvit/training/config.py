@@ -15,6 +15,7 @@ from tinyvit.errors import UsageError
 from tinyvit.execution.precision import PRECISIONS
 from tinyvit.files.fields import shown as shown_value
 from tinyvit.files.reading import read_text
+from tinyvit.training.recipes import FILES, read_recipe
 
 LONGEST_TOML, MOST_DOTS = 100_000, 1000  # bytes, and dots: a key of many parts takes tomllib minutes
 ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
@@ -117,6 +118,14 @@ def std(text: str) -> str:
     return mean(text)
 
 
+def policy(text: str) -> str:
+    """A reader of an augmentation policy's name; raises ValueError."""
+    from tinyvit.data.policies import parse
+
+    parse(text)
+    return text
+
+
 positive = number("a number above 0", lambda x: x > 0)
 not_negative = number("a number of at least 0", lambda x: x >= 0)
 positive_share = number("a number above 0 and at most 1", lambda x: 0 < x <= 1)
@@ -131,23 +140,11 @@ def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str
 
 
 # The learning rate and weight decay that suit each optimizer.
-RATES = {"adamw": (1e-3, 0.05), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
+RATES = {"adamw": (1e-3, 0.05), "muon": (0.02, 0.02), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
 # Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
 EPOCHS, SHAPES_EPOCHS = 20, 4
 # The share that is held out of data without a test part.
 VAL_FRACTION = 0.1
-
-# Options that go together under a name; those given beside it count more.
-RECIPES: dict[str, dict[str, Any]] = {
-    # "Image classification with Vision Transformer" among Keras's code examples (K. Salama, 2021), but for its head (an
-    # MLP of 2048 and 1024 on all tokens side by side; here their mean and one layer), 64 wide queries and keys in each
-    # head (here 16), a second GELU in each MLP, and rotation and zoom of the training images (here only flipped).
-    "keras-cifar10": {
-        "data": "cifar10", "model": "vit_keras_patch6_72", "epochs": 100, "batch_size": 256, "optimizer": "adamw",
-        "lr": 1e-3, "weight_decay": 1e-4, "schedule": "constant", "warmup": 0.0, "clip_norm": 0.0,
-        "label_smoothing": 0.0, "dropout": 0.1, "val_fraction": 0.1,
-    },
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +152,10 @@ class TrainConfig:
     """The options of one training run; None means: chosen from the data when the run starts, and then recorded."""
 
     recipe: str | None = option(
-        None, one_of(*RECIPES), "NAME", f"options that go together, below those given beside it: {', '.join(RECIPES)}"
+        None,
+        one_of(*FILES),
+        "NAME",
+        "options that go together, below those given beside it; `tinyvit recipes` lists them",
     )
     data: str = option(
         "shapes", str, "SRC", "shapes, cifar10, a directory of images or parquet files, a .csv or .parquet", free=True
@@ -185,8 +185,13 @@ class TrainConfig:
     )
     minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
     batch_size: int | None = option(None, whole(1), "B", "images per step (default: 64, less for few images)")
-    lr: float | None = option(None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05)")
-    weight_decay: float | None = option(None, not_negative, "X", "default: 0.05, with sgd 0.0005, with adam 0")
+    lr: float | None = option(
+        None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05, with muon 0.02)"
+    )
+    adam_lr: float = option(2e-3, positive, "X", "with muon, the highest learning rate of all but hidden matrices")
+    weight_decay: float | None = option(
+        None, not_negative, "X", "default: 0.05, with muon 0.02, with sgd 0.0005, with adam 0"
+    )
     warmup: float = option(0.1, not_negative, "X", "below 1: this share of the run; from 1: so many epochs")
     clip_norm: float = option(1.0, not_negative, "X", "largest norm of a step's gradient; 0: no clipping")
     label_smoothing: float = option(0.1, share, "X", "share of each label given to all classes")
@@ -195,7 +200,17 @@ class TrainConfig:
         0.0, share, "X", "dropout after the position embedding, the projections and in the MLP, and no other"
     )
     mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
-    cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none")
+    cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none; with both, each batch has one of them")
+    policy: str = option(
+        "none", policy, "NAME", "none, autoaugment (CIFAR-10's), or randaugment-N-M: N operations at level M of 30"
+    )
+    erasing: float = option(0.0, share, "P", "probability of erasing a rectangle of a training image")
+    rotate: float = option(0.0, not_negative, "DEGREES", "turn training images by up to so much")
+    zoom: float = option(0.0, share, "X", "stretch training images by up to 1 +- X, height and width apart")
+    flip: str = option(
+        "random", one_of("random", "alternate"), "HOW", "mirror training images at random, or in every second epoch"
+    )
+    repeats: int = option(1, whole(1), "N", "a batch holds N variants of each of its images")
     augment: bool | None = option(
         None,
         bool,
@@ -203,8 +218,15 @@ class TrainConfig:
         f"flip, shift and vary the training images (default: yes; with --freeze {ALL_BUT_HEAD} no, so that the "
         "features before the head are computed once)",
     )
-    optimizer: str = option("adamw", one_of(*RATES), "NAME", "adamw, adam or sgd (with Nesterov momentum 0.9)")
-    schedule: str = option("cosine", one_of("cosine", "step", "constant"), "NAME", "course of the learning rate")
+    optimizer: str = option(
+        "adamw",
+        one_of(*RATES),
+        "NAME",
+        "adamw, adam, muon (with AdamW for all but hidden matrices) or sgd (with Nesterov momentum 0.9)",
+    )
+    schedule: str = option(
+        "cosine", one_of("cosine", "linear", "step", "constant"), "NAME", "course of the learning rate"
+    )
     accumulate: int = option(1, whole(1), "N", "parts in which a batch is computed, to save memory")
     ema: float = option(0.0, share, "DECAY", "decay of a moving average of the weights, used to evaluate; 0: none")
     class_weights: str = option(
@@ -308,7 +330,7 @@ def merge(file: Mapping[str, Any], command_line: Mapping[str, Any]) -> dict[str,
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` with the options of the recipe that it names."""
-    return merge(RECIPES[given["recipe"]], given) if given.get("recipe") else dict(given)
+    return merge(read_recipe(given["recipe"]).options, given) if given.get("recipe") else dict(given)
 
 
 def check_pairs(given: Mapping[str, Any]) -> None:

@@ -45,6 +45,7 @@ from tinyvit.training.config import (
 from tinyvit.training.display import Display, clock
 from tinyvit.training.finetune import Backbone
 from tinyvit.training.progress import Progress
+from tinyvit.training.recipes import best_recipe, read_recipe
 from tinyvit.training.run_directory import Record, RunDirectory, curve_labels
 from tinyvit.training.schedule import RunLength, learning_rate
 from tinyvit.training.signals import stop_on_signals
@@ -73,6 +74,8 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
     with Display() as display:
         if resume and given.get("out"):
             return resume_run(RunDirectory(given["out"]), given, display)
+        if recipe := best_recipe(given, on_gpu=pick_device(given.get("device", "auto")) != "cpu"):
+            given = {**given, "recipe": recipe}
         check_pairs(given)
         options = TrainConfig(**with_recipe(given))
         if options.out and not resume:
@@ -330,6 +333,9 @@ def make_trainer(
 def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkpoint | None, display: Display) -> None:
     """Say what will be trained on what, and where."""
     height, width = data.image_size
+    if options.recipe:
+        recipe = read_recipe(options.recipe)
+        display.line(f"recipe {recipe.name}; on {recipe.device}: {recipe.accuracy}")
     display.line(
         f"{options.model} ({parameters(parts.model)}) on {data.name}: "
         f"{len(data.train)} training and {len(data.validation)} validation images of {height}x{width} "

@@ -39,13 +39,15 @@ def learning_rate(schedule: str, lr: float, length: RunLength) -> Callable[[int]
     """The learning rate at each step, counted from 0.
 
     Args:
-        schedule: "cosine"; "step", which divides the rate by ten after each third of the run; or "constant". Each
-            begins with a linear warm-up.
+        schedule: "cosine"; "linear", down to 0; "step", which divides the rate by ten after each third of the run; or
+            "constant". Each begins with a linear warm-up.
         lr: the highest rate.
     """
     if schedule == "cosine":
         return optim.WarmupCosine(lr, length.total_steps, length.warmup_steps)
     course: Callable[[int], float] = optim.Constant(lr)
+    if schedule == "linear":  # down to 0
+        course = lambda step: lr * (1 - step / length.total_steps)
     if schedule == "step":
         course = optim.Step(lr, math.ceil(length.total_steps / 3), 0.1)
     return lambda step: course(step) * min(1.0, (step + 1) / (length.warmup_steps + 1))
