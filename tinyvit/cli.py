@@ -270,7 +270,7 @@ def run_summary(args: argparse.Namespace) -> None:
     from tinyvit.models.registry import model_config
     from tinyvit.models.summary import summarise
 
-    if Path(args.model).exists():
+    if Path(args.model).exists() or args.model.startswith("hf:"):
         config = open_checkpoint(args.model, num_heads=args.num_heads).config
     else:
         heads = {} if args.num_heads is None else {"num_heads": args.num_heads}

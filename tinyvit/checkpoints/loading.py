@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from tinyvit.checkpoints import hub
 from tinyvit.checkpoints.checkpoint import BEST, LAST, Checkpoint, CheckpointError
 from tinyvit.checkpoints.formats import read_other
 from tinyvit.checkpoints.native_file import is_ours, read_checkpoint
@@ -19,7 +20,8 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
     """Read the weights, the config and the preprocessing at `path`.
 
     Args:
-        path: a run directory, of which the best weights are read and without them the last, or a checkpoint.
+        path: a run directory, of which the best weights are read and without them the last; a checkpoint; or a name of
+            the Hugging Face hub, "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION".
         overrides: fields of the config, for what the files do not say (None: not given): num_heads, which replaces the
             config's, and image_size. A guess is warned of.
 
@@ -27,7 +29,7 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
         CheckpointError: it cannot be read; the message is one line.
         TypeError, ValueError: a number of heads that the model cannot have.
     """
-    path = Path(path)
+    path = hub.fetch(str(path)) if str(path).startswith(hub.PREFIX) else Path(path)
     overrides = {name: value for name, value in overrides.items() if value is not None}
     try:
         run_file = find_run_file(path)
@@ -76,14 +78,14 @@ def check_sizes(checkpoint: Checkpoint) -> None:
 
 
 def load_model(path: str | os.PathLike[str], *, interpolation: str = "bicubic", **overrides: Any) -> VisionTransformer:
-    """The model saved at `path`, in eval mode: a run directory (its best weights) or a checkpoint.
+    """The model saved at `path`, in eval mode: a run directory (its best weights), a checkpoint, or one of the hub.
 
     Checkpoints are files of ours, Hugging Face directories (ViT, DeiT, ViTMAE, CLIP, SigLIP, DINOv2, DINOv3), timm's
     .safetensors, .pth and hub directories, and Google's .npz; the content of a file decides what it is.
     `model.class_names` and `model.preprocessing` describe the outputs and the inputs.
 
     Args:
-        path: a file or a directory.
+        path: a file or a directory, or "hf:OWNER/NAME" with the extra `hub`.
         interpolation: how position embeddings are resized: "bicubic", or "bilinear" as in the original JAX code.
         overrides: replace fields of the config: `drop_path=0.1`; `num_classes=0` for the feature before the head,
             another number for a new head of zeros; `image_size=384` or `patch_size=8` resizes what depends on it.

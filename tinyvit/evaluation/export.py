@@ -23,7 +23,7 @@ def check_features_path(path: Path, checkpoint: Path) -> None:
         raise UsageError(f"--embed {path} is a directory, expected the name of an .npz file")
     if path.suffix.lower() != ".npz":
         raise UsageError(f"--embed {path}: expected a name that ends in .npz")
-    if path.exists() and path.samefile(checkpoint):
+    if path.exists() and checkpoint.exists() and path.samefile(checkpoint):
         raise UsageError(f"--embed {path} would overwrite the model")
     if not path.parent.is_dir():
         raise UsageError(f"--embed {path}: there is no directory {path.parent}")
