@@ -107,6 +107,9 @@ def make_parser() -> Parser:
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, or directories of images")
     predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
     predict.add_argument(
+        "--labels", metavar="FILE.npz", help="classes by the text embeddings of their names, for CLIP and SigLIP models"
+    )
+    predict.add_argument(
         "--attention", metavar="DIR", help="draw into DIR each image beside where in it the model looks"
     )
     predict.add_argument(
@@ -238,6 +241,7 @@ def run_predict(args: argparse.Namespace) -> None:
     from tinyvit.evaluation.classify import image_paths, likeliest, run_on_images
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
     from tinyvit.evaluation.metrics import check_head
+    from tinyvit.evaluation.zero_shot import read_labels
 
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     images = image_paths(args.images)
@@ -246,7 +250,8 @@ def run_predict(args: argparse.Namespace) -> None:
     overlays = overlay_paths(Path(args.attention), images) if args.attention else []
     if args.embed:
         check_features_path(Path(args.embed), Path(args.checkpoint))
-    if not (args.attention or args.embed):
+    labels = read_labels(Path(args.labels)) if args.labels else None
+    if not (args.attention or args.embed or labels):
         check_head(checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
     outputs = run_on_images(model, images, args.precision)
@@ -254,9 +259,11 @@ def run_predict(args: argparse.Namespace) -> None:
         write_features(Path(args.embed), outputs, images, checkpoint, args.checkpoint)
     write_overlays(overlays, images[: len(overlays)], checkpoint, model)
 
+    names = labels.names if labels else checkpoint.class_names
+    probabilities = labels.probabilities(outputs) if labels else outputs.probabilities
     predictions = []
-    for i, (path, p) in enumerate(zip(images, outputs.probabilities, strict=True)):
-        named = likeliest(checkpoint.class_names, p, args.top)
+    for i, (path, p) in enumerate(zip(images, probabilities, strict=True)):
+        named = likeliest(names, p, args.top)
         classes = [{"name": name, "probability": probability} for name, probability in named]
         overlay = {"attention": str(overlays[i])} if overlays else {}
         predictions.append({"image": path, "classes": classes, **overlay})

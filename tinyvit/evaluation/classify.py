@@ -61,14 +61,20 @@ def likeliest(names: Sequence[str], probabilities: np.ndarray, top: int) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """A model's features (N, D) float32 and class probabilities (N, num_classes) float64 of N images."""
+    """A model's features (N, D) float32 and logits (N, num_classes) float64 of N images."""
 
     features: np.ndarray
-    probabilities: np.ndarray
+    logits: np.ndarray
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Of the classes, (N, num_classes) float64."""
+        exp = np.exp(self.logits - self.logits.max(axis=1, keepdims=True, initial=-np.inf))
+        return exp / exp.sum(axis=1, keepdims=True)
 
 
 def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32") -> Outputs:
-    """The features and probabilities of images, prepared as the model's preprocessing says; errors as `classify`."""
+    """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`."""
     both = FeaturesAndLogits(model)
     outputs = []
     for start in range(0, len(images), BATCH_SIZE):
@@ -80,7 +86,7 @@ def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precisi
 
 
 def run_on_split(model: VisionTransformer, split: Split, transform: Augment, precision: str = "fp32") -> Outputs:
-    """The features and probabilities of all images of a split; `transform` is mostly `Augment(mean, std)`.
+    """The features and logits of all images of a split; `transform` is mostly `Augment(mean, std)`.
 
     Raises EvaluationError where an output is not finite, DataError where an image cannot be read.
     """
@@ -102,13 +108,11 @@ def run_on_split(model: VisionTransformer, split: Split, transform: Augment, pre
 
 
 def _separated(model: VisionTransformer, output: np.ndarray) -> Outputs:
-    """Features and probabilities from the output of `FeaturesAndLogits`, (N, D + num_classes)."""
+    """Features and logits from the output of `FeaturesAndLogits`, (N, D + num_classes)."""
     if not np.all(np.isfinite(output)):
         raise EvaluationError("the model's outputs are not finite")
     width = output.shape[1] - model.config.num_classes
-    features, logits = output[:, :width], output[:, width:].astype(np.float64)
-    exp = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
-    return Outputs(features.astype(np.float32), exp / exp.sum(axis=1, keepdims=True))
+    return Outputs(output[:, :width].astype(np.float32), output[:, width:].astype(np.float64))
 
 
 def rgb(image: ImageLike) -> Image.Image:
