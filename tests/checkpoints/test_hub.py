@@ -99,6 +99,8 @@ def server(tmp_path, monkeypatch):
     for module_name, value in (("ENDPOINT", endpoint), ("HF_HUB_CACHE", str(tmp_path / "cache"))):
         monkeypatch.setattr(constants, module_name, value)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # which other tests turn on
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Hub, "ranges", [])

@@ -197,15 +197,14 @@ def device(
 @contextlib.contextmanager
 def everything_on_device(folder: Path, **machine: Any) -> Iterator[None]:
     """Within this context whole models of NumPy arrays run on the CUDA kernels (for what `device` takes)."""
-    name = numpy_namespace.__name__
-    before = kernels._TABLES[name]
-    kernels._TABLES[name] = "tinyvit.kernels.cuda.table"
+    before = kernels._NUMPY, kernels._CUPY
+    kernels._NUMPY, kernels._CUPY = "", numpy_namespace.__name__
     try:
         with device(folder, **machine):
             _forget_kernels()
             yield
     finally:
-        kernels._TABLES[name] = before
+        kernels._NUMPY, kernels._CUPY = before
         _forget_kernels()
 
 

@@ -95,7 +95,7 @@ def cutout(images: Array, size: int, rng: np.random.Generator) -> Array:
     sides = np.full(images.shape[0], size)
     xp = array_namespace(images)
     boxes, _ = _boxes(sides, sides, images, rng)
-    return xp.where(boxes, xp.zerosbeside(images), images)
+    return xp.where(boxes, xp.zeros_like(images), images)
 
 
 def erase(images: Array, probability: float, rng: np.random.Generator) -> Array:
