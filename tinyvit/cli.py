@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from tinyvit.evaluation.metrics import Scores
 
 
-FEW = 32  # pictures
+FEW = 32  # images for which `predict` does not load numba
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, exit status 2 and no usage text."""
+
+    commands: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(re.sub(r"^argument (\S+): ", r"\1: ", message))
@@ -168,6 +170,7 @@ def make_parser() -> Parser:
 
     info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
     info.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.commands = list(commands.choices)
     return parser
 
 
@@ -469,11 +472,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
+        *others, last = parser.commands
         given = f", got {rest[0]}" if rest else ""
-        raise UsageError(
-            f"expected a command: train, eval, predict, report, compare, watch, summary, convert, export, plot, models "
-            f"or info{given}"
-        )
+        raise UsageError(f"expected a command: {', '.join(others)} or {last}{given}")
     if rest:
         options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")

@@ -204,7 +204,8 @@ def test_info_shows_the_machine_and_what_holds_it_back():
 BAD_USAGE = [
     (
         [],
-        "report, compare, watch, summary, convert, export, plot, models or info",
+        "expected a command: train, eval, predict, summary, convert, export, report, compare, watch, plot, recipes, "
+        "models or info",
     ),
     (["trian"], "invalid choice: 'trian'"),
     (["--verbose"], "--verbose"),

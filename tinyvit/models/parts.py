@@ -54,13 +54,10 @@ class Rotary(nn.Module):
         places = np.concatenate([np.zeros((config.num_prefix_tokens, 2)), patches])  # (N, 2)
         bands = kind.temperature ** -(np.arange(dim // 4) / (dim // 4))
         if kind.learned:
-            turn = (
-                np.pi * np.arange(2)[:, None, None] / 2
-            )  # sines and cosines of random directions are left to training
+            turn = np.pi * np.arange(2)[:, None, None] / 2  # along rows, then columns; training finds other directions
             freqs = np.concatenate([np.cos(turn) * bands, np.cos(turn - np.pi / 2) * bands], axis=-1)
-            self.freqs = nn.Parameter(
-                np.repeat(freqs, config.num_heads, axis=1).astype(np.float32)
-            )  # (2, heads, D / 2)
+            freqs = np.repeat(freqs, config.num_heads, axis=1)  # (2, heads, D / 2)
+            self.freqs = nn.Parameter(freqs.astype(np.float32))
             self.places = nn.Buffer(places.astype(np.float32), persistent=False)
         else:
             angles = (places[:, :, None] * bands).reshape(1, len(places), dim // 2)
