@@ -18,7 +18,7 @@ from tinyvit.data import Augment, Data, Loader, load_data, resident
 from tinyvit.data.splits import RESIDENT_SHARE, ArraySplit, FileSplit
 from tinyvit.evaluation.metrics import evaluate
 
-AUGMENT = Augment((0.4,) * 3, (0.2,) * 3, flip=True, padding=3, cutout=5, mixup=0.4, cutmix=1.0, num_classes=3)
+AUGMENT = Augment((0.4,) * 3, (0.2,) * 3, flip=True, padding=3, erasing=0.5, mixup=0.4, cutmix=1.0, num_classes=3)
 
 
 def data(count=40, side=8, **changes):

@@ -10,7 +10,6 @@ from PIL import Image
 from running import count_decoded
 
 from tinyvit.data import DataError, load_data
-from tinyvit.data.image_transforms import random_rotation
 from tinyvit.data.sources import listing
 from tinyvit.data.splits import ArraySplit, FileSplit
 
@@ -375,7 +374,7 @@ def test_random_crops_are_resized_as_the_options_say(tmp_path):
 
 def test_transform_of_the_callers_choice(tmp_path):
     def turned(image, rng):
-        return random_rotation(image, rng, 90)
+        return image.rotate(rng.uniform(-90, 90))
 
     data = load_data(gradient(tmp_path), image_size=32, image_transform=turned)
     indices = np.arange(len(data.train))

@@ -15,8 +15,6 @@ from tinyvit.data.image import open_rgb
 from tinyvit.data.image_transforms import (
     centre_crop,
     random_resized_crop,
-    random_rotation,
-    random_zoom,
     resize,
     resize_to_cover,
 )
@@ -353,27 +351,8 @@ def test_random_resized_crop_of_odd_images(size):
     assert random_resized_crop(Image.new("RGB", size), np.random.default_rng(0), (8, 6)).size == (6, 8)
 
 
-def test_rotation_turns_within_its_limit():
-    upright = np.zeros((101, 101), np.uint8)
-    upright[:50, 50] = 255  # a hand that points up
-    rng = np.random.default_rng(0)
-    angles = []
-    for _ in range(100):
-        rows, columns = np.nonzero(np.asarray(random_rotation(Image.fromarray(upright), rng, 30)) > 100)
-        angles.append(np.degrees(np.arctan2(columns.mean() - 50, 50 - rows.mean())))
-    assert -31 < min(angles) < -20 and 20 < max(angles) < 31
-
-
-@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
-def test_zoom_magnifies_about_the_centre(factor):
-    disc = np.hypot(*np.mgrid[-50:51, -50:51]) < 20
-    zoomed = random_zoom(Image.fromarray(disc.astype(np.uint8) * 255), np.random.default_rng(0), (factor, factor))
-    rows, columns = np.nonzero(np.asarray(zoomed) > 127)
-    assert abs(len(rows) - np.pi * (20 * factor) ** 2) < 0.06 * np.pi * (20 * factor) ** 2
-    assert abs(rows.mean() - 50) < 0.6 and abs(columns.mean() - 50) < 0.6
-
-
 def test_random_images_depend_on_the_generator_alone():
-    for transform, options in [(random_rotation, (40,)), (random_zoom, ((0.5, 2),)), (random_resized_crop, ((9, 9),))]:
-        first, second, other = (transform(coordinates(), np.random.default_rng(seed), *options) for seed in (1, 1, 2))
-        assert first.tobytes() == second.tobytes() != other.tobytes()
+    first, second, other = (
+        random_resized_crop(coordinates(), np.random.default_rng(seed), (9, 9)) for seed in (1, 1, 2)
+    )
+    assert first.tobytes() == second.tobytes() != other.tobytes()

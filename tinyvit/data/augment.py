@@ -89,15 +89,6 @@ def _boxes(
     return (rows[:, :, None] & columns[:, None, :])[:, None, :, :], height * width
 
 
-def cutout(images: Array, size: int, rng: np.random.Generator) -> Array:
-    """Set a square of `size` pixels around a random pixel of each image of (B, C, H, W) to zero, the mean of
-    normalised images (DeVries and Taylor 2017)."""
-    sides = np.full(images.shape[0], size)
-    xp = array_namespace(images)
-    boxes, _ = _boxes(sides, sides, images, rng)
-    return xp.where(boxes, xp.zeros_like(images), images)
-
-
 def erase(images: Array, probability: float, rng: np.random.Generator) -> Array:
     """Set a rectangle of each image of (B, C, H, W) to zero with this probability.
 
@@ -196,8 +187,7 @@ class Augment:
     """What happens to a batch between the disk and the model; with the defaults, only normalisation.
 
     `flip`: mirror half of the images. `padding`: pad-and-crop, in pixels. `policy`: operations on the pixels, as
-    `policies.parse` gives them. `turn`, `zoom`: see `turn_and_zoom`. `cutout`: side of the square, in pixels.
-    `erasing`: probability of `erase`.
+    `policies.parse` gives them. `turn`, `zoom`: see `turn_and_zoom`. `erasing`: probability of `erase`.
     `mixup`, `cutmix`: alpha, 0 for off; with both on, each batch takes one of them, evenly. They need `num_classes`
     and turn labels into probabilities.
     """
@@ -209,7 +199,6 @@ class Augment:
     policy: Callable[[Array, np.random.Generator], Array] | None = None
     turn: float = 0.0
     zoom: float = 0.0
-    cutout: int = 0
     erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
@@ -230,8 +219,6 @@ class Augment:
         images = normalise(images, self.mean, self.std)
         if self.turn or self.zoom:
             images = turn_and_zoom(images, self.turn, self.zoom, rng)
-        if self.cutout:
-            images = cutout(images, self.cutout, rng)
         if self.erasing:
             images = erase(images, self.erasing, rng)
         if not (self.mixup or self.cutmix):

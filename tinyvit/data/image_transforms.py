@@ -94,17 +94,3 @@ def random_resized_crop(
     top = int(rng.integers(image.height - height + 1))
     box = (left, top, left + width, top + height)
     return image.resize((size[1], size[0]), resampling(interpolation), box=box)
-
-
-def random_rotation(image: Image.Image, rng: np.random.Generator, degrees: float) -> Image.Image:
-    """Rotate by a random angle within +-`degrees`; the corners that appear are black."""
-    return image.rotate(rng.uniform(-degrees, degrees), Image.Resampling.BILINEAR)
-
-
-def random_zoom(image: Image.Image, rng: np.random.Generator, factors: tuple[float, float]) -> Image.Image:
-    """Magnify about the centre by a random factor (even on a log scale); below 1 a black border appears."""
-    factor = math.exp(rng.uniform(math.log(factors[0]), math.log(factors[1])))
-    width, height = image.size
-    left, top = (width - width / factor) / 2, (height - height / factor) / 2
-    matrix = (1 / factor, 0, left, 0, 1 / factor, top)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
