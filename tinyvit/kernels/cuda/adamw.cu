@@ -112,15 +112,6 @@ extern "C" __global__ void __launch_bounds__(256, 4)
     }
 }
 
-// The same for one parameter, with this step's numbers as arguments.
-extern "C" __global__ void __launch_bounds__(256)
-    adamw(float* __restrict__ p, const T* __restrict__ g, float* __restrict__ m, float* __restrict__ v, long long size,
-          float new1, float beta2, float new2, float eps, float rate, float keep) {
-    const Step step = {new1, beta2, new2, eps, rate, keep, 0.0f};
-    for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < size; i += 1LL * gridDim.x * blockDim.x)
-        update(p[i], m[i], v[i], to_float(g[i]), step);
-}
-
 // The sum of a double over the block's 256 threads, valid in the first one; `memory` holds 256 doubles.
 DEVICE double block_sum(double x, unsigned char* memory) {
     double* scratch = reinterpret_cast<double*>(memory);

@@ -1,4 +1,4 @@
-"""The optimizers' updates for CuPy arrays: AdamW and Adam in one launch, for one parameter or for all of a model."""
+"""The optimizers' updates for CuPy arrays: AdamW and Adam of all parameters in one launch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,6 @@ TABLE = np.dtype(
     [(name, np.uint64) for name in ("p", "m", "v", "g", "copy")]
     + [("size", np.int64), ("first_piece", np.int64), ("lr_scale", np.float32), ("weight_decay", np.float32)]
 )
-
-
-def covers_adamw(p: Array, g: Array, m: Array, v: Array, **_: Any) -> bool:
-    return cuda.scalar(p.dtype) == "float" and all(x.flags.c_contiguous for x in (p, m, v)) and bool(p.size)
-
-
-def adamw(
-    xp: Any, p: Array, g: Array, m: Array, v: Array,
-    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    correction = math.sqrt(1 - beta2**step)
-    rate = lr * correction / (1 - beta1**step)
-    numbers = (1 - beta1, beta2, 1 - beta2, eps * correction, rate, 1 - lr * weight_decay)
-    arguments = (p, cuda.ready(g), m, v, np.int64(p.size), *(np.float32(x) for x in numbers))
-    cuda.kernel("adamw", "adamw", SCALAR="float")((_blocks(p.size),), (256,), arguments)
-    return p, m, v
 
 
 def covers_sum_of_squares(x: Array) -> bool:
@@ -206,7 +190,6 @@ def update_average(
 
 
 KERNELS = {
-    reference.adamw: Kernel(adamw, covers_adamw),
     reference.sum_of_squares: Kernel(sum_of_squares, covers_sum_of_squares),
     reference.UpdateState: Kernel(UpdateState),
     reference.update_adamw: Kernel(update_adamw, covers_update),
