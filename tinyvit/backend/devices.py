@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.backend.arrays import Array, astype, dtype_name, is_cupy, is_floating, namespace, to_numpy
+from tinyvit.files.text import one_line
 
 
 class DeviceError(RuntimeError):
@@ -33,8 +34,7 @@ def pick_device(name: str) -> str:
     except Exception as error:  # a driver or GPU is missed in many ways, and CuPy's errors have no names without CuPy
         if name == "auto":
             return "cpu"
-        problem = " ".join(str(error).split())[:300]
-        raise DeviceError(f"no GPU can be used: {problem}") from None
+        raise DeviceError(f"no GPU can be used: {one_line(error)}") from None
 
 
 def mover(target: Any) -> Callable[[Array], Array]:
@@ -105,19 +105,19 @@ def gpu_count(wanted: str) -> int:
             raise DeviceError(f"{wanted} needs CuPy, which misses {error.name}: {bring}") from None
         raise DeviceError(f"{wanted} needs CuPy: {bring} (the CUDA version of the driver)") from None
     except Exception as error:  # CuPy is installed, but not what it is built for
-        raise DeviceError(f"{wanted} needs CuPy, which cannot be imported ({_one_line(error)}): {bring}") from None
+        raise DeviceError(f"{wanted} needs CuPy, which cannot be imported ({one_line(error)}): {bring}") from None
     runtime = cupy.cuda.runtime
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
         driver, needed = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         if not driver:
-            problem = f"there is no NVIDIA driver ({_one_line(error)})"
+            problem = f"there is no NVIDIA driver ({one_line(error)})"
         elif driver // 1000 < needed // 1000:
             known, made_for = cuda_version(driver), cuda_version(needed)
             problem = f"the driver knows CUDA {known}, CuPy is made for {made_for}: {bring}, whichever fits"
         else:
-            problem = f"CuPy finds no GPU ({_one_line(error)})"
+            problem = f"CuPy finds no GPU ({one_line(error)})"
         raise DeviceError(f"{wanted} cannot be used: {problem}") from None
     if not count:
         raise DeviceError(f"{wanted} cannot be used: the driver finds no GPU")
@@ -127,10 +127,6 @@ def gpu_count(wanted: str) -> int:
 def cuda_version(number: int) -> str:
     """12090 -> "12.9"."""
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def describe_gpu(number: int) -> str:

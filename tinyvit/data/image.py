@@ -17,6 +17,7 @@ from PIL import Image
 from tinyvit.data.base import DataError, pair
 from tinyvit.data.image_transforms import centre_crop, covering_size, margin, resize, resize_to_cover, trimmed_size
 from tinyvit.files.reading import check_regular
+from tinyvit.files.text import one_line
 
 # The formats that are decoded within the process. Pillow would hand others, PostScript for one, to external programs.
 FORMATS = tuple(
@@ -151,7 +152,7 @@ def reason(error: Exception) -> str:
         return "not an image that Pillow knows"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)
 
 
 def exif_orientation(image: Image.Image) -> int:

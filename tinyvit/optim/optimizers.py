@@ -293,20 +293,12 @@ def clip_grad_norm(params: Iterable[Parameter], max_norm: float) -> float:
         The norm before. A norm that is not finite is returned as it is, with the gradients left as they are,
         so that the caller can see what is wrong with them.
     """
-    return float(limit_grad_norm(params, max_norm))
-
-
-def limit_grad_norm(params: Iterable[Parameter], max_norm: float, divisor: Array | None = None) -> Array | float:
-    """`clip_grad_norm` that reads nothing from a device: the norm (float64) comes as an array without dimensions.
-
-    The gradients are divided by `divisor` (an array without dimensions) before anything else.
-    """
     max_norm = max_norm if max_norm == math.inf else number("max_norm", max_norm)
     with_grad = [p for p in params if p.grad is not None]
-    norm, factor = limited_norm([p.grad for p in with_grad], max_norm, divisor)
+    norm, factor = limited_norm([p.grad for p in with_grad], max_norm)
     for p in with_grad if factor is not None else ():
         p.grad *= factor if isinstance(factor, float) else arrays.astype(factor, p.grad.dtype)
-    return norm
+    return float(norm)
 
 
 def _flatten(params: Params) -> list[tuple[Parameter, Mapping]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.files import reading
+from tinyvit.files.text import one_line
 
 # The NumPy dtype of each dtype that is read, under its name in safetensors; of bfloat16, that of its bits.
 DTYPES = {
@@ -26,8 +27,7 @@ LARGEST_DIRECTORY = 8_000_000  # bytes of a zip archive's list of members; a ten
 
 def reason(error: BaseException) -> str:
     """An error's message as one short line."""
-    message = f"there is no {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(message[:400].split())[:200] or type(error).__name__
+    return one_line(f"there is no {error.args[0]}" if isinstance(error, KeyError) and error.args else error)
 
 
 def widen(bits: np.ndarray) -> np.ndarray:

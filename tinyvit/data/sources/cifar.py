@@ -13,6 +13,7 @@ from tinyvit.data.base import Data, DataError, Split, in_batches, mean_and_std, 
 from tinyvit.data.splits import ArraySplit, ResizedSplit
 from tinyvit.files.plain_pickle import load_pickle
 from tinyvit.files.reading import check_regular, open_regular
+from tinyvit.files.text import one_line
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
@@ -83,8 +84,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         try:
             content = load_pickle(file)
         except Exception as error:  # the functions of a damaged pickle can raise nearly anything
-            problem = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(f"cannot read {path}: {problem}") from None
+            raise DataError(f"cannot read {path}: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, expected a dictionary")
     return {key.decode(errors="replace") if isinstance(key, bytes) else str(key): content[key] for key in content}

@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tinyvit.data.base import DataError
+from tinyvit.files.text import one_line
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as given on the page it comes from
@@ -59,8 +60,7 @@ def fetch_cifar10(cache: Path) -> Path:
 
 def describe(error: Exception) -> str:
     reason = getattr(error, "reason", None)  # of a URLError: the error that it wraps
-    cause = reason if isinstance(reason, Exception) else error
-    return " ".join(str(cause).split()) or type(cause).__name__
+    return one_line(reason if isinstance(reason, Exception) else error)
 
 
 def download(url: str, path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tinyvit.data.base import DataError
 from tinyvit.data.sources.csv_table import Rows, number_classes
 from tinyvit.data.sources.listing import Listings, one_of_each, part_of
+from tinyvit.files.text import one_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -225,5 +226,4 @@ class Shard:
         try:
             return read(self.file)
         except (self.pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            problem = " ".join(str(error).split())[:200]
-            raise DataError(f"{self.file} is not a readable parquet file: {problem}") from None
+            raise DataError(f"{self.file} is not a readable parquet file: {one_line(error)}") from None

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyvit.backend.arrays import Array
+from tinyvit.files.text import one_line
 from tinyvit.kernels import cuda
 
 WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for Hopper
@@ -73,7 +74,7 @@ def _load() -> tuple[Any, str | None]:
 
         cublasLt.get_version()
     except Exception as error:  # nvmath has one of its own for each thing that may be missing
-        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return None, one_line(f"{type(error).__name__}: {error}")
     return cublasLt, None
 
 
