@@ -8,7 +8,7 @@ import pytest
 from drawing import BACKENDS, LIBRARIES
 from on_gpu import HAS_GPU, needs_gpu
 
-from tinyvit import create_model
+from tinyvit import __version__, create_model
 from tinyvit.backend import arrays, devices
 from tinyvit.backend.devices import DeviceError, pick_device
 from tinyvit.execution import system_info
@@ -130,6 +130,11 @@ def test_info_names_the_gpus_and_versions(install):
     assert found.versions["CUDA of the driver"] == "13.2" and found.versions["CUDA of CuPy"] == "13.0"
     assert {"cupy", "nvmath-python", "ml_dtypes"} <= found.versions.keys()
     assert "cuda:1 NVIDIA H200, 140 GiB, 9.0" in system_info.as_table(found)
+
+
+def test_info_in_a_source_tree_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(system_info, "_version", lambda package: None)
+    assert system_info.collect().versions["tinyvit"] == __version__
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -214,7 +214,8 @@ def processor(name):
     kind, options = PROCESSORS[name]
     if kind == "DeiTImageProcessor" and "size" not in options:
         options = {"size": {"height": 36, "width": 36}, "crop_size": CROP, **options}
-    return getattr(transformers, kind)(**{"size": CROP, **options})
+    made = getattr(transformers, f"{kind}Pil", None) or getattr(transformers, kind)  # not torchvision's resizing
+    return made(**{"size": CROP, **options})
 
 
 def photo(path):

@@ -1,13 +1,12 @@
 """The convolutional stem's operations: every version of each against torch, and what the public functions refuse."""
 
-import inspect
 import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
-from drawing import BACKENDS, LIBRARIES, check, kernel_table, place, shapes, sides, torch_vjp, values, versions
+from drawing import BACKENDS, check, place, shapes, sides, torch_vjp, values, versions
 from hypothesis import given
 from hypothesis import strategies as st
 from operations import Example, agrees_with_torch, find_version, operations, same_with_fewer_gradients
@@ -83,12 +82,8 @@ CASES = {f.__name__: f for f in (conv2d, max_pool2d, group_norm, weight_standard
 ALL_VERSIONS = [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in CASES for v in versions(name)]
 
 
-def test_every_operation_has_a_case_and_every_kernel_its_signature():
+def test_every_operation_has_a_case():
     assert operations(reference) == set(CASES)
-    for backend in LIBRARIES:
-        for name in set(kernel_table(backend)) & set(CASES):
-            signatures = [inspect.signature(f) for f in (kernel_table(backend)[name], getattr(reference, name))]
-            assert list(signatures[0].parameters) == list(signatures[1].parameters), name
 
 
 @pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)

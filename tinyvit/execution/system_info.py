@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_info
 
+from tinyvit._version import __version__
 from tinyvit.backend import devices, parallel
 from tinyvit.kernels import jit
 
@@ -72,7 +73,7 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
     blas = next((b for b in threadpool_info() if b["user_api"] == "blas" and "numpy" in b["filepath"]), None)
     blas = blas or next((b for b in threadpool_info() if b["user_api"] == "blas"), None)
     return SystemInfo(
-        versions={"tinyvit": _version("tinyvit"), "python": platform.python_version(), "numpy": np.__version__}
+        versions={"tinyvit": __version__, "python": platform.python_version(), "numpy": np.__version__}
         | {name: _version(name) for name in ("array-api-compat", "pillow", "safetensors", "matplotlib", "numba")}
         | {"cupy": _version("cupy-cuda12x") or _version("cupy-cuda13x") or _version("cupy")}
         | {name: _version(name) for name in ("nvmath-python", "ml_dtypes")}
