@@ -1,7 +1,8 @@
 """How long the CUDA kernels, training steps and predictions take on a GPU, beside what the device can do.
 
-    python bench/gpu_times.py                                # everything but the search for plans: about a minute
+    python bench/gpu_times.py                                # all but the last two: about a minute
     python bench/gpu_times.py --only steps attention --json times.json
+    python bench/gpu_times.py --only profile                 # which kernels a step consists of; needs torch for CUDA
     python bench/gpu_times.py --only tune                    # attention under other plans than our own
 
 Times of kernels are the device's own: a CUDA graph of several calls, timed by events. That the results are right is
@@ -34,10 +35,10 @@ from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
 from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers
 
-NAMES = ("steps", "predictions", "attention", "products", "others", "tune")
+NAMES = ("steps", "predictions", "attention", "products", "others", "profile", "tune")
 parser = devices.Parser("gpu_times", __doc__)
 parser.set_defaults(device="cuda")
-parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES[:-1])
+parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES[:-2])
 parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 args = parser.parse_args()
 try:
@@ -331,6 +332,27 @@ def time_steps() -> None:
                 cupy.get_default_memory_pool().free_all_blocks()
 
 
+def profile_steps(repeats: int = 10) -> None:
+    """The kernels of a step, by NVIDIA's tracing, which torch's profiler reads for the whole process."""
+    profiler = importlib.import_module("torch.profiler")
+    importlib.import_module("torch").cuda.init()
+    for name, size in STEPS:
+        step = make_step("bf16", name)
+        images, labels = batch(size, step.model.config)
+        milliseconds(functools.partial(step, images, labels), 1)
+        with profiler.profile(activities=[profiler.ProfilerActivity.CUDA]) as trace:
+            for _ in range(repeats):
+                step(images, labels)
+            cupy.cuda.Device().synchronize()
+        rows = [(x.self_device_time_total / repeats, x.count / repeats, x.key) for x in trace.key_averages()]
+        total, launches = (sum(row[i] for row in rows) for i in (0, 1))
+        print(f"  {name} batch {size}: {total:.0f} us in {launches:.0f} kernels, copies and memsets a step")
+        for micros, count, key in sorted(rows, reverse=True)[:40]:
+            print(f"    {micros:8.0f} us {micros / total:6.1%} {count:6.1f} x  {key[:90]}")
+        results.append({"profile": name, "rows": rows})
+        del step
+
+
 def time_predictions() -> None:
     for name, size in STEPS:
         model = make_step("bf16", name).model
@@ -344,7 +366,9 @@ def time_predictions() -> None:
 
 
 def main() -> None:
-    parts = (time_steps, time_predictions, time_attention, time_products, time_others, tune_attention)
+    parts = (
+        time_steps, time_predictions, time_attention, time_products, time_others, profile_steps, tune_attention,
+    )  # fmt: skip
     machine = devices.machine(gpu)
     print(json.dumps(machine))
     for name, part in zip(NAMES, parts, strict=True):

@@ -6,7 +6,7 @@ bfloat16 (weights and optimizer in float32) on a batch that lies there already; 
 
     python bench/train_bench.py                                  # every case, every contender that is installed
     python bench/train_bench.py --cases tiny-cifar --peers torch --steps 20 --json out.json
-    python bench/train_bench.py --device cuda --json gpu.json    # torch.compile takes minutes to tune itself
+    python bench/train_bench.py --device cuda --json gpu.json    # on a GPU; gpu_all.py does this and more
 
 Unset OPENBLAS_CORETYPE and the like first: a forced core type slows NumPy down.
 """

@@ -1,0 +1,185 @@
+"""Everything that only a GPU can show, in order of worth, as far as the time reaches.
+
+    python bench/gpu_all.py --json DIR --minutes 15            # results come into DIR as they are made
+    python bench/gpu_all.py --json DIR --minutes 15 --data CIFAR10 --only compile tests steps
+
+First kernels are compiled, in as many processes as there are cores, into a cache that all parts share. Then come
+tests of kernels and steps, times of kernels, of attention and of whole steps beside PyTorch, and the recipes for
+CIFAR-10. Each part is a command with a time limit of its own: one that fails, hangs or is not started leaves the
+others alone. DIR/PART.txt is what it printed, DIR/PART.json its figures, DIR/gpu_all.json what became of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+import attention_bench
+import devices
+
+import tinyvit
+from tinyvit import functional, optim
+from tinyvit.backend.devices import mover
+from tinyvit.files import atomic
+
+ROOT = Path(__file__).parents[1]
+GRACE = 10.0  # seconds between the end of a part's time, when it is interrupted, and its being killed
+
+
+class Part(NamedTuple):
+    """What Python is to run, its time limit, and the time without which it is not started, in seconds."""
+
+    name: str
+    command: list[str]
+    limit: int
+    least: int
+
+
+def parts(folder: Path, data: str) -> list[Part]:
+    """In order of worth."""
+
+    def script(name: str, file: str, limit: int, least: int, *options: str) -> Part:
+        return Part(name, [f"bench/{file}.py", *options, "--json", str(folder / f"{name}.json")], limit, least)
+
+    def tests(name: str, limit: int, *options: str) -> Part:
+        report = f"--junitxml={folder / name}.xml"
+        return Part(name, ["-m", "pytest", "-q", "-m", "gpu", "--tb=short", report, *options], limit, 30)
+
+    on_gpu, recipe = ("--device", "cuda"), ("--data", data, "--recipe")
+    cases = ("cifar-p4", "base-224", "base-384")
+    steps = ("--no-memory", "--steps", "5", "--peers", "tinyvit", "torch", "torch.compile", "--cases")
+    return [
+        Part("compile", ["bench/gpu_all.py", "--compile"], 120, 20),
+        tests("tests", 240, "tests/gpu", "-n", "6"),
+        script("times", "gpu_times", 120, 30),
+        script("steps-tiny", "train_bench", 180, 60, *on_gpu, *steps, "tiny-cifar"),
+        script("attention", "attention_bench", 120, 30, *on_gpu, "--rounds", "8", "--cases", *cases),
+        script("steps-base", "train_bench", 240, 90, *on_gpu, *steps, "vit-base"),
+        tests("tests-memory", 60, "tests/gpu/test_gpu_steps.py", "-n", "0", "-k", "memory"),
+        script("recipe-1min", "cifar10_speedrun", 150, 100, *recipe, "cifar10-gpu-1min"),
+        script("profile", "gpu_times", 60, 30, "--only", "profile"),
+        tests("tests-all", 300, "tests", "--ignore=tests/gpu", "-n", "6"),
+        script("recipe-best", "cifar10_speedrun", 900, 300, *recipe, "cifar10-gpu-best"),
+        script("tune", "gpu_times", 180, 60, "--only", "tune"),
+    ]
+
+
+def run(part: Part, folder: Path, seconds: float) -> str:
+    """What became of a part that has so much time."""
+    with open(folder / f"{part.name}.txt", "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, *part.command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # so that pytest still shows the tracebacks it has
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            return f"ended after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what it left behind
+            process.wait()
+    return "done" if status == 0 else f"failed: exit status {status}"
+
+
+def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
+    """Run the parts one after the other within so many seconds; a record of each, also in DIR/gpu_all.json."""
+    end, records = time.monotonic() + seconds, []
+    for part in wanted:
+        start = time.monotonic()
+        left = end - start - GRACE
+        became = run(part, folder, min(part.limit, left)) if left >= part.least else "not started: no time left"
+        took = round(time.monotonic() - start, 1)
+        records.append({"part": part.name, "became": became, "seconds": took, "command": " ".join(part.command)})
+        print(f"{part.name:14} {took:7.1f} s  {became}", flush=True)
+        with atomic.atomic_write(folder / "gpu_all.json") as file:
+            file.write_text(json.dumps(records, indent=1))
+    return records
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+STEPS = ("vit_tiny_patch4_32", "vit_base_patch16_224", "cct_7_3x1_32")
+
+
+def jobs() -> list[tuple[str, str]]:
+    """What compiles the kernels that the parts need: cases of attention and models, each with a dtype or precision."""
+    attention = [(case, dtype) for case in attention_bench.CASES for dtype in ("bfloat16", "float16", "float32")]
+    return [(model, precision) for model in STEPS for precision in ("bf16", "tf32")] + attention
+
+
+def warm(job: tuple[str, str], device: str = "cuda") -> None:
+    """Run what a job names once, on as few images as possible: shapes of rows decide how kernels are compiled."""
+    name, precision = job
+    if name in attention_bench.CASES:
+        config = attention_bench.CASES[name]
+        qkv = np.zeros((1, config.num_tokens, 3 * config.embed_dim), np.float32)
+        x = tinyvit.Tensor(qkv, requires_grad=True)
+        x = tinyvit.Tensor(mover(precision)(mover(device)(x.data)), requires_grad=True)
+        functional.qkv_attention(x, config.num_heads).sum().backward()
+        return
+    model = tinyvit.create_model(name, depth=2).to(device)
+    images = np.zeros((2, model.config.in_chans, *model.config.image_size), np.float32)
+    step = tinyvit.TrainStep(model, optim.AdamW(model.parameters()), clip_norm=1.0, precision=precision)
+    step(images, np.array([0, 1]))
+    tinyvit.predict(model, images, batch_size=2, precision=precision)
+
+
+def compile_all() -> None:
+    context, start = multiprocessing.get_context("spawn"), time.monotonic()
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context) as pool:
+        started = {pool.submit(warm, job): job for job in jobs()}
+        failed = [(started[f], f.exception()) for f in concurrent.futures.as_completed(started) if f.exception()]
+    for job, problem in failed:
+        print(f"{' '.join(job)}: {type(problem).__name__}: {problem}")
+    print(f"{len(started) - len(failed)} of {len(started)} jobs in {time.monotonic() - start:.0f} s")
+    sys.exit(bool(failed))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="DIR", help="where all results go")
+    parser.add_argument("--minutes", type=float, default=15.0, help="for all parts together (default: 15)")
+    parser.add_argument("--data", default="cifar10", help="as for tinyvit train (default: cifar10)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.compile:
+        compile_all()
+    if args.json is None:
+        parser.exit(2, "gpu_all: error: expected --json DIR\n")
+    folder = args.json.resolve()
+    table = parts(folder, args.data)
+    if unknown := set(args.only or ()) - {part.name for part in table}:
+        names = ", ".join(part.name for part in table)
+        parser.exit(2, f"gpu_all: error: expected parts among {names}, got {', '.join(sorted(unknown))}\n")
+    try:
+        devices.choose("cuda")
+    except RuntimeError as problem:
+        sys.exit(f"gpu_all: error: {problem}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, cache in (("CUPY_CACHE_DIR", "kernels"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(name, str(folder / cache))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    wanted = [part for part in table if args.only is None or part.name in args.only]
+    records = run_all(wanted, folder, 60 * args.minutes)
+    sys.exit(any(record["became"] != "done" for record in records))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""gpu_all runs its parts in their order, whatever becomes of each, and stays within its time."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import attention_bench
+import cifar10_speedrun
+import gpu_all
+import pytest
+import train_bench
+from gpu_all import Part
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def python(name: str, program: str, limit: int = 20, least: int = 0) -> Part:
+    return Part(name, ["-c", program], limit, least)
+
+
+def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_all, "GRACE", 1.0)
+    hang = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted')"
+    wanted = [
+        python("broken", "print('before'); raise SystemExit(3)"),
+        python("hanging", hang, limit=2),
+        python("stubborn", STUBBORN, limit=2),
+        python("fine", "import os; print(os.getcwd())"),
+        python("long", "print('never')", least=1000),
+    ]
+    start = time.monotonic()
+    records = gpu_all.run_all(wanted, tmp_path, 60.0)
+    assert time.monotonic() - start < 30
+    became = {record["part"]: record["became"] for record in records}
+    assert became == {
+        "broken": "failed: exit status 3",
+        "hanging": "ended after 2 s",
+        "stubborn": "ended after 2 s",
+        "fine": "done",
+        "long": "not started: no time left",
+    }
+    assert json.loads((tmp_path / "gpu_all.json").read_text()) == records
+    shown = {name: (tmp_path / f"{name}.txt").read_text().strip() for name in ("broken", "hanging", "stubborn", "fine")}
+    assert (shown["broken"], shown["hanging"], shown["fine"]) == ("before", "interrupted", str(gpu_all.ROOT))
+    time.sleep(0.1)  # the child is killed with its parent
+    assert not _running(int(shown["stubborn"]))
+    assert len(capsys.readouterr().out.splitlines()) == 5 and not (tmp_path / "long.txt").exists()
+
+
+def _running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_time_of_all_parts_bounds_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_all, "GRACE", 0.5)
+    slow = python("slow", "import time; time.sleep(60)")
+    records = gpu_all.run_all([slow, slow], tmp_path, 3.0)
+    assert [record["became"] for record in records] == ["ended after 2 s", "not started: no time left"]
+
+
+def test_the_parts_are_commands_that_exist(tmp_path):
+    """Each with options that its script takes, a time limit, and figures in a file of its own."""
+    table = gpu_all.parts(tmp_path, "DATA")
+    parsers = {
+        "train_bench": train_bench.parse,
+        "attention_bench": attention_bench.parse,
+        "cifar10_speedrun": cifar10_speedrun.parse,
+    }
+    for part in table:
+        assert part.least <= part.limit <= 900
+        script = part.command[0]
+        assert script == "-m" or (gpu_all.ROOT / script).exists(), part
+        if parse := parsers.get(script.removeprefix("bench/").removesuffix(".py")):
+            assert parse(part.command[1:]).json == tmp_path / f"{part.name}.json"
+        for file in (x for x in part.command if x.startswith("tests")):
+            assert (gpu_all.ROOT / file).exists()
+    assert len({part.name for part in table}) == len(table)
+    assert sum(part.limit for part in table[:3]) <= 8 * 60  # a quarter of an hour has room for what matters
+
+
+def test_the_jobs_that_compile_do_run(monkeypatch):
+    """On the CPU, where nothing is compiled."""
+    assert ("vit_tiny_patch4_32", "bf16") in gpu_all.jobs() and ("base-224", "float16") in gpu_all.jobs()
+    gpu_all.warm(("vit_nano_patch8_32", "bf16"), "cpu")
+    gpu_all.warm(("cifar-p8", "float32"), "cpu")
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [([], "expected --json DIR"), (["--json", "x", "--only", "test"], "expected parts among compile, tests,")],
+)
+def test_bad_usage_is_one_line(arguments, problem, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_all.main(arguments)
+    shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and problem in shown and shown.count("\n") == 1
