@@ -8,9 +8,15 @@ import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch.nn.functional as TF
+from drawing import values
+from hypothesis import given
+from hypothesis import strategies as st
+from operations import Example, agrees_with_torch
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -20,7 +26,7 @@ import tinyvit
 from tinyvit import kernels, optim
 from tinyvit.backend.arrays import numpy_namespace as xp
 from tinyvit.kernels import reference
-from tinyvit.kernels.jit import layers, loops
+from tinyvit.kernels.jit import compiling, image_loops, layers, loops
 
 OPERATIONS = kernels._merged("cpu", "jit")
 GRID = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)])
@@ -126,6 +132,30 @@ def test_adamw_follows_the_reference_in_float64(order):
         assert max(np.abs(a - b).max() for a, b in zip(arrays, wide, strict=True)) < 2e-6
 
 
+@given(data=st.data())
+def test_convolutions_of_many_channels_agree_with_torch(data):
+    """In Winograd's way, which fewer channels do not take."""
+    draw, pad = data.draw, st.integers(0, 2)
+    (top, bottom), (left, right) = padding = (draw(pad), draw(pad)), (draw(pad), draw(pad))
+    batch, inputs, outputs = draw(st.integers(1, 5)), draw(st.integers(8, 17)), draw(st.integers(8, 17))
+    size = max(3 - top - bottom, draw(st.integers(1, 9))), max(3 - left - right, draw(st.integers(1, 9)))
+    example = Example(
+        [values(draw, (batch, inputs, *size)), values(draw, (outputs, inputs, 3, 3))],
+        lambda x, weight: TF.conv2d(TF.pad(x, (left, right, top, bottom)), weight),
+        {"stride": (1, 1), "padding": padding},
+    )
+    with mock.patch.object(image_loops, "winograd", wraps=image_loops.winograd) as used:
+        agrees_with_torch(OPERATIONS[reference.conv2d], example, "numpy", draw)
+    assert used.called
+
+
+def test_windows_with_more_places_than_a_byte_counts():
+    x = np.arange(17 * 17, dtype=np.float32).reshape(1, 1, 17, 17)
+    parameters = {"kernel": (17, 17), "stride": (1, 1), "padding": ((0, 0), (0, 0))}
+    y, vjp = OPERATIONS[reference.max_pool2d](xp, x, needs=(True,), **parameters)
+    assert y.item() == 288 and np.flatnonzero(vjp(np.ones_like(y))[0]) == [288]
+
+
 def train(steps=3):
     """The losses and weights of a few steps of a small model."""
     model = tinyvit.create_model("vit_micro_patch4_32", depth=2, num_classes=5, drop_path=0.2, seed=0)
@@ -149,8 +179,8 @@ def test_training_gives_the_same_bits_again_and_numpy_s_to_rounding(jit, monkeyp
 def test_compiling_is_announced_once_and_works_where_nothing_can_be_kept(capsys, monkeypatch):
     # As where no directory can be written.
     monkeypatch.setattr("numba.core.caching.CompileResultCacheImpl._locator_classes", [])
-    monkeypatch.setattr(loops, "_announce", loops._Announce())
-    compiled = loops.compiled(loops.float32, result=loops.float32)
+    monkeypatch.setattr(compiling, "_announce", compiling._Announce())
+    compiled = compiling.compiled(compiling.float32, result=compiling.float32)
     assert compiled(lambda x: x + x)(1.5) == 3.0 and compiled(lambda x: x * x)(1.5) == 2.25
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "compiling" in err

@@ -1,116 +1,32 @@
-"""The loops: each goes through memory once, and without Python's lock. `layers` and `optimizers` call them.
+"""The layers' loops: each goes through memory once, and without Python's lock.
 
-All stand in one file, because numba looks for changes only in the file of a function that it has cached. Only sums are
-reordered (`reorder`), so that infinities and NaN go where they go in NumPy; multiplying and adding may be one
-instruction everywhere. Products of matrices are NumPy's own BLAS, called by the address of its `cblas_sgemm`.
+Only sums are reordered (`reorder`), so that infinities and NaN go where they go in NumPy; multiplying and adding may be
+one instruction everywhere. Products of matrices are NumPy's own BLAS, called by the address of its `cblas_sgemm`.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import boolean, float32, int32, int64, njit, types, void
-from numba.core import event
-from numba.extending import intrinsic
+from numba import boolean, float32, int32, int64, types
 
 from tinyvit.kernels.cpu.layers import _PHI_TANH
+from tinyvit.kernels.jit.compiling import (
+    bits_of_float,
+    compiled,
+    copysign,
+    float_of_bits,
+    maximum,
+    product,
+    read,
+    written,
+)  # fmt: skip
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
-
-class _Announce(event.Listener):
-    """Says once that loops are compiled, when numba does not find them in its cache."""
-
-    said = False
-
-    def on_start(self, event: event.Event) -> None:
-        if not self.said:
-            print("tinyvit: compiling loops for this processor, once: some 10 seconds", file=sys.stderr, flush=True)
-        self.said = True
-
-    def on_end(self, event: event.Event) -> None:
-        pass
-
-
-def _in(ndim: int) -> types.Array:
-    """A float32 array that is only read."""
-    return types.Array(float32, ndim, "C", readonly=True)
-
-
-def _out(ndim: int) -> types.Array:
-    return types.Array(float32, ndim, "C")
-
-
-def compiled(*arguments: types.Type, result: types.Type = void, reorder: bool = False) -> Callable:
-    """Compile a function for these arguments, or take it from the cache."""
-    options: dict[str, Any] = dict(nogil=True, error_model="numpy")
-    options["fastmath"] = {"contract", "reassoc", "nsz"} if reorder else {"contract"}
-
-    def wrap(function: Callable) -> Any:
-        with event.install_listener("numba:compile", _announce):
-            try:
-                return njit(result(*arguments), cache=True, **options)(function)
-            except RuntimeError:  # numba finds no directory that it may write to
-                return njit(result(*arguments), **options)(function)
-
-    return wrap
-
-
-_announce = _Announce()
 f = np.float32
 ZERO, HALF, ONE, TWO, THREE = f(0.0), f(0.5), f(1.0), f(2.0), f(3.0)
-
-# --- what LLVM has and Python has not ---------------------------------------------------------------------------------
-
-
-@intrinsic
-def _float_of_bits(typing, bits):
-    return float32(int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _bits_of_float(typing, x):
-    return int32(float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
-
-
-def _binary(name: str) -> Any:
-    """LLVM's intrinsic function of this name, of two float32 numbers."""
-
-    @intrinsic
-    def function(typing, x, y):
-        def generate(context, builder, signature, args):
-            real = ir.FloatType()
-            declared = builder.module.declare_intrinsic(name, [real], ir.FunctionType(real, [real, real]))
-            return builder.call(declared, args)
-
-        return float32(float32, float32), generate
-
-    return function
-
-
-_maximum, _copysign = _binary("llvm.maximum"), _binary("llvm.copysign")  # of NaN and x: NaN
-
-
-@intrinsic
-def _sgemm(typing, address, transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
-    """The `cblas_sgemm` with 64-bit sizes at `address`, row by row; matrices are the addresses of their first entry."""
-    signature = void(int64, boolean, boolean, *(int64,) * 3, float32, *(int64,) * 4, float32, int64, int64)
-
-    def generate(context, builder, signature, args):
-        enum, size, real = ir.IntType(32), ir.IntType(64), ir.FloatType()
-        takes = [enum, enum, enum, size, size, size, real, size, size, size, size, real, size, size]
-        function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), takes).as_pointer())
-        transpose = [builder.select(x, enum(112), enum(111)) for x in args[1:3]]  # CblasTrans, CblasNoTrans
-        builder.call(function, [enum(101), *transpose, *args[3:]])  # CblasRowMajor
-        return context.get_dummy_value()
-
-    return signature, generate
-
 
 # --- exponential and GELU ---------------------------------------------------------------------------------------------
 
@@ -138,7 +54,7 @@ def exp(x):
     n = shifted - _ROUND
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_E0 * r + _E1) * r + _E2) * r + _E3) * r + _E4) * r + _E5
-    return (p * (r * r) + r + ONE) * _float_of_bits((_bits_of_float(shifted) << int32(23)) + int32(0x3F800000))
+    return (p * (r * r) + r + ONE) * float_of_bits((bits_of_float(shifted) << int32(23)) + int32(0x3F800000))
 
 
 @compiled(float32, result=types.UniTuple(float32, 2))
@@ -147,7 +63,7 @@ def _exact(x):
     density = exp(-HALF * x * x) * _DENSITY
     t = ONE / (ONE + _T * abs(x))
     tail = density * t * (((((_T5 * t + _T4) * t + _T3) * t + _T2) * t + _T1) * t + _T0)
-    return HALF + _copysign(HALF - tail, x), density
+    return HALF + copysign(HALF - tail, x), density
 
 
 @compiled(float32, result=types.UniTuple(float32, 2))
@@ -158,7 +74,7 @@ def _tanh(x):
     return phi, TWO * phi * (ONE - phi) * (THREE * _TANH1 * square + _TANH0)
 
 
-@compiled(_out(2), _in(1), _out(2), boolean)
+@compiled(written(2), read(1), written(2), boolean)
 def bias_gelu(y, bias, slope, tanh):
     """gelu(y + bias) in the place of y (R, C), and its derivative in `slope` (R, C) if that has rows."""
     rows, columns = y.shape
@@ -184,7 +100,7 @@ def bias_gelu(y, bias, slope, tanh):
                 y[i, j] = x * _exact(x)[0]
 
 
-@compiled(_in(2), _in(2), _out(2), _out(1))
+@compiled(read(2), read(2), written(2), written(1))
 def multiply_and_sum(a, b, product, total):
     """a * b (R, C), and the sum of its rows added to `total` (C,)."""
     rows, columns = a.shape
@@ -198,20 +114,20 @@ def multiply_and_sum(a, b, product, total):
 # --- linear layers and layer norm -------------------------------------------------------------------------------------
 
 
-@compiled(_in(2), _in(2), _in(1), _out(2), int64)
+@compiled(read(2), read(2), read(1), written(2), int64)
 def linear(x, weight, bias, y, sgemm):
     """x W^T + b: BLAS adds the product to what it finds in y, which costs no more than to write it there."""
     rows, columns = y.shape
     for i in range(rows):
         for j in range(columns):
             y[i, j] = bias[j]
-    _sgemm(
+    product(
         sgemm, False, True, rows, columns, x.shape[1],
         ONE, x.ctypes.data, x.shape[1], weight.ctypes.data, x.shape[1], ONE, y.ctypes.data, columns,
     )  # fmt: skip
 
 
-@compiled(_in(2), _in(1), _in(1), float32, _out(2), _out(2), reorder=True)
+@compiled(read(2), read(1), read(1), float32, written(2), written(2), reorder=True)
 def layer_norm(x, weight, bias, eps, y, moments):
     """Each row of x (R, D) normalised into y; its mean and 1 / standard deviation into `moments` (R, 2)."""
     rows, dim = x.shape
@@ -229,7 +145,7 @@ def layer_norm(x, weight, bias, eps, y, moments):
         moments[i, 0], moments[i, 1] = mean, rstd
 
 
-@compiled(_in(2), _in(2), _in(1), _in(2), _out(2), _out(1), _out(1), reorder=True)
+@compiled(read(2), read(2), read(1), read(2), written(2), written(1), written(1), reorder=True)
 def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
     """`dweight` and `dbias` are added to."""
     rows, dim = x.shape
@@ -251,11 +167,11 @@ def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-@compiled(_out(1), reorder=True)
+@compiled(written(1), reorder=True)
 def _softmax(row):
     highest = row[0]
     for j in range(len(row)):
-        highest = _maximum(highest, row[j])
+        highest = maximum(highest, row[j])
     total = ZERO
     for j in range(len(row)):
         row[j] = exp(row[j] - highest)
@@ -265,7 +181,7 @@ def _softmax(row):
         row[j] *= share
 
 
-@compiled(_in(3), _out(3), _out(4), int64, int64, int64)
+@compiled(read(3), written(3), written(4), int64, int64, int64)
 def attention(qkv, y, weights, heads, tile, sgemm):
     """qkv (B, N, 3 H D) -> y (B, Q, H D), so many queries at a time that their scores stay in the cache.
 
@@ -285,13 +201,13 @@ def attention(qkv, y, weights, heads, tile, sgemm):
                 place = weights[b % weights.shape[0], h % weights.shape[1]]
                 w = place[start : start + rows] if len(place) == queries else place[:rows]
                 at = w.ctypes.data
-                _sgemm(sgemm, False, True, rows, n, dim, scale, q + 4 * start * width, width, k, width, ZERO, at, n)
+                product(sgemm, False, True, rows, n, dim, scale, q + 4 * start * width, width, k, width, ZERO, at, n)
                 for i in range(rows):
                     _softmax(w[i])
-                _sgemm(sgemm, False, False, rows, dim, n, ONE, at, n, v, width, ZERO, out + 4 * start * model, model)
+                product(sgemm, False, False, rows, dim, n, ONE, at, n, v, width, ZERO, out + 4 * start * model, model)
 
 
-@compiled(_in(3), _in(3), _in(3), _in(4), _out(3), _out(2), int64, int64, reorder=True)
+@compiled(read(3), read(3), read(3), read(4), written(3), written(2), int64, int64, reorder=True)
 def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
     """The gradient dqkv (B, N, 3 H D) of `attention` with all its weights; `scratch` (tile, N)."""
     batch, n, width = qkv.shape
@@ -307,7 +223,7 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
                 rows = min(tile, queries - start)
                 w = weights[b, h, start : start + rows]
                 dout = dy.ctypes.data + 4 * ((b * queries + start) * model + h * dim)
-                _sgemm(sgemm, False, True, rows, n, dim, ONE, dout, model, v, width, ZERO, ds, n)
+                product(sgemm, False, True, rows, n, dim, ONE, dout, model, v, width, ZERO, ds, n)
                 for i in range(rows):
                     along = ZERO  # the sum of weights times their gradients is that of outputs times theirs
                     for j in range(h * dim, (h + 1) * dim):
@@ -315,15 +231,15 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
                     for j in range(n):
                         scratch[i, j] = w[i, j] * (scratch[i, j] - along)
                 row, beta = 4 * start * width, ONE if start else ZERO
-                _sgemm(sgemm, False, False, rows, dim, n, scale, ds, n, k, width, ZERO, dq + row, width)
-                _sgemm(sgemm, True, False, n, dim, rows, scale, ds, n, q + row, width, beta, dk, width)
-                _sgemm(sgemm, True, False, n, dim, rows, ONE, w.ctypes.data, n, dout, model, beta, dv, width)
+                product(sgemm, False, False, rows, dim, n, scale, ds, n, k, width, ZERO, dq + row, width)
+                product(sgemm, True, False, n, dim, rows, scale, ds, n, q + row, width, beta, dk, width)
+                product(sgemm, True, False, n, dim, rows, ONE, w.ctypes.data, n, dout, model, beta, dv, width)
 
 
 # --- AdamW ------------------------------------------------------------------------------------------------------------
 
 
-@compiled(_out(1), _in(1), _out(1), _out(1), *(float32,) * 5)
+@compiled(written(1), read(1), written(1), written(1), *(float32,) * 5)
 def adamw(p, g, m, v, beta1, beta2, eps, rate, kept):
     """p = kept p - rate m / (sqrt(v) + eps), with the running means m of g and v of g^2."""
     for i in range(len(p)):

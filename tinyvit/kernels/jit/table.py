@@ -9,7 +9,7 @@ import numpy as np
 
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.half_precision import in_fp32
-from tinyvit.kernels.jit import layers, loops
+from tinyvit.kernels.jit import convolution, layers, loops
 
 
 def _not_float64(x: np.ndarray, *_: Any, **__: Any) -> bool:
@@ -23,6 +23,19 @@ def _biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, **_: Any
 def _plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
     plain = mask is None and dropout_mask is None
     return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
+
+
+def _by_tiles(x: np.ndarray, weight: np.ndarray, *, stride: tuple[int, int], padding: Any, **_: Any) -> bool:
+    """Kernels of 3 x 3 in steps of 1, and enough channels for products of matrices."""
+    return (
+        x.dtype != np.float64 and layers.SGEMM != 0 and weight.shape[2:] == (3, 3) and stride == (1, 1)
+        and all(max(sides) <= 2 for sides in padding) and x.size > 0 and min(weight.shape[:2]) >= 8
+    )  # fmt: skip
+
+
+def _float32(x: np.ndarray, *, kernel: tuple[int, int] = (1, 1), **_: Any) -> bool:
+    """Places in a window of pooling are numbered in a byte."""
+    return x.dtype == np.float32 and kernel[0] * kernel[1] <= 256
 
 
 def _float32_in_rows(*arrays: np.ndarray, **_: Any) -> bool:
@@ -45,5 +58,8 @@ KERNELS = {
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
+    reference.conv2d: Kernel(in_fp32(convolution.conv2d), _by_tiles),
+    reference.max_pool2d: Kernel(convolution.max_pool2d, _float32),
+    reference.relu: Kernel(convolution.relu, _float32),
     reference.adamw: Kernel(adamw, _float32_in_rows),
 }

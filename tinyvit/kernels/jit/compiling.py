@@ -1,0 +1,105 @@
+"""What compiles the loops, and what they call that Python does not have.
+
+numba looks for changes only in the file of a function that it has cached: what changes here shows after `__pycache__`
+beside this file is gone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import boolean, float32, int32, int64, njit, types, void
+from numba.core import event
+from numba.extending import intrinsic
+
+# mypy: disable-error-code="no-untyped-def"
+
+
+class _Announce(event.Listener):
+    """Says once that loops are compiled, when numba does not find them in its cache."""
+
+    said = False
+
+    def on_start(self, event: event.Event) -> None:
+        if not self.said:
+            print("tinyvit: compiling loops for this processor, once: some 10 seconds", file=sys.stderr, flush=True)
+        self.said = True
+
+    def on_end(self, event: event.Event) -> None:
+        pass
+
+
+def read(ndim: int) -> types.Array:
+    """A float32 array that is only read."""
+    return types.Array(float32, ndim, "C", readonly=True)
+
+
+def written(ndim: int) -> types.Array:
+    return types.Array(float32, ndim, "C")
+
+
+def compiled(*arguments: types.Type, result: types.Type = void, reorder: bool = False) -> Callable:
+    """Compile a function for these arguments, or take it from the cache."""
+    options: dict[str, Any] = dict(nogil=True, error_model="numpy")
+    options["fastmath"] = {"contract", "reassoc", "nsz"} if reorder else {"contract"}
+
+    def wrap(function: Callable) -> Any:
+        with event.install_listener("numba:compile", _announce):
+            try:
+                return njit(result(*arguments), cache=True, **options)(function)
+            except RuntimeError:  # numba finds no directory that it may write to
+                return njit(result(*arguments), **options)(function)
+
+    return wrap
+
+
+_announce = _Announce()
+
+# --- what LLVM has and Python has not ---------------------------------------------------------------------------------
+
+
+@intrinsic
+def float_of_bits(typing, bits):
+    return float32(int32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.FloatType())
+
+
+@intrinsic
+def bits_of_float(typing, x):
+    return int32(float32), lambda context, builder, signature, args: builder.bitcast(args[0], ir.IntType(32))
+
+
+def _binary(name: str) -> Any:
+    """LLVM's intrinsic function of this name, of two float32 numbers."""
+
+    @intrinsic
+    def function(typing, x, y):
+        def generate(context, builder, signature, args):
+            real = ir.FloatType()
+            declared = builder.module.declare_intrinsic(name, [real], ir.FunctionType(real, [real, real]))
+            return builder.call(declared, args)
+
+        return float32(float32, float32), generate
+
+    return function
+
+
+maximum, copysign = _binary("llvm.maximum"), _binary("llvm.copysign")  # of NaN and x: NaN
+
+
+@intrinsic
+def product(typing, address, transpose_a, transpose_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    """The `cblas_sgemm` with 64-bit sizes at `address`, row by row; matrices are the addresses of their first entry."""
+    signature = void(int64, boolean, boolean, *(int64,) * 3, float32, *(int64,) * 4, float32, int64, int64)
+
+    def generate(context, builder, signature, args):
+        enum, size, real = ir.IntType(32), ir.IntType(64), ir.FloatType()
+        takes = [enum, enum, enum, size, size, size, real, size, size, size, size, real, size, size]
+        function = builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), takes).as_pointer())
+        transpose = [builder.select(x, enum(112), enum(111)) for x in args[1:3]]  # CblasTrans, CblasNoTrans
+        builder.call(function, [enum(101), *transpose, *args[3:]])  # CblasRowMajor
+        return context.get_dummy_value()
+
+    return signature, generate
