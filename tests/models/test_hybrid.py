@@ -123,7 +123,7 @@ def test_a_hub_directory_names_the_architecture_that_has_the_stages(tmp_path):
     save(tmp_path / "other", build(other).state_dict(), describe(other, tuple("abcde"), Preprocessing(HALF, HALF), {}))
     message = refusal(convert, tmp_path / "other", tmp_path / "no", "timm")
     assert "timm has no model with stages of (2, 1) blocks before its patches" in message
-    assert "ResNet before the patches" in refusal(convert, tmp_path / "other", tmp_path / "no", "huggingface")
+    assert "no room for resnet_layers (2, 1)" in refusal(convert, tmp_path / "other", tmp_path / "no", "huggingface")
     assert not (tmp_path / "no").exists()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats import google, huggingface, huggingface_families, timm
+from tinyvit.checkpoints.formats import google, huggingface, huggingface_families, huggingface_writing, timm
 from tinyvit.checkpoints.native_file import write_checkpoint
 from tinyvit.checkpoints.readers.weight_files import read_weight_files
 
@@ -28,7 +28,7 @@ LAYOUTS: tuple[tuple[str, ModuleType], ...] = (
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "tinyvit": write_checkpoint,
     "timm": timm.write,
-    "huggingface": huggingface.write,
+    "huggingface": huggingface_writing.write,
 }
 
 
@@ -43,8 +43,10 @@ def read_other(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         CheckpointError: it cannot be read, or is in no known layout.
     """
     files = read_weight_files(path, overrides)
-    if empty := next((name for name, array in files.arrays.items() if not array.size), None):
-        raise CheckpointError(f"{path}: {empty} has the shape {files.arrays[empty].shape}, which holds no numbers")
+    for name in [name for name, array in files.arrays.items() if not array.size]:
+        if not name.endswith("register_tokens"):  # DINOv3's model without any has this
+            raise CheckpointError(f"{path}: {name} has the shape {files.arrays[name].shape}, which holds no numbers")
+        del files.arrays[name]
     layout = find_layout(files.arrays)
     first = next(iter(files.arrays), "").partition(".")[0] + "."
     if layout is None and all(name.startswith(first) for name in files.arrays):  # a model within another: "model.", …

@@ -8,8 +8,6 @@ register token of ours.
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError, checked_preprocessing
+from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
 from tinyvit.checkpoints.formats.common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,50 +23,22 @@ from tinyvit.checkpoints.formats.common import (
     mlp_ratio,
     pack_qkv,
     renamed,
-    split_qkv,
-    without_null,
-    write_directory,
 )
+from tinyvit.checkpoints.formats.huggingface_names import UNUSED, our_name
+from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preprocessing
 from tinyvit.checkpoints.readers.common import reason
-from tinyvit.checkpoints.readers.weight_files import CONFIG, PREPROCESSOR, WeightFiles
+from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
 from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, optional, text
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.preprocessing import Preprocessing, share
+from tinyvit.models.preprocessing import Preprocessing
 
 TELLING = ("embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings")
-NAMES = {  # theirs, after "vit." or "deit.", and ours
-    "embeddings.cls_token": "cls_token",
-    "embeddings.distillation_token": "dist_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
-    "pooler.dense": "pre_logits.fc",
-    "classifier": "head",
-    "cls_classifier": "head",
-    "distillation_classifier": "head_dist",
-}
-BLOCK = {  # the same within a block
-    "layernorm_before": "norm1",
-    "attention.attention.query": "attn.query",
-    "attention.attention.key": "attn.key",
-    "attention.attention.value": "attn.value",
-    "attention.output.dense": "attn.proj",
-    "layernorm_after": "norm2",
-    "intermediate.dense": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "attention.q_proj": "attn.query",  # from here on: what Transformers 5 calls them in memory
-    "attention.k_proj": "attn.key",
-    "attention.v_proj": "attn.value",
-    "attention.o_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-UNUSED = ("embeddings.mask_token",)  # for pre-training by masked images, as is MAE's decoder
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_python": "gelu",
     "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
 }  # fmt: skip
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+DEIT = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875, crop_mode="squash")
 DEFAULT_CLASSES = 2  # when config.json says nothing
 
 
@@ -77,17 +47,6 @@ def names_by_number(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("expected an object")
     return value
-
-
-def resized_size(value: Any) -> tuple[str, int]:
-    """How images are resized ("squash" or "center"), and the height, or the shorter side, that they then have."""
-    pixels = integer(1, 65536)
-    if isinstance(value, dict):
-        found = checked(value, {"shortest_edge": optional(pixels), "height": optional(pixels)})
-        if found.get("shortest_edge"):
-            return "center", found["shortest_edge"]
-        value = found.get("height")
-    return "squash", pixels(value)
 
 
 PIXELS = either(integer(1, 65536), list_of(integer(1, 65536), 2, 2))
@@ -109,17 +68,6 @@ FIELDS = {  # of config.json
     "hidden_dropout_prob": number(0, 1),
     "attention_probs_dropout_prob": number(0, 1),
 }
-PREPROCESSOR_FIELDS = {  # of preprocessor_config.json
-    "image_mean": list_of(number(-1e6, 1e6), 1, 1024),
-    "image_std": list_of(number(-1e6, 1e6), 1, 1024),
-    "do_normalize": boolean,
-    "do_rescale": boolean,
-    "rescale_factor": number(1e-6, 1e6),
-    "size": resized_size,
-    "crop_size": resized_size,
-    "do_center_crop": boolean,
-    "resample": one_of(*RESAMPLE),
-}
 
 
 def recognises(names: Collection[str]) -> bool:
@@ -134,7 +82,7 @@ def read(files: WeightFiles) -> Checkpoint:
         given = checked(files.config, FIELDS, required=["model_type"])
     except ValueError as error:
         raise CheckpointError(f"{files.path}: its {CONFIG} describes no model: {reason(error)}") from None
-    for name in [name for name in files.arrays if base_name(name) in UNUSED or name.startswith("decoder.")]:
+    for name in [name for name in files.arrays if UNUSED.match(name)]:
         del files.arrays[name]
     state = renamed(files, our_name)
     pack_qkv(state)
@@ -157,23 +105,8 @@ def read(files: WeightFiles) -> Checkpoint:
         config=config,
         state=state,
         class_names=class_names(files.path, names or {}, count),
-        preprocessing=read_preprocessing(files, given["model_type"], config),
+        preprocessing=read_preprocessing(files, config, DEIT if given["model_type"] == "deit" else None),
     )
-
-
-def base_name(name: str) -> str:
-    return re.sub(r"^(vit|deit)\.", "", name)
-
-
-def our_name(name: str) -> str:
-    """Our name of a weight, or the name as it is when we have none."""
-    module, _, kind = base_name(name).rpartition(".")
-    if block := re.fullmatch(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)", module):
-        number, part = block.groups()
-        return f"blocks.{number}.{BLOCK[part]}.{kind}" if part in BLOCK else name
-    if base_name(name) in NAMES:
-        return NAMES[base_name(name)]
-    return f"{NAMES[module]}.{kind}" if module in NAMES else name
 
 
 def class_names(path: Path, names: dict[str, Any], count: int) -> tuple[str, ...]:
@@ -216,139 +149,3 @@ def read_config(given: dict[str, Any], num_classes: int, state: dict[str, np.nda
         proj_drop_rate=dropout,
         attn_drop_rate=given.get("attention_probs_dropout_prob", 0.0),
     )
-
-
-def read_preprocessing(files: WeightFiles, model_type: str, config: ViTConfig) -> Preprocessing:
-    """What preprocessor_config.json says; without one, the usual of the family. Raises CheckpointError."""
-    if not files.preprocessor and model_type == "deit":
-        return Preprocessing(IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875, crop_mode="squash")
-    try:
-        given = checked(without_null(files.preprocessor), PREPROCESSOR_FIELDS)
-        mean, std = (given.get(f"image_{name}", (0.5,) * config.in_chans) for name in ("mean", "std"))
-        if not given.get("do_normalize", True):
-            mean, std = (0.0,) * config.in_chans, (1.0,) * config.in_chans
-        # They scale pixels by rescale_factor, or not at all; we by 1 / 255.
-        factor = round(255 * given.get("rescale_factor", 1 / 255), 9) if given.get("do_rescale", True) else 255.0
-        mode, resized = given.get("size", ("squash", config.image_size[0]))
-        crop = given.get("crop_size", (mode, resized))[1] if given.get("do_center_crop", False) else resized
-        found = {
-            "mean": tuple(m / factor for m in mean),
-            "std": tuple(s / factor for s in std),
-            "crop_pct": share(min(crop, resized), resized),
-            "crop_mode": mode,
-            "interpolation": RESAMPLE[given.get("resample", 2)],
-        }
-        return checked_preprocessing(found, config.in_chans)
-    except ValueError as error:
-        raise CheckpointError(f"{files.path}: its {PREPROCESSOR} cannot be followed: {reason(error)}") from None
-
-
-# --- writing --------------------------------------------------------------------------------------------------
-
-
-def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write config.json, model.safetensors and preprocessor_config.json into the new directory `path`.
-
-    Raises CheckpointError, naming it, for a part that Transformers' models do not have.
-    """
-    config, state = checkpoint.config, dict(checkpoint.state)
-    if lacking := unsupported(config):
-        raise CheckpointError(f"{path}: Transformers' ViT and DeiT have no {lacking}")
-    if config.no_embed_class:  # the same as position embeddings of zero for the tokens in front
-        zeros = np.zeros((1, config.num_prefix_tokens, config.embed_dim), np.float32)
-        state["pos_embed"] = np.concatenate([zeros, state["pos_embed"]], axis=1)
-    if "reg_token" in state:
-        state["dist_token"] = state.pop("reg_token")
-    split_qkv(state)
-    kind = "deit" if "dist_token" in state else "vit"
-    prefix = f"{kind}." if config.num_classes else ""
-    weights = {their_name(name, prefix, config.distilled): array for name, array in state.items()}
-    files = {
-        CONFIG: json.dumps(write_config(checkpoint, kind), indent=2),
-        PREPROCESSOR: json.dumps(write_preprocessing(checkpoint), indent=2),
-    }
-    write_directory(path, weights, files)
-
-
-def unsupported(config: ViTConfig) -> str | None:
-    """What the model has and theirs do not."""
-    problems = {
-        "ResNet before the patches (resnet_layers)": config.resnet_layers is not None,
-        "layer scale (init_values)": config.init_values is not None,
-        "convolutions before the tokens (conv_chans)": config.conv_chans is not None,
-        "average pooling": config.global_pool != "token",
-        f"{config.reg_tokens} register tokens": config.reg_tokens > (0 if config.distilled else 1),
-        "layer between pooling and head (pre_logits)": config.representation_size and config.num_classes,
-    }
-    return next((what for what, present in problems.items() if present), None)
-
-
-def their_name(name: str, prefix: str, teacher: bool) -> str:
-    """Their name of one of our weights."""
-    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(\w+)", name):
-        number, part, kind = block.groups()
-        theirs = next(theirs for theirs, ours in BLOCK.items() if ours == part)
-        return f"{prefix}encoder.layer.{number}.{theirs}.{kind}"
-    module, kind = (name, "") if name in NAMES.values() else (name.rpartition(".")[0], f".{name.rpartition('.')[2]}")
-    if module == "head":
-        return f"{'cls_classifier' if teacher else 'classifier'}{kind}"
-    theirs = next(theirs for theirs, ours in NAMES.items() if ours == module)
-    return f"{theirs}{kind}" if module == "head_dist" else f"{prefix}{theirs}{kind}"
-
-
-def write_config(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
-    """config.json."""
-    config, names = checkpoint.config, checkpoint.class_names
-    family = "ViT" if kind == "vit" else "DeiT"
-    task = "ForImageClassification" + ("WithTeacher" if config.distilled else "") if config.num_classes else "Model"
-
-    def plain(pair: Any) -> int | list[int]:
-        return pair[0] if pair[0] == pair[1] else list(pair)
-
-    content: dict[str, Any] = {
-        "architectures": [f"{family}{task}"],
-        "model_type": kind,
-        "image_size": plain(config.image_size),
-        "patch_size": plain(config.patch_size),
-        "num_channels": config.in_chans,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.mlp_dim,
-        "qkv_bias": config.qkv_bias,
-        "hidden_act": "gelu" if config.act == "gelu" else "gelu_pytorch_tanh",
-        "layer_norm_eps": config.norm_eps,
-        "hidden_dropout_prob": config.proj_drop_rate,
-        "attention_probs_dropout_prob": config.attn_drop_rate,
-    }
-    if config.representation_size:
-        content["pooler_output_size"] = config.representation_size
-    if names:
-        content["id2label"] = {str(i): name for i, name in enumerate(names)}
-        content["label2id"] = {name: i for i, name in enumerate(names)}
-    return content
-
-
-def write_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:
-    """preprocessor_config.json: of the processors in Transformers, the one that cuts images as we do."""
-    from tinyvit.data.image import usual_crop
-
-    p, (height, width) = checkpoint.preprocessing, checkpoint.config.image_size
-    crop_pct = usual_crop((height, width)) if p.crop_pct is None else p.crop_pct
-    larger = [int(side / crop_pct) for side in (height, width)]
-    cut = larger != [height, width]
-    square = p.crop_mode == "squash"
-    processor = "CLIPImageProcessor" if not square else "DeiTImageProcessor" if cut else "ViTImageProcessor"
-    return {
-        "image_processor_type": processor,
-        "do_resize": True,
-        "size": dict(zip(("height", "width"), larger, strict=True)) if square else {"shortest_edge": max(larger)},
-        "do_center_crop": cut or not square,
-        "crop_size": {"height": height, "width": width},
-        "resample": next(number for number, name in RESAMPLE.items() if name == p.interpolation),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(p.mean),
-        "image_std": list(p.std),
-    }

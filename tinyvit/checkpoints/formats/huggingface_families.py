@@ -7,7 +7,6 @@ pooler_output. Shapes come from the weights; config.json says the rest.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,9 @@ from tinyvit.checkpoints.formats.common import (
     renamed,
     square_grid,
 )
-from tinyvit.checkpoints.formats.huggingface import FIELDS, class_names, names_by_number, read_preprocessing
+from tinyvit.checkpoints.formats.huggingface import ACTIVATIONS, FIELDS, class_names, names_by_number
+from tinyvit.checkpoints.formats.huggingface_names import UNUSED, our_name
+from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preprocessing
 from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
 from tinyvit.files.fields import checked, integer, number, one_of, optional
@@ -31,53 +32,6 @@ from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
 
 TELLING = ("layer_scale1.lambda1", "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight")
-UNUSED = re.compile(
-    r"text_model\.|text_projection\.|logit_(scale|bias)$|(.*\.)?(embeddings\.)?(mask_token|position_ids)$"
-)
-FRONT = re.compile(r"^(model\.)?(vision_model|dinov2|dinov2_with_registers|dinov3_vit)?\.?(?=[a-z])")
-NAMES = {  # theirs and ours
-    "embeddings.cls_token": "cls_token",
-    "embeddings.class_embedding": "cls_token",
-    "embeddings.register_tokens": "reg_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.position_embedding.weight": "pos_embed",
-    "head.probe": "attn_pool.latent",
-    "head.attention.in_proj_weight": "attn_pool.in_proj.weight",
-    "head.attention.in_proj_bias": "attn_pool.in_proj.bias",
-}
-MODULES = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.patch_embeddings": "patch_embed.proj",
-    "embeddings.patch_embedding": "patch_embed.proj",
-    "pre_layrnorm": "norm_pre",
-    "layernorm": "norm",
-    "post_layernorm": "norm",
-    "norm": "norm",
-    "head.attention.out_proj": "attn_pool.proj",
-    "head.layernorm": "attn_pool.norm",
-    "head.mlp.fc1": "attn_pool.mlp.fc1",
-    "head.mlp.fc2": "attn_pool.mlp.fc2",
-    "visual_projection": "head",
-    "classifier": "head",
-}
-BLOCK = {  # the same within a block
-    **{name: name for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2")},
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-    **{f"attention.attention.{part}": f"attn.{part}" for part in ("query", "key", "value")},
-    **{f"{attention}.{part[0]}_proj": f"attn.{part}" for part in ("query", "key", "value")
-       for attention in ("attention", "self_attn", "attention.attention")},
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "self_attn.out_proj": "attn.proj",
-    "layer_scale1": "ls1",
-    "layer_scale2": "ls2",
-    "mlp.weights_in": "mlp.fc1",
-    "mlp.weights_out": "mlp.fc2",
-    "mlp.gate_proj": "mlp.fc1_g",
-    "mlp.up_proj": "mlp.fc1",
-    "mlp.down_proj": "mlp.fc2",
-}  # fmt: skip
 
 
 class Family(NamedTuple):
@@ -91,7 +45,7 @@ class Family(NamedTuple):
 
 
 CLIP = Family(12, "quick_gelu", 1e-5, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SIGLIP = Family(12, "gelu_tanh", 1e-6, (0.5,) * 3, (0.5,) * 3)
+SIGLIP = Family(12, "gelu_pytorch_tanh", 1e-6, (0.5,) * 3, (0.5,) * 3)
 FAMILIES = {
     "clip": CLIP,
     "clip_vision_model": CLIP,
@@ -101,13 +55,10 @@ FAMILIES = {
     "dinov2_with_registers": Family(12, "gelu", 1e-6),
     "dinov3_vit": Family(6, "gelu", 1e-5),
 }
-ACTIVATIONS = {
-    "gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "silu": "gelu", "swish": "gelu",  # within gated MLPs alone, which take no other
-}  # fmt: skip
+SILU = ("silu", "swish")  # within gated MLPs alone, which have no other in ours
 SETTINGS = {  # of config.json, or of its vision_config
     "num_attention_heads": FIELDS["num_attention_heads"],
-    "hidden_act": one_of(*ACTIVATIONS),
+    "hidden_act": one_of(*ACTIVATIONS, *SILU),
     "layer_norm_eps": number(0, 1),
     "image_size": FIELDS["image_size"],
     "id2label": optional(names_by_number),
@@ -131,40 +82,25 @@ def read(files: WeightFiles) -> Checkpoint:
         model_type = checked(files.config, {"model_type": one_of(*FAMILIES)}, required=["model_type"])["model_type"]
         vision = files.config.get("vision_config")
         given = checked({**files.config, **(vision if isinstance(vision, dict) else {})}, SETTINGS)
-        arrange(state)
-        config = read_config(state, given, FAMILIES[model_type])
+        family, pooling = FAMILIES[model_type], arrange(state)
+        config = read_config(state, given, family, pooling)
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{files.path}: its {CONFIG} describes no model of ours: {reason(error)}") from None
     names = given.get("id2label")
     if config.num_classes and "head.bias" not in state:  # CLIP's projection
         state["head.bias"], names = np.zeros(config.num_classes, np.float32), None
-    preprocessing = read_preprocessing(files, model_type, config)
-    if not files.preprocessor:
-        family = FAMILIES[model_type]
-        preprocessing = Preprocessing(family.mean, family.std, crop_pct=0.875 if "dino" in model_type else 1.0)
+    usual = Preprocessing(family.mean, family.std, crop_pct=0.875 if "dino" in model_type else 1.0)
     return Checkpoint(
         path=files.path,
         config=config,
         state=state,
         class_names=class_names(files.path, names or {}, config.num_classes),
-        preprocessing=preprocessing,
+        preprocessing=read_preprocessing(files, config, usual),
     )
 
 
-def our_name(name: str) -> str:
-    """Our name of a weight, or the name as it is when we have none."""
-    plain = FRONT.sub("", name)
-    if plain in NAMES:
-        return NAMES[plain]
-    module, _, kind = plain.rpartition(".")
-    if block := re.fullmatch(r"(?:encoder\.)?layers?\.(\d+)\.(.+)", module):
-        kind = "gamma" if kind == "lambda1" else kind
-        return f"blocks.{block[1]}.{BLOCK[block[2]]}.{kind}" if block[2] in BLOCK else name
-    return f"{MODULES[module]}.{kind}" if module in MODULES else name
-
-
-def arrange(state: dict[str, np.ndarray]) -> None:
-    """Give the renamed weights our shapes, in place. Raises KeyError or ValueError."""
+def arrange(state: dict[str, np.ndarray]) -> str:
+    """Give the renamed weights our shapes, in place; the pooling of the model. Raises KeyError or ValueError."""
     for name in [name for name in state if name.endswith(".attn.query.bias")]:  # DINOv3's keys have none
         state.setdefault(name.replace(".query.", ".key."), np.zeros_like(state[name]))
     pack_qkv(state)
@@ -183,23 +119,29 @@ def arrange(state: dict[str, np.ndarray]) -> None:
             state["cls_token"] = state["cls_token"] + positions[:, :1]
             positions = positions[:, 1:]
         state["pos_embed"] = positions
-    if "head.weight" in state and "head.bias" in state:  # a classifier
-        width = len(state["norm.weight"])
-        if state["head.weight"].shape[1] != width:
+    if "head.weight" not in state or "head.bias" not in state:  # no classifier
+        return "map" if "attn_pool.latent" in state else "token" if "cls_token" in state else "avg"
+    for name in [name for name in state if name.startswith("attn_pool.")]:
+        del state[name]
+    if "norm_pre.weight" in state:  # CLIP's classifier reads tokens that are not normalised
+        del state["norm.weight"], state["norm.bias"]
+    elif state["head.weight"].shape[1] != len(state["norm.weight"]):  # DINOv2's: the class token and the mean
+        token, mean = np.split(state["head.weight"], 2, axis=1)
+        if token.any() and mean.any():
             raise ValueError("its classifier reads the class token and the mean of the patches side by side")
-        for name in [name for name in state if name.startswith("attn_pool.")]:
-            del state[name]
-        if "norm_pre.weight" in state:  # CLIP's classifier reads tokens that are not normalised
-            del state["norm.weight"], state["norm.bias"]
+        state["head.weight"] = mean if mean.any() else token
+        return "avg" if mean.any() else "token"
+    return "avg"
 
 
-def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: Family) -> ViTConfig:
+def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: Family, pooling: str) -> ViTConfig:
     """Our config. Raises KeyError, IndexError, TypeError or ValueError."""
     embed_dim, in_chans, *patch = state["patch_embed.proj.weight"].shape
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
-    clip, classifier = "norm_pre.weight" in state, "head.weight" in state and "head.bias" in state
-    token = "cls_token" in state
-    pooling = "map" if "attn_pool.latent" in state else "avg" if classifier or not token else "token"
+    swiglu, token = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden, "cls_token" in state
+    act = given.get("hidden_act", family.act)
+    if (act in SILU) != swiglu and not (swiglu and "pos_embed" in state):  # DINOv2's gated MLPs pass over it
+        raise ValueError(f"hidden_act is {act!r} {'in' if swiglu else 'outside'} gated MLPs")
     size: Any = given.get("image_size", 224)
     no_embed_class = "reg_token" in state
     if "pos_embed" in state:
@@ -215,7 +157,7 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
         depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         num_heads=given.get("num_attention_heads", family.heads),
         mlp_ratio=mlp_ratio(hidden, embed_dim),
-        swiglu=len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden,
+        swiglu=swiglu,
         qkv_bias=any(".attn.qkv.bias" in name for name in state),
         class_token=token,
         reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
@@ -224,9 +166,9 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
         rope=None if "pos_embed" in state else "dinov3",
         global_pool=pooling,
         fc_norm=False if pooling == "avg" else None,
-        act=ACTIVATIONS[given["hidden_act"]] if "hidden_act" in given else family.act,
+        act="gelu" if swiglu else ACTIVATIONS[act],
         norm_eps=given.get("layer_norm_eps", family.eps),
         init_values=1.0 if any(name.endswith(".gamma") for name in state) else None,
-        pre_norm=clip,
+        pre_norm="norm_pre.weight" in state,
         final_norm="norm.weight" in state,
     )
