@@ -253,7 +253,7 @@ def run_predict(args: argparse.Namespace) -> None:
     overlays = overlay_paths(Path(args.attention), images) if args.attention else []
     if args.embed:
         check_features_path(Path(args.embed), Path(args.checkpoint))
-    labels = read_labels(Path(args.labels)) if args.labels else None
+    labels = read_labels(Path(args.labels), checkpoint.similarity) if args.labels else None
     if not (args.attention or args.embed or labels):
         check_head(checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))

@@ -7,7 +7,11 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.convert import convert
+from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.cli import main
 
 TEXT = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40)
@@ -57,16 +61,36 @@ def test_probabilities_are_those_of_transformers(kind, photo, tmp_path, capsys):
         logits = outputs.logits_per_image[0]
         expected = (logits.softmax(dim=0) if kind == "clip" else logits.sigmoid()).numpy()
     save(model, tmp_path / "model")
-    bias = {} if kind == "clip" else {"bias": np.float32(model.logit_bias.item())}
-    np.savez(
-        tmp_path / "labels.npz",
-        names=np.array(["a cat", "a dog", "a ship"]),
-        embeddings=3 * outputs.text_embeds.numpy(),  # normalised again
-        scale=np.float32(model.logit_scale.exp().item()),
-        **bias,
-    )
-    found = predict(tmp_path / "model", photo, tmp_path / "labels.npz", capsys)
-    assert [found[name] for name in ("a cat", "a dog", "a ship")] == pytest.approx(expected.tolist(), rel=1e-4)
+    convert(tmp_path / "model", tmp_path / "own", "tinyvit")
+    names = ("a cat", "a dog", "a ship")
+    labels = dict(names=np.array(names), embeddings=3 * outputs.text_embeds.numpy())  # normalised again
+    np.savez(tmp_path / "labels.npz", **labels)
+    for path in (tmp_path / "model", tmp_path / "own"):  # scale and bias are the model's
+        found = predict(path, photo, tmp_path / "labels.npz", capsys)
+        assert [found[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-4)
+    np.savez(tmp_path / "labels.npz", **labels, scale=np.float32(3))
+    found = predict(tmp_path / "own", photo, tmp_path / "labels.npz", capsys)
+    bias = model.logit_bias.item() if kind == "siglip" else 0
+    logits = (logits - bias) / model.logit_scale.exp() * 3 + bias
+    expected = (logits.softmax(dim=0) if kind == "clip" else logits.sigmoid()).detach()
+    assert [found[name] for name in names] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("logit_scale", torch.tensor(1e4), "describes no model of ours: math range error"),
+        ("logit_scale", torch.tensor([1.0, 2.0]), "describes no model of ours"),
+        ("logit_bias", torch.tensor([float("nan")]), "bias is nan"),
+    ],
+)
+def test_a_similarity_that_is_no_number_is_refused(name, value, problem, tmp_path):
+    config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION | dict(patch_size=4))
+    save(transformers.SiglipModel(config), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {name: value}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=problem):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +100,7 @@ def test_probabilities_are_those_of_transformers(kind, photo, tmp_path, capsys):
         (dict(names=np.array(["a"]), embeddings=np.ones((2, 4))), "1 names for 2 embeddings"),
         (dict(names=np.array(["a", "b"]), embeddings=np.zeros((2, 4))), "an embedding is zero"),
         (dict(names=np.array(["a", "b"]), embeddings=np.ones((2, 4)), scale=np.inf), "not finite"),
+        (dict(names=np.array(["a"]), embeddings=np.ones((1, 4)), bias=np.ones(2)), "bias is not a single number"),
         (dict(names=np.array(["a", "b"]), embeddings=np.ones((2, 7))), "have 7 values, the model's"),
     ],
 )

@@ -36,7 +36,8 @@ class Checkpoint:
 
     `split` says how the training run divided a folder without a test part (`val_fraction`, `seed`), so that an
     evaluation divides it alike. `names_known` is false where nothing said what the classes are, and `class_names` only
-    number them.
+    number them. `similarity` says how a model that was trained with a text tower compares an image with a text: the
+    "scale" of the cosine between them, and SigLIP's "bias".
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Checkpoint:
     preprocessing: Preprocessing
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
     names_known: bool = True
+    similarity: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -38,11 +38,13 @@ from tinyvit.models.vit import VisionTransformer
 KEY = "tinyvit"
 FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
 
+SIMILARITY = {"scale": number(0, 1e30), "bias": number(-1e30, 1e30)}
 METADATA = {
     "config": lambda values: checked(values, FIELDS),
     "class_names": list_of(text, 0, 1_000_000),
     "names_known": boolean,
     "split": lambda values: checked(values, {"val_fraction": number(0, 1), "seed": integer(0, 10**100)}),
+    "similarity": lambda values: checked(values, SIMILARITY),
 }
 
 
@@ -100,6 +102,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             preprocessing=checked_preprocessing(metadata, config.in_chans),
             split=found.get("split", {}),
             names_known=found.get("names_known", True),
+            similarity=found.get("similarity", {}),
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its metadata describes no model ({reason(error)})") from None
@@ -109,6 +112,7 @@ def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a safetensors file, or for a name without that ending a directory that opens as a run does."""
     c = checkpoint
     metadata = describe(c.config, c.class_names, c.preprocessing, c.split, c.names_known)
+    metadata |= {"similarity": c.similarity} if c.similarity else {}
     if path.suffix == ".safetensors":
         save(path, checkpoint.state, metadata)
     else:

@@ -5,6 +5,7 @@ CLIP: Radford et al. 2021, arXiv:2103.00020, section 3.1. SigLIP: Zhai et al. 20
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tinyvit.checkpoints.readers.npz import read_npz
 from tinyvit.evaluation.classify import Outputs
 from tinyvit.evaluation.metrics import EvaluationError
 
-CLIP_SCALE = 100.0  # exp(logit_scale) of OpenAI's models, and the largest that their training allows
+CLIP_SCALE = 100.0  # of OpenAI's models, and the largest that their training allows
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class TextLabels:
         return exp / exp.sum(axis=1, keepdims=True)
 
 
-def read_labels(path: Path) -> TextLabels:
-    """Labels in an .npz file: `names` (K,), `embeddings` (K, D), and, if not CLIP's, `scale` and `bias`.
+def read_labels(path: Path, similarity: Mapping[str, float]) -> TextLabels:
+    """Labels in an .npz file: `names` (K,), `embeddings` (K, D), and perhaps `scale` and `bias`.
 
-    The embeddings are normalised. Raises CheckpointError for a file that cannot be read, EvaluationError for others.
+    The embeddings are normalised. Scale and bias are otherwise the model's `similarity`, and without that CLIP's usual.
+    Raises CheckpointError for a file that cannot be read, EvaluationError for others.
     """
     arrays = read_npz(path)
     names, embeddings = (arrays.get(name, np.zeros(0)) for name in ("names", "embeddings"))
@@ -60,9 +62,14 @@ def read_labels(path: Path) -> TextLabels:
         raise EvaluationError(f"{path}: expected names (K,) of text and embeddings (K, D) of numbers")
     if not len(names) == len(embeddings) > 0:
         raise EvaluationError(f"{path}: it has {len(names)} names for {len(embeddings)} embeddings")
-    numbers = {name: float(arrays[name]) for name in ("scale", "bias") if name in arrays and arrays[name].size == 1}
+    numbers = {"scale": CLIP_SCALE} | dict(similarity)
+    for name in ("scale", "bias"):
+        if name in arrays:
+            if arrays[name].size != 1 or arrays[name].dtype.kind not in "fiu":
+                raise EvaluationError(f"{path}: {name} is not a single number")
+            numbers[name] = float(arrays[name].item())
     norms = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
     if not (np.isfinite(norms).all() and norms.all() and np.isfinite(list(numbers.values())).all()):
         raise EvaluationError(f"{path}: its numbers are not finite, or an embedding is zero")
     unit = embeddings.astype(np.float64) / norms
-    return TextLabels(tuple(names.tolist()), unit, numbers.get("scale", CLIP_SCALE), numbers.get("bias"))
+    return TextLabels(tuple(names.tolist()), unit, numbers["scale"], numbers.get("bias"))

@@ -7,6 +7,7 @@ pooler_output. Shapes come from the weights; config.json says the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from tinyvit.checkpoints.formats.common import (
 from tinyvit.checkpoints.formats.huggingface import ACTIVATIONS, FIELDS, class_names, names_by_number
 from tinyvit.checkpoints.formats.huggingface_names import UNUSED, our_name
 from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preprocessing
+from tinyvit.checkpoints.native_file import SIMILARITY
 from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
 from tinyvit.files.fields import checked, integer, number, one_of, optional
@@ -75,6 +77,7 @@ def read(files: WeightFiles) -> Checkpoint:
     """The model that config.json and the weights describe. Raises CheckpointError."""
     if not files.config:
         raise CheckpointError(f"{files.path}: Transformers' weights need their config.json beside them")
+    scale, bias = (files.arrays.get(f"logit_{name}") for name in ("scale", "bias"))
     for name in [name for name in files.arrays if UNUSED.match(name)]:
         del files.arrays[name]
     state = renamed(files, our_name)
@@ -82,6 +85,7 @@ def read(files: WeightFiles) -> Checkpoint:
         model_type = checked(files.config, {"model_type": one_of(*FAMILIES)}, required=["model_type"])["model_type"]
         vision = files.config.get("vision_config")
         given = checked({**files.config, **(vision if isinstance(vision, dict) else {})}, SETTINGS)
+        similarity = read_similarity(scale, bias)
         family, pooling = FAMILIES[model_type], arrange(state)
         config = read_config(state, given, family, pooling)
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
@@ -96,7 +100,18 @@ def read(files: WeightFiles) -> Checkpoint:
         state=state,
         class_names=class_names(files.path, names or {}, config.num_classes),
         preprocessing=read_preprocessing(files, config, usual),
+        similarity=similarity,
     )
+
+
+def read_similarity(scale: np.ndarray | None, bias: np.ndarray | None) -> dict[str, float]:
+    """How images and texts are compared, from logit_scale, the logarithm of a factor, and logit_bias.
+
+    Raises OverflowError or ValueError for what is no single number in range.
+    """
+    found = {} if scale is None else {"scale": math.exp(scale.item())}
+    found |= {} if bias is None else {"bias": float(bias.item())}
+    return checked(found, SIMILARITY)
 
 
 def arrange(state: dict[str, np.ndarray]) -> str:
