@@ -1,13 +1,12 @@
-"""CLIP, SigLIP, DINOv2, DINOv3 and MAE as Transformers writes them: the same outputs as its models, random weights."""
+"""CLIP, SigLIP, DINOv2 and DINOv3 as Transformers writes them: what configs leave out, and what is refused."""
 
 import json
 import re
-import warnings
 
 import numpy as np
 import pytest
 import torch
-import transformers
+from transformers_models import SIZES, VISION, T, clip, randomised
 
 import tinyvit
 from tinyvit.checkpoints.checkpoint import CheckpointError, describe
@@ -17,121 +16,6 @@ from tinyvit.checkpoints.native_file import save
 from tinyvit.models.preprocessing import Preprocessing
 
 torch.set_num_threads(1)  # the models are tiny
-transformers.logging.set_verbosity_error()
-SIZES = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
-VISION = dict(**SIZES, intermediate_size=96)
-TEXT = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=99)
-TOKENS = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-
-
-def siglip(**changes):
-    return transformers.SiglipConfig(vision_config=VISION, text_config={**TEXT, **TOKENS}, **changes)
-
-
-def clip():
-    return transformers.CLIPConfig(vision_config=VISION, text_config={**TEXT, **TOKENS}, projection_dim=20)
-
-
-MAE = dict(**VISION, mask_ratio=0.0, decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-REGISTERS = dict(num_register_tokens=3)
-T = transformers
-
-
-def dinov2_classifier(reads, **settings):
-    """DINOv2 whose classifier reads the class token alone, or the mean of the patches alone."""
-    if settings:
-        model = T.Dinov2WithRegistersForImageClassification(T.Dinov2WithRegistersConfig(**SIZES, **settings))
-    else:
-        model = T.Dinov2ForImageClassification(T.Dinov2Config(**SIZES))
-    model.other_half = slice(48, None) if reads == "token" else slice(48)
-    return model
-
-
-CASES = {
-    "MAE": lambda: T.ViTMAEModel(T.ViTMAEConfig(**MAE)),
-    "MAE with its decoder": lambda: T.ViTMAEForPreTraining(T.ViTMAEConfig(**MAE)),
-    "DINOv2": lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)),
-    "DINOv2 giant": lambda: T.Dinov2Model(T.Dinov2Config(**SIZES, use_swiglu_ffn=True)),
-    "DINOv2 with registers": lambda: T.Dinov2WithRegistersModel(T.Dinov2WithRegistersConfig(**SIZES, **REGISTERS)),
-    "DINOv2 with a classifier of the class token": lambda: dinov2_classifier("token"),
-    "DINOv2 with registers and a classifier of the mean": lambda: dinov2_classifier("mean", **REGISTERS),
-    "DINOv3": lambda: T.DINOv3ViTModel(T.DINOv3ViTConfig(**VISION, **REGISTERS)),
-    "DINOv3 without registers": lambda: T.DINOv3ViTModel(T.DINOv3ViTConfig(**VISION, key_bias=True)),
-    "DINOv3 plus": lambda: T.DINOv3ViTModel(
-        T.DINOv3ViTConfig(**VISION, **REGISTERS, use_gated_mlp=True, hidden_act="silu")
-    ),
-    "CLIP": lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**VISION)),
-    "CLIP with exact GELU": lambda: T.CLIPVisionModel(T.CLIPVisionConfig(**VISION, hidden_act="gelu")),
-    "CLIP with its projection": lambda: T.CLIPVisionModelWithProjection(
-        T.CLIPVisionConfig(**VISION, projection_dim=20)
-    ),
-    "CLIP with its text tower": lambda: T.CLIPModel(clip()),
-    "CLIP with a classifier": lambda: T.CLIPForImageClassification(clip()),
-    "SigLIP": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**VISION)),
-    "SigLIP without its head": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**VISION, vision_use_head=False)),
-    "SigLIP with its text tower": lambda: T.SiglipModel(siglip()),
-    "SigLIP with a classifier": lambda: T.SiglipForImageClassification(siglip(num_labels=3)),
-}
-
-
-def output(model, images):
-    """What our model gives: logits, an image's embedding, the pooled feature or the class token."""
-    with torch.no_grad():
-        if isinstance(model, T.CLIPModel):
-            return model.visual_projection(model.vision_model(images).pooler_output).numpy()
-        if isinstance(model, T.SiglipModel | T.ViTMAEForPreTraining):
-            return output(getattr(model, "vit", None) or model.vision_model, images)
-        found = model(images)
-        tokens = getattr(found, "last_hidden_state", None)
-        if isinstance(model, T.ViTMAEModel | T.ViTModel):
-            return tokens[:, 0].numpy()
-        if "pooler_output" in found or tokens is None:
-            return next(found[name] for name in ("logits", "image_embeds", "pooler_output") if name in found).numpy()
-        return (found.image_embeds if "image_embeds" in found else tokens.mean(dim=1)).numpy()
-
-
-def randomised(model):
-    """The model with weights that are nowhere 0 or 1."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(
-                0.2 * noise + name.endswith(("weight", "lambda1"))
-                if p.ndim < 2
-                else noise * max(p[0].numel(), 1) ** -0.5
-            )
-        if hasattr(model, "other_half"):
-            model.classifier.weight[:, model.other_half] = 0
-    return model.eval()
-
-
-def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_are_equal(name, tmp_path):
-    model = randomised(CASES[name]())
-    model.save_pretrained(tmp_path / "theirs")
-    images = np.random.default_rng(1).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    expected = output(model, torch.tensor(images))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = load_model(tmp_path / "theirs")
-    assert_equal(ours(images).numpy(), expected)
-    assert ours.config.image_size == (32, 32)
-    convert(tmp_path / "theirs", tmp_path / "back", "huggingface")
-    (architecture,) = json.loads((tmp_path / "back" / "config.json").read_text())["architectures"]
-    back, info = getattr(T, architecture).from_pretrained(tmp_path / "back", output_loading_info=True)
-    missing = {name for names in info.values() for name in names if not name.startswith("pooler.")}
-    assert not missing  # a ViTModel has a pooler that says nothing
-    assert_equal(output(back.eval(), torch.tensor(images)), expected)
-    again = load_model(tmp_path / "back")
-    assert again.config == ours.config
-    for weight, array in ours.state_dict().items():
-        assert np.array_equal(again.state_dict()[weight], array), weight
 
 
 def test_what_a_published_config_leaves_out(tmp_path):

@@ -1,4 +1,4 @@
-"""timm's own models of every family that is read, shrunk and with random weights: the same outputs, and round trips."""
+"""Round trips of timm's own models, shrunk and with random weights."""
 
 import re
 import warnings
@@ -13,22 +13,8 @@ from timm_models import timm
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model
-from tinyvit.models.summary import summarise
 
 torch.set_num_threads(1)  # the models are tiny
-# One architecture for each combination of parts; bench/timm_coverage.py runs them all.
-ARCHITECTURES = (
-    "vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224",
-    "vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512", "vit_so400m_patch14_siglip_gap_224",
-    "vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2", "vit_base_patch14_reg4_dinov2",
-    "aimv2_large_patch14_224", "beit3_base_patch16_224", "vit_base_patch16_radio_v3", "vit_so150m_patch16_reg4_map_256",
-    "test_vit4", "deit3_small_patch16_224", "eva_giant_patch14_224", "eva_giant_patch14_clip_224",
-    "eva02_tiny_patch14_224", "eva02_base_patch14_448", "eva02_base_patch16_clip_224",
-    "vit_base_patch16_dinov3", "vit_base_patch16_dinov3_qkvb", "vit_huge_plus_patch16_dinov3",
-    "vit_base_patch16_lingbot", "vit_pe_spatial_base_patch16_512", "vit_pe_lang_gigantic_patch14_448",
-    "vit_base_patch16_rope_224",
-    "vit_base_patch16_rope_ape_224", "vit_base_patch16_rope_mixed_224", "vit_base_patch16_rope_reg1_gap_256",
-)  # fmt: skip
 CARDS = ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224",
          "beit3_base_patch16_224", "vit_base_patch16_radio_v3")  # fmt: skip
 
@@ -46,23 +32,6 @@ def saved(architecture, path):
 def assert_equal(found, expected):
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_outputs_are_equal(architecture, tmp_path):
-    path = tmp_path / f"{architecture}.safetensors"
-    theirs, images, expected = saved(architecture, path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ours = load_model(path, num_heads=4, image_size=images.shape[2])
-    assert_equal(ours(images).numpy(), expected)
-    if "rope" not in architecture and "eva" not in architecture:  # those have biases of keys, which are zero
-        frozen = sum(p.size for p in ours.parameters())
-        assert summarise(ours).parameters == ours.num_parameters() == frozen
-    assert_equal(
-        ours.features(images).numpy(),
-        theirs.forward_head(theirs.forward_features(torch.tensor(images)), pre_logits=True).detach().numpy(),
-    )
 
 
 @pytest.mark.parametrize("architecture", CARDS)

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from drawing import error
-from google_model import fixture, jax_forward
+from google_model import google_arrays, jax_forward, jax_resnet
 from reference_models import TorchViT, randomise, torch_twin
-from reference_resnet import same
 from running import make_images, tinyvit
 from safetensors.numpy import load_file, save_file
 
@@ -149,58 +148,6 @@ def test_another_image_or_patch_size_resizes_positions_and_projection_alone(tmp_
 
 
 # --- Google -----------------------------------------------------------------------------------------------------
-
-
-def google_arrays(layers, patch, four=False):
-    """vit_jax's VisionTransformer with a ResNet; `four`: norms of four axes, as in the files of the first release."""
-    rng, shapes, inputs = np.random.default_rng(3), {"conv_root/kernel": (7, 7, 3, 64), "gn_root": 64}, 64
-    for i, depth in enumerate(layers):
-        inner, outputs = 64 * 2**i, 256 * 2**i
-        for j in range(depth):
-            unit = f"block{i + 1}/unit{j + 1}"
-            if j == 0:
-                shapes |= {f"{unit}/conv_proj/kernel": (1, 1, inputs, outputs), f"{unit}/gn_proj": outputs}
-            shapes |= {f"{unit}/conv1/kernel": (1, 1, outputs if j else inputs, inner), f"{unit}/gn1": inner}
-            shapes |= {f"{unit}/conv2/kernel": (3, 3, inner, inner), f"{unit}/gn2": inner}
-            shapes |= {f"{unit}/conv3/kernel": (1, 1, inner, outputs), f"{unit}/gn3": outputs}
-        inputs = outputs
-    arrays = fixture(patch=(patch, patch))
-    for name, shape in shapes.items():
-        if isinstance(shape, int):
-            for kind in ("scale", "bias"):
-                values = rng.standard_normal(shape, dtype=np.float32) * 0.3 + (kind == "scale")
-                arrays[f"{name}/{kind}"] = values.reshape(1, 1, 1, -1) if four else values
-        else:
-            arrays[name] = rng.standard_normal(shape, dtype=np.float32) * 0.1 + 0.05
-    arrays["embedding/kernel"] = rng.standard_normal((patch, patch, inputs, 48), dtype=np.float32) * 0.1
-    return arrays
-
-
-def jax_resnet(arrays, images, layers, original):
-    """models_resnet.py in torch, from the arrays as they are, with timm's constants or its own; images (B, H, W, C)."""
-    w = {name: torch.from_numpy(a.astype(np.float64)) for name, a in arrays.items()}
-
-    def conv(x, name, stride=1):
-        kernel = w[f"{name}/kernel"] - w[f"{name}/kernel"].mean(dim=(0, 1, 2))
-        std = kernel.std(dim=(0, 1, 2), correction=0)
-        kernel = kernel / (std + 1e-5 if original else torch.sqrt(std**2 + 1e-8))
-        return TF.conv2d(same(x, kernel.shape[0], stride), kernel.permute(3, 2, 0, 1), stride=stride)
-
-    def norm(x, name):
-        scale, bias = w[f"{name}/scale"].flatten(), w[f"{name}/bias"].flatten()
-        return TF.group_norm(x, 32, scale, bias, 1e-6 if original else 1e-5)
-
-    x = torch.from_numpy(images.astype(np.float64)).permute(0, 3, 1, 2)
-    x = torch.relu(norm(conv(x, "conv_root", 2), "gn_root"))
-    x = TF.max_pool2d(same(x, 3, 2, -torch.inf), 3, 2)
-    for i, depth in enumerate(layers):
-        for j in range(depth):
-            unit, stride = f"block{i + 1}/unit{j + 1}", 2 if i and not j else 1
-            residual = x if j else norm(conv(x, f"{unit}/conv_proj", stride), f"{unit}/gn_proj")
-            x = torch.relu(norm(conv(x, f"{unit}/conv1"), f"{unit}/gn1"))
-            x = torch.relu(norm(conv(x, f"{unit}/conv2", stride), f"{unit}/gn2"))
-            x = torch.relu(residual + norm(conv(x, f"{unit}/conv3"), f"{unit}/gn3"))
-    return x.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.mark.parametrize(("kind", "four"), [("stem", True), ("stages", False)])

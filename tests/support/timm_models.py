@@ -49,7 +49,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 _finder = _Finder()
 sys.meta_path.insert(0, _finder)
 try:
-    timm = pytest.importorskip("timm", reason="timm is not installed")
+    timm = pytest.importorskip("timm", reason="timm is not installed: pip install --no-deps timm")
 finally:
     sys.meta_path.remove(_finder)
     for _name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
@@ -72,7 +72,7 @@ def small(architecture: str, **changes: Any) -> torch.nn.Module:
     """timm's model of this name with two blocks, and random weights that are nowhere 0 or 1."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = timm.create_model(architecture, num_classes=5, **{"depth": 2, **changes}).eval()
+        model = timm.create_model(architecture, **{"num_classes": 5, "depth": 2, **changes}).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
