@@ -9,26 +9,20 @@ import torch.nn.functional as TF
 from drawing import BACKENDS, check, place, shapes, sides, torch_vjp, values, versions
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import Example, agrees_with_torch, find_version, operations, same_with_fewer_gradients
+from operations import (
+    Example,
+    agrees_with_torch,
+    find_version,
+    operations,
+    padded,
+    same_with_fewer_gradients,
+    small,
+    windows,
+)  # fmt: skip
 
 from tinyvit import functional as F
 from tinyvit.engine.tensor import Tensor, grad
 from tinyvit.kernels.reference import convolution as reference
-
-small = st.integers(1, 3)
-sizes = st.sampled_from([1, 2, 3, 5, 8])
-
-
-def windows(draw, most=2):
-    """Image, kernel, stride and padding (at most `most` on a side) that have at least one window."""
-    kernel, stride = (draw(small), draw(small)), (draw(small), draw(small))
-    padding = tuple((draw(st.integers(0, min(most, k))), draw(st.integers(0, min(most, k)))) for k in kernel)
-    size = tuple(max(draw(sizes), k - sum(pad)) for k, pad in zip(kernel, padding, strict=True))
-    return size, kernel, stride, padding
-
-
-def padded(x, padding, value=0.0):
-    return TF.pad(x, (*padding[1], *padding[0]), value=value)
 
 
 def conv2d(draw):

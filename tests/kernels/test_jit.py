@@ -12,11 +12,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as TF
-from drawing import values
+from drawing import check, place, sides, torch_vjp, values
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import Example, agrees_with_torch
+from operations import Example, agrees_with_torch, padded, windows
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -146,6 +147,23 @@ def test_convolutions_of_many_channels_agree_with_torch(data):
     )
     with mock.patch.object(image_loops, "winograd", wraps=image_loops.winograd) as used:
         agrees_with_torch(OPERATIONS[reference.conv2d], example, "numpy", draw)
+    assert used.called
+
+
+@given(data=st.data())
+def test_convolutions_of_data_agree_with_torch(data):
+    """Of images whose gradient is not wanted."""
+    draw = data.draw
+    size, kernel, stride, padding = windows(draw)
+    x, weight = values(draw, (2, 3, *size)), values(draw, (draw(sides), 3, *kernel))
+    expected, dy, (gradient,) = torch_vjp(
+        lambda w: TF.conv2d(padded(torch.tensor(x), padding), w, stride=stride), [weight], draw
+    )
+    inputs = [place(a, "numpy", "float32") for a in (x, weight)]
+    with mock.patch.object(image_loops, "convolve", wraps=image_loops.convolve) as used:
+        y, vjp = OPERATIONS[reference.conv2d](xp, *inputs, stride=stride, padding=padding, needs=(False, True))
+    check(y, expected, "numpy", "float32")
+    check(vjp(dy.astype(np.float32))[1], gradient, "numpy", "float32")
     assert used.called
 
 

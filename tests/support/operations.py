@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as TF
 from drawing import (
     LIBRARIES,
     TOLERANCE,
@@ -128,3 +129,19 @@ def torch_attention(q, k, v, mask, keep):
     e = torch.exp(scores - scores.detach().amax(-1, keepdim=True)) * allowed
     p = e / e.sum(-1, keepdim=True).clamp(min=1e-300)
     return (p if keep is None else p * torch.tensor(keep)) @ v
+
+
+small = st.integers(1, 3)
+sizes = st.sampled_from([1, 2, 3, 5, 8])
+
+
+def windows(draw, most=2):
+    """Image, kernel, stride and padding (at most `most` on a side) that have at least one window."""
+    kernel, stride = (draw(small), draw(small)), (draw(small), draw(small))
+    padding = tuple((draw(st.integers(0, min(most, k))), draw(st.integers(0, min(most, k)))) for k in kernel)
+    size = tuple(max(draw(sizes), k - sum(pad)) for k, pad in zip(kernel, padding, strict=True))
+    return size, kernel, stride, padding
+
+
+def padded(x, padding, value=0.0):
+    return TF.pad(x, (*padding[1], *padding[0]), value=value)

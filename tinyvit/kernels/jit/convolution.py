@@ -11,10 +11,29 @@ from tinyvit.kernels.jit import image_loops as loops
 from tinyvit.kernels.jit.layers import SGEMM
 from tinyvit.kernels.reference.convolution import Padding, Pair, output_size
 
-BLOCK = 1 << 17  # elements of the sums and the products of tiles at a time: measured
+BLOCK = 1 << 18  # elements of the sums and the products of tiles at a time: measured
 
-# What a kernel's three weights along one axis add to each of the four sums (Lavin & Gray 2015).
-_OF_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+# The factors of Winograd's sums, by evaluating polynomials at points that keep errors small (Barabasz et al. 2018,
+# arXiv:1803.10986): twice those of a plain sum, where the usual 1 and 2 make six times as much of them.
+_POINTS = np.array([0.0, 0.75, -0.75, 1.5, -1.5])  # and infinity
+
+
+def _factors() -> list[Array]:
+    """Of a kernel (36, 9), and along one axis an image's (6, 6), the outputs' (4, 6), a gradient's (6, 6, the last 0).
+
+    Toom-Cook: the kernel's polynomial and the outputs' one at each point, and by the transposed of the interpolation
+    the image's, whose coefficients are those of a polynomial that is 0 at all other points.
+    """
+    others = [np.delete(_POINTS, i) for i in range(5)]
+    scale = np.array([np.prod(p - q) for p, q in zip(_POINTS, others, strict=True)])
+    kernel = np.vstack([np.vander(_POINTS, 3, increasing=True) / scale[:, None], [0, 0, 1]])
+    image = np.vstack([np.append(np.poly(q)[::-1], 0) for q in others] + [np.poly(_POINTS)[::-1]])
+    outputs = np.hstack([np.vander(_POINTS, 4, increasing=True).T, [[0], [0], [0], [1]]])
+    gradient = np.hstack([outputs.T, np.zeros((6, 2))])
+    return [np.ascontiguousarray(x, np.float32) for x in (np.kron(kernel, kernel), image, outputs, gradient)]
+
+
+_OF_KERNEL, _OF_IMAGE, _OF_OUTPUTS, _OF_GRADIENT = _factors()
 
 
 def _images(x: Array) -> Array:
@@ -23,37 +42,66 @@ def _images(x: Array) -> Array:
 
 
 def _transformed(kernel: Array) -> Array:
-    """(3, 3, C, O) -> (16, C, O)."""
-    u = np.einsum("ia,jb,abco->ijco", _OF_KERNEL, _OF_KERNEL, kernel, optimize=True)
-    return np.ascontiguousarray(u).reshape(16, *kernel.shape[2:])
+    """(3, 3, C, O) -> (36, C, O)."""
+    return (_OF_KERNEL @ np.ascontiguousarray(kernel).reshape(9, -1)).reshape(36, *kernel.shape[2:])
 
 
 def conv2d(
     xp: Any, x: Array, weight: Array, *, stride: Pair, padding: Padding, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
+    if by_tiles(weight, stride, padding):
+        return _conv2d_by_tiles(x, weight, padding, needs)
+    return _conv2d_of_data(x, weight, stride, padding)
+
+
+def by_tiles(weight: Array, stride: Pair, padding: Padding) -> bool:
+    """Whether a convolution can go Winograd's way, and has enough channels for products of matrices."""
+    small = stride == (1, 1) and weight.shape[2:] == (3, 3) and max(map(max, padding)) <= 2
+    return small and min(weight.shape[:2]) >= 8
+
+
+def _conv2d_by_tiles(x: Array, weight: Array, padding: Padding, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     images, kernel = _images(x), weight.transpose(2, 3, 1, 0)  # (3, 3, C, O)
     batch, height, width, channels = images.shape
     outputs = len(weight)
     (top, _), (left, _) = padding
-    rows, columns = output_size((height, width), (3, 3), stride, padding)
-    tiles = -(-rows // 2) * -(-columns // 2)
-    block = max(1, BLOCK // (16 * tiles * (channels + outputs)))
+    rows, columns = output_size((height, width), (3, 3), (1, 1), padding)
+    tiles = -(-rows // 4) * -(-columns // 4)
+    block = max(1, BLOCK // (36 * tiles * (channels + outputs)))
     y = np.empty((batch, rows, columns, outputs), np.float32)
-    loops.winograd(images, _transformed(kernel), y, top, left, block, SGEMM)
+    loops.winograd(images, _transformed(kernel), y, _OF_IMAGE, _OF_OUTPUTS, top, left, block, SGEMM)
 
     def vjp(dy: Array) -> tuple[Array | None, Array | None]:
         dy, dx, dweight = _images(dy), None, None
         if needs[0]:  # a convolution with the kernel turned round
             turned = _transformed(kernel[::-1, ::-1].swapaxes(2, 3))
             dx = np.empty(images.shape, np.float32)
-            loops.winograd(dy, turned, dx, 2 - top, 2 - left, block, SGEMM)
+            loops.winograd(dy, turned, dx, _OF_IMAGE, _OF_OUTPUTS, 2 - top, 2 - left, block, SGEMM)
             dx = dx.transpose(0, 3, 1, 2)
         if needs[1]:
-            sums = np.zeros((16, channels, outputs), np.float32)
-            loops.winograd_of_kernel(images, dy, sums, top, left, block, SGEMM)
-            sums = sums.reshape(4, 4, channels, outputs)
-            dweight = np.einsum("ia,jb,ijco->ocab", _OF_KERNEL, _OF_KERNEL, sums, optimize=True)
+            sums = np.zeros((36, channels, outputs), np.float32)
+            loops.winograd_of_kernel(images, dy, sums, _OF_IMAGE, _OF_GRADIENT, top, left, block, SGEMM)
+            dkernel = (_OF_KERNEL.T @ sums.reshape(36, -1)).reshape(3, 3, channels, outputs)
+            dweight = dkernel.transpose(3, 2, 0, 1)
         return dx, dweight
+
+    return y.transpose(0, 3, 1, 2), vjp
+
+
+def _conv2d_of_data(x: Array, weight: Array, stride: Pair, padding: Padding) -> tuple[Array, VJP]:
+    """Of images that need no gradient and whose channels come first."""
+    outputs, _, *size = weight.shape
+    (top, _), (left, _) = padding
+    rows, columns = output_size((x.shape[2], x.shape[3]), (size[0], size[1]), stride, padding)
+    x, kernel = np.ascontiguousarray(x), np.ascontiguousarray(weight.reshape(outputs, -1).T)
+    windows = (*size, *stride, top, left, SGEMM)
+    y = np.empty((len(x), rows, columns, outputs), np.float32)
+    loops.convolve(x, kernel, y, *windows)
+
+    def vjp(dy: Array) -> tuple[None, Array | None]:
+        dkernel = np.zeros_like(kernel)
+        loops.convolve_of_kernel(x, _images(dy), dkernel, *windows)
+        return None, dkernel.T.reshape(weight.shape)
 
     return y.transpose(0, 3, 1, 2), vjp
 

@@ -1,15 +1,15 @@
-"""The loops of convolution and pooling, over images (B, H, W, C).
+"""The loops of convolution and pooling.
 
-A convolution of 3 x 3 in steps of 1 is done in Winograd's way (Lavin & Gray 2015, arXiv:1509.09308, F(2x2, 3x3)): of a
-tile of 4 x 4 pixels and of the kernel 16 sums are made, channel by channel, whose products make 2 x 2 outputs. These
-are 16 products of matrices with 4 multiplications an output in place of 9. Signs and halves cost no accuracy worth the
-name, but what is not finite spreads over its tile.
+A convolution of 3 x 3 in steps of 1 is done in Winograd's way (Lavin & Gray 2015, arXiv:1509.09308, F(4x4, 3x3)): of
+each tile of 6 x 6 pixels and of the kernel 36 sums are made, channel by channel, whose products make 4 x 4 outputs.
+These are 36 products of matrices, with 2.25 multiplications an output in place of 9. What is not finite spreads over
+its tile.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import int32, int64, types, uint8
+from numba import int32, int64, njit, types, uint8
 
 from tinyvit.kernels.jit.compiling import compiled, maximum, product, read, written
 
@@ -19,23 +19,26 @@ f = np.float32
 ZERO, ONE = f(0.0), f(1.0)
 _bytes = types.Array(uint8, 4, "C")
 
-# Each of the four sums along one axis is of two pixels: which ones, and times what.
-_Table = types.Tuple([types.UniTuple(int64, 4)] * 2 + [types.UniTuple(types.float32, 4)] * 2)
-_OF_IMAGE = ((0, 1, 2, 1), (2, 2, 1, 3), (ONE,) * 4, (-ONE, ONE, -ONE, -ONE))
-_OF_GRADIENT = ((0,) * 4, (1,) * 4, (ONE, ONE, ONE, ZERO), (ZERO, ONE, -ONE, -ONE))
+
+@njit(inline="always")  # a call passes eight arrays on the stack, which takes as long as a short row
+def _combine(factors, a, b, c, d, e, f, out):
+    """The sum of six rows, each times its factor."""
+    fa, fb, fc, fd, fe, ff = factors[0], factors[1], factors[2], factors[3], factors[4], factors[5]
+    for k in range(len(out)):
+        out[k] = fa * a[k] + fb * b[k] + fc * c[k] + fd * d[k] + fe * e[k] + ff * f[k]
 
 
 @compiled(read(3), int64, int64, written(3))
-def _split(image, top, left, halves):
-    """The image (H, W, C) with zeros around it; its even and its odd columns (2, rows, columns / 2 times C)."""
+def _spread(image, top, left, spread):
+    """The image (H, W, C) with zeros around it, every fourth column side by side: (4, rows, columns / 4 times C)."""
     height, width, channels = image.shape
-    for row in range(halves.shape[1]):
+    for row in range(spread.shape[1]):
         i = row - top
-        for parity in range(2):
-            out = halves[parity, row]
-            for half in range(len(out) // channels):
-                j = 2 * half + parity - left
-                here = out[half * channels : (half + 1) * channels]
+        for phase in range(4):
+            out = spread[phase, row]
+            for number in range(len(out) // channels):
+                j = 4 * number + phase - left
+                here = out[number * channels : (number + 1) * channels]
                 if 0 <= i < height and 0 <= j < width:
                     pixel = image[i, j]
                     for c in range(channels):
@@ -44,99 +47,154 @@ def _split(image, top, left, halves):
                     here[:] = ZERO
 
 
-@compiled(read(3), int64, _Table, written(2), int64)
-def _sums(halves, channels, table, out, at):
-    """The 16 sums of each tile of an image that was `_split`, into columns `at` and on of `out` (16, tiles times C)."""
-    length = halves.shape[2] - channels
-    first, second, times, plus = table
-    for row in range(0, halves.shape[1] - 2, 2):
-        for i in range(4):
+@compiled(read(3), int64, read(2), written(2), written(2), int64)
+def _sums(x, channels, factors, lines, out, at):
+    """The 36 sums of each tile of an image that was `_spread`, into columns `at` and on of `out` (36, tiles times C).
+
+    `factors` (6, 6) of the sums along an axis; `lines` (4, as long as the image's) is scratch space.
+    """
+    length = x.shape[2] - channels
+    for row in range(0, x.shape[1] - 2, 4):
+        for i in range(6):
             for j in range(4):
-                start, stop = first[j] // 2 * channels, second[j] // 2 * channels
-                a = halves[first[j] % 2, row + first[i], start:]
-                b = halves[second[j] % 2, row + first[i], stop:]
-                c = halves[first[j] % 2, row + second[i], start:]
-                d = halves[second[j] % 2, row + second[i], stop:]
-                y = out[4 * i + j, at : at + length]
-                fi, si, fj, sj = times[i], plus[i], times[j], plus[j]
-                for k in range(length):
-                    y[k] = fi * (fj * a[k] + sj * b[k]) + si * (fj * c[k] + sj * d[k])
+                y = x[j]
+                _combine(
+                    factors[i], y[row], y[row + 1], y[row + 2], y[row + 3], y[row + 4], y[row + 5], lines[j]
+                )  # fmt: skip
+            for j in range(6):
+                _combine(
+                    factors[j], lines[0], lines[1], lines[2], lines[3], lines[0, channels:], lines[1, channels:],
+                    out[6 * i + j, at : at + length],
+                )  # fmt: skip
         at += length
 
 
-@compiled(read(2), int64, written(2), written(3))
-def _outputs(products, at, lines, y):
-    """The image y (R, S, O) of each tile's 16 products, in columns `at` and on; `lines` (4, O times tiles in a row)."""
+@compiled(read(2), int64, read(2), written(2), written(3))
+def _outputs(products, at, factors, lines, y):
+    """The image y (R, S, O) of each tile's 36 products, in columns `at` and on; `lines` (6, O times tiles in a row)."""
     rows, columns, outputs = y.shape
     length = lines.shape[1]
     for row in range(rows):
-        i = row % 2
-        sign = f(1 - 2 * i)
-        for j in range(4):
-            a = products[4 * i + j, at : at + length]
-            b = products[4 * i + 4 + j, at : at + length]
-            c = products[4 * i + 8 + j, at : at + length]
-            line = lines[j]
-            for k in range(length):
-                line[k] = a[k] + sign * (b[k] + c[k])
+        for j in range(6):
+            _combine(
+                factors[row % 4], products[j, at:], products[6 + j, at:], products[12 + j, at:], products[18 + j, at:],
+                products[24 + j, at:], products[30 + j, at:], lines[j],
+            )  # fmt: skip
         for column in range(columns):
-            j, start = column % 2, column // 2 * outputs
-            a, b, c = lines[j, start:], lines[j + 1, start:], lines[j + 2, start:]
-            sign, pixel = f(1 - 2 * j), y[row, column]
-            for k in range(outputs):
-                pixel[k] = a[k] + sign * (b[k] + c[k])
-        if i:
+            o = column // 4 * outputs
+            _combine(
+                factors[column % 4], lines[0, o:], lines[1, o:], lines[2, o:], lines[3, o:], lines[4, o:], lines[5, o:],
+                y[row, column],
+            )  # fmt: skip
+        if row % 4 == 3:
             at += length
 
 
-@compiled(read(4), read(3), written(4), int64, int64, int64, int64)
-def winograd(x, kernel, y, top, left, block, sgemm):
-    """x (B, H, W, C) convolved with `kernel` (16, C, O) into y (B, R, S, O), so many images at once as `block` says."""
+@compiled(read(4), read(3), written(4), read(2), read(2), *(int64,) * 4)
+def winograd(x, kernel, y, of_image, of_outputs, top, left, block, sgemm):
+    """x (B, H, W, C) convolved with `kernel` (36, C, O) into y (B, R, S, O), so many images at once as `block` says."""
     batch, rows, columns, outputs = y.shape
     channels = x.shape[3]
-    down, across = (rows + 1) // 2, (columns + 1) // 2
+    down, across = (rows + 3) // 4, (columns + 3) // 4
     tiles = down * across
-    halves = np.empty((2, 2 * down + 2, (across + 1) * channels), np.float32)
-    sums = np.empty((16, block * tiles * channels), np.float32)
-    products = np.empty((16, block * tiles * outputs), np.float32)
-    lines = np.empty((4, across * outputs), np.float32)
+    spread = np.empty((4, 4 * down + 2, (across + 1) * channels), np.float32)
+    lines = np.empty((4, (across + 1) * channels), np.float32)
+    sums = np.empty((36, block * tiles * channels), np.float32)
+    products = np.empty((36, block * tiles * outputs), np.float32)
+    product_lines = np.empty((6, across * outputs), np.float32)
     for start in range(0, batch, block):
         count = min(block, batch - start)
         for i in range(count):
-            _split(x[start + i], top, left, halves)
-            _sums(halves, channels, _OF_IMAGE, sums, i * tiles * channels)
-        for k in range(16):
+            _spread(x[start + i], top, left, spread)
+            _sums(spread, channels, of_image, lines, sums, i * tiles * channels)
+        for k in range(36):
             product(
                 sgemm, False, False, count * tiles, outputs, channels, ONE, sums[k].ctypes.data, channels,
                 kernel[k].ctypes.data, outputs, ZERO, products[k].ctypes.data, outputs,
             )  # fmt: skip
         for i in range(count):
-            _outputs(products, i * tiles * outputs, lines, y[start + i])
+            _outputs(products, i * tiles * outputs, of_outputs, product_lines, y[start + i])
 
 
-@compiled(read(4), read(4), written(3), int64, int64, int64, int64)
-def winograd_of_kernel(x, dy, dkernel, top, left, block, sgemm):
-    """Add the gradient of `winograd`'s kernel to `dkernel` (16, C, O)."""
+@compiled(read(4), read(4), written(3), read(2), read(2), *(int64,) * 4)
+def winograd_of_kernel(x, dy, dkernel, of_image, of_gradient, top, left, block, sgemm):
+    """Add the gradient of `winograd`'s kernel to `dkernel` (36, C, O)."""
     batch, rows, columns, outputs = dy.shape
     channels = x.shape[3]
-    down, across = (rows + 1) // 2, (columns + 1) // 2
+    down, across = (rows + 3) // 4, (columns + 3) // 4
     tiles = down * across
-    halves = np.empty((2, 2 * down + 2, (across + 1) * channels), np.float32)
-    dhalves = np.empty((2, 2 * down + 2, (across + 1) * outputs), np.float32)
-    sums = np.empty((16, block * tiles * channels), np.float32)
-    dsums = np.empty((16, block * tiles * outputs), np.float32)
+    spread = np.empty((4, 4 * down + 2, (across + 1) * channels), np.float32)
+    dspread = np.empty((4, 4 * down + 2, (across + 1) * outputs), np.float32)
+    lines = np.empty((4, (across + 1) * channels), np.float32)
+    dlines = np.empty((4, (across + 1) * outputs), np.float32)
+    sums = np.empty((36, block * tiles * channels), np.float32)
+    dsums = np.empty((36, block * tiles * outputs), np.float32)
     for start in range(0, batch, block):
         count = min(block, batch - start)
         for i in range(count):
-            _split(x[start + i], top, left, halves)
-            _sums(halves, channels, _OF_IMAGE, sums, i * tiles * channels)
-            _split(dy[start + i], 0, 0, dhalves)
-            _sums(dhalves, outputs, _OF_GRADIENT, dsums, i * tiles * outputs)
-        for k in range(16):
+            _spread(x[start + i], top, left, spread)
+            _sums(spread, channels, of_image, lines, sums, i * tiles * channels)
+            _spread(dy[start + i], 0, 0, dspread)
+            _sums(dspread, outputs, of_gradient, dlines, dsums, i * tiles * outputs)
+        for k in range(36):
             product(
                 sgemm, True, False, channels, outputs, count * tiles, ONE, sums[k].ctypes.data, channels,
                 dsums[k].ctypes.data, outputs, ONE, dkernel[k].ctypes.data, outputs,
             )  # fmt: skip
+
+
+@compiled(read(3), written(5), *(int64,) * 4)
+def _columns(planes, out, down, right, top, left):
+    """What all windows see at each place of the kernel: planes (C, H, W) -> out (C, h, w, R, S)."""
+    channels, height, width = planes.shape
+    for channel in range(channels):
+        for i in range(out.shape[1]):
+            for j in range(out.shape[2]):
+                first = max(
+                    0, -((j - left) // right)
+                )  # the first window with this place in the image, and behind the last
+                last = max(first, min(out.shape[4], (width - 1 - j + left) // right + 1))
+                for r in range(out.shape[3]):
+                    row, line = r * down + i - top, out[channel, i, j, r]
+                    if 0 <= row < height and first < last:
+                        source = planes[channel, row, first * right + j - left :]
+                        line[:first] = ZERO
+                        line[last:] = ZERO
+                        line = line[first:]
+                        if right == 1:
+                            for s in range(last - first):
+                                line[s] = source[s]
+                        else:
+                            for s in range(last - first):
+                                line[s] = source[s * right]
+                    else:
+                        line[:] = ZERO
+
+
+@compiled(read(4), read(2), written(4), *(int64,) * 7)
+def convolve(x, kernel, y, height, width, down, right, top, left, sgemm):
+    """x (B, C, H, W) convolved with `kernel` (C h w, O) into y (B, R, S, O)."""
+    batch, rows, columns, outputs = y.shape
+    seen = np.empty((x.shape[1], height, width, rows, columns), np.float32)
+    for b in range(batch):
+        _columns(x[b], seen, down, right, top, left)
+        product(
+            sgemm, True, False, rows * columns, outputs, len(kernel), ONE, seen.ctypes.data, rows * columns,
+            kernel.ctypes.data, outputs, ZERO, y[b].ctypes.data, outputs,
+        )  # fmt: skip
+
+
+@compiled(read(4), read(4), written(2), *(int64,) * 7)
+def convolve_of_kernel(x, dy, dkernel, height, width, down, right, top, left, sgemm):
+    """Add the gradient of `convolve`'s kernel to `dkernel`."""
+    batch, rows, columns, outputs = dy.shape
+    seen = np.empty((x.shape[1], height, width, rows, columns), np.float32)
+    for b in range(batch):
+        _columns(x[b], seen, down, right, top, left)
+        product(
+            sgemm, False, False, len(dkernel), outputs, rows * columns, ONE, seen.ctypes.data, rows * columns,
+            dy[b].ctypes.data, outputs, ONE, dkernel.ctypes.data, outputs,
+        )  # fmt: skip
 
 
 @compiled(read(4), written(4), _bytes, *(int64,) * 6)

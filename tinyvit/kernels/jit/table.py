@@ -25,12 +25,12 @@ def _plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = N
     return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
 
 
-def _by_tiles(x: np.ndarray, weight: np.ndarray, *, stride: tuple[int, int], padding: Any, **_: Any) -> bool:
-    """Kernels of 3 x 3 in steps of 1, and enough channels for products of matrices."""
-    return (
-        x.dtype != np.float64 and layers.SGEMM != 0 and weight.shape[2:] == (3, 3) and stride == (1, 1)
-        and all(max(sides) <= 2 for sides in padding) and x.size > 0 and min(weight.shape[:2]) >= 8
-    )  # fmt: skip
+def _convolved(
+    x: np.ndarray, weight: np.ndarray, *, stride: Any, padding: Any, needs: tuple[bool, ...] = (True, True)
+) -> bool:
+    plain = x.dtype != np.float64 and layers.SGEMM != 0 and x.size > 0
+    data = not needs[0] and x.flags.c_contiguous
+    return plain and (data or convolution.by_tiles(weight, stride, padding))
 
 
 def _float32(x: np.ndarray, *, kernel: tuple[int, int] = (1, 1), **_: Any) -> bool:
@@ -58,7 +58,7 @@ KERNELS = {
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
-    reference.conv2d: Kernel(in_fp32(convolution.conv2d), _by_tiles),
+    reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
     reference.max_pool2d: Kernel(convolution.max_pool2d, _float32),
     reference.relu: Kernel(convolution.relu, _float32),
     reference.adamw: Kernel(adamw, _float32_in_rows),
