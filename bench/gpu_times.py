@@ -253,8 +253,7 @@ def time_products() -> None:
                 forms: dict[str, Callable] = {
                     "forward": lambda x, dy, w=weight, b=bias: cublas.linear(xp, x, w, b),
                     "dx": lambda x, dy, w=weight: cublas.input_gradient(xp, dy, w),
-                    "dW and db": lambda x, dy: cublas.weight_gradient(xp, dy, x, True),
-                    "dW": lambda x, dy: cublas.weight_gradient(xp, dy, x, False),
+                    "dW": lambda x, dy: cublas.weight_gradient(xp, dy, x),
                 }
                 line = f"  {dtype.name:9}{rows:6} x {inner:4} to {outer:4} {name:5}"
                 for form, call in forms.items():

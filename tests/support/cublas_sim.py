@@ -21,7 +21,6 @@ class Epilogue(enum.IntEnum):
     BIAS = 4
     GELU_BIAS = 36
     GELU_AUX_BIAS = 164
-    BGRADB = 512
 
 
 class MatmulDescAttribute(enum.IntEnum):
@@ -159,8 +158,6 @@ class CuBLASLt:
             self._write(settings[attribute.EPILOGUE_AUX_POINTER], (scalar, rows, columns, leading), y)
         if "GELU" in epilogue:
             y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-        if epilogue == "BGRADB":  # over k, a sum for each column of D
-            _vector(bias, scalar, columns)[:] = encode(right.sum(axis=0), scalar)
         self._write(d, self._objects[d_layout], y)
 
     def _read(self, pointer: int, layout: int) -> np.ndarray:

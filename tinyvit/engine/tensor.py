@@ -324,16 +324,23 @@ def _backward(
         if node.vjp is freed:
             freed()
         checks.check_unchanged(node.name, node.versions)
-    for node in nodes:
-        outputs: list[Source] = [(node, number) for number in range(node.n_outputs)]
-        dys = [collected.get(o) if o in target_sources else collected.pop(o, None) for o in outputs]
-        if all(dy is None for dy in dys):
-            continue
-        for source, g in zip(node.inputs, node.vjp(*dys), strict=True):
-            if source is not None:
-                collected[source] = collected[source] + g if source in collected else g
-        if not retain_graph:
-            node.release()
+    token = kernels.notes.set({})
+    try:
+        for node in nodes:
+            outputs: list[Source] = [(node, number) for number in range(node.n_outputs)]
+            dys = [collected.get(o) if o in target_sources else collected.pop(o, None) for o in outputs]
+            if all(dy is None for dy in dys):
+                continue
+            # A kernel that can adds what has reached its first input from elsewhere, which saves a pass over the array.
+            other = collected.pop(node.inputs[0], None) if getattr(node.vjp, "adds", False) else None
+            gradients = node.vjp(*dys) if other is None else node.vjp(*dys, other)
+            for source, g in zip(node.inputs, gradients, strict=True):
+                if source is not None:
+                    collected[source] = collected[source] + g if source in collected else g
+            if not retain_graph:
+                node.release()
+    finally:
+        kernels.notes.reset(token)
     return _distinct([collected.get(_source(t)) for t in targets], targets, gradient)
 
 

@@ -10,10 +10,14 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from tinyvit.kernels import jit
+
+# What the kernels of one backward pass tell each other; None outside of one.
+notes: ContextVar[dict[str, Any] | None] = ContextVar("tinyvit_notes", default=None)
 
 _NUMPY, _CUPY = "array_api_compat.numpy", "array_api_compat.cupy"
 

@@ -15,7 +15,8 @@
 using T = SCALAR;
 using V = Vector<T, VECTOR>;
 
-constexpr int HEIGHT = 8;  // rows of threads in a block
+constexpr int HEIGHT = 8;   // rows of threads in a block
+constexpr int SUMMED = 16;  // the same in the second stage
 
 // This thread's first column and first row; rows that it takes are `row_step()` apart.
 DEVICE int first_column() { return (blockIdx.x * 32 + threadIdx.x) * VECTOR; }
@@ -111,25 +112,24 @@ extern "C" __global__ void __launch_bounds__(256)
     write_sums(partial, sums, columns, memory);
 }
 
-// The second stage: sums of the columns of partial (rows, columns), the first `split` of them into `first`, the
-// others into `second`. Blocks of 32 x 8 threads, a thread for a column; shared memory: 256 floats.
-extern "C" __global__ void __launch_bounds__(256)
-    sum_partials(const float* __restrict__ partial, T* __restrict__ first, T* __restrict__ second, int rows,
-                 int columns, int split) {
+// The second stage: sums of the columns of partial (rows, columns), of which the first `split` belong to `first`, as many
+// to `second`, and the others to `third`. Blocks of 32 x SUMMED threads, a thread for a column; shared memory: 32 SUMMED
+// floats.
+extern "C" __global__ void __launch_bounds__(32 * SUMMED)
+    sum_partials(const float* __restrict__ partial, T* __restrict__ first, T* __restrict__ second,
+                 T* __restrict__ third, int rows, int columns, int split) {
     DYNAMIC_SHARED(memory);
     float* scratch = reinterpret_cast<float*>(memory);
     const int column = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;
     if (column < columns)
-#pragma unroll 4
-        for (int row = threadIdx.y; row < rows; row += HEIGHT) sum += partial[1LL * row * columns + column];
+#pragma unroll 8
+        for (int row = threadIdx.y; row < rows; row += SUMMED) sum += partial[1LL * row * columns + column];
     scratch[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y > 0 || column >= columns) return;
 #pragma unroll
-    for (int y = 1; y < HEIGHT; y++) sum += scratch[y * 32 + threadIdx.x];
-    if (column < split)
-        first[column] = Scalar<T>::from(sum);
-    else
-        second[column - split] = Scalar<T>::from(sum);
+    for (int y = 1; y < SUMMED; y++) sum += scratch[y * 32 + threadIdx.x];
+    T* to = column < split ? first : column < 2 * split ? second : third;
+    to[column % split] = Scalar<T>::from(sum);
 }

@@ -1,13 +1,13 @@
 // Layer normalisation over rows of DIM numbers (Ba et al. 2016, arXiv:1607.06450).
 //
-// Forward reads x and writes y, and 8 bytes a row; backward reads dy and x and writes dx. About 8 and 15 FLOPs a
-// number: bound by memory.
+// Forward reads x and writes y, and 8 bytes a row; backward reads dy and x, and where x has another gradient that, too,
+// and writes dx. About 8 and 17 FLOPs a number: bound by memory.
 //
 // Forward: a warp takes a row and keeps it in registers, so that mean and variance cost no second reading; a lane
-// holds VECTORS vectors of WIDTH numbers. Backward: a thread takes one vector of every row of its block, so that its
-// share of dweight and dbias stays in registers; the block goes over the rows in steps of ROWS, whose loads are all
-// under way at once. Each of a fixed number of blocks writes its dweight and dbias into `partial`, which
-// `sum_partials` (columns.cu) adds up.
+// holds VECTORS vectors of WIDTH numbers. Backward: a thread takes one vector of every row of its group of threads, so
+// that its share of dweight, dbias and the sums of dx's columns (which the layer before needs, for its bias) stays in
+// registers; a group goes over the rows in steps of ROWS, whose loads are all under way at once. Each of a fixed number
+// of blocks writes its sums into `partial`, which `sum_partials` (columns.cu) adds up.
 //
 // Compile with SCALAR and DIM.
 #include "common.cuh"
@@ -17,9 +17,10 @@ using T = SCALAR;
 constexpr int FULL = 16 / sizeof(T);
 constexpr int WIDTH = DIM % FULL == 0 ? FULL : DIM % 2 == 0 ? 2 : 1;  // rows start where such vectors may
 constexpr int VECTORS = (DIM + 32 * WIDTH - 1) / (32 * WIDTH);
-constexpr int THREADS = 32 * VECTORS;                      // of a block backward
-constexpr int BLOCKS = THREADS < 512 ? 512 / THREADS : 1;  // of a multiprocessor backward: bounds the registers
-constexpr int ROWS = 3;
+constexpr int THREADS = 32 * VECTORS;                                      // of a group backward
+constexpr int GROUPS = THREADS < 256 ? 256 / THREADS : 1;                  // of a block
+constexpr int BLOCKS = THREADS < 512 ? 512 / (THREADS * GROUPS) : 1;       // of a multiprocessor: bounds the registers
+constexpr int ROWS = 2;
 
 using V = Vector<T, WIDTH>;
 
@@ -67,22 +68,25 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Blocks of THREADS; each writes a row of partial (blocks, 2 DIM): dweight, dbias. Shared memory: 4 ROWS THREADS / 32
-// floats.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+// Blocks of THREADS x GROUPS; each writes a row of partial (blocks, 3 DIM): dweight, dbias, sums of dx. `other` may be
+// null. Shared memory: the larger of 4 ROWS GROUPS THREADS / 32 and 3 WIDTH THREADS floats.
+extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
     layer_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
-                        const float* __restrict__ mean, const float* __restrict__ rstd, T* __restrict__ dx,
-                        float* __restrict__ partial, long long rows) {
+                        const float* __restrict__ mean, const float* __restrict__ rstd, const T* __restrict__ other,
+                        T* __restrict__ dx, float* __restrict__ partial, long long rows) {
     DYNAMIC_SHARED(memory);
+    float* shared = reinterpret_cast<float*>(memory);
     const int column = threadIdx.x * WIDTH;
     const bool inside = column < DIM;
     const V zero = {};
     const V w = inside ? load<WIDTH>(weight + column) : zero;
-    float dweight[WIDTH] = {}, dbias[WIDTH] = {};
+    float totals[3][WIDTH] = {};  // of dweight, dbias and dx
     int turn = 0;
 
-    for (long long first = 1LL * blockIdx.x * ROWS; first < rows; first += 1LL * gridDim.x * ROWS, turn ^= 1) {
-        V g[ROWS], n[ROWS];
+    for (long long start = 1LL * blockIdx.x * GROUPS * ROWS; start < rows;
+         start += 1LL * gridDim.x * GROUPS * ROWS, turn ^= 1) {
+        const long long first = start + threadIdx.y * ROWS;
+        V g[ROWS], n[ROWS], more[ROWS];
         float centre[ROWS], scale[ROWS], sums[2 * ROWS];  // sums of g normal and of g, where g = dy weight
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
@@ -90,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             const long long at = (first + r) * DIM + column;
             g[r] = live ? load<WIDTH>(dy + at) : zero;
             n[r] = live ? load<WIDTH>(x + at) : zero;
+            more[r] = live && other ? load<WIDTH>(other + at) : zero;
             centre[r] = first + r < rows ? mean[first + r] : 0.0f;
             scale[r] = first + r < rows ? rstd[first + r] : 0.0f;
         }
@@ -99,15 +104,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 const float normal = (n[r][i] - centre[r]) * scale[r];
-                dweight[i] = fmaf(g[r][i], normal, dweight[i]);
-                dbias[i] += g[r][i];
+                totals[0][i] = fmaf(g[r][i], normal, totals[0][i]);
+                totals[1][i] += g[r][i];
                 along = fmaf(g[r][i] * w[i], normal, along);
                 total = fmaf(g[r][i], w[i], total);
             }
             sums[2 * r] = along;
             sums[2 * r + 1] = total;
         }
-        block_sums<2 * ROWS>(sums, reinterpret_cast<float*>(memory) + turn * 2 * ROWS * (THREADS / 32));
+        block_sums<2 * ROWS>(sums, shared + (threadIdx.y * 2 + turn) * 2 * ROWS * (THREADS / 32));
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (!inside || first + r >= rows) continue;
@@ -116,17 +121,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 const float normal = (n[r][i] - centre[r]) * scale[r];
-                out.set(i, scale[r] * (g[r][i] * w[i] - total - normal * along));
+                const float d = fmaf(scale[r], g[r][i] * w[i] - total - normal * along, more[r][i]);
+                totals[2][i] += d;
+                out.set(i, d);
             }
             store(dx + (first + r) * DIM + column, out);
         }
     }
 
-    if (!inside) return;
-    float* to = partial + 2LL * DIM * blockIdx.x + column;
+    for (unsigned group = 1; group < GROUPS; group++) {  // their sums join those of the first, one group after the other
+        __syncthreads();
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) {
-        to[i] = dweight[i];
-        to[DIM + i] = dbias[i];
+        for (int i = 0; i < 3 * WIDTH; i++)
+            if (threadIdx.y == group) shared[i * THREADS + threadIdx.x] = totals[i / WIDTH][i % WIDTH];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 3 * WIDTH; i++)
+            if (threadIdx.y == 0) totals[i / WIDTH][i % WIDTH] += shared[i * THREADS + threadIdx.x];
     }
+    if (!inside || threadIdx.y > 0) return;
+#pragma unroll
+    for (int i = 0; i < 3 * WIDTH; i++)
+        partial[3LL * DIM * blockIdx.x + i / WIDTH * DIM + column + i % WIDTH] = totals[i / WIDTH][i % WIDTH];
 }

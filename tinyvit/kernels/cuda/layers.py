@@ -13,7 +13,7 @@ import numpy as np
 from tinyvit.backend import arrays, random
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda, reference
-from tinyvit.kernels.cuda.linear import sum_partials
+from tinyvit.kernels.cuda.linear import note_sums, sum_partials
 
 # --- layer normalisation --------------------------------------------------------------------------------------------
 
@@ -30,16 +30,24 @@ def layer_norm(
     arguments = (x, weight, bias, y, mean, rstd, np.int64(rows), np.float32(eps))
     cuda.kernel("layer_norm", "layer_norm_forward", **constants)((math.ceil(rows / 8),), (256,), arguments)
 
-    def vjp(dy: Array) -> tuple[Array, Array, Array]:
+    def vjp(dy: Array, other: Array | None = None) -> tuple[Array, Array, Array]:
+        """With `other` added to the gradient of x."""
         dx = xp.empty(x.shape, dtype=x.dtype)
         threads = 32 * _vectors(x)
-        blocks = min(math.ceil(rows / 3), cuda.multiprocessors() * max(1, 512 // threads))
-        partial = xp.empty((blocks, 2 * dim), dtype=xp.float32)
-        arguments = (cuda.ready(dy), x, weight, mean, rstd, dx, partial, np.int64(rows))
+        groups = max(1, 256 // threads)
+        resident = cuda.multiprocessors() * max(1, 512 // (threads * groups))
+        blocks = min(math.ceil(rows / (2 * groups)), resident)
+        partial = xp.empty((blocks, 3 * dim), dtype=xp.float32)
+        more = cuda.NULL if other is None else cuda.ready(other)
+        arguments = (cuda.ready(dy), x, weight, mean, rstd, more, dx, partial, np.int64(rows))
         kernel = cuda.kernel("layer_norm", "layer_norm_backward", **constants)
-        kernel((blocks,), (threads,), arguments, shared_mem=4 * 12 * threads // 32)
-        return dx, *sum_partials(xp, partial, x.dtype, parts=2)
+        shared = 4 * max(8 * threads * groups // 32, 3 * _width(x) * threads)
+        kernel((blocks,), (threads, groups), arguments, shared_mem=shared)
+        dweight, dbias, sums = sum_partials(xp, partial, x.dtype, parts=3)
+        note_sums(dx, sums)
+        return dx, dweight, dbias
 
+    vjp.adds = True  # type: ignore[attr-defined]
     return y, vjp
 
 
@@ -49,9 +57,13 @@ def covers_layer_norm(x: Array, *_: Any, **__: Any) -> bool:
 
 def _vectors(x: Array) -> int:
     """Vectors of a row for each lane of a warp, as in layer_norm.cu."""
+    return math.ceil(x.shape[-1] / (32 * _width(x)))
+
+
+def _width(x: Array) -> int:
+    """Numbers of a vector, as in layer_norm.cu."""
     dim, full = x.shape[-1], 16 // x.dtype.itemsize
-    width = full if dim % full == 0 else 2 if dim % 2 == 0 else 1
-    return math.ceil(dim / (32 * width))
+    return full if dim % full == 0 else 2 if dim % 2 == 0 else 1
 
 
 # --- loss -----------------------------------------------------------------------------------------------------------

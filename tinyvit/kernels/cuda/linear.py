@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit import kernels
 from tinyvit.backend import cuda_graph
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
@@ -48,13 +49,11 @@ def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, nee
     saved_rows = rows if needs[1] else None
 
     def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
+        dbias = _noted_sums(dy) if dbias is None else dbias
         dy = cuda.ready(xp.reshape(dy, (-1, dy.shape[-1])))
-        dweight = None
-        if needs[1]:
-            dweight, summed = _weight_gradient(xp, dy, saved_rows, needs[2] and dbias is None)
-            dbias = summed if dbias is None else dbias
-        elif needs[2] and dbias is None:
+        if needs[2] and dbias is None:
             dbias = _column_sums(xp, dy)
+        dweight = _weight_gradient(xp, dy, saved_rows) if needs[1] else None
         return xp.reshape(_input_gradient(xp, dy, weight), shape) if needs[0] else None, dweight, dbias
 
     return vjp
@@ -65,12 +64,23 @@ def _input_gradient(xp: Any, dy: Array, weight: Array) -> Array:
     return _cupys_product(dy, weight) if dx is None else dx
 
 
-def _weight_gradient(xp: Any, dy: Array, rows: Array, with_bias: bool) -> tuple[Array, Array | None]:
-    both = cublas.weight_gradient(xp, dy, rows, with_bias)
-    if both is None and with_bias:  # perhaps without the sums
-        both = cublas.weight_gradient(xp, dy, rows, False)
-    dweight, dbias = (_cupys_product(dy.T, rows), None) if both is None else both
-    return dweight, _column_sums(xp, dy) if with_bias and dbias is None else dbias
+def _weight_gradient(xp: Any, dy: Array, rows: Array) -> Array:
+    dweight = cublas.weight_gradient(xp, dy, rows)
+    return _cupys_product(dy.T, rows) if dweight is None else dweight
+
+
+def note_sums(x: Array, sums: Array) -> None:
+    """Tell the next layers of this backward pass the sums of x's columns (over all axes but the last).
+
+    A layer's gradient is mostly written by a kernel that finds them on its way, and they are its bias's gradient.
+    """
+    if (notes := kernels.notes.get()) is not None:
+        notes["sums"] = x, sums
+
+
+def _noted_sums(x: Array) -> Array | None:
+    array, sums = (kernels.notes.get() or {}).get("sums", (None, None))
+    return sums if array is x else None
 
 
 def _column_sums(xp: Any, dy: Array) -> Array:
@@ -175,10 +185,10 @@ def partial_sums(xp: Any, matrix: Array) -> Array:
 
 
 def sum_partials(xp: Any, partial: Array, dtype: Any, parts: int = 1) -> list[Array]:
-    """The sums over the rows of `partial` (rows, columns), as 1 or 2 arrays of columns / parts numbers."""
+    """The sums over the rows of `partial` (rows, columns), as up to 3 arrays of columns / parts numbers."""
     rows, width = partial.shape
     out = [xp.empty(width // parts, dtype=dtype) for _ in range(parts)]
     sizes = (np.int32(rows), np.int32(width), np.int32(width // parts))
     kernel = _columns_kernel("sum_partials", dtype, 16 // np.dtype(dtype).itemsize)
-    kernel((math.ceil(width / 32),), (32, 8), (partial, out[0], out[-1], *sizes), shared_mem=4 * 256)
+    kernel((math.ceil(width / 32),), (32, 16), (partial, *(out * 3)[:3], *sizes), shared_mem=4 * 32 * 16)
     return out
