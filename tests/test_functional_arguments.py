@@ -45,6 +45,10 @@ def test_odd_arguments():
     for call, message in (
         (lambda: F.patchify(np.zeros((1, 3, 4, 4)), (0, 2)), "patch_size must be a whole number of at least 1"),
         (lambda: F.linear(np.zeros((2, 0)), np.zeros((3, 0))), r"got \(2, 0\) and \(3, 0\)"),
+        (
+            lambda: F.add_linear(np.zeros((1, 3)), np.zeros((2, 4)), np.zeros((3, 4))),
+            r"\(2, 3\), got \(1, 3\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -56,6 +60,7 @@ def test_functions_take_arrays_and_tensors_and_pass_their_options_on():
     tx = torch.tensor(x)
     for ours, theirs in [
         (F.linear(x, w, b), TF.linear(tx, torch.tensor(w), torch.tensor(b))),
+        (F.add_linear(x @ w.T, x, w, b), 2 * tx @ torch.tensor(w).T + torch.tensor(b)),
         (
             F.linear_gelu(x, w, b, "tanh"),
             TF.gelu(TF.linear(tx, torch.tensor(w), torch.tensor(b)), approximate="tanh"),

@@ -79,8 +79,10 @@ LINEAR = [(65 * 16, 192, 768), (197 * 4, 768, 3072), (1024, 192, 10), (3, 7, 9)]
 def test_linear_and_linear_gelu(table, xp, rng, name, rows, inner, outer):
     x, bias = rng.standard_normal((rows, inner)), rng.standard_normal(outer)
     weight = rng.standard_normal((outer, inner)) / math.sqrt(inner)
+    residual = rng.standard_normal((rows, outer))
     for b in (bias, None):
         check_kernel(table[reference.linear], xp, "linear", dtype(name), [x, weight, b])
+        check_kernel(table[reference.add_linear], xp, "add_linear", dtype(name), [residual, x, weight, b])
     for approximate in ("none", "tanh"):
         params = {"approximate": approximate}
         check_kernel(table[reference.linear_gelu], xp, "linear_gelu", dtype(name), [x, weight, bias], **params)

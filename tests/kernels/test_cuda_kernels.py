@@ -117,6 +117,7 @@ def test_linear_and_linear_gelu(folder, scalar, rows, columns):
     x, weight, bias = rng.standard_normal((rows, 6)), rng.standard_normal((columns, 6)), rng.standard_normal(columns)
     check(folder, "linear", scalar, [x, weight, bias], {})
     check(folder, "linear", scalar, [x, weight, None], {})
+    check(folder, "add_linear", scalar, [draw(1, (rows, columns)), x, weight, bias], {})
     for approximate in ("none", "tanh"):
         check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate})
 
@@ -129,6 +130,7 @@ def test_products_through_cublas(folder, scalar, rows, inner, columns):
     library = CuBLASLt()
     check(folder, "linear", scalar, [x, weight, bias], {}, library=library)
     check(folder, "linear", scalar, [x, weight, None], {}, library=library)
+    check(folder, "add_linear", scalar, [draw(1, (2, rows, columns)), x, weight, bias], {}, library=library)
     assert set(library.calls) == {"BIAS", "DEFAULT"}
     for approximate in ("none", "tanh"):
         check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate}, library=library)

@@ -55,6 +55,14 @@ def _linear(draw):
 
 
 @case
+def _add_linear(draw):
+    x, weight, bias = linear_inputs(draw)
+    residual = values(draw, (*x.shape[:-1], len(weight)))
+    inputs = [residual, x, weight, draw(st.sampled_from([bias, None]))]
+    return Example(inputs, lambda residual, *linear: residual + TF.linear(*linear))
+
+
+@case
 def _linear_gelu(draw):
     approximate = draw(st.sampled_from(["none", "tanh"]))
     return Example(

@@ -8,7 +8,7 @@ from reference_models import randomise
 from tinyvit import Tensor, create_model, nn
 from tinyvit import functional as F
 from tinyvit.backend import random
-from tinyvit.engine.tensor import grad
+from tinyvit.engine.tensor import _tape, grad
 from tinyvit.models import vit
 
 
@@ -248,6 +248,26 @@ def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):
     model = create_model("vit_micro_patch4_32", image_size=8, depth=2, num_classes=5)
     seen = []
     forward = vit.Mlp.forward
-    monkeypatch.setattr(vit.Mlp, "forward", lambda self, x: seen.append(tuple(x.shape)) or forward(self, x))
+    monkeypatch.setattr(
+        vit.Mlp, "forward", lambda self, x, **how: seen.append(tuple(x.shape)) or forward(self, x, **how)
+    )
     model(np.zeros((2, 3, 8, 8), np.float32))
     assert seen == [(2, 5, 128), (2, 1, 128)]
+
+
+@pytest.mark.parametrize(
+    "setting, additions",
+    [({}, 4), ({"drop_path": 0.5}, 2), ({"proj_drop_rate": 0.1}, 0), ({"init_values": 0.1}, 0)],
+)
+def test_the_residual_is_added_with_the_last_product_where_nothing_is_between(setting, additions):
+    """The first of two blocks never drops its path."""
+    model = create_model("vit_nano_patch8_32", image_size=8, depth=2, global_pool="avg", **setting)
+    randomise(model)
+    images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    with random.scope(0):
+        nodes, _ = _tape(model(images).sum())
+    assert [node.name for node in nodes].count("add_linear") == additions
+    model.blocks[0].mlp.fc2.forward = model.blocks[0].mlp.fc2.forward  # a user's own
+    with random.scope(0):
+        nodes, _ = _tape(model(images).sum())
+    assert [node.name for node in nodes].count("add_linear") == max(0, additions - 1)

@@ -33,6 +33,15 @@ def linear_gelu(x: Input, weight: Input, bias: Input, approximate: str = "none")
     return apply(reference.linear_gelu, x, weight, bias, approximate=approximate)
 
 
+def add_linear(residual: Input, x: Input, weight: Input, bias: Input | None = None) -> Tensor:
+    """residual (..., out_features) + linear(x, weight, bias) in one operation: the end of a residual branch."""
+    checks.linear(x, weight, bias)
+    expected = (*checks.shape(x)[:-1], checks.shape(weight)[0])
+    if checks.shape(residual) != expected:
+        raise ValueError(f"add_linear expects residual {expected}, got {checks.shape(residual)}")
+    return apply(reference.add_linear, residual, x, weight, bias)
+
+
 def layer_norm(x: Input, weight: Input, bias: Input, eps: float = 1e-6) -> Tensor:
     """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450).
 

@@ -59,11 +59,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, config.proj_bias)
         self.proj_drop = nn.Dropout(config.proj_drop_rate)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:  # (B, N, D)
-        """The outputs of all tokens, or of the first `queries` alone."""
+    def forward(self, x: Tensor, queries: int | None = None, residual: Tensor | None = None) -> Tensor:  # (B, N, D)
+        """The outputs of all tokens, or of the first `queries` alone, added to `residual` where there is one."""
         qkv, drop = self.queries_keys_values(x), self.attn_drop_rate  # (B, N, 3 D)
         y = F.qkv_attention(qkv, self.num_heads, dropout=drop, training=self.training, queries=queries)
-        return self.proj_drop(self.proj(self.norm(y)))  # (B, N or queries, D)
+        return nn.add_linear(residual, self.proj, self.norm(y), self.proj_drop)  # (B, N or queries, D)
 
     def queries_keys_values(self, x: Tensor) -> Tensor:  # (B, N, D)
         qkv = self.qkv(x)
@@ -93,12 +93,13 @@ class Mlp(nn.Module):
             layer.bias = nn.Parameter(nn.init.normal((layer.weight.shape[0],), std=1e-6))
         self.drop = nn.Dropout(config.proj_drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (B, N, D)
+        """The outputs, added to `residual` where there is one."""
         if self.act == "quick_gelu":
             x = F.silu(self.fc1(x), parts.QUICK_GELU)  # (B, N, mlp_dim)
         else:
             x = nn.linear_gelu(self.fc1, x, self.approximate)  # (B, N, mlp_dim)
-        return self.drop(self.fc2(self.norm(self.drop(x))))  # (B, N, D)
+        return nn.add_linear(residual, self.fc2, self.norm(self.drop(x)), self.drop)  # (B, N, D)
 
 
 class Block(nn.Module):
@@ -117,9 +118,15 @@ class Block(nn.Module):
         self.drop_path = nn.DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        x = x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = self._add(x, self.attn, self.norm1(x), self.ls1)
+        x = self._add(x, self.mlp, self.norm2(x), self.ls2)
         return x  # (B, N, D)
+
+    def _add(self, x: Tensor, branch: nn.Module, normal: Tensor, scale: nn.Module) -> Tensor:  # (B, N, D)
+        """x + drop_path(scale(branch(normal))); where nothing is between, the branch adds x while it has the result."""
+        if nn.is_plain(branch, Attention, Mlp) and nn.is_idle(scale) and nn.is_idle(self.drop_path):
+            return branch(normal, residual=x)
+        return x + self.drop_path(scale(branch(normal)))
 
 
 class VisionTransformer(nn.Module):

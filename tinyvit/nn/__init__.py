@@ -15,6 +15,8 @@ from tinyvit.nn.layers import (
     Linear,
     ReLU,
     RMSNorm,
+    add_linear,
+    is_idle,
     is_plain,
     linear_gelu,
 )  # fmt: skip

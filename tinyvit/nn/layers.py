@@ -60,6 +60,21 @@ def linear_gelu(layer: Module, x: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(layer(x), approximate)
 
 
+def add_linear(residual: Tensor | None, layer: Module, x: Tensor, drop: Module) -> Tensor:
+    """residual + drop(layer(x)), None for no residual; for a `Linear` without dropout in one operation."""
+    if residual is None:
+        return drop(layer(x))
+    if isinstance(layer, Linear) and is_plain(layer, Linear) and is_idle(drop):
+        return F.add_linear(residual, x, layer.weight, layer.bias)
+    return residual + drop(layer(x))
+
+
+def is_idle(layer: Module) -> bool:
+    """Whether a layer gives what it gets: an identity, or dropout that is off."""
+    off = isinstance(layer, (Dropout, DropPath)) and not (layer.training and layer.p)
+    return is_plain(layer, Identity) or (off and is_plain(layer, Dropout, DropPath))
+
+
 class Conv2d(Module):
     """A convolution: (B, in_channels, H, W) -> (B, out_channels, R, S).
 

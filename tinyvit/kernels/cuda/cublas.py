@@ -78,11 +78,11 @@ def _load() -> tuple[Any, str | None]:
     return cublasLt, None
 
 
-def linear(xp: Any, x: Array, weight: Array, bias: Array | None) -> Array | None:
-    """x W^T + bias: x (R, I), weight (O, I), bias (O,) -> (R, O); None if not covered."""
+def linear(xp: Any, x: Array, weight: Array, bias: Array | None, residual: Array | None = None) -> Array | None:
+    """x W^T + bias + residual: x (R, I), weight (O, I), bias (O,), residual (R, O) -> (R, O); None if not covered."""
     y = xp.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
     epilogue = "DEFAULT" if bias is None else "BIAS"
-    done = _product(xp, x, weight, y, b_transposed=True, epilogue=epilogue, bias=bias)
+    done = _product(xp, x, weight, y, b_transposed=True, epilogue=epilogue, bias=bias, added=residual)
     return y if done else None
 
 
@@ -120,8 +120,9 @@ def _product(
     epilogue: str = "DEFAULT",
     bias: Array | None = None,
     hidden: Array | None = None,
+    added: Array | None = None,
 ) -> bool:
-    """y = op(a) op(b), then the epilogue; whether it could be done. All arrays are `cuda.ready`."""
+    """y = op(a) op(b) + added, then the epilogue; whether it could be done. All arrays are `cuda.ready`."""
     lt, scalar = library(), cuda.scalar(y.dtype)
     if lt is None or scalar is None:
         return False
@@ -140,11 +141,12 @@ def _product(
         stream = cuda.stream()
         workspace = _workspace(xp, device, stream)
         a_layout, b_layout, y_layout = plan.layouts
+        beta, c = (_ZERO, y) if added is None else (_ONE, added)
         try:
             lt.matmul(
                 _handle(device), plan.description,
                 _ONE.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
-                _ZERO.ctypes.data, cuda.address(y), y_layout, cuda.address(y), y_layout,
+                beta.ctypes.data, cuda.address(c), y_layout, cuda.address(y), y_layout,
                 plan.algorithm.ptr, cuda.address(workspace), WORKSPACE, stream,
             )  # fmt: skip
         except lt.cuBLASLtError as error:  # an algorithm that it offers and then refuses

@@ -23,17 +23,33 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), _linear_vjp(xp, x.shape, rows, weight, needs)
 
 
+def add_linear(
+    xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    rows, weight = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight)
+    added = cuda.ready(xp.reshape(residual, (-1, residual.shape[-1])))
+    y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias), added)
+    linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs[1:])
+    return xp.reshape(y, residual.shape), lambda dy: (dy, *linear_vjp(dy))
+
+
+def covers_add_linear(residual: Array, *inputs: Any, **_: Any) -> bool:
+    return covers_linear(*inputs)
+
+
 def covers_linear(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
     return bool(cuda.scalar(x.dtype) and x.size and weight.size)
 
 
-def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None) -> Array:
-    """rows W^T + bias."""
-    y = cublas.linear(xp, rows, weight, bias)
+def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None, added: Array | None = None) -> Array:
+    """rows W^T + bias + added."""
+    y = cublas.linear(xp, rows, weight, bias, added)
     if y is None:
         y = _cupys_product(rows, weight.T)
         if bias is not None:
             columns("add_bias", y, y, bias)
+        if added is not None:
+            y += added
     return y
 
 

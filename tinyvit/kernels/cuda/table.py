@@ -5,6 +5,7 @@ from tinyvit.kernels.cuda import attention, layers, linear, optimizers
 
 KERNELS = {
     reference.linear: Kernel(linear.linear, linear.covers_linear),
+    reference.add_linear: Kernel(linear.add_linear, linear.covers_add_linear),
     reference.linear_gelu: Kernel(linear.linear_gelu, linear.covers_linear),
     reference.gelu: Kernel(linear.gelu, linear.covers_gelu),
     reference.layer_norm: Kernel(layers.layer_norm, layers.covers_layer_norm),

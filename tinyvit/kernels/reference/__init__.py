@@ -6,8 +6,8 @@ from tinyvit.kernels.reference.convolution import (
 )  # fmt: skip
 from tinyvit.kernels.reference.indexing import sum_at
 from tinyvit.kernels.reference.layers import (
-    attention, cross_entropy, dropout_mask, dropout_scale, erf, gelu, layer_norm, linear, linear_gelu, log_softmax,
-    patchify, qkv_attention, softmax,
+    add_linear, attention, cross_entropy, dropout_mask, dropout_scale, erf, gelu, layer_norm, linear, linear_gelu,
+    log_softmax, patchify, qkv_attention, softmax,
 )  # fmt: skip
 from tinyvit.kernels.reference.optimizers import (
     UpdateState, adamw, lerp, limited_norm, sgd, sum_of_squares, update_adamw, update_average, update_sgd,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tinyvit import kernels
 from tinyvit.backend import arrays, random
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels.half_precision import in_fp32
@@ -73,6 +74,15 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple
         )
 
     return xp.reshape(y, (*shape[:-1], weight.shape[0])), vjp
+
+
+@in_fp32
+def add_linear(
+    xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    """residual + x W^T + b: the end of a residual branch. residual (..., O), x (..., I) -> (..., O)."""
+    y, linear_vjp = kernels.best(linear, xp)(xp, x, weight, bias, needs=needs[1:])
+    return residual + y, lambda dy: (dy, *linear_vjp(dy))
 
 
 @in_fp32
