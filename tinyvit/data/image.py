@@ -7,7 +7,7 @@ import functools
 import io
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -42,10 +42,10 @@ UPRIGHT = {
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """An image file's bytes that lie inside another file; `name` is what error messages call it."""
+    """An image file inside another file: `read` gives its bytes, `name` is what error messages call it."""
 
     name: str
-    content: bytes
+    read: Callable[[], bytes]
 
 
 Source = str | os.PathLike[str] | BinaryIO | StoredImage
@@ -62,9 +62,10 @@ def opened(source: Source) -> Iterator[Image.Image]:
     """
     file: str | os.PathLike[str] | BinaryIO
     if isinstance(source, StoredImage):
-        if not source.content:
+        content = source.read()
+        if not content:
             raise ValueError("it has no bytes")
-        file = io.BytesIO(source.content)
+        file = io.BytesIO(content)
     else:
         file = source
         if isinstance(source, str | os.PathLike):

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -16,7 +15,8 @@ from tinyvit.backend import arrays, devices
 from tinyvit.backend.arrays import Array
 from tinyvit.backend.parallel import available_cores
 from tinyvit.data.base import Data, DataError, Split
-from tinyvit.data.image import StoredImage, fit, open_rgb, to_array
+from tinyvit.data.image import fit, open_rgb, to_array
+from tinyvit.data.stored import Listing
 
 RESIDENT_SHARE = 0.25  # of a device's free memory, which a split may take for the whole run; the steps need the rest
 
@@ -81,20 +81,24 @@ class ResizedSplit:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Images that are decoded from `files` each time they are read, at `size` (height, width).
+    """Images that are decoded each time they are read, at `size` (height, width).
 
     They are resized and cut by `fit` with `fit_options`; for training (with `rng`) each goes through `transform` first.
     """
 
-    files: list[Path | StoredImage]
-    labels: np.ndarray
+    images: Listing
     skipped: list[str]
     size: tuple[int, int]
     transform: ImageTransform | None
     fit_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        return self.images.labels
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Images (B, 3, H, W) uint8. Raises DataError naming a file that cannot be read."""
@@ -103,12 +107,12 @@ class FileSplit:
 
     def take(self, indices: np.ndarray) -> Self:
         """The images at `indices`, in that order."""
-        return replace(self, files=[self.files[i] for i in indices], labels=self.labels[indices])
+        return replace(self, images=self.images.take(indices))
 
     def _image(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
         index, rng = task
         try:
-            image = open_rgb(self.files[index])
+            image = open_rgb(self.images.image(index))
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT}") from error
         if rng is None or self.transform is None:
@@ -149,7 +153,7 @@ def without_augmentation(split: Split) -> Split:
 def image_names(name: str, split: Split) -> list[str]:
     """What the images of the split `name` are called: their files, or the name with their number."""
     if isinstance(split, FileSplit):
-        return [file.name if isinstance(file, StoredImage) else str(file) for file in split.files]
+        return [split.images.name(i) for i in range(len(split))]
     return [f"{name}/{i}" for i in range(len(split))]
 
 

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.listing import Listing, Listings, part_of, split_classes
+from tinyvit.data.sources.listing import Listings, part_of, split_classes
+from tinyvit.data.stored import Contents, Listing, Texts
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """The images of one split as a Listing has them, but with a word for the class of each."""
 
-    files: list[str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    contents: list[bytes] | None = None
+    files: Sequence[str]
+    classes: Sequence[str]
+    contents: Contents | None = None
+    skipped: tuple[str, ...] = ()
 
     def numbered(self, root: Path, names: Sequence[str]) -> Listing:
         """The listing with each class as its place in `names`."""
         index = {name: i for i, name in enumerate(names)}
-        return Listing(root, self.files, np.array([index[c] for c in self.classes], dtype=np.int64), self.contents)
+        labels = np.fromiter((index[c] for c in self.classes), np.int64, len(self.classes))
+        return Listing(root, self.files, labels, self.contents, skipped=self.skipped)
 
 
 def number_classes(
@@ -63,7 +67,7 @@ def find_in_csv(path: Path, val_fraction: float, seed: int) -> Listings:
 
 def read_csv(path: Path) -> dict[str, Rows]:
     """The rows of each split, all of them "train" without a column of that name. Raises DataError."""
-    parts: dict[str, Rows] = {}
+    parts: dict[str, tuple[Texts, list[str]]] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -75,14 +79,14 @@ def read_csv(path: Path) -> dict[str, Rows]:
                 )
             for row in reader:
                 split = checked(row, columns, f"{path}, line {reader.line_num}")
-                rows = parts.setdefault(split, Rows())
-                rows.files.append(row["path"])
-                rows.classes.append(row["label"].strip())
+                files, classes = parts.setdefault(split, (Texts(), []))
+                files.append(row["path"])
+                classes.append(sys.intern(row["label"].strip()))
     except UnicodeDecodeError:
         raise DataError(f"{path} is not text in UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{path}, after line {reader.line_num}: {error}") from None
-    return parts
+    return {part: Rows(*columns) for part, columns in parts.items()}
 
 
 def checked(row: dict[str, str], columns: Sequence[str], where: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.image import is_image
-from tinyvit.data.sources.listing import Listing, Listings, classes_without, one_of_each, part_of, split_classes
+from tinyvit.data.sources.listing import Listings, classes_without, one_of_each, part_of, split_classes
+from tinyvit.data.stored import Listing, Texts
 
 
 def find_in_folder(root: Path, val_fraction: float, seed: int) -> Listings:
@@ -76,20 +78,16 @@ def class_folders(folder: Path) -> list[Path]:
 
 def list_images(root: Path, names: tuple[str, ...]) -> Listing:
     """The images in and below each class folder, by name; links to folders are not followed."""
-    files: list[str] = []
-    labels: list[int] = []
+    files, labels = Texts(), array("q")
     others: list[str] = []
     for label, name in enumerate(names):
-        for file in files_below(root, name):
-            if is_image(root / file):
+        for file in sorted(files_below(root, name)):
+            if is_image(os.path.join(root, file)):
                 files.append(file)
                 labels.append(label)
             else:
                 others.append(str(root / file))
-    order = sorted(range(len(files)), key=lambda i: (labels[i], files[i]))
-    return Listing(root, files, np.array(labels, dtype=np.int64), no_images=tuple(sorted(others))).take(
-        np.array(order, int)
-    )
+    return Listing(root, files, np.array(labels, dtype=np.int64), no_images=tuple(sorted(others)))
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -101,8 +99,9 @@ def files_below(root: Path, name: str) -> Iterator[str]:
     """The visible files in and below the folder `name` of `root`, relative to `root`, in no order."""
     for folder, folders, members in os.walk(root / name):
         folders[:] = [child for child in folders if not child.startswith(".")]
-        inside = Path(folder).relative_to(root)
-        yield from ((inside / m).as_posix() for m in members if not m.startswith((".", "Thumbs.db", "desktop.ini")))
+        inside = Path(folder).relative_to(root).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
+        yield from (prefix + m for m in members if not m.startswith((".", "Thumbs.db", "desktop.ini")))
 
 
 def has_image(folder: Path) -> bool:

@@ -9,15 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from tinyvit.data.base import Data, DataError, Split, Statistics, mean_and_std, pair
-from tinyvit.data.image import StoredImage, fit, open_rgb, opened, to_array, upright_size
+from tinyvit.data.image import fit, open_rgb, opened, to_array, upright_size
 from tinyvit.data.image_transforms import random_resized_crop
 from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_threads, stack
+from tinyvit.data.stored import Listing
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
@@ -26,44 +27,31 @@ SAMPLE = 20_000  # images of a larger split that are decoded beforehand, for the
 CHUNK = 1 << 20  # bytes that a thread decodes at a time
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The images of one split: `files` relative to `root`, and their classes, `labels` (N,) int64.
+def sampled(count: int) -> np.ndarray:
+    """The positions of all of `count` images, or of SAMPLE among them."""
+    return np.arange(count) if count <= SAMPLE else np.linspace(0, count - 1, SAMPLE).astype(int)
 
-    `contents` are the bytes of images that are no files of their own; their names then only tell them apart.
-    `drawn` is true of a split that was drawn from the training images. `no_images` are files that were passed over.
-    """
 
-    root: Path
-    files: list[str]
-    labels: np.ndarray
-    contents: list[bytes] | None = None
-    drawn: bool = False
-    no_images: tuple[str, ...] = ()
+def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing]) -> str:
+    """A digest of the classes and of each image's name, class and bytes; of many images, the bytes of SAMPLE."""
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def mark(listing: Listing, i: int) -> str:
+        if listing.contents is None:
+            return digest_of(listing.root / listing.files[i])
+        return hashlib.sha256(listing.contents.read(i)).hexdigest()
 
-    def name(self, i: int) -> str:
-        """What error messages call the image."""
-        return str(self.root / self.files[i])
-
-    def image(self, i: int) -> Path | StoredImage:
-        """Where its bytes are."""
-        return self.root / self.files[i] if self.contents is None else StoredImage(self.name(i), self.contents[i])
-
-    def identity(self) -> list[tuple[str | int, ...]]:
-        """What distinguishes the split from others: each image's name, class, and a digest of its bytes."""
-        if self.contents is None:
-            marks = in_threads(digest_of, (self.root / file for file in self.files))
-        else:
-            marks = (hashlib.sha256(content).hexdigest() for content in self.contents)
-        return list(zip(self.files, self.labels.tolist(), marks, strict=True))
-
-    def take(self, positions: np.ndarray) -> Self:
-        """The images at `positions`, in that order."""
-        contents = None if self.contents is None else [self.contents[i] for i in positions]
-        return replace(self, files=[self.files[i] for i in positions], labels=self.labels[positions], contents=contents)
+    digest = hashlib.sha256(f"({names!r}".encode())
+    for part in parts:
+        read = np.zeros(len(part), bool)
+        read[sampled(len(part))] = True
+        marks = in_threads(partial(mark, part), np.flatnonzero(read))
+        digest.update(b", [")
+        for i, (file, label) in enumerate(zip(part.files, part.labels, strict=True)):
+            identity = (file, int(label), next(marks) if read[i] else "")
+            digest.update(f"{', ' if i else ''}{identity!r}".encode())
+        digest.update(b"]")
+    digest.update(b")")
+    return digest.hexdigest()[:16]
 
 
 def digest_of(path: Path, whole: int = 1 << 16, part: int = 1 << 14) -> str:
@@ -118,8 +106,7 @@ def load_listings(
     val_split = None if val is None else load(val, transform=None, title="reading val")[1]
     if missing := classes_without(train, names):
         raise DataError(f"class {missing[0]} of {source} has no readable image to train on")
-    identities = [part.identity() for part in (train, test, val) if part is not None]
-    digest = hashlib.sha256(repr((names, *identities)).encode()).hexdigest()
+    fingerprint = fingerprint_of(names, [part for part in (train, test, val) if part is not None])
     name = source.resolve().stem if source.is_file() else source.resolve().name
     return Data(
         name,
@@ -130,7 +117,7 @@ def load_listings(
         std,
         size,
         in_chans=3,
-        fingerprint=f"{kind}-{digest[:16]}",
+        fingerprint=f"{kind}-{fingerprint}",
         fit_options=options,
         own_test=not test.drawn,
         test_name="val" if found.test is None or test.drawn else "test",
@@ -181,7 +168,7 @@ def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float,
     for label, name in enumerate(names):
         if np.count_nonzero(listing.labels == label) < 2:
             raise DataError(f"class {name} of {listing.root} has one image, at least two are needed to split it")
-    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True)
+    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True, skipped=())
 
 
 def common_size(*listings: Listing) -> tuple[int, int] | None:
@@ -216,14 +203,14 @@ def load_split(
     many, unless corrupt ones are to be skipped. Where mean and std are known, only to skip corrupt ones.
     """
     if known is not None and not skip_corrupt:
-        return listing, file_split(listing, [], size, transform, fit_options), known
+        return listing, FileSplit(listing, [], size, transform, fit_options), known
     count = len(listing)
     keep = transform is None and count * 3 * size[0] * size[1] <= MEMORY
     everything = keep or skip_corrupt or count <= SAMPLE
-    positions = np.arange(count) if everything else np.linspace(0, count - 1, SAMPLE).astype(int)
+    positions = np.arange(count) if everything else sampled(count)
     images = np.empty((count if keep else 0, 3, *size), np.uint8)
     readable: list[int] = []
-    skipped: list[str] = []
+    skipped = list(listing.skipped)
 
     def batches() -> Iterator[np.ndarray]:
         for chunk, pixels, failures in decode(listing, positions, size, title, fit_options):
@@ -242,19 +229,7 @@ def load_split(
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
         return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
-    return listing, file_split(listing, skipped, size, transform, fit_options), statistics
-
-
-def file_split(
-    listing: Listing,
-    skipped: list[str],
-    size: tuple[int, int],
-    transform: ImageTransform | None,
-    fit_options: Mapping[str, Any],
-) -> FileSplit:
-    """The images of `listing`, to be decoded when they are read."""
-    images = [listing.image(i) for i in range(len(listing))]
-    return FileSplit(images, listing.labels, skipped, size, transform, fit_options)
+    return listing, FileSplit(listing, skipped, size, transform, fit_options), statistics
 
 
 def decode(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.sources.csv_table import Rows, number_classes
-from tinyvit.data.sources.listing import Listings, one_of_each, part_of
+from tinyvit.data.sources.listing import Listings
+from tinyvit.data.sources.shards import by_split, files_of
 from tinyvit.files.text import one_line
 
 if TYPE_CHECKING:
@@ -23,11 +26,8 @@ LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """The parquet files of a data set: `path` itself, or those in it, or in the folders in it (`data/` mostly)."""
-    if path.is_file():
-        return [path]
-    found = sorted(path.glob("*.parquet")) or sorted(path.glob("*/*.parquet"))
-    return [file for file in found if file.is_file() and file.stem != "metadata"]  # the name of image folders' notes
+    """The parquet files of a data set; `metadata` is the name of image folders' notes."""
+    return [file for file in files_of(path, ".parquet") if file.stem != "metadata"]
 
 
 def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
@@ -35,7 +35,8 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
 
     The images' bytes are kept in memory as they are stored. Raises DataError, also without pyarrow.
     """
-    parts = by_split(path, parquet_files(path))
+    found = by_split(path, parquet_files(path))
+    parts = {part: [Shard(file) for file in files] for part, files in found.items()}
     order = parts["train"][0].class_names
     train = read_split(path, parts["train"])
     if train is None:
@@ -45,58 +46,6 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
     if not order and all(name.isdecimal() for name in train.classes):
         order = sorted(set(train.classes), key=int)
     return number_classes(path, {"train": train, **others}, order, val_fraction, seed)
-
-
-def by_split(path: Path, files: Sequence[Path]) -> dict[str, list[Shard]]:
-    """The files of each split, which begins a file's name or is its folder's; all are "train" where none says so.
-
-    Raises DataError for files of no split beside others, and for one that is missing from a directory.
-    """
-    if path.is_dir() and (missing := missing_shard(files)):
-        raise DataError(f"{path} lacks {missing.relative_to(path).as_posix()}")
-    by_name: dict[str, list[Shard]] = {}
-    for file in files:
-        by_name.setdefault(split_name(path, file), []).append(Shard(file))
-    if set(by_name) == {""}:
-        by_name = {"train": by_name[""]}
-    if "" in by_name:
-        raise DataError(
-            f"{by_name[''][0].file} belongs to no split, as other files do: expected a name that begins with train, "
-            "val or test"
-        )
-    parts = {part: by_name[name] for part, name in one_of_each(path, by_name).items()}
-    if "train" not in parts:
-        raise DataError(f"{path} has parquet files of {', '.join(parts)}, but none of train")
-    if len(folders := {shard.file.parent for shard in parts["train"]}) > 1:
-        names = ", ".join(sorted(folder.name for folder in folders))
-        raise DataError(f"{path} holds several data sets, expected one of them: {names}")
-    return parts
-
-
-def missing_shard(files: Sequence[Path]) -> Path | None:
-    """The first that is not there of the files that names such as train-00000-of-00002.parquet count."""
-    matches = [(file.parent, re.fullmatch(r"(.+-)(\d+)-of-(\d+)", file.stem)) for file in files]
-    heads = dict.fromkeys((folder, match[1], len(match[2]), match[3]) for folder, match in matches if match)
-    expected = (
-        folder / f"{name}{i:0{digits}}-of-{count}.parquet"
-        for folder, name, digits, count in heads
-        for i in range(int(count))
-    )
-    present = set(files)
-    return next((file for file in expected if file not in present), None)
-
-
-def split_name(source: Path, file: Path) -> str:
-    """ "train" of train-00000-of-00001.parquet and of train/0000.parquet; "" where neither says a split.
-
-    Folders outside the source say nothing.
-    """
-    names = [file.stem] if file.parent == source or file == source else [file.stem, file.parent.name]
-    for name in names:
-        match = re.match(r"[A-Za-z]+(_(set|images|data))?", name)
-        if match and part_of(match[0]):
-            return match[0]
-    return ""
 
 
 def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
@@ -111,7 +60,22 @@ def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
     names = [f"{s.file.relative_to(base).as_posix()}, row {i}" for s in shards for i in range(len(s.classes))]
     if None in found:
         raise DataError(f"{base / names[found.index(None)]} has no label (it is null or -1)")
-    return Rows(names, classes, [content for shard in shards for content in shard.images()])
+    return Rows(names, classes, Kept([content for shard in shards for content in shard.images()]))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Images' bytes in memory."""
+
+    images: list[bytes]
+
+    def read(self, i: int) -> bytes:
+        """Those of image i."""
+        return self.images[i]
+
+    def take(self, positions: np.ndarray) -> Self:
+        """The images at `positions`, in that order."""
+        return replace(self, images=[self.images[i] for i in positions])
 
 
 class Shard:

@@ -1,0 +1,114 @@
+"""Reading tar archives: held against Python's tarfile, and against damage by accident and on purpose."""
+
+import io
+import tarfile
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyvit.files.tar import Member, read_members
+
+FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0\n"), min_size=1, max_size=90).filter(
+    lambda name: name.strip("/")
+)
+deep_names = st.builds(lambda name, times: "folder/" * times + name.strip("/"), names, st.integers(0, 30))
+
+
+def archive(members, kind=tarfile.PAX_FORMAT, **how):
+    """An archive of (name, content) or of TarInfo."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=kind, **how) as tar:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size, info.mtime = len(content), 1.5 if kind == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def read(tmp_path, content):
+    (tmp_path / "a.tar").write_bytes(content)
+    with open(tmp_path / "a.tar", "rb") as file:
+        return list(read_members(file))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("tar")
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(deep_names, st.binary(max_size=1500)), max_size=6), st.sampled_from(FORMATS), st.data())
+def test_members_are_those_of_tarfile(place, members, kind, data):
+    try:
+        content = archive(members, kind)
+    except ValueError:  # ustar has no room for some names
+        return
+    found = read(place, content)
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        assert found == [Member(m.name, "", m.offset_data, m.size) for m in tar]
+    assert [content[m.offset :][: m.size] for m in found] == [c for _, c in members]
+    # Cut off anywhere before its end mark, it says so.
+    cut = data.draw(st.integers(0, found[-1].offset + found[-1].size if found else 0))
+    with pytest.raises(ValueError, match="cut off"):
+        read(place, content[:cut])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 511).filter(lambda byte: byte not in range(148, 156)), st.integers(1, 255), st.sampled_from(FORMATS)
+)
+def test_a_damaged_header_is_no_end(place, byte, change, kind):
+    content = bytearray(archive([("a.jpg", b"x" * 600), ("b.jpg", b"y")], kind))
+    second = read(place, content)[0].offset + 1024
+    content[second + byte] ^= change
+    with pytest.raises(ValueError, match=f"damaged: no header at byte {second}"):
+        read(place, content)
+
+
+def special(name, kind, **what):
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    for key, value in what.items():
+        setattr(info, key, value)
+    return info
+
+
+def test_kinds(place):
+    kinds = [(tarfile.SYMTYPE, "a link"), (tarfile.LNKTYPE, "a link"), (tarfile.FIFOTYPE, "a pipe")]
+    kinds += [(tarfile.CHRTYPE, "a device"), (tarfile.DIRTYPE, "a folder"), (tarfile.REGTYPE, "")]
+    kinds += [(tarfile.AREGTYPE, ""), (tarfile.CONTTYPE, ""), (tarfile.GNUTYPE_SPARSE, "sparse")]
+    kinds += [(b"V", "of the unknown kind b'V'")]
+    content = archive([(special("m", kind, linkname="/etc/passwd"), b"") for kind, _ in kinds], tarfile.GNU_FORMAT)
+    assert [member.kind for member in read(place, content)] == [what for _, what in kinds]
+    sparse = special("m", tarfile.REGTYPE, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "x"})
+    assert [member.kind for member in read(place, archive([(sparse, b"")]))] == ["sparse"]
+
+
+def test_no_archives(place):
+    good = archive([("a.jpg", b"x")])
+    for content, message in [
+        (b"", "it is cut off: no end mark in 0 bytes"),
+        (b"PK" * 1000, "it is no tar archive"),
+        (b"\x1f\x8b" + bytes(2000), "it is compressed: decompress it"),
+        (good + good, "it goes on after its end mark at byte .*, as archives that were joined by cat do"),
+        (archive([("a.jpg", b"x")], pax_headers={"size": "9" * 30}), "the size '9999.*, expected a whole number"),
+        (archive([("a.jpg", b"x")], pax_headers={"size": "-1"}), "the size '-1', expected a whole number"),
+        (archive([("a.jpg", b"x")], pax_headers={"size": "99999"}), "cut off within a.jpg: 99999 bytes from byte .*"),
+        (archive([("a.jpg", b"x")], pax_headers={"comment": "x" * 2**20}), "has .* bytes more, at most .* are read"),
+        (archive([(special("a", tarfile.XHDTYPE), b"7 a=b")]), "it is damaged: no pax header at byte .*"),
+        (archive([(special("a", tarfile.XHDTYPE), b"0 a=b\n")]), "it is damaged: no pax header at byte .*"),
+        (archive([(special("a", tarfile.XHDTYPE), b"99999 a=b\n")]), "it is damaged: no pax header at byte .*"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(place, content)
+
+
+def test_sizes_beyond_octal_digits(place):
+    """GNU's base 256; a size that the file cannot hold is no memory to allocate."""
+    info = tarfile.TarInfo("a.jpg")
+    for size in (2**33, 2**63, 2**80):
+        info.size = size
+        with pytest.raises(ValueError, match=f"cut off within a.jpg: {size} bytes from byte 512 on"):
+            read(place, info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
