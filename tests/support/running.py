@@ -1,15 +1,22 @@
 """Shared by the tests of runs and of the command line: small images, and the real command in a subprocess."""
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from on_gpu import HAS_GPU
 from PIL import Image
 
+from tinyvit import cli
 from tinyvit.backend import parallel
 
 THREADS = parallel.available_cores()  # of a command in a process of its own
@@ -50,12 +57,34 @@ def environment(first=None):
     return os.environ | ours
 
 
-def tinyvit(*arguments, cwd=None, timeout=120, **options):
-    """Run `tinyvit ARGUMENTS` to its end."""
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, timeout=timeout, env=environment(), **options
-    )
+def tinyvit(*arguments, cwd=None):
+    """Run `tinyvit ARGUMENTS` to its end.
+
+    It runs in this process, which has loaded everything already, where that makes no difference: without a GPU, and
+    with the real number of cores. A traceback fails the test as it is.
+    """
+    words = [*map(str, arguments)]
+    if HAS_GPU or "TINYVIT_TEST_THREADS" in os.environ:
+        command, env = [*COMMAND, *words], environment()
+        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, env=env)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="\n") for _ in range(2))
+    with (
+        contextlib.chdir(cwd or "."),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        warnings.resetwarnings()  # those of pytest, and then Python's own: deprecations are not shown
+        warnings.simplefilter("ignore", DeprecationWarning)
+        patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the command changes it
+        patch.setattr(warnings, "showwarning", lambda *given: err.write(warnings.formatwarning(*given[:4])))
+        try:
+            status = cli.main(words)
+        except SystemExit as end:  # --help, --version
+            status = end.code or 0
+    out, err = (stream.buffer.getvalue().decode() for stream in (out, err) if stream.flush() is None)
+    return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
 
 def start(*arguments, cwd=None):

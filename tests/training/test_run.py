@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
-from running import NANO, assert_one_line_error, tinyvit
+from running import COMMAND, NANO, assert_one_line_error, environment, tinyvit
 from runs import KEYS, OPTIONS, assert_same_run, metrics, progress
 from safetensors.numpy import load_file
 
@@ -112,8 +113,8 @@ def test_a_full_disk_ends_the_run_in_one_line(images, tmp_path):
     import resource
 
     out = tmp_path / "run"
-    result = tinyvit(
-        "train", "--data", images, "--out", out, *NANO,
+    result = subprocess.run(
+        [*COMMAND, "train", "--data", images, "--out", out, *NANO], capture_output=True, text=True, env=environment(),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )  # fmt: skip
     assert str(out / "last.safetensors") in assert_one_line_error(result, 1)
