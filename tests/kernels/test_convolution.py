@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
-from drawing import BACKENDS, check, place, shapes, sides, torch_vjp, values, versions
+from drawing import BACKENDS, check, place, shapes, sides, torch_vjp, values
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import (
-    Example,
-    agrees_with_torch,
-    find_version,
-    operations,
-    padded,
-    same_with_fewer_gradients,
-    small,
-    windows,
-)  # fmt: skip
+from operations import Example, checks_of, operations, padded, small, windows
 
 from tinyvit import functional as F
 from tinyvit.engine.tensor import Tensor, grad
@@ -73,24 +64,13 @@ def relu(draw):
 
 
 CASES = {f.__name__: f for f in (conv2d, max_pool2d, group_norm, weight_standardize, relu)}
-ALL_VERSIONS = [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in CASES for v in versions(name)]
 
 
 def test_every_operation_has_a_case():
     assert operations(reference) == set(CASES)
 
 
-@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
-@given(data=st.data())
-def test_every_version_agrees_with_torch(name, backend, version, data):
-    agrees_with_torch(find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw)
-
-
-@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
-@given(data=st.data())
-def test_every_version_gives_the_same_where_fewer_gradients_are_wanted(name, backend, version, data):
-    function = find_version(reference, name, backend, version)
-    same_with_fewer_gradients(function, CASES[name](data.draw), backend, data.draw)
+test_every_version_agrees_with_torch, test_fewer_gradients_change_nothing = checks_of(reference, CASES)
 
 
 # --- the public functions ------------------------------------------------------------------------------------------

@@ -18,11 +18,17 @@ from drawing import (
     shapes,
     sides,
     values,
-    versions,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import Example, agrees_with_torch, find_version, operations, same_with_fewer_gradients, torch_attention
+from operations import (
+    Example,
+    agrees_with_torch,
+    checks_of,
+    find_version,
+    operations,
+    torch_attention,
+)
 
 from tinyvit import functional as F
 from tinyvit.engine import ops
@@ -184,21 +190,7 @@ def test_every_operation_has_a_case_and_every_kernel_a_reference():
             assert tested == ("needs" in spec), f"nothing tests the kernel {op.__name__}"
 
 
-ALL_VERSIONS = [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in CASES for v in versions(name)]
-
-
-@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
-@given(data=st.data())
-def test_every_version_agrees_with_torch(name, backend, version, data):
-    agrees_with_torch(find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw)
-
-
-@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
-@given(data=st.data())
-def test_every_version_gives_the_same_where_fewer_gradients_are_wanted(name, backend, version, data):
-    same_with_fewer_gradients(
-        find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw
-    )
+test_every_version_agrees_with_torch, test_fewer_gradients_change_nothing = checks_of(reference, CASES)
 
 
 @pytest.mark.parametrize("exp, unit", [(np.exp, 1.0), (np.exp2, 1.0 / math.log(2.0))])

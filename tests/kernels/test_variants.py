@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
-from drawing import shapes, sides, values, versions
-from hypothesis import given
+from drawing import shapes, sides, values
 from hypothesis import strategies as st
-from operations import Example, agrees_with_torch, find_version, operations, same_with_fewer_gradients
+from operations import Example, checks_of, operations
 
 from tinyvit import functional as F
 from tinyvit.kernels.reference import variants as reference
@@ -53,25 +52,13 @@ def rotary(draw):
 
 
 CASES = {f.__name__: f for f in (silu, swiglu, rms_norm, rotary)}
-ALL_VERSIONS = [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in CASES for v in versions(name)]
 
 
 def test_every_operation_has_a_case():
     assert operations(reference) == set(CASES)
 
 
-@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
-@given(data=st.data())
-def test_every_version_agrees_with_torch(name, backend, version, data):
-    agrees_with_torch(find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw)
-
-
-@pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
-@given(data=st.data())
-def test_every_version_gives_the_same_where_fewer_gradients_are_wanted(name, backend, version, data):
-    same_with_fewer_gradients(
-        find_version(reference, name, backend, version), CASES[name](data.draw), backend, data.draw
-    )
+test_every_version_agrees_with_torch, test_fewer_gradients_change_nothing = checks_of(reference, CASES)
 
 
 def test_silu_of_large_values():

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as TF
 from drawing import (
@@ -24,7 +25,9 @@ from drawing import (
     small_blocks,
     torch_vjp,
     values,
+    versions,
 )
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyvit.backend import arrays
@@ -116,6 +119,27 @@ def same_with_fewer_gradients(function: Callable, example: Example, backend: str
         for wanted, g, expected in zip(needs, other_vjp(dy) if True in needs else none, full, strict=True):
             if wanted:
                 assert error(host(g), host(expected)) < 1e-6
+
+
+def checks_of(module: ModuleType, cases: dict[str, Callable]) -> tuple[Callable, Callable]:
+    """Two tests of every version, in every library, of a module's operations, whose calls `cases` draw by name."""
+    every_version = pytest.mark.parametrize(
+        "name, backend, version",
+        [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in cases for v in versions(name)],
+    )
+
+    @every_version
+    @given(data=st.data())
+    def agrees(name: str, backend: str, version: str, data: Any) -> None:
+        agrees_with_torch(find_version(module, name, backend, version), cases[name](data.draw), backend, data.draw)
+
+    @every_version
+    @given(data=st.data())
+    def gives_the_same(name: str, backend: str, version: str, data: Any) -> None:
+        function = find_version(module, name, backend, version)
+        same_with_fewer_gradients(function, cases[name](data.draw), backend, data.draw)
+
+    return agrees, gives_the_same
 
 
 def torch_attention(q, k, v, mask, keep):
