@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from transformers_models import SIZES, VISION, T, clip, randomised
+from safetensors.numpy import load_file, save_file
+from transformers_models import CASES, SIZES, VISION, T, clip, randomised
 
 import tinyvit
 from tinyvit.checkpoints.checkpoint import CheckpointError, describe
@@ -42,6 +43,21 @@ def test_preprocessing_and_names(tmp_path):
     assert (given.mean, given.crop_pct, given.crop_mode) == ((0.1, 0.2, 0.3), 0.8, "center")
 
 
+FULL = ("DINOv2", "DINOv2 with registers", "DINOv3", "CLIP with its projection", "CLIP with a classifier", "SigLIP")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_every_weight_is_needed(name, tmp_path):
+    randomised(CASES[name]()).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    for lost in [weight for weight in whole if "mask_token" not in weight]:
+        save_file({weight: array for weight, array in whole.items() if weight != lost}, path)
+        with pytest.raises(CheckpointError) as caught:
+            load_model(tmp_path)
+        assert "\n" not in str(caught.value), lost
+
+
 @pytest.mark.parametrize(
     ("build", "change", "problem"),
     [
@@ -59,6 +75,11 @@ def test_preprocessing_and_names(tmp_path):
             "hidden_act is 'gelu' in gated MLPs",
         ),
         (lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)), {"hidden_act": "silu"}, "hidden_act is 'silu' outside gated"),
+        (
+            lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)),
+            {"architectures": ["Dinov2ForImageClassification"]},
+            "a Dinov2ForImageClassification has a head, and there is none",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(build, change, problem, tmp_path):

@@ -29,7 +29,7 @@ from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preproces
 from tinyvit.checkpoints.native_file import SIMILARITY
 from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
-from tinyvit.files.fields import checked, integer, number, one_of, optional
+from tinyvit.files.fields import boolean, checked, integer, number, one_of, optional
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
 
@@ -37,25 +37,29 @@ TELLING = ("layer_scale1.lambda1", "embeddings.patch_embedding.weight", "embeddi
 
 
 class Family(NamedTuple):
-    """What config.json leaves out where it is usual: heads, activation, epsilon, and how images are normalised."""
+    """What the models of a family have in common, and what config.json leaves out where it is usual."""
 
     heads: int
     act: str
     eps: float
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    class_token: bool = True
+    registers: int | None = None
+    layer_scale: bool = False
+    rope: str | None = None
 
 
 CLIP = Family(12, "quick_gelu", 1e-5, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-SIGLIP = Family(12, "gelu_pytorch_tanh", 1e-6, (0.5,) * 3, (0.5,) * 3)
+SIGLIP = Family(12, "gelu_pytorch_tanh", 1e-6, (0.5,) * 3, (0.5,) * 3, class_token=False)
 FAMILIES = {
     "clip": CLIP,
     "clip_vision_model": CLIP,
     "siglip": SIGLIP,
     "siglip_vision_model": SIGLIP,
-    "dinov2": Family(12, "gelu", 1e-6),
-    "dinov2_with_registers": Family(12, "gelu", 1e-6),
-    "dinov3_vit": Family(6, "gelu", 1e-5),
+    "dinov2": Family(12, "gelu", 1e-6, layer_scale=True),
+    "dinov2_with_registers": Family(12, "gelu", 1e-6, layer_scale=True, registers=4),
+    "dinov3_vit": Family(6, "gelu", 1e-5, layer_scale=True, registers=0, rope="dinov3"),
 }
 SILU = ("silu", "swish")  # within gated MLPs alone, which have no other in ours
 SETTINGS = {  # of config.json, or of its vision_config
@@ -66,7 +70,11 @@ SETTINGS = {  # of config.json, or of its vision_config
     "id2label": optional(names_by_number),
     "rope_theta": number(100, 100),
     "num_hidden_layers": integer(1, 10_000),
+    "num_register_tokens": integer(0, 65536),
+    "key_bias": boolean,
+    "architectures": FIELDS["architectures"],
 }
+HEADS = ("ForImageClassification", "WithProjection", "CLIPModel")  # how the names of models with a head end
 
 
 def recognises(names: Collection[str]) -> bool:
@@ -80,18 +88,21 @@ def read(files: WeightFiles) -> Checkpoint:
     scale, bias = (files.arrays.get(f"logit_{name}") for name in ("scale", "bias"))
     for name in [name for name in files.arrays if UNUSED.match(name)]:
         del files.arrays[name]
+    projects = any(name.endswith("visual_projection.weight") for name in files.arrays)
     state = renamed(files, our_name)
     try:
         model_type = checked(files.config, {"model_type": one_of(*FAMILIES)}, required=["model_type"])["model_type"]
         vision = files.config.get("vision_config")
         given = checked({**files.config, **(vision if isinstance(vision, dict) else {})}, SETTINGS)
         similarity = read_similarity(scale, bias)
-        family, pooling = FAMILIES[model_type], arrange(state)
+        family = FAMILIES[model_type]
+        without_key_bias = family.rope is not None and not given.get("key_bias", False)
+        pooling = arrange(state, without_key_bias, classifies="head.weight" in state and not projects)
         config = read_config(state, given, family, pooling)
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{files.path}: its {CONFIG} describes no model of ours: {reason(error)}") from None
     names = given.get("id2label")
-    if config.num_classes and "head.bias" not in state:  # CLIP's projection
+    if projects:
         state["head.bias"], names = np.zeros(config.num_classes, np.float32), None
     usual = Preprocessing(family.mean, family.std, crop_pct=0.875 if "dino" in model_type else 1.0)
     return Checkpoint(
@@ -114,9 +125,9 @@ def read_similarity(scale: np.ndarray | None, bias: np.ndarray | None) -> dict[s
     return checked(found, SIMILARITY)
 
 
-def arrange(state: dict[str, np.ndarray]) -> str:
+def arrange(state: dict[str, np.ndarray], without_key_bias: bool, classifies: bool) -> str:
     """Give the renamed weights our shapes, in place; the pooling of the model. Raises KeyError or ValueError."""
-    for name in [name for name in state if name.endswith(".attn.query.bias")]:  # DINOv3's keys have none
+    for name in [name for name in state if name.endswith(".attn.query.bias")] if without_key_bias else ():
         state.setdefault(name.replace(".query.", ".key."), np.zeros_like(state[name]))
     pack_qkv(state)
     for name in [name for name in state if ".mlp.fc1_g." in name]:
@@ -134,7 +145,7 @@ def arrange(state: dict[str, np.ndarray]) -> str:
             state["cls_token"] = state["cls_token"] + positions[:, :1]
             positions = positions[:, 1:]
         state["pos_embed"] = positions
-    if "head.weight" not in state or "head.bias" not in state:  # no classifier
+    if not classifies:
         return "map" if "attn_pool.latent" in state else "token" if "cls_token" in state else "avg"
     for name in [name for name in state if name.startswith("attn_pool.")]:
         del state[name]
@@ -153,15 +164,17 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
     """Our config. Raises KeyError, IndexError, TypeError or ValueError."""
     embed_dim, in_chans, *patch = state["patch_embed.proj.weight"].shape
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
-    swiglu, token = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden, "cls_token" in state
+    swiglu = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden
     act = given.get("hidden_act", family.act)
-    if (act in SILU) != swiglu and not (swiglu and "pos_embed" in state):  # DINOv2's gated MLPs pass over it
+    if (act in SILU) != swiglu and not (swiglu and not family.rope):  # DINOv2's gated MLPs pass over it
         raise ValueError(f"hidden_act is {act!r} {'in' if swiglu else 'outside'} gated MLPs")
+    named = next((name for name in given.get("architectures") or () if name.endswith(HEADS)), None)
+    if named and "head.weight" not in state and given.get("id2label") != {}:
+        raise ValueError(f"a {named} has a head, and there is none")
+    registers = 0 if family.registers is None else given.get("num_register_tokens", family.registers)
     size: Any = given.get("image_size", 224)
-    no_embed_class = "reg_token" in state
-    if "pos_embed" in state:
-        count = state["pos_embed"].shape[1] - (token and not no_embed_class)
-        rows, columns = square_grid(count)
+    if not family.rope:
+        rows, columns = square_grid(state["pos_embed"].shape[1] - (family.class_token and not registers))
         size = (rows * patch[0], columns * patch[1])
     return ViTConfig(
         image_size=size,
@@ -174,16 +187,16 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
         mlp_ratio=mlp_ratio(hidden, embed_dim),
         swiglu=swiglu,
         qkv_bias=any(".attn.qkv.bias" in name for name in state),
-        class_token=token,
-        reg_tokens=state["reg_token"].shape[1] if "reg_token" in state else 0,
-        no_embed_class=no_embed_class and "pos_embed" in state,
-        pos_embed="learn" if "pos_embed" in state else "none",
-        rope=None if "pos_embed" in state else "dinov3",
+        class_token=family.class_token,
+        reg_tokens=registers,
+        no_embed_class=registers > 0 and not family.rope,
+        pos_embed="none" if family.rope else "learn",
+        rope=family.rope,
         global_pool=pooling,
         fc_norm=False if pooling == "avg" else None,
         act="gelu" if swiglu else ACTIVATIONS[act],
         norm_eps=given.get("layer_norm_eps", family.eps),
-        init_values=1.0 if any(name.endswith(".gamma") for name in state) else None,
-        pre_norm="norm_pre.weight" in state,
-        final_norm="norm.weight" in state,
+        init_values=1.0 if family.layer_scale else None,
+        pre_norm=family is CLIP,
+        final_norm=not (family is CLIP and pooling == "avg"),
     )
