@@ -16,6 +16,7 @@ import capture_sim
 import cuda_sim
 import numpy as np
 import pytest
+from cublas_sim import CuBLASLt
 from on_gpu import needs_gpu
 
 import tinyvit
@@ -233,8 +234,9 @@ def test_the_largest_gradient_is_the_last_steps(monkeypatch):
 
 
 @pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
-def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monkeypatch):
-    """Dropout masks, clipping, AdamW and EMA: other masks, learning rates and gradients each time, the same bits.
+@pytest.mark.parametrize("make", [optim.AdamW, optim.Muon])
+def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monkeypatch, make):
+    """Dropout masks, clipping, updates and EMA: other masks, learning rates and gradients each time, the same bits.
 
     Also though what the step needed first is memory of what it needs last, as activations are of the optimizer's.
     """
@@ -243,7 +245,8 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
     def run(wrap: Callable) -> list[np.ndarray]:
         parameters = [nn.Parameter(np.ones(shape, np.float32)) for shape in ((5, 8), (3,))]
         model = SimpleNamespace(named_parameters=lambda: enumerate(parameters))
-        opt, ema, masks = optim.AdamW(parameters, weight_decay=0.1), optim.EMA(model, 0.9), []
+        groups = [{"params": parameters[:1], "muon": make is optim.Muon}, *parameters[1:]]
+        opt, ema, masks = make(groups, weight_decay=0.1), optim.EMA(model, 0.9), []
 
         def step(a: np.ndarray, b: np.ndarray, number: np.ndarray) -> Results:
             with random.scope(5, number):
@@ -272,7 +275,7 @@ def test_a_step_of_the_kernels_replays_like_single_launches(driver, folder, monk
         assert all((x != y).any() for x, y in itertools.pairwise(masks))
         return [*masks, *(p.data for p in parameters), *ema.state_dict().values(), *opt.state_dict().values()]
 
-    with cuda_sim.everything_on_device(folder):
+    with cuda_sim.everything_on_device(folder, library=CuBLASLt()):
         expected = run(lambda step, opt: step)
         assert driver.replays == 0
         # load_state_dict puts other arrays into the optimizer, so that the graph is captured anew
@@ -306,7 +309,7 @@ def test_dropout_takes_its_step_from_an_array(masked):
 
 @needs_gpu
 @pytest.mark.parametrize(
-    "precision, make", [("fp32", optim.AdamW), ("bf16", optim.AdamW), ("fp16", optim.AdamW), ("bf16", optim.Adam)]
+    "precision, make", [("fp32", optim.AdamW), ("bf16", optim.Muon), ("fp16", optim.Muon), ("bf16", optim.Adam)]
 )
 def test_steps_on_a_gpu_replay_like_single_launches(precision, make):
     """The same bits, dropout, a falling learning rate, averages and a short batch included."""
@@ -317,7 +320,8 @@ def test_steps_on_a_gpu_replay_like_single_launches(precision, make):
     def run(captured: bool) -> list[np.ndarray]:
         with random.scope(1):
             model = tinyvit.create_model("vit_micro_patch4_32", depth=2, num_classes=10, **drops).to("cuda")
-        opt, ema = make(model.parameters(), weight_decay=0.1), optim.EMA(model, 0.9)
+        groups = optim.param_groups(model, 0.1, adam_lr_scale=0.1 if make is optim.Muon else None)
+        opt, ema = make(groups), optim.EMA(model, 0.9)
         step = tinyvit.TrainStep(model, opt, clip_norm=1.0, ema=ema, seed=2, precision=precision)
         if not captured:
             step.graph._capture = lambda *_: False

@@ -117,6 +117,21 @@ def test_steps_are_the_cpus(precision, limit):
                 assert difference(ours[name], x) < 2e-2, name
 
 
+@pytest.mark.parametrize("precision, limit", [("fp32", 1e-4), ("bf16", 2e-2)])
+def test_steps_with_muon_are_the_cpus(precision, limit):
+    """Clipped; matrices through products of many at a time, in a graph from the second step on."""
+
+    def losses(device: str, precision: str) -> list[float]:
+        model = make_model(device)
+        optimizer = optim.Muon(optim.param_groups(model, 0.05, adam_lr_scale=0.1))
+        step = tinyvit.TrainStep(model, optimizer, clip_norm=1.0, precision=precision)
+        found = [float(step(*(x if device == "cuda" else arrays.to_numpy(x) for x in batch(seed=i)))) for i in range(4)]
+        assert device == "cpu" or step.graph.reason is None
+        return found
+
+    assert losses("cuda", precision) == pytest.approx(losses("cpu", "fp32"), rel=limit)
+
+
 def test_dropout_differs_between_replays_and_repeats_with_the_seed():
     def losses() -> list[float]:
         step = make_step(drops=DROPS, ema=None)

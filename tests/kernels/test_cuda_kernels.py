@@ -198,7 +198,7 @@ def test_what_cublas_misses_is_said(monkeypatch):
 
 def test_the_stand_in_for_cublas_has_nvidias_numbers():
     theirs = pytest.importorskip("nvmath.bindings.cublasLt")
-    for name in ("Epilogue", "MatmulDescAttribute", "MatmulPreferenceAttribute"):
+    for name in ("Epilogue", "MatmulDescAttribute", "MatmulPreferenceAttribute", "MatrixLayoutAttribute"):
         for ours in getattr(CuBLASLt, name):
             assert getattr(theirs, name)[ours.name] == ours
     assert issubclass(theirs.cuBLASLtError, Exception) and theirs.matmul_heuristic_result_dtype.itemsize == 96

@@ -11,13 +11,14 @@ import array_api_compat.numpy as numpy_namespace
 import cuda_sim
 import numpy as np
 import pytest
+from cublas_sim import CuBLASLt
 from cuda_sim import SCALARS, cuda_version, decode, encode, error, guarded
 
 from tinyvit import kernels, nn, optim
 from tinyvit.backend import cuda_graph
 from tinyvit.execution.precision import LossScale
 from tinyvit.kernels import reference
-from tinyvit.kernels.cuda import optimizers
+from tinyvit.kernels.cuda import muon, optimizers
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -173,6 +174,52 @@ def test_the_optimizer_updates_all_parameters_together(folder, make):
 
     parameters, state, _ = both(3)
     both(2, state, parameters)
+
+
+@pytest.mark.parametrize("library", [CuBLASLt(), None], ids=["cublaslt", "cupys product"])
+@pytest.mark.parametrize("scalar, limit", [("float", 1.0), ("f16", math.inf)])
+def test_muon(folder, scalar, limit, library):
+    """Matrices wide, tall and square, alone or several of a shape, a convolution, and AdamW for the rest; clipped."""
+    rng, shapes = np.random.default_rng(0), [(3,), (6, 9), (9, 6), (5000,), (6, 9), (4, 3, 3, 3), (7, 7), (70, 64)]
+    state = [[rng.standard_normal(shape), np.zeros(shape), np.zeros(shape) if len(shape) == 1 else None]
+             for shape in shapes]  # fmt: skip
+    scales, decays = [0.1, *[1.0] * 5, 0.5, 1.0], [0.0, *[0.1] * 7]
+    options = {"lr_scales": scales, "weight_decays": decays, "momentum": 0.9, "max_norm": limit, **ADAM}
+    right, exact = [list(row) for row in state], reference.UpdateState(numpy_namespace)
+    with cuda_sim.device(folder, seed=3, library=library) as xp:
+        ours = [[None if x is None else guarded(x.astype(np.float32)) for x in row] for row in state]
+        copies = [xp.empty(shape, SCALARS[scalar]) for shape in shapes]
+        on_device = optimizers.UpdateState(xp)
+        for step in (1, 2, 3):
+            gradients = [encode(rng.standard_normal(shape), scalar) for shape in shapes]
+            for update, namespace, rows, numbers, grads, more in (
+                (reference.update_muon, numpy_namespace, right, exact, [decode(g) for g in gradients], {}),
+                (cuda_version(reference.update_muon), xp, ours, on_device, [guarded(g) for g in gradients],
+                 {"rounded": copies}),
+            ):  # fmt: skip
+                numbers.begin(0.02 * step, step - 1)
+                columns = zip(*rows, strict=True)
+                p, m, v = columns
+                norm, new = update(namespace, p, grads, m, v, state=numbers, steps=[step] * len(p), **options, **more)
+                assert norm == pytest.approx(math.sqrt(sum((decode(g) ** 2).sum() for g in gradients)))
+                rows[:] = [[*row, *[None] * (3 - len(row))] for row in new]
+    for row, expected, copy in zip(ours, right, copies, strict=True):
+        for actual, x in zip(row, expected, strict=True):
+            assert x is None if actual is None else error(actual, x) < 5e-6
+        assert np.array_equal(copy, encode(row[0].astype(np.float64), scalar))
+
+
+def test_muon_skips_a_gradient_that_overflowed(folder):
+    p, m = guarded(np.ones((2, 3), np.float32)), guarded(np.zeros((2, 3), np.float32))
+    scale = LossScale(np.zeros(1, np.float32))
+    with cuda_sim.device(folder, library=CuBLASLt()) as xp:
+        state = optimizers.UpdateState(xp)
+        state.begin(0.1, 0)
+        options = {"lr_scales": [1.0], "weight_decays": [0.1], "momentum": 0.9, "max_norm": 1.0, **ADAM}
+        gradient = [guarded(np.full((2, 3), np.inf, np.float16))]
+        muon.update_muon(xp, [p], gradient, [m], [None], state=state, steps=[1], loss_scale=scale, **options)
+        assert state.get("skip") == 1.0 and state.get("step") == 0
+    assert (p == 1).all() and not m.any()
 
 
 def test_what_cannot_be_updated_together_is_updated_alone(folder):

@@ -12,6 +12,7 @@ import itertools
 import math
 from typing import Any
 
+import cuda_sim
 import numpy as np
 from cuda_sim import decode, encode
 
@@ -41,7 +42,18 @@ class MatmulPreferenceAttribute(enum.IntEnum):
     MIN_ALIGNMENT_D_BYTES = 8
 
 
-EIGHT_BYTES = ("BIAS_POINTER", "EPILOGUE_AUX_POINTER", "EPILOGUE_AUX_LD", "MAX_WORKSPACE_BYTES")  # cublasLt.h
+class MatrixLayoutAttribute(enum.IntEnum):
+    BATCH_COUNT = 5
+    STRIDED_BATCH_OFFSET = 6
+
+
+EIGHT_BYTES = (
+    "BIAS_POINTER",
+    "EPILOGUE_AUX_POINTER",
+    "EPILOGUE_AUX_LD",
+    "MAX_WORKSPACE_BYTES",
+    "STRIDED_BATCH_OFFSET",
+)  # cublasLt.h
 SCALARS = {0: "float", 2: "f16", 14: "bf16"}  # cudaDataType_t
 ITEMSIZE = {"float": 4, "f16": 2, "bf16": 2}
 
@@ -66,12 +78,13 @@ class CuBLASLt:
     """
 
     Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute = Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute
+    MatrixLayoutAttribute = MatrixLayoutAttribute
     MatmulHeuristicResult, cuBLASLtError = HeuristicResult, cuBLASLtError
 
     def __init__(self, without: tuple[str, ...] = (), refused: tuple[str, ...] = (), alignment: int = 16) -> None:
         self._without, self._refused, self._alignment = without, refused, alignment
         self._numbers = itertools.count(1000)
-        self._objects: dict[int, Any] = {}
+        self._objects: dict[Any, Any] = {}
         self.calls: list[str] = []  # the epilogue of each product
 
     def _new(self, value: Any) -> int:
@@ -92,7 +105,7 @@ class CuBLASLt:
     def matmul_preference_destroy(self, preference: int) -> None:
         del self._objects[preference]
 
-    def _set(self, target: int, attribute: enum.IntEnum, pointer: int, size: int) -> None:
+    def _set(self, target: Any, attribute: enum.IntEnum, pointer: int, size: int) -> None:
         assert size == (8 if attribute.name in EIGHT_BYTES else 4), attribute
         self._objects[target][attribute] = int.from_bytes(ctypes.string_at(pointer, size), "little", signed=True)
 
@@ -104,7 +117,12 @@ class CuBLASLt:
 
     def matrix_layout_create(self, kind: int, rows: int, columns: int, leading: int) -> int:
         assert rows > 0 and columns > 0 and leading >= rows
-        return self._new((SCALARS[kind], rows, columns, leading))
+        layout = self._new((SCALARS[kind], rows, columns, leading))
+        self._objects["batch", layout] = {}
+        return layout
+
+    def matrix_layout_set_attribute(self, target: int, attribute: int, pointer: int, size: int) -> None:
+        self._set(("batch", target), MatrixLayoutAttribute(attribute), pointer, size)
 
     def matmul_algo_get_heuristic(
         self, handle: int, description: int, a: int, b: int, c: int, d: int, preference: int, wanted: int, results: int,
@@ -135,20 +153,39 @@ class CuBLASLt:
         c: int, c_layout: int, d: int, d_layout: int, algorithm: int, workspace: int, workspace_size: int, stream: int,
     ) -> None:  # fmt: skip
         assert self._objects[handle] == "handle" and ctypes.string_at(algorithm, 64) == b"\7" * 64
+        assert all(pointer % 16 == 0 for pointer in (a, b, c, d)), "a pointer that is not aligned"
         ctypes.memset(workspace, 0xFF, workspace_size)
-        settings, attribute = self._objects[description], MatmulDescAttribute
+        settings, numbers = dict(self._objects[description]), (_float(alpha), _float(beta))
         self._check_shapes(settings, a_layout, b_layout, d_layout)
-        left, right = self._read(a, a_layout), self._read(b, b_layout)
-        left = left.T if settings[attribute.TRANSA] else left
-        right = right.T if settings[attribute.TRANSB] else right
-        y = _float(alpha) * (left @ right)
-        if _float(beta):
-            y += _float(beta) * self._read(c, c_layout)
-        scalar, rows, columns, _ = self._objects[d_layout]
-        epilogue = Epilogue(settings[attribute.EPILOGUE]).name
+        batches = [self._objects["batch", layout] for layout in (a_layout, b_layout, c_layout, d_layout)]
+        (many,) = {batch.get(MatrixLayoutAttribute.BATCH_COUNT, 1) for batch in batches}
+        itemsize = ITEMSIZE[self._objects[d_layout][0]]
+        steps = [itemsize * batch.get(MatrixLayoutAttribute.STRIDED_BATCH_OFFSET, 0) for batch in batches]
+        epilogue = Epilogue(settings[MatmulDescAttribute.EPILOGUE]).name
         if epilogue in self._refused:
             raise cuBLASLtError("NOT_SUPPORTED")
         self.calls.append(epilogue)
+
+        def work() -> None:
+            for i in range(many):
+                at = [pointer + i * step for pointer, step in zip((a, b, c, d), steps, strict=True)]
+                self._multiply(settings, *numbers, *at, a_layout, b_layout, d_layout)
+
+        cuda_sim.launch(work)
+
+    def _multiply(
+        self, settings: dict, alpha: float, beta: float, a: int, b: int, c: int, d: int, a_layout: int, b_layout: int,
+        d_layout: int,
+    ) -> None:  # fmt: skip
+        attribute = MatmulDescAttribute
+        left, right = self._read(a, a_layout), self._read(b, b_layout)
+        left = left.T if settings[attribute.TRANSA] else left
+        right = right.T if settings[attribute.TRANSB] else right
+        y = alpha * (left @ right)
+        if beta:
+            y += beta * self._read(c, d_layout)
+        scalar, rows, columns, _ = self._objects[d_layout]
+        epilogue = Epilogue(settings[attribute.EPILOGUE]).name
         bias = settings.get(attribute.BIAS_POINTER)
         if epilogue.endswith("BIAS"):
             y += decode(_vector(bias, scalar, rows))[:, None]
@@ -172,7 +209,7 @@ def _float(pointer: int) -> float:
 
 
 def _vector(pointer: int, scalar: str, size: int) -> np.ndarray:
-    assert pointer % 16 == 0, "a pointer that is not aligned"
+    assert pointer % ITEMSIZE[scalar] == 0, "a pointer that is not aligned"
     dtype = encode(np.zeros(1), scalar).dtype
     memory = (ctypes.c_uint8 * (size * ITEMSIZE[scalar])).from_address(pointer)
     return np.frombuffer(memory, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from tinyvit import kernels
 from tinyvit.backend.arrays import Array
 from tinyvit.kernels.reference.muon import update_muon
 from tinyvit.optim.optimizers import AdamW, Params, Slot, slot_arrays
@@ -44,7 +45,7 @@ class Muon(AdamW):
         self, xp: ModuleType, slots: list[Slot], **options: Any
     ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
         m, v = ([slot.state.get(name) for slot in slots] for name in ("m", "v"))
-        return update_muon(
+        return kernels.best(update_muon, xp)(
             xp, *slot_arrays(slots), m, v, steps=[slot.steps for slot in slots], momentum=self._momentum,
             beta1=self._beta1, beta2=self._beta2, eps=self._eps, **options,
         )  # fmt: skip

@@ -1,4 +1,5 @@
-// AdamW and Adam (Loshchilov & Hutter 2019, algorithm 2) in one launch over many parameters, and the gradient's norm.
+// AdamW and Adam (Loshchilov & Hutter 2019, algorithm 2) in one launch over many parameters, the gradient's norm, and what
+// Muon does beside its products of matrices.
 //
 // adamw reads p, m, v (fp32) and the gradient and writes p, m, v and, where wanted, a copy of p in the low precision:
 // 28 bytes a number in fp32, 30 with a 16-bit gradient and copy instead of 32 with both in fp32; 15 FLOPs.
@@ -182,6 +183,72 @@ extern "C" __global__ void clip_gradient(const double* __restrict__ total, doubl
     if (grown) *good = 0;
     const float next = float(scale) * (grown ? 2.0f : finite ? 1.0f : 0.5f);
     *loss_scale = fminf(fmaxf(next, 1.0f), largest_scale);
+}
+
+// --- Muon -----------------------------------------------------------------------------------------------------------
+//
+// Its parameters are the rows of the table from the piece `before` on. Where AdamW has v they have their place in an
+// array of updates, which are made orthogonal by products of matrices between muon_normalise and muon_apply. There a
+// matrix may start anywhere, so numbers are taken one by one. Grid: their pieces.
+
+struct Range {
+    long long start, end;
+};
+
+DEVICE Range range_of(const Parameter& parameter, long long piece) {
+    const long long start = (piece - parameter.first_piece) * PIECE;
+    return {start, start + PIECE < parameter.size ? start + PIECE : parameter.size};
+}
+
+// The momentum, and g + momentum (m - g) beside `away` numbers from v; the sum of its squares for each piece. Shared
+// memory: 256 doubles.
+extern "C" __global__ void __launch_bounds__(256)
+    muon_direction(const Parameter* __restrict__ table, int count, long long before,
+                   const Control* __restrict__ control, float momentum, long long away, double* __restrict__ partial) {
+    const Parameter& parameter = parameter_of(table, count, blockIdx.x + before);
+    const Range range = range_of(parameter, blockIdx.x + before);
+    const float scale = float(control->gradient_scale);
+    double sum = 0.0;
+    for (long long i = range.start + threadIdx.x; i < range.end && control->skip == 0.0; i += blockDim.x) {
+        const float g = to_float(parameter.g[i]) * scale, m = fmaf(1.0f - momentum, g - parameter.m[i], parameter.m[i]);
+        const float direction = fmaf(momentum, m - g, g);
+        parameter.m[i] = m;
+        parameter.v[i + away] = direction;
+        sum += double(direction) * direction;
+    }
+    DYNAMIC_SHARED(memory);
+    sum = block_sum(sum, memory);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+// v = that direction over its Frobenius norm (and 1e-7).
+extern "C" __global__ void __launch_bounds__(256)
+    muon_normalise(const Parameter* __restrict__ table, int count, long long before, long long away,
+                   const double* __restrict__ partial) {
+    const Parameter& parameter = parameter_of(table, count, blockIdx.x + before);
+    const Range range = range_of(parameter, blockIdx.x + before);
+    const long long first = parameter.first_piece - before, pieces = (parameter.size + PIECE - 1) / PIECE;
+    double squares = 0.0;
+    for (long long i = 0; i < pieces; i++) squares += partial[first + i];
+    const float factor = float(1.0 / (sqrt(squares) + 1e-7));
+    for (long long i = range.start + threadIdx.x; i < range.end; i += blockDim.x)
+        parameter.v[i] = parameter.v[i + away] * factor;
+}
+
+// p = (1 - lr weight_decay) p - lr update, where the update lies `away` numbers from v.
+extern "C" __global__ void __launch_bounds__(256)
+    muon_apply(const Parameter* __restrict__ table, int count, long long before, const Control* __restrict__ control,
+               long long away) {
+    if (control->skip != 0.0) return;
+    const Parameter& parameter = parameter_of(table, count, blockIdx.x + before);
+    const Range range = range_of(parameter, blockIdx.x + before);
+    const double lr = control->lr * parameter.lr_scale;
+    const float keep = float(1.0 - lr * parameter.weight_decay), rate = float(lr);
+    for (long long i = range.start + threadIdx.x; i < range.end; i += blockDim.x) {
+        const float p = parameter.p[i] * keep - rate * parameter.v[i + away];
+        parameter.p[i] = p;
+        if (parameter.copy) parameter.copy[i] = Scalar<C>::from(p);
+    }
 }
 
 // p += weight (m - p) for all rows of a table, of which it reads p and m: an average p that follows m. Reads 8

@@ -30,7 +30,6 @@ _ITEMSIZE = {"float": 4, "f16": 2, "bf16": 2}
 _FP32_SUMS = 2  # cublasLtReductionScheme_t COMPUTE_TYPE: parts of a sum are never added up in 16 bits
 _TYPES = {"float": 0, "f16": 2, "bf16": 14}  # cudaDataType_t
 _FP32, _TF32 = 68, 77  # cublasComputeType_t
-_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 tf32: ContextVar[bool] = ContextVar("tinyvit_tf32", default=False)  # whether fp32 products may round operands to tf32
 _lock = threading.Lock()  # plans are shared, and each call writes its own pointers into one
@@ -43,6 +42,7 @@ class _Key(NamedTuple):
     device: int
     scalar: str
     tf32: bool
+    many: int  # such products
     rows: int
     columns: int
     inner: int
@@ -109,6 +109,18 @@ def weight_gradient(xp: Any, dy: Array, x: Array) -> Array | None:
     return dweight if _product(xp, dy, x, dweight, a_transposed=True) else None
 
 
+def products(
+    xp: Any, a: Array, b: Array, transposed: tuple[bool, bool], alpha: float, beta: float, added: Array | None,
+    out: Array | None,
+) -> Array | None:  # fmt: skip
+    """alpha op(a) op(b) + beta added, of many matrices each: (B, R, I), (B, I, C) -> (B, R, C); None if not covered."""
+    size = len(a), a.shape[2 if transposed[0] else 1], b.shape[1 if transposed[1] else 2]
+    y = xp.empty(size, dtype=a.dtype) if out is None else out
+    flip_a, flip_b = transposed
+    done = _product(xp, a, b, y, a_transposed=flip_a, b_transposed=flip_b, added=added, alpha=alpha, beta=beta)
+    return y if done else None
+
+
 def _product(
     xp: Any,
     a: Array,
@@ -121,14 +133,21 @@ def _product(
     bias: Array | None = None,
     hidden: Array | None = None,
     added: Array | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
 ) -> bool:
-    """y = op(a) op(b) + added, then the epilogue; whether it could be done. All arrays are `cuda.ready`."""
+    """y = alpha op(a) op(b) + beta added, then the epilogue; whether it could be done.
+
+    All arrays are `cuda.ready`, or start where such may; those with three axes are many matrices.
+    """
     lt, scalar = library(), cuda.scalar(y.dtype)
     if lt is None or scalar is None:
         return False
-    device, inner = cuda.device(), a.shape[0] if a_transposed else a.shape[1]
+    device, inner = cuda.device(), a.shape[-2] if a_transposed else a.shape[-1]
     fast = tf32.get() and y.dtype == np.float32
-    key = _Key(device, scalar, fast, y.shape[0], y.shape[1], inner, a_transposed, b_transposed, epilogue)
+    many = y.shape[0] if y.ndim == 3 else 1
+    key = _Key(device, scalar, fast, many, y.shape[-2], y.shape[-1], inner, a_transposed, b_transposed, epilogue)
+    factors = np.array([alpha, 0.0 if added is None else beta], np.float32)
     with _lock:
         if key not in _plans:
             _plans[key] = _plan(key)
@@ -141,12 +160,12 @@ def _product(
         stream = cuda.stream()
         workspace = _workspace(xp, device, stream)
         a_layout, b_layout, y_layout = plan.layouts
-        beta, c = (_ZERO, y) if added is None else (_ONE, added)
+        c = y if added is None else added
         try:
             lt.matmul(
                 _handle(device), plan.description,
-                _ONE.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
-                beta.ctypes.data, cuda.address(c), y_layout, cuda.address(y), y_layout,
+                factors.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
+                factors[1:].ctypes.data, cuda.address(c), y_layout, cuda.address(y), y_layout,
                 plan.algorithm.ptr, cuda.address(workspace), WORKSPACE, stream,
             )  # fmt: skip
         except lt.cuBLASLtError as error:  # an algorithm that it offers and then refuses
@@ -176,6 +195,9 @@ def _plan(key: _Key) -> _Algorithm | None:
         (key.rows, key.columns),
     )
     layouts = tuple(lt.matrix_layout_create(_TYPES[key.scalar], c, r, c) for r, c in shapes)
+    for layout, (r, c) in zip(layouts, shapes, strict=True) if key.many > 1 else ():
+        _set(lt.matrix_layout_set_attribute, layout, lt.MatrixLayoutAttribute.BATCH_COUNT, key.many, np.int32)
+        _set(lt.matrix_layout_set_attribute, layout, lt.MatrixLayoutAttribute.STRIDED_BATCH_OFFSET, r * c)
     for alignment in (ALIGNMENT, _ITEMSIZE[key.scalar]):
         algorithm = _first_choice(key, description, layouts, alignment)
         if algorithm is not None:

@@ -45,7 +45,7 @@ def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None, added: Arr
     """rows W^T + bias + added."""
     y = cublas.linear(xp, rows, weight, bias, added)
     if y is None:
-        y = _cupys_product(rows, weight.T)
+        y = cupys_product(rows, weight.T)
         if bias is not None:
             columns("add_bias", y, y, bias)
         if added is not None:
@@ -53,7 +53,7 @@ def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None, added: Arr
     return y
 
 
-def _cupys_product(a: Array, b: Array) -> Array:
+def cupys_product(a: Array, b: Array) -> Array:
     """a b, where cuBLASLt does not compute it. Raises NotCapturable: CuPy's binding refuses that while capturing."""
     if cuda_graph.capturing():
         lacking = cublas.missing() or f"it computes no product of {a.dtype} {a.shape} and {b.shape}"
@@ -77,12 +77,12 @@ def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, nee
 
 def _input_gradient(xp: Any, dy: Array, weight: Array) -> Array:
     dx = cublas.input_gradient(xp, dy, weight)
-    return _cupys_product(dy, weight) if dx is None else dx
+    return cupys_product(dy, weight) if dx is None else dx
 
 
 def _weight_gradient(xp: Any, dy: Array, rows: Array) -> Array:
     dweight = cublas.weight_gradient(xp, dy, rows)
-    return _cupys_product(dy.T, rows) if dweight is None else dweight
+    return cupys_product(dy.T, rows) if dweight is None else dweight
 
 
 def note_sums(x: Array, sums: Array) -> None:

@@ -70,7 +70,7 @@ class Table:
         return table, np.int32(len(rows)), int(pieces.sum())
 
 
-def _writable(parameters: Sequence[Array], others: Sequence[Array]) -> bool:
+def writable(parameters: Sequence[Array], others: Sequence[Array]) -> bool:
     """Whether `others` are like the parameters, and kernels can change them in place as fp32 in vectors of 16 bytes."""
     return all(
         type(x) is type(p) and x.shape == p.shape and cuda.scalar(x.dtype) == "float" and cuda.is_ready(x)
@@ -78,7 +78,7 @@ def _writable(parameters: Sequence[Array], others: Sequence[Array]) -> bool:
     )
 
 
-def _addresses(arrays: Sequence[Array | None]) -> list[int]:
+def addresses(arrays: Sequence[Array | None]) -> list[int]:
     return [0 if x is None else cuda.address(x) for x in arrays]
 
 
@@ -133,7 +133,7 @@ def covers_update(
         len(set(steps)) == 1
         and len({g.dtype for g in gradients}) == 1
         and cuda.scalar(gradients[0].dtype) is not None
-        and all(_writable(parameters, others) for others in (parameters, m, v))
+        and all(writable(parameters, others) for others in (parameters, m, v))
         and all(type(g) is type(p) and g.shape == p.shape for g, p in zip(gradients, parameters, strict=True))
     )
 
@@ -145,12 +145,31 @@ def update_adamw(
     rounded: Sequence[Array | None] | None = None,
 ) -> tuple[Array, list[tuple[Array, ...]]]:  # fmt: skip
     """A few launches for all parameters, which change in place. The host reads nothing and counts nothing."""
-    scalar, gradients = cuda.scalar(gradients[0].dtype), [cuda.ready(g) for g in gradients]
+    gradients = [cuda.ready(g) for g in gradients]
     table, count, pieces = state.table.fill(
         [x.size for x in parameters],
-        p=_addresses(parameters), m=_addresses(m), v=_addresses(v), g=_addresses(gradients),
-        copy=_addresses(rounded or [None] * len(parameters)), lr_scale=lr_scales, weight_decay=weight_decays,
+        p=addresses(parameters), m=addresses(m), v=addresses(v), g=addresses(gradients),
+        copy=addresses(rounded or [None] * len(parameters)), lr_scale=lr_scales, weight_decay=weight_decays,
     )  # fmt: skip
+    types = kernel_types(gradients, rounded)
+    limit_norm(xp, state, types, (table, count, pieces), max_norm, loss_scale)
+    step_adamw(state, types, (table, count, pieces), beta1, beta2, eps, decoupled)
+    return state.get("norm"), list(zip(parameters, m, v, strict=True))
+
+
+Filled = tuple[Array, np.int32, int]  # what Table.fill gives
+
+
+def kernel_types(gradients: Sequence[Array], rounded: Sequence[Array | None] | None) -> dict[str, Any]:
+    """What adamw.cu is compiled with."""
+    following = [x for x in rounded or () if x is not None]
+    copy = {"COPY": cuda.scalar(following[0].dtype)} if following else {}
+    return {"SCALAR": cuda.scalar(gradients[0].dtype)} | copy
+
+
+def limit_norm(xp: Any, state: UpdateState, types: dict, filled: Filled, max_norm: float, loss_scale: Any) -> None:
+    """Find the gradients' norm, and from it what they are multiplied by and whether the step is skipped."""
+    (table, count, pieces), scalar = filled, types["SCALAR"]
     partial, total = xp.empty(pieces, dtype=xp.float64), xp.empty((), dtype=xp.float64)
     squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
     squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
@@ -161,20 +180,24 @@ def update_adamw(
         limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
         scaling = (loss_scale.value, loss_scale.good, *limits)
     clip((1,), (32,), (total, np.float64(max_norm), *scaling, state.control))
-
-    prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=scalar)
-    prepare((1,), (32,), (state.control, np.float64(beta1), np.float64(beta2)))
-    numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, eps))
-    following = [x for x in rounded or () if x is not None]
-    types = {"SCALAR": scalar} | ({"COPY": cuda.scalar(following[0].dtype)} if following else {})
-    adamw = cuda.kernel("adamw", "adamw_many", **types)
-    adamw((pieces,), (256,), (table, count, state.control, *numbers, np.int32(decoupled)))
     state.skipped, state.gradient_scale = state.skip, state.get("gradient_scale")
-    return state.get("norm"), list(zip(parameters, m, v, strict=True))
+
+
+def step_adamw(
+    state: UpdateState, types: dict, filled: Filled, beta1: float, beta2: float, eps: float, decoupled: bool
+) -> None:
+    """Count the step, and update the parameters of a table."""
+    table, count, pieces = filled
+    prepare = cuda.kernel("adamw", "prepare_adamw", SCALAR=types["SCALAR"])
+    prepare((1,), (32,), (state.control, np.float64(beta1), np.float64(beta2)))
+    if pieces:
+        numbers = (np.float32(x) for x in (1 - beta1, beta2, 1 - beta2, eps))
+        adamw = cuda.kernel("adamw", "adamw_many", **types)
+        adamw((pieces,), (256,), (table, count, state.control, *numbers, np.int32(decoupled)))
 
 
 def covers_average(averages: Sequence[Array], targets: Sequence[Array], **_: Any) -> bool:
-    return bool(averages) and _writable(targets, averages) and _writable(targets, targets)
+    return bool(averages) and writable(targets, averages) and writable(targets, targets)
 
 
 def update_average(
@@ -183,7 +206,7 @@ def update_average(
 ) -> list[Array]:  # fmt: skip
     """One launch for all averages, which change in place."""
     sizes = [x.size for x in averages]
-    table, count, pieces = state.table.fill(sizes, p=_addresses(averages), m=_addresses(targets))
+    table, count, pieces = state.table.fill(sizes, p=addresses(averages), m=addresses(targets))
     lerp = cuda.kernel("adamw", "lerp_many", SCALAR="float")
     lerp((pieces,), (256,), (table, count, np.float32(weight), cuda.NULL if skipped is None else skipped))
     return list(averages)

@@ -1,7 +1,7 @@
 """Every kernel for CuPy arrays. None covers float64, empty arrays, or a device that is too old for the sources."""
 
 from tinyvit.kernels import Kernel, half_precision, reference
-from tinyvit.kernels.cuda import attention, layers, linear, optimizers
+from tinyvit.kernels.cuda import attention, layers, linear, muon, optimizers
 
 KERNELS = {
     reference.linear: Kernel(linear.linear, linear.covers_linear),
@@ -15,4 +15,5 @@ KERNELS = {
     half_precision.sum_in_fp32: Kernel(linear.sum_in_fp32, linear.covers_sum),
     reference.sum_at: Kernel(layers.sum_at),
     **optimizers.KERNELS,
+    reference.update_muon: Kernel(muon.update_muon, muon.covers_muon),
 }

@@ -9,6 +9,7 @@ from tinyvit.kernels.reference.layers import (
     add_linear, attention, cross_entropy, dropout_mask, dropout_scale, erf, gelu, layer_norm, linear, linear_gelu,
     log_softmax, patchify, qkv_attention, softmax,
 )  # fmt: skip
+from tinyvit.kernels.reference.muon import update_muon
 from tinyvit.kernels.reference.optimizers import (
     UpdateState, adamw, lerp, limited_norm, sgd, sum_of_squares, update_adamw, update_average, update_sgd,
 )  # fmt: skip

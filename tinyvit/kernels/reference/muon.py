@@ -11,6 +11,14 @@ from tinyvit import kernels
 from tinyvit.backend.arrays import Array
 from tinyvit.kernels.reference.optimizers import Arrays, UpdateState, adamw, each, lerp, update_each
 
+ITERATIONS = 5
+X, X3, X5 = 3.4445, -4.7750, 2.0315  # of x, (x x^T) x and (x x^T)^2 x
+
+
+def update_scale(shape: tuple[int, ...]) -> float:
+    """What an orthogonal update of a parameter is multiplied by: sqrt(max(1, rows / columns)), of the last two axes."""
+    return math.sqrt(max(1.0, shape[-2] / shape[-1]))
+
 
 def orthogonalise(xp: ModuleType, x: Array) -> Array:
     """Matrices (B, R, C) with their singular values brought near 1, to within 0.7 ... 1.2.
@@ -22,9 +30,9 @@ def orthogonalise(xp: ModuleType, x: Array) -> Array:
     if tall:
         x = xp.matrix_transpose(x)
     x = x / (xp.sqrt(xp.sum(x * x, axis=(1, 2), keepdims=True)) + 1e-7)
-    for _ in range(5):
+    for _ in range(ITERATIONS):
         square = x @ xp.matrix_transpose(x)
-        x = 3.4445 * x + (2.0315 * (square @ square) - 4.7750 * square) @ x
+        x = X * x + (X5 * (square @ square) + X3 * square) @ x
     return xp.matrix_transpose(x) if tall else x
 
 
@@ -77,7 +85,7 @@ def update_muon(
         for number, i in enumerate(group):
             p, lr = parameters[i], state.lr * lr_scales[i]
             p *= 1 - lr * weight_decays[i]
-            p -= (lr * math.sqrt(max(1.0, p.shape[-2] / p.shape[-1]))) * xp.reshape(updates[number, ...], p.shape)
+            p -= (lr * update_scale(p.shape)) * xp.reshape(updates[number, ...], p.shape)
             if rounded is not None and (copy := rounded[i]) is not None:
                 copy[...] = xp.astype(p, copy.dtype)
             new.append(p)
