@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from tinyvit.evaluation.metrics import Scores
 
 
-FEW = 32  # images for which `predict` does not load numba
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, exit status 2 and no usage text."""
 
@@ -248,8 +245,6 @@ def run_predict(args: argparse.Namespace) -> None:
 
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     images = image_paths(args.images)
-    if len(images) < FEW:  # loading numba takes half a second and 110 MB, more than it saves
-        os.environ.setdefault("TINYVIT_JIT", "0")
     overlays = overlay_paths(Path(args.attention), images) if args.attention else []
     if args.embed:
         check_features_path(Path(args.embed), Path(args.checkpoint))

@@ -229,11 +229,19 @@ def test_a_command_that_predicts_few_pictures_does_not_load_numba(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     program = (
         "import sys; from tinyvit import cli;"
-        "cli.main(['predict', 'nano.safetensors', 'x.png']); print('numba' in sys.modules)"
+        "cli.main(['predict', 'nano.safetensors', 'x.png', '--attention', 'looks']); print('numba' in sys.modules)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TINYVIT_JIT"}
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert "%" in ran.stdout and ran.stdout.endswith("False\n"), ran.stderr
+
+
+def test_many_pictures_are_worth_loading_numba(jit):
+    tables = []
+    for images in (31, 32):
+        with kernels.jit.worth_it_for(images):
+            tables.append(kernels.best(reference.linear, xp))
+    assert tables[0] is not tables[1] and kernels.best(reference.linear, xp) is tables[1]
 
 
 def test_the_table_covers_float32_and_what_it_lacks_is_numpy_s(jit):

@@ -18,6 +18,7 @@ from tinyvit.data.image import open_rgb, to_rgb
 from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError
 from tinyvit.execution.inference import predict, predictions
+from tinyvit.kernels import jit
 from tinyvit.models.inspection import FeaturesAndLogits
 from tinyvit.models.vit import VisionTransformer
 
@@ -77,9 +78,10 @@ def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precisi
     """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`."""
     both = FeaturesAndLogits(model)
     outputs = []
-    for start in range(0, len(images), BATCH_SIZE):
-        batch = in_threads(lambda image: model_input(model, rgb(image)), images[start : start + BATCH_SIZE])
-        outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
+    with jit.worth_it_for(len(images)):
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = in_threads(lambda image: model_input(model, rgb(image)), images[start : start + BATCH_SIZE])
+            outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
     if not outputs:
         return Outputs(np.zeros((0, model.config.embed_dim), np.float32), np.zeros((0, model.config.num_classes)))
     return _separated(model, np.concatenate(outputs))

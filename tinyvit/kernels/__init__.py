@@ -39,13 +39,13 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 
     What its kernel does not cover runs through `op`.
     """
-    return _fastest(xp).get(op, op)
+    return _fastest(xp, jit.worth_it()).get(op, op)
 
 
 @functools.cache
-def _fastest(xp: ModuleType) -> dict[Callable[..., Any], Callable[..., Any]]:
+def _fastest(xp: ModuleType, with_jit: bool = True) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each reference operation that has a kernel for `xp`, what to run in its place."""
-    if xp.__name__ == _NUMPY and jit.wanted():
+    if xp.__name__ == _NUMPY and with_jit and jit.wanted():
         try:
             return _merged("cpu", "jit")
         except ImportError as problem:  # numba takes a while to follow NumPy

@@ -14,6 +14,7 @@ import numpy as np
 from tinyvit import nn
 from tinyvit.engine.ops import concat, stack
 from tinyvit.engine.tensor import Array, Tensor, no_grad
+from tinyvit.kernels import jit
 from tinyvit.models.config import ViTConfig
 
 
@@ -63,7 +64,7 @@ def visit_attention(model: Model, images: Tensor | Array, visit: Callable[[Tenso
         if weights is not None:
             visit(weights(args[0]))
 
-    with no_grad(), nn.evaluating(), nn.forward_pre_hook(hook):
+    with no_grad(), nn.evaluating(), nn.forward_pre_hook(hook), jit.worth_it_for(len(images)):
         model(images)
 
 
