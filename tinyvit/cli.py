@@ -238,12 +238,14 @@ def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
 def run_predict(args: argparse.Namespace) -> None:
     from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
+    from tinyvit.checkpoints.readers.safetensors import mapped
     from tinyvit.evaluation.classify import image_paths, likeliest, run_on_images
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
     from tinyvit.evaluation.metrics import check_head
     from tinyvit.evaluation.zero_shot import read_labels
 
-    checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
+    with mapped():
+        checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
     images = image_paths(args.images)
     overlays = overlay_paths(Path(args.attention), images) if args.attention else []
     if args.embed:

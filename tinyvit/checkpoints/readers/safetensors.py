@@ -8,8 +8,9 @@ whole file, which doubles the memory. Format: https://github.com/huggingface/saf
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.readers.common import DTYPES, check_count, open_weights, read_bytes, reason, widen
 
 LONGEST_HEADER = 8_000_000  # bytes; the library allows 100 MB, of which it needs a multiple in memory
+
+_mapped: contextvars.ContextVar[bool] = contextvars.ContextVar("tinyvit_mapped", default=False)
+
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Within this context tensors are mapped: pages of the file, which the system reads, drops and shares as it needs.
+
+    For a process that ends soon: whoever overwrites the file in place changes them, and whoever cuts it kills the
+    process. What the process writes into them stays its own.
+    """
+    token = _mapped.set(True)
+    try:
+        yield
+    finally:
+        _mapped.reset(token)
 
 
 def looks_like_safetensors(head: bytes) -> bool:
@@ -49,19 +66,25 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All tensors by name, each in memory of its own; bfloat16 comes as float32. Raises CheckpointError."""
+    """All tensors by name, each in memory of its own or `mapped`; bfloat16 as float32. Raises CheckpointError."""
     with open_safetensors(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))  # the library has checked it
         header.pop("__metadata__", None)
         check_count(len(header))
-        return {name: read_tensor(file, 8 + length, name, entry) for name, entry in header.items()}
+        pages = np.asarray(np.memmap(path, np.uint8, "c")) if _mapped.get() else None
+
+        def read(start: int, size: int) -> np.ndarray:
+            return read_bytes(file, start, size) if pages is None else pages[start : start + size]
+
+        return {name: read_tensor(read, 8 + length, name, entry) for name, entry in header.items()}
 
 
-def read_tensor(file: Any, start: int, name: str, entry: dict[str, Any]) -> np.ndarray:
-    """One tensor; the numbers begin at `start`. Raises ValueError for a dtype that NumPy lacks."""
+def read_tensor(read: Callable[[int, int], np.ndarray], start: int, name: str, entry: dict[str, Any]) -> np.ndarray:
+    """One tensor; `read` gives bytes, the numbers begin at `start`. Raises ValueError for a dtype that NumPy lacks."""
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name[:100]} is of dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
     first, end = entry["data_offsets"]
-    numbers = read_bytes(file, start + first, end - first).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    numbers = read(start + first, end - first).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    numbers = numbers if numbers.flags.aligned else numbers.copy()
     return widen(numbers) if entry["dtype"] == "BF16" else numbers
