@@ -1,7 +1,8 @@
 """Settings shared by all tests."""
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import capture_sim
@@ -11,6 +12,21 @@ from hypothesis import HealthCheck, settings
 from on_gpu import HAS_GPU
 
 from tinyvit.backend import parallel
+from tinyvit.training import run_directory
+
+
+def once(function: Callable) -> Callable:
+    """`function` with its first result for every call."""
+    results: list = []
+
+    @functools.wraps(function)
+    def first(*arguments: object) -> object:
+        if not results:
+            results.append(function(*arguments))
+        return results[0]
+
+    return first
+
 
 # Derandomised: the same tree gives the same verdict on every machine. Deadlines say nothing on shared cores.
 settings.register_profile(
@@ -24,6 +40,11 @@ os.environ.setdefault("TINYVIT_JIT", "0")
 # TINYVIT_TEST_THREADS=4 runs the tests as a machine with four cores would.
 if "TINYVIT_TEST_THREADS" in os.environ:
     parallel.available_cores = lambda: int(os.environ["TINYVIT_TEST_THREADS"])
+
+# A drawing of curves takes longer than most runs here, and waiting for the disk as long: no test cuts the power. The
+# first curves of a process are drawn; tests of drawing call `curves_png.__wrapped__`.
+run_directory.curves_png = once(run_directory.curves_png)
+os.fsync = lambda descriptor: None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from test_structure import ROOMS
 
 from tinyvit import cli, data
 from tinyvit.data.sources import shapes
+from tinyvit.training import run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "bench/README.md", "tinyvit/README.md", ".github/CONTRIBUTING.md", ".github/CHANGELOG.md")
@@ -81,8 +82,9 @@ RUNNABLE = [[c for c in commands(block) if c[0] == "tinyvit" and is_short(c)] fo
 
 
 @pytest.mark.parametrize("block", [b for b in RUNNABLE if b], ids=lambda b: " ".join(b[0][:4]))
-def test_commands_run_one_after_the_other(block, place, tmp_path):
-    """Each block in a directory of its own."""
+def test_commands_run_one_after_the_other(block, place, tmp_path, monkeypatch):
+    """Each block in a directory of its own, with few epochs."""
+    monkeypatch.setattr(run, "EPOCHS", 2)
     shutil.copytree(place, tmp_path, dirs_exist_ok=True)
     for command in block:
         result = tinyvit(*command[1:], cwd=tmp_path)

@@ -1,10 +1,13 @@
 """Shared by the tests of training runs: a run that uses all options, and comparisons of run directories."""
 
 import json
+import signal
 
 from running import NANO, tinyvit
 from safetensors import safe_open
 from safetensors.numpy import load_file
+
+from tinyvit.training.trainer import Trainer
 
 KEYS = ["epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "lr"]
 KEYS += ["images_per_second", "seconds"]
@@ -45,6 +48,22 @@ def assert_same_run(a, b):
             assert array.tobytes() == right[key].tobytes(), f"{name}: {key} differs"
     assert without_times(metrics(a)) == without_times(metrics(b))
     assert sorted(path.name for path in a.iterdir()) == sorted(path.name for path in b.iterdir())
+
+
+def interrupt_after(monkeypatch, steps):
+    """Let training stop as by Ctrl-C after so many steps, once."""
+    original, asked = Trainer.train_epoch, []
+
+    def train_epoch(self, stop):
+        def stop_once():
+            if not asked and self.progress.step >= steps:
+                asked.append(True)
+                return signal.SIGINT
+            return stop()
+
+        return original(self, stop_once)
+
+    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
 
 
 def finetune(trained, out, *options, epochs=2):

@@ -264,13 +264,14 @@ def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--freeze", "all-but-head"], ["--freeze", 1, "--class-weights", "balanced", "--ema", 0.9]]
+    ("options", "epochs"),
+    [(["--freeze", "all-but-head"], 30), (["--freeze", 1, "--class-weights", "balanced", "--ema", 0.9], 6)],
 )
-def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, options):
+def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, options, epochs):
     options = [*options, "--patience", 9, "--batch-size", 9]
-    finetune(trained, tmp_path / "a", *options, epochs=30)
+    finetune(trained, tmp_path / "a", *options, epochs=epochs)
     source, metrics = ["--data", trained / "other", "--init", trained / "run"], tmp_path / "b" / "metrics.jsonl"
-    process = start("train", *source, "--epochs", 30, "--out", tmp_path / "b", *options)
+    process = start("train", *source, "--epochs", epochs, "--out", tmp_path / "b", *options)
     stop_when(process, lambda: metrics.exists() and metrics.read_text())
     result = tinyvit("train", "--out", tmp_path / "b", "--resume")
     assert result.returncode == 0, result.stderr

@@ -8,9 +8,10 @@ import signal
 
 import pytest
 from running import THREADS, start, stop_when, tinyvit
-from runs import OPTIONS, assert_same_run, epochs_done, metrics, progress, snapshot
+from runs import OPTIONS, assert_same_run, epochs_done, interrupt_after, metrics, progress, snapshot
 
 from tinyvit.training.run import train
+from tinyvit.training.trainer import Stopped
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 3])
@@ -42,15 +43,20 @@ def test_a_signal_saves_and_says_how_to_go_on(unbroken, images, tmp_path, signum
     assert_same_run(out, unbroken[0])
 
 
+def options_of(unbroken, out):
+    """The options of the unbroken run, for one in this process."""
+    given = json.loads((unbroken[0] / "config.json").read_text())["options"]
+    given = {name: value for name, value in given.items() if value is not None}
+    return given | {"out": str(out), "threads": THREADS}  # the command's: with others, sums are rounded otherwise
+
+
 def test_stopping_inside_an_epoch_again_and_again_changes_nothing(unbroken, images, tmp_path, monkeypatch):
     """Stopped after every step and in every evaluation; in one process, as each start would take a second."""
     from tinyvit.training import run as module
     from tinyvit.training import run_directory, trainer
 
     out, stops = tmp_path / "run", 0
-    given = json.loads((unbroken[0] / "config.json").read_text())["options"]
-    given = {name: value for name, value in given.items() if value is not None} | {"out": str(out)}
-    given["threads"] = THREADS  # the command's: with others, sums are rounded otherwise
+    given = options_of(unbroken, out)
 
     class At:
         """Asks to stop the second time it is asked."""
@@ -104,10 +110,11 @@ def test_a_finished_run_is_left_as_it_is(unbroken, images):
     assert snapshot(out) == before
 
 
-def test_a_moved_folder_is_the_same_data(unbroken, images, tmp_path):
+def test_a_moved_folder_is_the_same_data(unbroken, images, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    process = start("train", "--data", images, "--out", out, *OPTIONS)
-    stop_when(process, lambda: epochs_done(out) >= 1)
+    interrupt_after(monkeypatch, 12)
+    with pytest.raises(Stopped):
+        train(options_of(unbroken, out))
     moved = tmp_path / "moved" / "images"
     shutil.copytree(images, moved)
     assert tinyvit("train", "--out", out, "--resume", "--data", moved).returncode == 0

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import signal
 import subprocess
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from running import COMMAND, NANO, assert_one_line_error, environment, make_images, start, stop_when, tinyvit
-from runs import assert_same_run, epochs_done, metrics, snapshot
+from runs import assert_same_run, epochs_done, interrupt_after, metrics, snapshot
 from safetensors.numpy import load_file
 
 from tinyvit.errors import UsageError
+from tinyvit.training import run_directory
 from tinyvit.training.run import train
-from tinyvit.training.trainer import Stopped, Trainer
+from tinyvit.training.trainer import Stopped
 
 SIZES = {"28x28": (28, 28, 4), "48x48": (48, 48, 8), "64x64": (64, 64, 16), "16x64": (16, 64, 8), "64x16": (64, 16, 8)}
 
@@ -22,7 +24,7 @@ SIZES = {"28x28": (28, 28, 4), "48x48": (48, 48, 8), "64x64": (64, 64, 16), "16x
 def sized_images(directory, height, width):
     """An image folder of two classes."""
     rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("test", 4)):
+    for split, count in (("train", 8), ("test", 2)):
         for name in ("dark", "light"):
             folder = directory / split / name
             folder.mkdir(parents=True)
@@ -30,22 +32,6 @@ def sized_images(directory, height, width):
                 pixels = rng.integers(0, 128, (height, width, 3)) + 100 * (name == "light")
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02}.png")
     return directory
-
-
-def interrupt_after(monkeypatch, steps):
-    """Let training stop as by Ctrl-C after so many steps, once."""
-    original, asked = Trainer.train_epoch, []
-
-    def train_epoch(self, stop):
-        def stop_once():
-            if not asked and self.progress.step >= steps:
-                asked.append(True)
-                return signal.SIGINT
-            return stop()
-
-        return original(self, stop_once)
-
-    monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
 
 
 def assert_resumes(given, tmp_path, monkeypatch, steps=5):
@@ -64,7 +50,7 @@ def test_images_of_every_size(size, tmp_path, monkeypatch):
     height, width, patch = SIZES[size]
     data = sized_images(tmp_path / "data", height, width)
     given = {"data": str(data), "epochs": 2, "batch_size": 4, "patch_size": patch, "device": "cpu"}
-    assert_resumes(given, tmp_path, monkeypatch)
+    assert_resumes(given, tmp_path, monkeypatch, steps=3)
     config = json.loads((tmp_path / "resumed" / "config.json").read_text())
     assert config["config"]["image_size"] == [height, width]
 
@@ -73,7 +59,7 @@ def test_a_record_without_the_size_is_resumed_at_the_size_of_its_model(tmp_path,
     """Earlier versions recorded null for a size that they had chosen."""
     data = sized_images(tmp_path / "data", 16, 64)
     out = tmp_path / "run"
-    interrupt_after(monkeypatch, 3)
+    interrupt_after(monkeypatch, 2)
     with pytest.raises(Stopped):
         train({"data": str(data), "epochs": 1, "batch_size": 4, "patch_size": 8, "out": str(out), "device": "cpu"})
     config = json.loads((out / "config.json").read_text())
@@ -179,7 +165,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path):
 
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
     data, out = make_images(tmp_path / "images", size=64), tmp_path / "run"
-    command = [*COMMAND, "train", "--data", str(data), "--out", str(out), "--model", "vit_small_patch16_224"]
+    command = [*COMMAND, "train", "--data", str(data), "--out", str(out), "--model", "vit_tiny_patch16_224"]
     command += ["--batch-size", "64", "--epochs", "5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     while not (out / "last.safetensors").exists():
@@ -195,9 +181,18 @@ def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
     assert "Traceback" not in process.communicate()[1]
 
 
-def test_plot_draws_the_curves_later(tmp_path):
-    data, out = make_images(tmp_path / "cost$x_$5"), tmp_path / "run"
-    train({"data": str(data), "epochs": 1, "batch_size": 8, "out": str(out), "model": "vit_nano_patch8_32"})
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """One epoch of one step a class."""
+    folder = tmp_path_factory.mktemp("short")
+    data, out = make_images(folder / "cost$x_$5"), folder / "run"
+    train({"data": str(data), "epochs": 1, "batch_size": 24, "out": str(out), "model": "vit_nano_patch8_32"})
+    return out
+
+
+def test_plot_draws_the_curves_later(short_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "curves_png", run_directory.curves_png.__wrapped__)
+    out = shutil.copytree(short_run, tmp_path / "run")
     (out / "curves.png").unlink()
     before = snapshot(out)
     result = tinyvit("plot", out)
@@ -213,11 +208,10 @@ def test_plot_draws_the_curves_later(tmp_path):
     [("best_accuracy", 1e300), ("step", 10**400), ("step", -1), ("epoch", 2.5), ("seen", True), ("loss_sum", "1"),
      ("history", [{}]), ("history", {}), ("best_epoch", 7), ("finished", 0), ("seconds", float("nan"))],
 )  # fmt: skip
-def test_damaged_progress_is_refused(tmp_path, name, value):
+def test_damaged_progress_is_refused(short_run, tmp_path, name, value):
     from tinyvit.checkpoints.native_file import read, save
 
-    data, out = make_images(tmp_path / "images"), tmp_path / "run"
-    train({"data": str(data), "epochs": 1, "batch_size": 24, "out": str(out), "model": "vit_nano_patch8_32"})
+    out = shutil.copytree(short_run, tmp_path / "run")
     tensors, metadata = read(out / "last.safetensors")
     metadata["progress"][name] = value
     save(out / "last.safetensors", tensors, metadata)
