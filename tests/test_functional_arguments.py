@@ -130,7 +130,7 @@ X = np.ones((2, 3), np.float32)
         (lambda: F.patchify(X, (1, 1)), "expected images (B, C, H, W), got shape (2, 3)"),
         (
             lambda: F.patch_embed(A4, A4[:, :1]),
-            "patch_embed expects images (B, C, H, W) and weight (D, C, h, w), got (1, 2, 3, 4) and (1, 1, 3, 4)",
+            "patch_embed expects images (B, C, H, W) and weight (O, C, h, w), got (1, 2, 3, 4) and (1, 1, 3, 4)",
         ),
         (lambda: F.dropout(X, -0.1), "a dropout probability must lie in 0 ... 1, got -0.1"),
         (lambda: F.cross_entropy(X, np.array([0, 3])), "labels must lie in 0 ... 2, got 0 ... 3"),

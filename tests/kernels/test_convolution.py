@@ -121,7 +121,7 @@ def test_group_norm_and_standardization_have_the_defaults_of_the_field():
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda x, w: F.conv2d(x[0], w), "x (B, C, H, W) and weight (O, C, h, w), got (3, 5, 4) and (2, 3, 3, 3)"),
+        (lambda x, w: F.conv2d(x[0], w), "images (B, C, H, W) and weight (O, C, h, w), got (3, 5, 4) and (2, 3, 3, 3)"),
         (lambda x, w: F.conv2d(x, w[:, :2]), "got (1, 3, 5, 4) and (2, 2, 3, 3)"),
         (lambda x, w: F.conv2d(x[:, :, :2], w), "conv2d finds no place for a kernel (3, 3) in (2, 4) with padding"),
         (lambda x, w: F.conv2d(x, w, stride=0), "stride must be a whole number of at least 1, or two of them, got 0"),

@@ -1,37 +1,12 @@
 """Averaged weights, held against torch.optim.swa_utils."""
 
-import types
-
 import array_api_strict
 import numpy as np
 import pytest
 import torch
+from optimizing import STEPS, error, model_of, parameter
 
 from tinyvit import optim
-from tinyvit.engine.tensor import Tensor
-from tinyvit.kernels.cpu import optimizers
-
-STEPS = 50
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Pieces of a size that the small arrays of these tests do not fit in."""
-    monkeypatch.setattr(optimizers, "BLOCK", 17)
-
-
-def parameter(x):
-    return Tensor(x, requires_grad=True)
-
-
-def model_of(**named):
-    return types.SimpleNamespace(named_parameters=lambda: named.items(), **named)
-
-
-def error(actual, expected):
-    """The largest difference relative to the largest value."""
-    expected = np.asarray(expected)
-    return np.abs(np.asarray(actual) - expected).max() / max(np.abs(expected).max(), 1e-300)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-5)])

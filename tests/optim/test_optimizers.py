@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from optimizing import STEPS, error, model_of, parameter
 
 from tinyvit import kernels, optim
 from tinyvit.engine import ops
@@ -18,7 +19,6 @@ from tinyvit.engine.tensor import Tensor
 from tinyvit.kernels import reference
 from tinyvit.kernels.cpu import optimizers
 
-STEPS = 50
 CASES = {
     "sgd": (optim.SGD, torch.optim.SGD, {}),
     "momentum": (optim.SGD, torch.optim.SGD, {"momentum": 0.9}),
@@ -37,26 +37,6 @@ LAYOUTS = {
     "strided": lambda x: np.stack([x, x], axis=-1)[..., 0],
     "reversed": lambda x: x[::-1].copy()[::-1] if x.ndim else x.copy(),
 }
-
-
-@pytest.fixture
-def small_blocks(monkeypatch):
-    """Pieces of a size that the small arrays of these tests do not fit in."""
-    monkeypatch.setattr(optimizers, "BLOCK", 17)
-
-
-def parameter(x):
-    return Tensor(x, requires_grad=True)
-
-
-def model_of(**named):
-    return types.SimpleNamespace(named_parameters=lambda: named.items(), **named)
-
-
-def error(actual, expected):
-    """The largest difference relative to the largest value."""
-    expected = np.asarray(expected)
-    return np.abs(np.asarray(actual) - expected).max() / max(np.abs(expected).max(), 1e-300)
 
 
 def hyper_parameters(draw, name):

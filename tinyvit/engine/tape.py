@@ -25,11 +25,6 @@ def no_grad() -> Iterator[None]:
         recording.reset(token)
 
 
-def is_grad_enabled() -> bool:
-    """Whether operations record what a backward pass needs: not within `no_grad`."""
-    return recording.get()
-
-
 class Node:
     """One recorded operation: where its inputs came from and how to carry a gradient back to them.
 

@@ -31,7 +31,6 @@ from tinyvit.backend import arrays
 from tinyvit.backend.arrays import Array
 from tinyvit.engine import checks
 from tinyvit.engine.tape import Node, freed, recording
-from tinyvit.engine.tape import is_grad_enabled as is_grad_enabled
 from tinyvit.engine.tape import no_grad as no_grad
 
 

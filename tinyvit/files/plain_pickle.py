@@ -305,19 +305,6 @@ class Machine:
         self.pop()
         self.call(None)
 
-    def push_instance(self, argument: str) -> None:
-        self.pop_mark()
-        self.push_global(argument)
-        self.only_stand_in()
-
-    def push_object(self, _: Any) -> None:
-        self.push((self.pop_mark() or [None])[0])
-        self.only_stand_in()
-
-    def only_stand_in(self) -> None:
-        if not isinstance(self.top(), StandIn):
-            raise PickleError("its pickle makes an object in a way of Python 1")
-
     def set_state(self, _: Any) -> None:
         state, target = self.pop(), self.top()
         if isinstance(target, PlainArray | PlainDtype):
@@ -372,8 +359,6 @@ OPCODES: dict[str, Callable[[Machine, Any], object]] = {
     "STACK_GLOBAL": Machine.push_stack_global,
     **dict.fromkeys(("REDUCE", "NEWOBJ"), Machine.call),
     "NEWOBJ_EX": Machine.call_with_keywords,
-    "INST": Machine.push_instance,
-    "OBJ": Machine.push_object,
     "BUILD": Machine.set_state,
     "PERSID": Machine.push_persistent,
     "BINPERSID": lambda m, _: m.push_persistent(m.pop()),

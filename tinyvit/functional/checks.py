@@ -98,18 +98,12 @@ def patches(images: Input, patch_size: int | Pair) -> None:
         raise ValueError(f"image size {height}x{width} is not divisible by patch size {patch}")
 
 
-def patch_embed(images: Input, weight: Input) -> None:
-    a, b = shape(images), shape(weight)
-    if len(a) != 4 or len(b) != 4 or a[1] != b[1]:
-        raise ValueError(f"patch_embed expects images (B, C, H, W) and weight (D, C, h, w), got {a} and {b}")
-
-
-def conv2d(x: Input, weight: Input, bias: Input | None) -> None:
+def conv2d(name: str, x: Input, weight: Input, bias: Input | None) -> None:
     a, b = shape(x), shape(weight)
     if len(a) != 4 or len(b) != 4 or a[1] != b[1]:
-        raise ValueError(f"conv2d expects x (B, C, H, W) and weight (O, C, h, w), got {a} and {b}")
+        raise ValueError(f"{name} expects images (B, C, H, W) and weight (O, C, h, w), got {a} and {b}")
     if bias is not None and shape(bias) != b[:1]:
-        raise ValueError(f"conv2d expects a bias of shape ({b[0]},), got {shape(bias)}")
+        raise ValueError(f"{name} expects a bias of shape ({b[0]},), got {shape(bias)}")
 
 
 def pair(name: str, value: int | Pair, least: int) -> Pair:

@@ -213,7 +213,7 @@ def patch_embed(images: Input, weight: Input, bias: Input | None = None) -> Tens
     Returns:
         (B, (H / h)(W / w), embed_dim), patches row by row.
     """
-    checks.patch_embed(images, weight)
+    checks.conv2d("patch_embed", images, weight, bias)
     dim, _, h, w = weight.shape
     return linear(patchify(images, (h, w)), tensor_of(weight).reshape(dim, -1), bias)
 
@@ -239,7 +239,7 @@ def conv2d(
     Returns:
         (B, O, R, S), R = (H + padding above and below - h) // stride + 1 and S likewise.
     """
-    checks.conv2d(x, weight, bias)
+    checks.conv2d("conv2d", x, weight, bias)
     steps, pads = checks.windows("conv2d", x, weight.shape[2:], stride, padding)
     y = apply(reference.conv2d, x, weight, stride=steps, padding=pads)
     return y if bias is None else y + tensor_of(bias).reshape(-1, 1, 1)

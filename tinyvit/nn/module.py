@@ -12,7 +12,8 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from tinyvit.backend import arrays, devices
-from tinyvit.engine.tensor import Array, Tensor, is_grad_enabled
+from tinyvit.engine.tape import recording
+from tinyvit.engine.tensor import Array, Tensor
 
 T = TypeVar("T")
 Hook = Callable[["Module", tuple[Any, ...]], None]
@@ -45,7 +46,7 @@ def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Parameter, Any]
     """The method of `Parameter` that writes the result of an operation into its array."""
 
     def method(self: Parameter, other: Any) -> Parameter:
-        if is_grad_enabled() and (self.requires_grad or getattr(other, "requires_grad", False)):
+        if recording.get() and (self.requires_grad or getattr(other, "requires_grad", False)):
             raise RuntimeError(
                 "a parameter that requires a gradient cannot be changed in place; do it under tinyvit.no_grad()"
             )

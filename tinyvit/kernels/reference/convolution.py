@@ -12,6 +12,7 @@ from typing import Any
 from tinyvit.backend import arrays
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels.half_precision import in_fp32
+from tinyvit.kernels.reference.layers import normalise
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]  # (top, bottom), (left, right)
@@ -84,7 +85,7 @@ def group_norm(
     """
     batch, channels, height, width = x.shape
     rows = (batch, num_groups, channels // num_groups * height * width)
-    normal, normal_vjp = _normalise(xp, xp.reshape(x, rows), eps)
+    normal, normal_vjp = normalise(xp, xp.reshape(x, rows), eps)
     normal = xp.reshape(normal, x.shape)
     scale = weight[:, None, None]
 
@@ -103,7 +104,7 @@ def weight_standardize(xp: Any, weight: Array, *, eps: float, needs: tuple[bool,
     """Each output's weights with mean 0 and variance 1 (Qiao et al. 2019, arXiv:1903.10520). weight (O, C, h, w)."""
     outputs, channels, h, w = weight.shape
     rows = (outputs, channels * h * w)
-    normal, normal_vjp = _normalise(xp, xp.reshape(weight, rows), eps)
+    normal, normal_vjp = normalise(xp, xp.reshape(weight, rows), eps)
 
     def vjp(dy: Array) -> tuple[Array]:
         return (xp.reshape(normal_vjp(xp.reshape(dy, rows)), weight.shape),)
@@ -159,15 +160,3 @@ def _gather(xp: Any, x: Array, padding: Padding, places: list[Any], part: Callab
     for i, place in enumerate(places):
         padded = arrays.assign(padded, place, padded[place] + part(i))
     return padded[..., top : top + x.shape[2], left : left + x.shape[3]]
-
-
-def _normalise(xp: Any, rows: Array, eps: float) -> tuple[Array, Callable[[Array], Array]]:
-    """(rows - mean) / sqrt(var + eps) over the last axis, and the function from its gradient to that of the rows."""
-    centred = rows - xp.mean(rows, axis=-1, keepdims=True)
-    rstd = 1.0 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + eps)
-    normal = centred * rstd
-
-    def vjp(g: Array) -> Array:
-        return rstd * (g - xp.mean(g, axis=-1, keepdims=True) - normal * xp.mean(g * normal, axis=-1, keepdims=True))
-
-    return normal, vjp

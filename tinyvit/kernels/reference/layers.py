@@ -8,6 +8,7 @@ is wanted); it returns the result and its vector-Jacobian product.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tinyvit import kernels
@@ -90,17 +91,25 @@ def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450)."""
-    centred = x - xp.mean(x, axis=-1, keepdims=True)
+    normal, normal_vjp = normalise(xp, x, eps)
+
+    def vjp(dy: Array) -> tuple[Array, Array, Array]:
+        rows = tuple(range(dy.ndim - 1))
+        return normal_vjp(dy * weight), xp.sum(dy * normal, axis=rows), xp.sum(dy, axis=rows)
+
+    return normal * weight + bias, vjp
+
+
+def normalise(xp: Any, rows: Array, eps: float) -> tuple[Array, Callable[[Array], Array]]:
+    """(rows - mean) / sqrt(var + eps) over the last axis, and the function from its gradient to that of the rows."""
+    centred = rows - xp.mean(rows, axis=-1, keepdims=True)
     rstd = 1.0 / xp.sqrt(xp.mean(centred * centred, axis=-1, keepdims=True) + eps)
     normal = centred * rstd
 
-    def vjp(dy: Array) -> tuple[Array, Array, Array]:
-        g = dy * weight
-        dx = rstd * (g - xp.mean(g, axis=-1, keepdims=True) - normal * xp.mean(g * normal, axis=-1, keepdims=True))
-        rows = tuple(range(dy.ndim - 1))
-        return dx, xp.sum(dy * normal, axis=rows), xp.sum(dy, axis=rows)
+    def vjp(g: Array) -> Array:
+        return rstd * (g - xp.mean(g, axis=-1, keepdims=True) - normal * xp.mean(g * normal, axis=-1, keepdims=True))
 
-    return normal * weight + bias, vjp
+    return normal, vjp
 
 
 @in_fp32
