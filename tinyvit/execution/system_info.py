@@ -152,12 +152,13 @@ def instruction_sets(flags: list[str]) -> list[str]:
 
 
 def cpu_kernels(environment: Mapping[str, str]) -> str:
-    """Which kernels compute on a CPU."""
+    """Which kernels compute on a CPU, and what numba's bring."""
+    gain = "training is 1.05 (ViT-B/16) to 1.8 times as fast (cct_2_3x3_32)"
     if jit.wanted(environment):
-        return "compiled by numba, the rest NumPy's; TINYVIT_JIT=0 leaves numba's out"
+        return f"compiled by numba, the rest NumPy's: {gain}; TINYVIT_JIT=0 leaves them out"
     if environment.get("TINYVIT_JIT") == "0":
-        return "NumPy's, because of TINYVIT_JIT=0; numba's are faster"
-    return 'NumPy\'s; with numba (pip install "tinyvit[jit]") training is up to 1.3 times as fast'
+        return f"NumPy's, because of TINYVIT_JIT=0; with numba's {gain}"
+    return f'NumPy\'s; with numba (pip install "tinyvit[jit]") {gain}'
 
 
 def one_line(info: SystemInfo) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from tinyvit.backend.arrays import VJP, Array
-from tinyvit.kernels.jit import image_loops as loops
 from tinyvit.kernels.jit.layers import SGEMM
 from tinyvit.kernels.reference.convolution import Padding, Pair, output_size
 
@@ -34,6 +36,12 @@ def _factors() -> list[Array]:
 
 
 _OF_KERNEL, _OF_IMAGE, _OF_OUTPUTS, _OF_GRADIENT = _factors()
+
+
+@functools.cache
+def _loops() -> ModuleType:
+    """Imported when the first images come: to compile them takes as long as all the other loops."""
+    return importlib.import_module("tinyvit.kernels.jit.image_loops")
 
 
 def _images(x: Array) -> Array:
@@ -69,18 +77,18 @@ def _conv2d_by_tiles(x: Array, weight: Array, padding: Padding, needs: tuple[boo
     tiles = -(-rows // 4) * -(-columns // 4)
     block = max(1, BLOCK // (36 * tiles * (channels + outputs)))
     y = np.empty((batch, rows, columns, outputs), np.float32)
-    loops.winograd(images, _transformed(kernel), y, _OF_IMAGE, _OF_OUTPUTS, top, left, block, SGEMM)
+    _loops().winograd(images, _transformed(kernel), y, _OF_IMAGE, _OF_OUTPUTS, top, left, block, SGEMM)
 
     def vjp(dy: Array) -> tuple[Array | None, Array | None]:
         dy, dx, dweight = _images(dy), None, None
         if needs[0]:  # a convolution with the kernel turned round
             turned = _transformed(kernel[::-1, ::-1].swapaxes(2, 3))
             dx = np.empty(images.shape, np.float32)
-            loops.winograd(dy, turned, dx, _OF_IMAGE, _OF_OUTPUTS, 2 - top, 2 - left, block, SGEMM)
+            _loops().winograd(dy, turned, dx, _OF_IMAGE, _OF_OUTPUTS, 2 - top, 2 - left, block, SGEMM)
             dx = dx.transpose(0, 3, 1, 2)
         if needs[1]:
             sums = np.zeros((36, channels, outputs), np.float32)
-            loops.winograd_of_kernel(images, dy, sums, _OF_IMAGE, _OF_GRADIENT, top, left, block, SGEMM)
+            _loops().winograd_of_kernel(images, dy, sums, _OF_IMAGE, _OF_GRADIENT, top, left, block, SGEMM)
             dkernel = (_OF_KERNEL.T @ sums.reshape(36, -1)).reshape(3, 3, channels, outputs)
             dweight = dkernel.transpose(3, 2, 0, 1)
         return dx, dweight
@@ -96,11 +104,11 @@ def _conv2d_of_data(x: Array, weight: Array, stride: Pair, padding: Padding) -> 
     x, kernel = np.ascontiguousarray(x), np.ascontiguousarray(weight.reshape(outputs, -1).T)
     windows = (*size, *stride, top, left, SGEMM)
     y = np.empty((len(x), rows, columns, outputs), np.float32)
-    loops.convolve(x, kernel, y, *windows)
+    _loops().convolve(x, kernel, y, *windows)
 
     def vjp(dy: Array) -> tuple[None, Array | None]:
         dkernel = np.zeros_like(kernel)
-        loops.convolve_of_kernel(x, _images(dy), dkernel, *windows)
+        _loops().convolve_of_kernel(x, _images(dy), dkernel, *windows)
         return None, dkernel.T.reshape(weight.shape)
 
     return y.transpose(0, 3, 1, 2), vjp
@@ -114,11 +122,11 @@ def max_pool2d(
     rows, columns = output_size((height, width), kernel, stride, padding)
     y, places = (np.empty((batch, rows, columns, channels), dtype) for dtype in (np.float32, np.uint8))
     windows = (*kernel, *stride, padding[0][0], padding[1][0])
-    loops.max_pool(images, y, places, *windows)
+    _loops().max_pool(images, y, places, *windows)
 
     def vjp(dy: Array) -> tuple[Array]:
         dx = np.empty(shape, np.float32)
-        loops.max_pool_vjp(_images(dy), places, dx, *windows)
+        _loops().max_pool_vjp(_images(dy), places, dx, *windows)
         return (dx.transpose(0, 3, 1, 2),)
 
     return y.transpose(0, 3, 1, 2), vjp
@@ -131,7 +139,7 @@ def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
         dx = np.empty_like(y)  # in memory like y, whose axes may be in any order
         order = sorted(range(y.ndim), key=lambda i: -y.strides[i])
         flat = (np.ascontiguousarray(a.transpose(order)).reshape(-1) for a in (dy, y, dx))
-        loops.relu_vjp(*flat)
+        _loops().relu_vjp(*flat)
         return (dx,)
 
     return y, vjp
