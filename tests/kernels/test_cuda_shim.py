@@ -7,7 +7,7 @@ from pathlib import Path
 import cuda_sim
 import numpy as np
 import pytest
-from cuda_sim import guarded
+from cuda_sim import decode, encode, guarded
 
 from tinyvit.kernels import cuda
 
@@ -114,3 +114,84 @@ def test_all(kernels):
         kernels("write_at", y, np.int64(0))
     with pytest.raises(AssertionError, match="would guess"):
         kernels("write_at", y, 0)
+
+
+PRODUCTS = """
+#include "warpgroup.cuh"
+
+// c (64 x 40) = 2 a (64 x 16) b: b (16 x 40) lies by rows, its transpose (40 x 16) by columns. `mistake` plants one.
+template <bool by_rows>
+DEVICE void multiply(const f16* a, const f16* b, float* c, int mistake) {
+    DYNAMIC_SHARED(memory);
+    const int thread = threadIdx.x, rows = by_rows ? 16 : 40, chunks = by_rows ? 5 : 2;
+    for (int i = thread; i < rows * chunks; i += 128) {
+        const int row = i / chunks, chunk = i % chunks;
+        cp_async(memory + row * 128 + (mistake == 1 ? chunk : chunk ^ row % 8) * 16, b + i * 8, true);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    if (mistake != 2) fence_for_wgmma();
+    __syncthreads();
+    const int row = thread / 32 * 16 + thread % 32 / 4;
+    unsigned left[4];
+    for (int i = 0; i < 4; i++)
+        left[i] = *reinterpret_cast<const unsigned*>(a + (row + i % 2 * 8) * 16 + i / 2 * 8 + thread % 4 * 2);
+    float sum[20];
+    if (mistake != 3) wgmma_fence();
+    wgmma<f16, 40, by_rows>(sum, left, memory + (mistake == 4 ? 512 : 0), false);
+    wgmma<f16, 40, by_rows>(sum, left, memory, true);
+    wgmma_commit();
+    if (mistake == 5) left[0] = 0;
+    if (mistake == 6) sum[0] = 0.0f;
+    if (mistake == 7) memory[thread] = 0;
+    if (mistake != 8) wgmma_wait<0>();
+    pin(left[0]);
+    for (int i = 0; i < 20; i++) {
+        pin(sum[i]);
+        c[(row + i / 2 % 2 * 8) * 40 + i / 4 * 8 + thread % 4 * 2 + i % 2] = sum[i];
+    }
+}
+
+extern "C" __global__ void by_rows(const f16* a, const f16* b, float* c, int mistake) {
+    multiply<true>(a, b, c, mistake);
+}
+
+extern "C" __global__ void by_columns(const f16* a, const f16* b, float* c, int mistake) {
+    multiply<false>(a, b, c, mistake);
+}
+
+extern "C" __global__ void part_of_a_warpgroup() {
+    if (threadIdx.x < 96) wgmma_wait<0>();
+}
+"""
+
+
+def test_products_of_warpgroups(tmp_path, monkeypatch):
+    """Right ones are NumPy's; each mistake is an error, or at least a wrong result."""
+    for name in ("common.cuh", "warpgroup.cuh"):
+        (tmp_path / name).write_text((cuda.FOLDER / name).read_text())
+    (tmp_path / "products.cu").write_text(PRODUCTS)
+    monkeypatch.setattr(cuda, "FOLDER", tmp_path)
+    rng = np.random.default_rng(0)
+    a, b = (encode(rng.standard_normal(shape), "f16") for shape in ((64, 16), (16, 40)))
+    right = 2 * decode(a) @ decode(b)
+
+    def run(name, *arguments, seed=0):
+        with cuda_sim.device(tmp_path, seed):
+            cuda.kernel("products", name)((1,), (128,), arguments, shared_mem=40 * 128)
+
+    def product(name, mistake, seed=0):
+        c = cuda_sim.empty((64, 40), np.float32)
+        run(name, guarded(a), guarded(b if name == "by_rows" else b.T.copy()), c, np.int32(mistake), seed=seed)
+        return cuda_sim.error(decode(c), right)
+
+    for name in ("by_rows", "by_columns"):
+        assert product(name, 0) < 1e-6 and product(name, 0, seed=1) < 1e-6
+        for mistake in (1, 5, 7):  # not permuted; operands overwritten before the product has been waited for
+            assert not product(name, mistake) < 1e-3
+        assert product(name, 6) < 1e-6  # what is written to accumulators is lost
+        for mistake, message in ((2, "copied"), (3, "registers"), (4, "within an atom"), (8, "without waiting")):
+            with pytest.raises(RuntimeError, match=message):
+                product(name, mistake)
+    with pytest.raises(RuntimeError, match="deadlock"):
+        run("part_of_a_warpgroup")

@@ -151,14 +151,19 @@ _seed = 0
 
 @contextlib.contextmanager
 def device(
-    folder: Path, seed: int = 0, shared_limit: int = 163 << 10, multiprocessors: int = 3, library: Any = None
+    folder: Path,
+    seed: int = 0,
+    shared_limit: int = 163 << 10,
+    multiprocessors: int = 3,
+    capability: int = 80,
+    library: Any = None,
 ) -> Iterator[Namespace]:
     """Within this context the wrappers of CuPy's kernels work on NumPy arrays.
 
     Args:
         folder: where compiled kernels are kept.
         seed: shuffles the order of threads; 0 for none.
-        shared_limit, multiprocessors: the device's.
+        shared_limit, multiprocessors, capability: the device's.
         library: stands for cuBLASLt; None for a machine without it.
     """
     global _seed
@@ -170,6 +175,7 @@ def device(
         "address": lambda x: x.ctypes.data,
         "shared_limit": lambda: shared_limit,
         "multiprocessors": lambda: multiprocessors,
+        "capability": lambda: capability,
         "ready": lambda x: ready(np.asarray(x)),  # NumPy makes scalars of arrays without dimensions
         "upload": _upload,
         "device": lambda: 0,

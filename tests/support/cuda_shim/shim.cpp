@@ -2,9 +2,10 @@
 //
 // A fibre starts through setcontext; after that it changes places by setjmp and longjmp, which make no system call.
 #undef _FORTIFY_SOURCE  // its longjmp refuses to go to another stack
-#include "shim.h"
+#include "wgmma.h"
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <random>
 #include <string>
@@ -28,7 +29,7 @@ struct Copy {
     int group;
 };
 
-enum class State { ready, at_barrier, in_warp, finished };
+enum class State { ready, at_barrier, in_group, finished };
 
 struct Fibre {
     ucontext_t beginning;
@@ -38,13 +39,24 @@ struct Fibre {
     Index index;
     int number;
     State state;
-    const void* operation;  // of the warp that it takes part in, and what it brought
+    const void* operation;  // of the warp or warpgroup that it takes part in, and what it brought
     void* brought;
     std::vector<Copy> copies;
-    int groups;  // of copies that were committed
+    int groups;          // of copies that were committed
+    bool has_unfenced;   // copies that products cannot see yet
+    bool is_fenced;      // for products that follow
+};
+
+// What a warpgroup has started.
+struct Products {
+    std::vector<Product> started;
+    std::map<float*, std::vector<float>> sums;  // of a thread's accumulators
+    int groups;                                 // that were committed
 };
 
 std::vector<Fibre> fibres;
+std::vector<Products> products;
+size_t shared_size;
 Fibre* current;
 jmp_buf scheduler;
 void (*kernel_body)(void*);
@@ -71,6 +83,7 @@ void resume(Fibre& fibre) {
 void run_fibre() {
     kernel_body(kernel_data);
     check(current->copies.empty(), "a thread ended without waiting for its asynchronous copies");
+    check(products[current->number / 128].started.empty(), "a thread ended without waiting for its products");
     for (;;) park(State::finished);
 }
 
@@ -87,22 +100,23 @@ void start(Fibre& fibre, int number) {
     fibre.state = State::ready;
     fibre.copies.clear();
     fibre.groups = 0;
+    fibre.has_unfenced = fibre.is_fenced = false;
 }
 
-// Runs the lanes of a warp until all wait at a barrier or have ended; false if some wait for the others.
+// Runs the lanes of a warp until all wait or have ended; false if they did before.
 bool run_warp(int warp, const std::vector<int>& lanes) {
+    bool any = false;
     for (bool moved = true; moved;) {
         moved = false;
         for (int i : lanes) {
             Fibre& fibre = fibres[warp * 32 + i];
             if (fibre.state != State::ready) continue;
             resume(fibre);
-            moved = true;
+            any = moved = true;
             if (!failure.empty()) return true;
         }
     }
-    return std::none_of(&fibres[warp * 32], &fibres[warp * 32] + 32,
-                        [](const Fibre& f) { return f.state == State::in_warp; });
+    return any;
 }
 
 // One warp after the other goes from barrier to barrier, as far ahead of the others as it can get. `random` is null
@@ -117,10 +131,15 @@ void run_block(std::mt19937_64* random) {
             std::shuffle(lanes.begin(), lanes.end(), *random);
             std::shuffle(warps.begin(), warps.end(), *random);
         }
-        for (int warp : warps) {
-            if (!run_warp(warp, lanes)) failure = "deadlock: not all lanes of a warp take part in an operation";
-            if (!failure.empty()) return;
+        for (bool moved = true; moved;) {
+            moved = false;
+            for (int warp : warps) {
+                if (run_warp(warp, lanes)) moved = true;
+                if (!failure.empty()) return;
+            }
         }
+        if (std::any_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == State::in_group; }))
+            failure = "deadlock: not all lanes of a warp or warpgroup take part in an operation";
         const auto finished =
             std::count_if(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == State::finished; });
         if (finished == long(fibres.size())) return;
@@ -140,28 +159,88 @@ void fail(const char* message) {
 
 void barrier() { park(State::at_barrier); }
 
-bool enter_warp(const void* operation, void* mine, void** lanes) {
+bool enter_group(int count, const void* operation, void* mine, void** lanes) {
     current->operation = operation;
     current->brought = mine;
-    Fibre* warp = &fibres[current->number / 32 * 32];
-    for (int i = 0; i < 32; i++) {
-        if (&warp[i] == current || warp[i].state == State::in_warp) continue;
-        park(State::in_warp);
+    const size_t first = current->number / count * count;
+    check(first + count <= fibres.size(), "a block has whole warpgroups where they take part in an operation");
+    Fibre* group = &fibres[first];
+    for (int i = 0; i < count; i++) {
+        if (&group[i] == current || group[i].state == State::in_group) continue;
+        park(State::in_group);
         return false;
     }
-    for (int i = 0; i < 32; i++) {
-        check(warp[i].operation == operation, "the lanes of a warp meet in different operations");
-        lanes[i] = warp[i].brought;
+    for (int i = 0; i < count; i++) {
+        check(group[i].operation == operation, "the lanes of a warp meet in different operations");
+        lanes[i] = group[i].brought;
     }
     return true;
 }
 
-void leave_warp() {
-    Fibre* warp = &fibres[current->number / 32 * 32];
-    for (int i = 0; i < 32; i++) warp[i].state = State::ready;
+void leave_group(int count) {
+    Fibre* group = &fibres[current->number / count * count];
+    for (int i = 0; i < count; i++) group[i].state = State::ready;
+}
+
+void fence_registers() { current->is_fenced = true; }
+void fence_shared() { current->has_unfenced = false; }
+
+void check_fences() {
+    check(current->is_fenced, "a product without a fence for its registers");
+    check(std::none_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.has_unfenced; }),
+          "a product without a fence for what was copied");
+}
+
+void start_product(const Product& product) {
+    Products& mine = products[current->number / 128];
+    mine.started.push_back(product);
+    mine.started.back().group = mine.groups;
+    for (float* c : product.c) {
+        if (!mine.sums.count(c)) mine.sums[c].assign(c, c + product.numbers);
+        memset(c, 0xFF, sizeof(float) * product.numbers);
+    }
+}
+
+void commit_products() { products[current->number / 128].groups++; }
+
+// Until at most `pending` of the committed groups are still under way.
+void wait_for_products(int pending) {
+    Products& mine = products[current->number / 128];
+    std::vector<Product> left;
+    for (const Product& product : mine.started) {
+        if (product.group >= mine.groups - pending) {
+            left.push_back(product);
+            continue;
+        }
+        float* sums[128];
+        for (int i = 0; i < 128; i++) sums[i] = mine.sums.at(product.c[i]).data();
+        product.run(product, sums);
+    }
+    mine.started = left;
+    for (auto it = mine.sums.begin(); it != mine.sums.end();) {
+        const bool busy = std::any_of(left.begin(), left.end(), [&](const Product& product) {
+            return std::count(std::begin(product.c), std::end(product.c), it->first) > 0;
+        });
+        if (busy) {
+            ++it;
+            continue;
+        }
+        memcpy(it->first, it->second.data(), it->second.size() * sizeof(float));
+        it = mine.sums.erase(it);
+    }
+    for (Fibre& f : fibres)
+        if (f.number / 128 == current->number / 128) f.is_fenced = false;
+}
+
+const unsigned char* shared_byte(unsigned address) {
+    check(address >= first_shared_address && address < first_shared_address + shared_size,
+          "an operand outside the shared memory");
+    return shared + (address - first_shared_address);
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {
+    const auto offset = static_cast<unsigned char*>(to) - shared;
+    check(offset >= 0 && offset + bytes <= shared_size, "a copy beyond the shared memory");
     memset(to, 0xFF, bytes);  // whoever still reads what was here, or already what will be, gets NaN
     current->copies.push_back({to, from, bytes, current->groups});
 }
@@ -179,6 +258,7 @@ void wait_for_copies(int pending) {
         else
             memset(copy.to, 0, copy.bytes);
     }
+    if (left.size() < current->copies.size()) current->has_unfenced = true;
     current->copies = left;
 }
 
@@ -190,11 +270,13 @@ const char* run_blocks(const unsigned* grid, const unsigned* block, size_t share
     const size_t threads = size_t(block[0]) * block[1] * block[2];
     if (threads == 0 || threads % 32 || threads > 1024) return "a block must have 32 ... 1024 threads, in whole warps";
     fibres.resize(threads);
+    products.assign((threads + 127) / 128, {});
     kernel_body = body;
     kernel_data = data;
     std::mt19937_64 random(seed);
-    std::vector<unsigned char> memory(shared_bytes + 256);
-    shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128);
+    std::vector<unsigned char> memory(shared_bytes + 2048);
+    shared = memory.data() + (1024 - reinterpret_cast<uintptr_t>(memory.data()) % 1024);
+    shared_size = shared_bytes;
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0]; x++) {

@@ -17,7 +17,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
-#define DYNAMIC_SHARED(name) unsigned char* name = sim::shared
+#define DYNAMIC_SHARED(name) unsigned char* name = sim::shared  // from a multiple of 1024 bytes on
 
 struct Index {
     unsigned x, y, z;
@@ -33,6 +33,7 @@ namespace sim {
 extern Index thread_index, block_index, block_size, grid_size;
 extern int lane;
 extern unsigned char* shared;
+constexpr unsigned first_shared_address = 1024;  // what is before it is the system's
 
 [[noreturn]] void fail(const char* message);  // ends the launch
 inline void check(bool good, const char* message) {
@@ -44,21 +45,32 @@ inline void check_aligned(const void* p, size_t bytes) {
 
 void barrier();
 
-// Brings `mine` to an operation of the warp, named by its address. The last of the 32 lanes gets true and finds what
-// all brought in `lanes`; it does the work, then calls leave_warp. The others get false once that is done.
-bool enter_warp(const void* operation, void* mine, void** lanes);
-void leave_warp();
+// Brings `mine` to an operation of the warp or warpgroup, of `count` lanes; the operation is named by an address. The last
+// lane gets true and finds what all brought in `lanes`; it does the work, then calls leave_group. The others get false
+// once that is done.
+bool enter_group(int count, const void* operation, void* mine, void** lanes);
+void leave_group(int count);
 
-// Runs `operation(lanes)` once, when all lanes of the warp have arrived with their `mine`.
+// Runs `operation(lanes)` once, when all lanes have arrived with their `mine`.
+template <int count, class Lane, class Operation>
+void group_operation(Lane* mine, Operation operation) {
+    static const char tag = 0;
+    void* all[count];
+    if (!enter_group(count, &tag, mine, all)) return;
+    Lane* lanes[count];
+    for (int i = 0; i < count; i++) lanes[i] = static_cast<Lane*>(all[i]);
+    operation(lanes);
+    leave_group(count);
+}
+
 template <class Lane, class Operation>
 void warp_operation(Lane* mine, Operation operation) {
-    static const char tag = 0;
-    void* all[32];
-    if (!enter_warp(&tag, mine, all)) return;
-    Lane* lanes[32];
-    for (int i = 0; i < 32; i++) lanes[i] = static_cast<Lane*>(all[i]);
-    operation(lanes);
-    leave_warp();
+    group_operation<32>(mine, operation);
+}
+
+template <class Lane, class Operation>
+void warpgroup_operation(Lane* mine, Operation operation) {
+    group_operation<128>(mine, operation);
 }
 
 void copy_async(void* to, const void* from, size_t bytes);  // from nullptr: zeros
@@ -260,6 +272,11 @@ void load_matrices(unsigned* r, const void* row) {
                     memcpy(reinterpret_cast<char*>(&lanes[i]->r[m]) + 2 * half, lanes[m * 8 + y]->row + 2 * x, 2);
                 }
     });
+}
+
+// What the device's instructions call this place of the block's shared memory.
+inline unsigned shared_address(const void* p) {
+    return sim::first_shared_address + unsigned(static_cast<const unsigned char*>(p) - sim::shared);
 }
 
 inline void ldmatrix(unsigned* r, const void* row) { load_matrices<false>(r, row); }

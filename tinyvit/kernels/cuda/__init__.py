@@ -20,7 +20,7 @@ _SCALARS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 def scalar(dtype: Any) -> str | None:
     """The kernels' name of a dtype; None if they do not know it, or the device is older than compute capability 8.0."""
-    return _SCALARS.get(arrays.dtype_name(dtype)) if _facts(device()).capability >= 80 else None
+    return _SCALARS.get(arrays.dtype_name(dtype)) if capability() >= 80 else None
 
 
 def address(x: Array) -> int:
@@ -66,9 +66,15 @@ def upload(to: Array, values: np.ndarray) -> None:
 def kernel(file: str, name: str, **constants: Any) -> Callable:
     """The kernel `name` of FILE.cu on the current device, compiled with these constants.
 
+    A file whose name ends with `_sm90a` is compiled for that architecture, which is Hopper's alone.
     It is called with grid, block (tuples), arguments (arrays and NumPy scalars) and `shared_mem`, in bytes.
     """
     return _kernel(device(), file, name, tuple(constants.items()))
+
+
+def capability() -> int:
+    """The current device's compute capability, 90 for 9.0."""
+    return _facts(device()).capability
 
 
 def shared_limit() -> int:
@@ -122,7 +128,10 @@ def _kernel(device: int, file: str, name: str, constants: tuple[tuple[str, Any],
 def _module(device: int, file: str, constants: tuple[tuple[str, Any], ...]) -> Any:
     import cupy
 
-    return cupy.RawModule(code=source(file), options=("-std=c++17", *(f"-D{key}={value}" for key, value in constants)))
+    options = ["-std=c++17", *(f"-D{key}={value}" for key, value in constants)]
+    if file.endswith("_sm90a"):
+        options.append("-arch=sm_90a")
+    return cupy.RawModule(code=source(file), options=tuple(options))
 
 
 @functools.cache

@@ -10,7 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // 2^x and log2(x): one instruction each, relative (absolute near log2(1)) error about 2^-22.
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -1,0 +1,113 @@
+// Products of a warpgroup (four warps, 128 threads) on Hopper's tensor cores: wgmma, which only sm_90a has.
+//
+// c (64 x n) += a (64 x 16) b (16 x n), n a multiple of 8. Warp w of the four holds rows 16 w ... 16 w + 15 of c and a,
+// each 8 columns of c and each 16 of a as in mma.sync's m16n8k16 (attention.cuh). b lies in shared memory, as a panel of
+// rows of 128 bytes, that is of 64 numbers, whose 16-byte chunks are permuted: chunk c of row r lies at place c ^ (r % 8),
+// so that neither reading rows nor reading columns meets one bank twice. A panel begins at a multiple of 1024 bytes.
+// Rows of b are either its columns (`by_rows` = false: c = a b^T, 16 numbers of each row) or its k (`by_rows` = true).
+//
+// The products run by themselves. wgmma_fence comes before the first one of several, after registers of theirs were
+// written; wgmma_commit closes a group; until wgmma_wait has waited for it, its registers c and a belong to it.
+#pragma once
+#include "common.cuh"
+
+#ifdef TINYVIT_CPU
+#include "wgmma.h"
+#else
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until at most `pending` of the committed groups are still under way.
+template <int pending>
+DEVICE void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// What this thread wrote to shared memory, also by copies that it waited for, is there for wgmma, which reads by another
+// way. A barrier follows.
+DEVICE void fence_for_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Keeps registers in place until here, so that the compiler reuses none while a product may still need it.
+DEVICE void pin(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+DEVICE void pin(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+// One instruction for each n: its registers are written out here, since asm knows no arrays.
+template <class T, int n, bool by_rows>
+struct Wgmma;
+
+#define PLACES_8 "%0,%1,%2,%3"
+#define REGISTERS_8 "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+#define PLACES_16 PLACES_8 "," "%4,%5,%6,%7"
+#define REGISTERS_16 REGISTERS_8, "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
+#define PLACES_24 PLACES_16 "," "%8,%9,%10,%11"
+#define REGISTERS_24 REGISTERS_16, "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11])
+#define PLACES_32 PLACES_24 "," "%12,%13,%14,%15"
+#define REGISTERS_32 REGISTERS_24, "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
+#define PLACES_40 PLACES_32 "," "%16,%17,%18,%19"
+#define REGISTERS_40 REGISTERS_32, "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19])
+#define PLACES_48 PLACES_40 "," "%20,%21,%22,%23"
+#define REGISTERS_48 REGISTERS_40, "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23])
+#define PLACES_56 PLACES_48 "," "%24,%25,%26,%27"
+#define REGISTERS_56 REGISTERS_48, "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27])
+#define PLACES_64 PLACES_56 "," "%28,%29,%30,%31"
+#define REGISTERS_64 REGISTERS_56, "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
+#define PLACES_72 PLACES_64 "," "%32,%33,%34,%35"
+#define REGISTERS_72 REGISTERS_64, "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35])
+#define PLACES_80 PLACES_72 "," "%36,%37,%38,%39"
+#define REGISTERS_80 REGISTERS_72, "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39])
+#define PLACES_88 PLACES_80 "," "%40,%41,%42,%43"
+#define REGISTERS_88 REGISTERS_80, "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43])
+#define PLACES_96 PLACES_88 "," "%44,%45,%46,%47"
+#define REGISTERS_96 REGISTERS_88, "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47])
+#define PLACES_104 PLACES_96 "," "%48,%49,%50,%51"
+#define REGISTERS_104 REGISTERS_96, "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51])
+#define PLACES_112 PLACES_104 "," "%52,%53,%54,%55"
+#define REGISTERS_112 REGISTERS_104, "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55])
+#define PLACES_120 PLACES_112 "," "%56,%57,%58,%59"
+#define REGISTERS_120 REGISTERS_112, "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59])
+#define PLACES_128 PLACES_120 "," "%60,%61,%62,%63"
+#define REGISTERS_128 REGISTERS_120, "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
+
+#define WGMMA_TYPE(scalar, type, n, a0, a1, a2, a3, b, sum, order)                                                     \
+    template <bool by_rows>                                                                                            \
+    struct Wgmma<scalar, n, by_rows> {                                                                                 \
+        static DEVICE void run(float* c, const unsigned* a, unsigned long long b_panel, int add) {                     \
+            asm volatile("{ .reg .pred p; setp.ne.b32 p, %" #sum ", 0;"                                                \
+                         "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" PLACES_##n "}, "         \
+                         "{%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", p, 1, 1, %" #order "; }"                     \
+                         : REGISTERS_##n                                                                               \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_panel), "r"(add), "n"(int(by_rows)));     \
+        }                                                                                                              \
+    };
+#define WGMMA(...) WGMMA_TYPE(bf16, "bf16", __VA_ARGS__) WGMMA_TYPE(f16, "f16", __VA_ARGS__)
+
+WGMMA(8, 4, 5, 6, 7, 8, 9, 10)
+WGMMA(16, 8, 9, 10, 11, 12, 13, 14)
+WGMMA(24, 12, 13, 14, 15, 16, 17, 18)
+WGMMA(32, 16, 17, 18, 19, 20, 21, 22)
+WGMMA(40, 20, 21, 22, 23, 24, 25, 26)
+WGMMA(48, 24, 25, 26, 27, 28, 29, 30)
+WGMMA(56, 28, 29, 30, 31, 32, 33, 34)
+WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
+WGMMA(72, 36, 37, 38, 39, 40, 41, 42)
+WGMMA(80, 40, 41, 42, 43, 44, 45, 46)
+WGMMA(88, 44, 45, 46, 47, 48, 49, 50)
+WGMMA(96, 48, 49, 50, 51, 52, 53, 54)
+WGMMA(104, 52, 53, 54, 55, 56, 57, 58)
+WGMMA(112, 56, 57, 58, 59, 60, 61, 62)
+WGMMA(120, 60, 61, 62, 63, 64, 65, 66)
+WGMMA(128, 64, 65, 66, 67, 68, 69, 70)
+#endif
+
+// c = a b, plus c if `add`: a in this thread's four registers, b from `panel` on, whose next 8 rows lie 1024 bytes on.
+template <class T, int n, bool by_rows>
+DEVICE void wgmma(float* c, const unsigned* a, const void* panel, bool add) {
+    const unsigned long long address = (shared_address(panel) & 0x3ffff) >> 4, eight_rows = 1024 >> 4, swizzle_128 = 1;
+    Wgmma<T, n, by_rows>::run(c, a, address | eight_rows << 32 | swizzle_128 << 62, add);
+}
+
+// A number that the compiler knows, as an argument.
+template <int n>
+struct Number {
+    static constexpr int value = n;
+};
