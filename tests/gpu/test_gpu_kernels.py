@@ -64,6 +64,24 @@ def test_attention_of_large_logits(table, xp, rng, name):
     check_kernel(table[reference.qkv_attention], xp, "qkv_attention", dtype(name), [qkv], limit=0.1, num_heads=1)
 
 
+HOPPER = [(128, 64), (145, 64), (197, 64), (257, 64), (577, 64), (1025, 64), (197, 32), (257, 80), (577, 128)]  # N, D
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+@pytest.mark.parametrize("n, dim", HOPPER)
+def test_attention_on_hopper(table, xp, rng, name, n, dim):
+    """The kernel that only sm_90a has agrees with the others, and is used from then on."""
+    from tinyvit.kernels import cuda
+    from tinyvit.kernels.cuda import attention, attention_sm90a
+
+    if cuda.capability() != 90:
+        pytest.skip("no Hopper GPU")
+    qkv = rng.standard_normal((3, n, 3 * 2 * dim))
+    on_device = xp.asarray(qkv.astype(dtype(name)))
+    assert attention_sm90a.takes(xp, on_device, 2, n, cuda.NULL, attention.mma_forward)
+    check_kernel(table[reference.qkv_attention], xp, "qkv_attention", dtype(name), [qkv], num_heads=2)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("rows, dim", [(65 * 16, 192), (197 * 4, 768), (333, 1280), (50, 257)])
 def test_layer_norm(table, xp, rng, name, rows, dim):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from pathlib import Path
 
 import cuda_sim
 import numpy as np
 import pytest
-from cuda_checks import TOLERANCE, both, check
-from cuda_sim import SCALARS, decode, error
+from cuda_checks import TOLERANCE, both, check, draw
+from cuda_sim import SCALARS, decode, encode, error, guarded
 
-from tinyvit.kernels.cuda import attention
+from tinyvit.backend import cuda_graph
+from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import attention, attention_sm90a
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -103,3 +106,94 @@ def test_attention_plans_fit_every_shape():
                 rows = 16 * constants["TILES"] * constants["WARPS"]
                 assert parts * rows >= n > (parts - 1) * rows and shared <= limit
                 assert 1 <= constants["WARPS"] * constants["RESIDENT"] <= 64 and constants["WARPS"] <= 8
+
+
+# --- Hopper -----------------------------------------------------------------------------------------------------------
+
+HOPPER = {"capability": 90, "shared_limit": 227 << 10}
+SM90A = [
+    # scalar, heads, rows, queries, head dimension, bytes of shared memory, and what is expected of the plan
+    ("bf16", 2, 197, 197, 64, 227 << 10, {"WARPGROUPS": 1, "STAGES": 4}),
+    ("f16", 1, 130, 70, 32, 227 << 10, {"WARPGROUPS": 1, "STAGES": 3}),
+    ("bf16", 1, 257, 257, 64, 227 << 10, {"WARPGROUPS": 2, "STAGES": 5}),
+    ("bf16", 1, 208, 208, 80, 227 << 10, {"WARPGROUPS": 3, "STAGES": 4}),
+    ("f16", 1, 273, 200, 128, 100 << 10, {"WARPGROUPS": 2, "STAGES": 3}),  # a ring of chunks
+]
+
+
+@pytest.mark.parametrize("scalar, heads, n, queries, dim, limit, plan", SM90A)
+def test_attention_on_hopper(folder, scalar, heads, n, queries, dim, limit, plan):
+    """Results and the logarithms for the backward pass are softmax's by NumPy, whatever order threads run in."""
+    qkv = encode(draw(n, (1, n, 3 * heads * dim)), scalar)
+    q, k, v = decode(qkv).reshape(n, 3, heads, dim).transpose(1, 2, 0, 3)
+    scores = q[:, :queries] @ k.transpose(0, 2, 1) / math.sqrt(dim)
+    logs = np.log2(np.exp(scores).sum(axis=-1))
+    y = (np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True) @ v).transpose(1, 0, 2)
+    results = []
+    for seed in (0, 1):
+        with cuda_sim.device(folder, seed, multiprocessors=1, **HOPPER | {"shared_limit": limit}) as xp:
+            assert plan.items() <= attention_sm90a.forward_plan(n, queries, dim, heads).constants.items()
+            scale = np.float32(1 / math.sqrt(dim))
+            results.append(attention_sm90a.forward(xp, guarded(qkv), cuda.NULL, heads, queries, scale, True))
+    assert error(decode(results[0][0]), y.reshape(1, queries, heads * dim)) < TOLERANCE[scalar] / 2
+    assert error(results[0][1].astype(np.float64), logs[None]) < 1e-6
+    assert all(np.array_equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No kernel for Hopper has been compared with the other one yet."""
+    monkeypatch.setattr(attention_sm90a, "_agreed", {})
+
+
+def test_attention_on_hopper_with_its_gradient(folder, unchecked):
+    check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
+    assert attention_sm90a._agreed == {(0, "bf16", 197, 197, 64): True}
+
+
+def test_a_kernel_for_hopper_that_is_wrong_is_not_used(folder, unchecked, monkeypatch):
+    """One warning, and the other kernel's results."""
+
+    def wrong(xp, *arguments):
+        y, log = attention.mma_forward(xp, *arguments)
+        y[0, 7, 5] = SCALARS["bf16"].type(0x7FC0)  # NaN
+        return decode(y).astype(np.float32), log
+
+    monkeypatch.setattr(attention_sm90a, "forward", wrong)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
+    assert [str(w.message) for w in caught] == [
+        "attention's kernel for Hopper is not used for 197 tokens and heads of 64: differs by inf"
+    ]
+
+
+def test_which_attention_takes_hoppers_kernel(folder, unchecked, monkeypatch):
+    monkeypatch.setattr(attention_sm90a, "_agrees", lambda *_: True)
+
+    def takes(n=197, dim=64, queries=None, dtype=np.float16, factors=cuda.NULL, **machine):
+        with cuda_sim.device(folder, **HOPPER | machine) as xp:
+            qkv = np.zeros((1, n, 3 * 2 * dim), dtype)
+            return attention_sm90a.takes(xp, qkv, 2, queries or n, factors, attention.mma_forward)
+
+    with cuda_graph.capture():
+        assert not takes()  # nothing can be compared now
+    assert takes() and takes(n=577) and takes(dim=32)
+    with cuda_graph.capture():
+        assert takes()
+    assert not any((takes(n=127), takes(dim=72), takes(queries=1), takes(dtype=np.float32), takes(capability=100)))
+    assert not takes(factors=np.ones(1))
+    monkeypatch.setenv("TINYVIT_WGMMA", "0")
+    assert not takes()
+
+
+def test_hoppers_plans_fit_every_shape():
+    for dim, n, heads in itertools.product(range(16, 129, 16), (128, 129, 197, 257, 577, 785, 1025, 4097), (1, 3000)):
+        with cuda_sim.device(Path(), multiprocessors=132, **HOPPER):
+            constants, parts, shared = attention_sm90a.forward_plan(n, n, dim, heads)
+        tiles, chunks, stages = math.ceil(n / 64), math.ceil(n / constants["KEYS"]), constants["STAGES"]
+        assert (parts - 1) * constants["WARPGROUPS"] < tiles  # no block without a tile
+        assert stages == chunks or (3 <= stages < chunks and parts * constants["WARPGROUPS"] >= tiles)
+        assert (shared + 1024) * constants["RESIDENT"] <= 228 << 10
+        assert constants["RESIDENT"] * constants["WARPGROUPS"] <= 4

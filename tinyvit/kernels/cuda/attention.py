@@ -1,6 +1,7 @@
-"""Fused attention for CuPy arrays: how `cuda/attention_*.cu` are cut into blocks and launched.
+"""Fused attention for CuPy arrays: how `cuda/attention_forward.cu` and `_backward.cu` are cut into blocks and launched.
 
 They copy 16 bytes at a time: heads whose dimension is no multiple of 8 are filled up with zeros, which alters nothing.
+On Hopper `attention_sm90a.py` takes what it covers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import attention_sm90a
 
 
 def covers_attention(
@@ -49,33 +51,49 @@ def qkv_attention(
     batch, n, width = qkv.shape
     own_dim = width // (3 * num_heads)
     dim = _padded_dim(width, num_heads)
-    scalar, size = cuda.scalar(qkv.dtype), qkv.dtype.itemsize
     queries = n if queries is None else queries
-    plan = backward_tiling(n, queries, dim, size, dropout=dropout_mask is not None)
+    plan = backward_tiling(n, queries, dim, qkv.dtype.itemsize, dropout=dropout_mask is not None)
     assert plan is not None  # as `covers_attention` found
     qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
     factors = cuda.NULL if dropout_mask is None else cuda.ready(dropout_mask)
-    y = xp.empty((batch, queries, num_heads * dim), dtype=qkv.dtype)
-    row_log = xp.empty((batch, num_heads, queries), dtype=xp.float32) if needs[0] else cuda.NULL
-    shape, scale = (np.int32(num_heads), np.int32(n), np.int32(queries)), np.float32(1.0 / math.sqrt(own_dim))
-    heads, variant = batch * num_heads, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": int(dropout_mask is not None)}
-
-    constants, blocks, shared = forward_tiling(n, queries, dim, size)
-    forward = cuda.kernel("attention_forward", "attention_forward", **variant, **constants)
-    arguments = (qkv, factors, y, row_log, *shape, np.int32(blocks), scale)
-    forward((heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
+    scale = np.float32(1.0 / math.sqrt(own_dim))
+    on_hopper = attention_sm90a.takes(xp, qkv, num_heads, queries, factors, mma_forward)
+    y, row_log = (attention_sm90a.forward if on_hopper else mma_forward)(
+        xp, qkv, factors, num_heads, queries, scale, needs[0]
+    )
 
     def vjp(dy: Array) -> tuple[Array]:
         constants, portions, shared = plan
         dy = cuda.ready(_with_dim(xp, dy, own_dim, dim))
         dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
         dq_sum = xp.empty((batch, num_heads, queries, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
-        backward = cuda.kernel("attention_backward", "attention_backward", **variant, **constants)
+        backward = cuda.kernel("attention_backward", "attention_backward", **_variant(qkv, factors, dim), **constants)
+        shape = np.int32(num_heads), np.int32(n), np.int32(queries)
         arguments = (qkv, factors, y, dy, row_log, dqkv, dq_sum, *shape, scale)
-        backward((heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
+        backward((batch * num_heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
         return (_with_dim(xp, dqkv, dim, own_dim),)
 
     return _with_dim(xp, y, dim, own_dim), vjp
+
+
+def mma_forward(
+    xp: Any, qkv: Array, factors: Any, num_heads: int, queries: int, scale: np.float32, with_log: bool
+) -> tuple[Array, Any]:
+    """The result (B, Q, H D), and the logarithms (B, H, Q) that the backward pass needs, or NULL."""
+    batch, n, width = qkv.shape
+    dim = width // (3 * num_heads)
+    y = xp.empty((batch, queries, num_heads * dim), dtype=qkv.dtype)
+    row_log = xp.empty((batch, num_heads, queries), dtype=xp.float32) if with_log else cuda.NULL
+    constants, blocks, shared = forward_tiling(n, queries, dim, qkv.dtype.itemsize)
+    forward = cuda.kernel("attention_forward", "attention_forward", **_variant(qkv, factors, dim), **constants)
+    shape = np.int32(num_heads), np.int32(n), np.int32(queries), np.int32(blocks)
+    arguments = (qkv, factors, y, row_log, *shape, scale)
+    forward((batch * num_heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
+    return y, row_log
+
+
+def _variant(qkv: Array, factors: Any, dim: int) -> dict[str, Any]:
+    return {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "DROPOUT": int(factors is not cuda.NULL)}
 
 
 def _with_dim(xp: Any, x: Array, dim: int, wanted: int) -> Array:

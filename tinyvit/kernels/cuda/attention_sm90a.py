@@ -1,0 +1,107 @@
+"""Attention on Hopper: how `cuda/attention_forward_sm90a.cu` is cut into blocks and launched, and whether it may be.
+
+It runs only after it has agreed with the kernel for every GPU on random numbers, once a process for each shape of head:
+no GPU has run it yet. TINYVIT_WGMMA=0 leaves it out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tinyvit.backend import cuda_graph
+from tinyvit.backend.arrays import Array
+from tinyvit.kernels import cuda
+
+LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
+KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
+
+_agreed: dict[tuple, bool] = {}  # with the other kernel: what was found
+
+
+class Plan(NamedTuple):
+    """What the kernel is compiled with, its blocks a head, and their shared memory."""
+
+    constants: dict[str, int]
+    parts: int
+    shared: int
+
+
+def takes(xp: Any, qkv: Array, num_heads: int, queries: int, factors: Any, other: Callable) -> bool:
+    """Whether the kernel computes attention of qkv (B, N, 3 H D) here, because it agrees with the `other` one."""
+    n, dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or os.environ.get("TINYVIT_WGMMA") == "0":
+        return False
+    if n < LEAST_TOKENS or queries < LEAST_QUERIES or dim % 16 or factors is not cuda.NULL:
+        return False
+    kind = cuda.device(), cuda.scalar(qkv.dtype), n, queries, dim
+    if kind not in _agreed and not cuda_graph.capturing():  # a graph's function has run before it is captured
+        _agreed[kind] = _agrees(xp, qkv.dtype, n, queries, dim, other)
+    return _agreed.get(kind, False)
+
+
+def _agrees(xp: Any, dtype: np.dtype, n: int, queries: int, dim: int, other: Callable) -> bool:
+    heads, rng = 2, np.random.default_rng(0)
+    bits = rng.integers(0x3800, 0x4000, (1, n, 3 * heads * dim)) | rng.integers(0, 2, (1, n, 3 * heads * dim)) << 15
+    qkv = xp.asarray(bits.astype(np.uint16).view(dtype))  # numbers below 2 in either type
+    arguments = (xp, qkv, cuda.NULL, heads, queries, np.float32(1 / math.sqrt(dim)), True)
+    try:
+        differences = [_difference(xp, *pair) for pair in zip(forward(*arguments), other(*arguments), strict=True)]
+        problem = None if max(differences) < 1e-2 else f"differs by {max(differences):.1e}"
+    except Exception as error:  # the compiler, or the device, refuses it
+        problem = str(error).splitlines()[0]
+    if problem:
+        warnings.warn(
+            f"attention's kernel for Hopper is not used for {n} tokens and heads of {dim}: {problem}", stacklevel=2
+        )
+    return problem is None
+
+
+def _difference(xp: Any, ours: Array, other: Array) -> float:
+    """The largest difference; infinite where there is a NaN."""
+    difference = float(xp.max(xp.abs(ours.astype(xp.float32) - other.astype(xp.float32))))
+    return math.inf if math.isnan(difference) else difference
+
+
+def forward(
+    xp: Any, qkv: Array, factors: Any, num_heads: int, queries: int, scale: np.float32, with_log: bool
+) -> tuple[Array, Any]:
+    """What `attention.mma_forward` gives."""
+    batch, n, width = qkv.shape
+    dim = width // (3 * num_heads)
+    y = xp.empty((batch, queries, num_heads * dim), dtype=qkv.dtype)
+    row_log = xp.empty((batch, num_heads, queries), dtype=xp.float32) if with_log else cuda.NULL
+    constants, parts, shared = forward_plan(n, queries, dim, batch * num_heads)
+    name = "attention_forward_sm90a"
+    kernel = cuda.kernel(name, name, SCALAR=cuda.scalar(qkv.dtype), HEAD_DIM=dim, TOKENS=n, **constants)
+    arguments = (qkv, y, row_log, np.int32(num_heads), np.int32(queries), np.int32(parts), scale)
+    kernel((batch * num_heads * parts,), (128 * constants["WARPGROUPS"],), arguments, shared_mem=shared)
+    return y, row_log
+
+
+def forward_plan(n: int, queries: int, dim: int, heads: int) -> Plan:
+    """The plan for n tokens, of which the first `queries` ask, and so many heads of all samples.
+
+    As many warpgroups as registers allow share a multiprocessor: in blocks of their own, if it has shared memory for so
+    many heads, else several in a block. Few heads are divided among several blocks.
+    """
+    warpgroups = 4 if dim <= 64 else 3 if dim <= 96 else 2
+    row = 2 * 128 * math.ceil(dim / 64)  # bytes of a key and a value
+    chunks = math.ceil(n / KEYS)
+    limit, shared = cuda.shared_limit(), 16 * math.ceil(n / 16) * row
+    tiles = math.ceil(queries / 64)
+    if shared <= limit:
+        fitting = (limit + 1024) // (shared + 1024)  # each block takes another 1024 bytes
+        blocks = max(count for count in range(1, warpgroups + 1) if warpgroups % count == 0 and count <= fitting)
+        stages, groups = chunks, min(tiles, warpgroups // blocks)
+        wanted = math.ceil(cuda.multiprocessors() * blocks / heads)
+        parts = min(math.ceil(tiles / groups), wanted)
+    else:
+        blocks, stages, groups = 1, limit // (KEYS * row), min(tiles, warpgroups)
+        shared, parts = stages * KEYS * row, math.ceil(tiles / groups)
+    return Plan({"KEYS": KEYS, "STAGES": stages, "WARPGROUPS": groups, "RESIDENT": blocks}, parts, shared)
