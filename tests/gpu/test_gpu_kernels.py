@@ -114,6 +114,17 @@ def test_gelu(table, xp, rng, name, approximate):
 
 
 @pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("channels, outputs, size", [(3, 256, 32), (64, 128, 16)])
+def test_convolutions_and_pooling_of_compact_transformers(table, xp, rng, name, channels, outputs, size):
+    images, padding = rng.standard_normal((4, channels, size, size)), ((1, 1), (1, 1))
+    weight = rng.standard_normal((outputs, channels, 3, 3)) / math.sqrt(9 * channels)
+    params = {"stride": (1, 1), "padding": padding}
+    check_kernel(table[reference.conv2d], xp, "conv2d", dtype(name), [images, weight], **params)
+    params = {"kernel": (3, 3), "stride": (2, 2), "padding": padding}
+    check_kernel(table[reference.max_pool2d], xp, "max_pool2d", dtype(name), [images], **params)
+
+
+@pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("batch, classes", [(1024, 10), (256, 1000), (5, 21843)])
 def test_cross_entropy(table, xp, rng, name, batch, classes):
     logits, kernel = rng.standard_normal((batch, classes)) * 3, table[reference.cross_entropy]
@@ -150,7 +161,7 @@ def test_dropout_masks_are_the_hosts(table, xp, name, samples, shape, drop):
 
 # --- cuBLASLt ---------------------------------------------------------------------------------------------------------
 
-PRODUCTS = [(65 * 64, 192, 576), (197 * 16, 768, 3072), (256, 768, 1000), (5, 24, 16), (7, 9, 10)]
+PRODUCTS = [(65 * 64, 192, 576), (197 * 16, 768, 3072), (256, 768, 1000), (5, 24, 16), (7, 9, 10), (333, 256, 1)]
 
 
 @pytest.mark.parametrize("name, limit", [("float32", 1e-5), ("tf32", 2e-3), ("float16", 2e-3), ("bfloat16", 1e-2)])

@@ -32,9 +32,9 @@ def needs_cublaslt():
         pytest.skip(cublas.missing())
 
 
-def make_model(device: str = "cuda", **drops: float) -> tinyvit.VisionTransformer:
+def make_model(device: str = "cuda", name: str = "vit_tiny_patch4_32", **drops: float) -> tinyvit.VisionTransformer:
     """A model whose head is not zero; two that are made alike are alike."""
-    model = tinyvit.create_model("vit_tiny_patch4_32", seed=1, **SMALL, **drops)
+    model = tinyvit.create_model(name, seed=1, **SMALL, **drops)
     state = model.state_dict()
     head = np.random.default_rng(0).standard_normal(state["head.weight"].shape)
     model.load_state_dict({**state, "head.weight": (0.02 * head).astype(np.float32)})
@@ -117,12 +117,13 @@ def test_steps_are_the_cpus(precision, limit):
                 assert difference(ours[name], x) < 2e-2, name
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch4_32", "cct_2_3x2_32"])
 @pytest.mark.parametrize("precision, limit", [("fp32", 1e-4), ("bf16", 2e-2)])
-def test_steps_with_muon_are_the_cpus(precision, limit):
-    """Clipped; matrices through products of many at a time, in a graph from the second step on."""
+def test_steps_with_muon_are_the_cpus(name, precision, limit):
+    """Clipped; matrices through products of many at a time, in a graph from the second step on; convolutions, too."""
 
     def losses(device: str, precision: str) -> list[float]:
-        model = make_model(device)
+        model = make_model(device, name)
         optimizer = optim.Muon(optim.param_groups(model, 0.05, adam_lr_scale=0.1))
         step = tinyvit.TrainStep(model, optimizer, clip_norm=1.0, precision=precision)
         found = [float(step(*(x if device == "cuda" else arrays.to_numpy(x) for x in batch(seed=i)))) for i in range(4)]

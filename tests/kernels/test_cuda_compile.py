@@ -111,6 +111,10 @@ def variants() -> list[tuple[str, dict]]:
         found.append(("columns", {"SCALAR": scalar, "VECTOR": vector, "APPROXIMATE": int(scalar == "f16")}))
     found += [("gelu", {"SCALAR": "bf16", "APPROXIMATE": 0}), ("gelu", {"SCALAR": "float", "APPROXIMATE": 1})]
     found += [("cross_entropy", {"SCALAR": "bf16", "SOFT": 0}), ("cross_entropy", {"SCALAR": "float", "SOFT": 1})]
+    for scalar, vector, channels, inner in (("bf16", 1, 3, 32), ("bf16", 8, 64, 576), ("float", 4, 64, 576)):
+        sizes = {"HEIGHT": 32, "WIDTH": 32, "CHANNELS": channels, "ROWS": 32, "COLUMNS": 32, "INNER": inner}
+        window = {"KERNEL_H": 3, "KERNEL_W": 3, "STRIDE_H": 1, "STRIDE_W": 1, "TOP": 1, "LEFT": 1}
+        found.append(("images", {"SCALAR": scalar, "VECTOR": vector} | sizes | window))
     found += [("dropout", {"SCALAR": "bf16"}), ("dropout", {"SCALAR": "float"})]
     found += [
         ("adamw", {"SCALAR": "float", "COPY": "bf16"}),

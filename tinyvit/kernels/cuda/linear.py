@@ -19,7 +19,7 @@ WAVE = 4  # blocks of 256 threads that a multiprocessor holds of any kernel here
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     rows, weight = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight)
-    y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias))
+    y = product(xp, rows, weight, None if bias is None else cuda.ready(bias))
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), _linear_vjp(xp, x.shape, rows, weight, needs)
 
 
@@ -28,7 +28,7 @@ def add_linear(
 ) -> tuple[Array, VJP]:
     rows, weight = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight)
     added = cuda.ready(xp.reshape(residual, (-1, residual.shape[-1])))
-    y = _forward(xp, rows, weight, None if bias is None else cuda.ready(bias), added)
+    y = product(xp, rows, weight, None if bias is None else cuda.ready(bias), added)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs[1:])
     return xp.reshape(y, residual.shape), lambda dy: (dy, *linear_vjp(dy))
 
@@ -41,7 +41,7 @@ def covers_linear(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
     return bool(cuda.scalar(x.dtype) and x.size and weight.size)
 
 
-def _forward(xp: Any, rows: Array, weight: Array, bias: Array | None, added: Array | None = None) -> Array:
+def product(xp: Any, rows: Array, weight: Array, bias: Array | None = None, added: Array | None = None) -> Array:
     """rows W^T + bias + added."""
     y = cublas.linear(xp, rows, weight, bias, added)
     if y is None:
@@ -69,18 +69,18 @@ def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, nee
         dy = cuda.ready(xp.reshape(dy, (-1, dy.shape[-1])))
         if needs[2] and dbias is None:
             dbias = _column_sums(xp, dy)
-        dweight = _weight_gradient(xp, dy, saved_rows) if needs[1] else None
-        return xp.reshape(_input_gradient(xp, dy, weight), shape) if needs[0] else None, dweight, dbias
+        dweight = weight_gradient(xp, dy, saved_rows) if needs[1] else None
+        return xp.reshape(input_gradient(xp, dy, weight), shape) if needs[0] else None, dweight, dbias
 
     return vjp
 
 
-def _input_gradient(xp: Any, dy: Array, weight: Array) -> Array:
+def input_gradient(xp: Any, dy: Array, weight: Array) -> Array:
     dx = cublas.input_gradient(xp, dy, weight)
     return cupys_product(dy, weight) if dx is None else dx
 
 
-def _weight_gradient(xp: Any, dy: Array, rows: Array) -> Array:
+def weight_gradient(xp: Any, dy: Array, rows: Array) -> Array:
     dweight = cublas.weight_gradient(xp, dy, rows)
     return cupys_product(dy.T, rows) if dweight is None else dweight
 
@@ -140,7 +140,7 @@ def _linear_gelu(
         fused = cublas.linear_gelu(xp, rows, weight, bias, recording)
         if fused is not None:
             return *fused, cuda.NULL
-    hidden = _forward(xp, rows, weight, None)  # without the bias, which both kernels add
+    hidden = product(xp, rows, weight, None)  # without the bias, which both kernels add
     y = xp.empty(hidden.shape, dtype=hidden.dtype) if recording else hidden
     columns("bias_gelu_forward", hidden, hidden, bias, y, approximate=approximate)
     return y, hidden, bias

@@ -1,7 +1,7 @@
 """Every kernel for CuPy arrays. None covers float64, empty arrays, or a device that is too old for the sources."""
 
 from tinyvit.kernels import Kernel, half_precision, reference
-from tinyvit.kernels.cuda import attention, layers, linear, muon, optimizers
+from tinyvit.kernels.cuda import attention, convolution, layers, linear, muon, optimizers
 
 KERNELS = {
     reference.linear: Kernel(linear.linear, linear.covers_linear),
@@ -12,6 +12,8 @@ KERNELS = {
     reference.qkv_attention: Kernel(attention.qkv_attention, attention.covers_attention),
     reference.cross_entropy: Kernel(layers.cross_entropy, layers.covers_cross_entropy),
     reference.dropout_mask: Kernel(layers.dropout_mask, layers.covers_dropout_mask),
+    reference.conv2d: Kernel(convolution.conv2d, convolution.covers_conv2d),
+    reference.max_pool2d: Kernel(convolution.max_pool2d, convolution.covers_max_pool2d),
     half_precision.sum_in_fp32: Kernel(linear.sum_in_fp32, linear.covers_sum),
     reference.sum_at: Kernel(layers.sum_at),
     **optimizers.KERNELS,
