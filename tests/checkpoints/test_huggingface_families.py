@@ -75,6 +75,10 @@ def test_every_weight_is_needed(name, tmp_path):
             "hidden_act is 'gelu' in gated MLPs",
         ),
         (lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)), {"hidden_act": "silu"}, "hidden_act is 'silu' outside gated"),
+        (lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)), {"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2 by"),
+        (CASES["DINOv3"], {"hidden_size": 96}, "hidden_size is 96, and 48 by the weights"),
+        (CASES["CLIP"], {"image_size": 40}, r"image_size is 40, and \(32, 32\) by the weights"),
+        (CASES["SigLIP with its text tower"], {"vision_config": {"patch_size": 4}}, "patch_size is 4, and"),
         (
             lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)),
             {"architectures": ["Dinov2ForImageClassification"]},

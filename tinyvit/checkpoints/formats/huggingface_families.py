@@ -66,10 +66,10 @@ SETTINGS = {  # of config.json, or of its vision_config
     "num_attention_heads": FIELDS["num_attention_heads"],
     "hidden_act": one_of(*ACTIVATIONS, *SILU),
     "layer_norm_eps": number(0, 1),
-    "image_size": FIELDS["image_size"],
+    **{name: FIELDS[name] for name in ("image_size", "patch_size", "num_channels", "hidden_size", "intermediate_size")},
     "id2label": optional(names_by_number),
     "rope_theta": number(100, 100),
-    "num_hidden_layers": integer(1, 10_000),
+    "num_hidden_layers": FIELDS["num_hidden_layers"],
     "num_register_tokens": integer(0, 65536),
     "key_bias": boolean,
     "architectures": FIELDS["architectures"],
@@ -99,6 +99,7 @@ def read(files: WeightFiles) -> Checkpoint:
         without_key_bias = family.rope is not None and not given.get("key_bias", False)
         pooling = arrange(state, without_key_bias, classifies="head.weight" in state and not projects)
         config = read_config(state, given, family, pooling)
+        check_shape(config, given)
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{files.path}: its {CONFIG} describes no model of ours: {reason(error)}") from None
     names = given.get("id2label")
@@ -113,6 +114,22 @@ def read(files: WeightFiles) -> Checkpoint:
         preprocessing=read_preprocessing(files, config, usual),
         similarity=similarity,
     )
+
+
+def check_shape(config: ViTConfig, given: Mapping[str, Any]) -> None:
+    """Raises ValueError where config.json says another shape than the weights, of which some may then be missing."""
+    found = {
+        "num_hidden_layers": config.depth,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_channels": config.in_chans,
+        "patch_size": config.patch_size,
+        "image_size": config.image_size,
+    }
+    for name, value in found.items():
+        said = given.get(name, value)
+        if (said, said) != value and said != value:
+            raise ValueError(f"{name} is {said}, and {value} by the weights")
 
 
 def read_similarity(scale: np.ndarray | None, bias: np.ndarray | None) -> dict[str, float]:

@@ -100,15 +100,14 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
     if lacking := without_room(checkpoint, family):
         raise CheckpointError(f"{path}: Transformers' {family.model_type} has no room for {lacking}")
     state = arrange(dict(checkpoint.state), config, family)
-    table, tower = family.names, family.tower
+    table = family.names
     if family in (DINOV2, WITH_REGISTERS) and config.swiglu:
         table = names.DINOV2_GATED
     if config.distilled:
         table = names.TEACHER
     if family is CLIP and config.global_pool == "token":
         table = names.CLIP_PROJECTION
-    if tower != "vision_model." and not config.num_classes:
-        tower = ""
+    tower = family.tower if config.num_classes or family in (CLIP, SIGLIP) else ""
     weights = {names.their_name(name, table, tower): array for name, array in state.items()}
     files = {
         CONFIG: json.dumps(write_config(checkpoint, family, state), indent=2),
@@ -131,7 +130,7 @@ def choose(config: ViTConfig) -> Family:
 
 
 def pooling(config: ViTConfig) -> str:
-    """ "token", "avg", "map" or "seq"; with a norm behind the mean "avg, then the norm"."""
+    """The model's global_pool, or "avg, then the norm" with a norm behind the mean."""
     return "avg, then the norm" if config.norm_after_pool and config.final_norm else config.global_pool
 
 
