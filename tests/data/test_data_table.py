@@ -13,7 +13,7 @@ from PIL import Image
 from running import environment
 
 from tinyvit.data import DataError, load_data
-from tinyvit.data.sources import listing
+from tinyvit.data.sources import listing, parquet
 from tinyvit.data.splits import ArraySplit, FileSplit
 
 
@@ -203,6 +203,24 @@ def test_large_images_are_decoded_when_read(snacks, monkeypatch):
     assert colours(data.train) == colours(load_data(snacks).train)
     monkeypatch.setattr(listing, "MEMORY", 0)
     assert isinstance(load_data(snacks).test, FileSplit)
+
+
+def test_images_beyond_the_memory_are_read_with_their_row_group(snacks, pa, monkeypatch):
+    kept = load_data(snacks)
+    monkeypatch.setattr(parquet, "KEPT", 100)
+    monkeypatch.setattr(parquet, "CACHE", 0)
+    data = load_data(snacks, image_size=80)
+    assert isinstance(data.train.images.contents, parquet.RowGroups)
+    assert data.train.labels.tolist() == kept.train.labels.tolist()
+    assert colours(data.train) == colours(kept.train) and colours(data.test) == colours(kept.test)
+    assert data.fingerprint == kept.fingerprint
+    contents = [png((0, 0, 0)), b"no image", None, png((1, 3, 0)), png((0, 4, 0)), png((1, 5, 0))]
+    save(pa, snacks / "bad.parquet", [0, 0, 1, 1, 0, 1], contents)
+    data = load_data(snacks / "bad.parquet", skip_corrupt=True)
+    assert sorted(colours_seen(data)) == [(0, 0), (0, 4), (1, 3), (1, 5)]
+    monkeypatch.setattr(parquet, "LARGEST_GROUP", 99)
+    message = "ROOT/bad.parquet has row groups of .* bytes, expected at most 99"
+    assert_error(message, snacks / "bad.parquet", snacks)
 
 
 def test_other_places_and_layouts(tmp_path, pa):
@@ -411,10 +429,10 @@ def test_without_pyarrow_one_line_names_the_extra(tmp_path, monkeypatch):
 
 def test_a_small_file_that_repeats_a_large_image_takes_little_memory(tmp_path):
     """Each row with the bytes of the others; in a process of its own, whose peak is its own."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     content = np.random.default_rng(0).bytes(1_000_000)
     table = pyarrow.table({"image": pyarrow.array([content] * 300), "label": [0, 1] * 150})
-    parquet.write_table(table, tmp_path / "train.parquet", use_dictionary=True)
+    pq.write_table(table, tmp_path / "train.parquet", use_dictionary=True)
     assert (tmp_path / "train.parquet").stat().st_size < 3_000_000
     program = """
 import resource, sys

@@ -1,6 +1,6 @@
 """The members of a tar archive (POSIX.1-1988 ustar, POSIX.1-2001 pax, GNU), without unpacking it.
 
-Python's tarfile keeps an object a member, ends in silence at a damaged header, and takes ten times as long.
+Python's tarfile keeps an object a member, ends in silence at a damaged header, and takes several times as long.
 """
 
 from __future__ import annotations

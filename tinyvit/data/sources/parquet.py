@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,6 +15,7 @@ from tinyvit.data.base import DataError
 from tinyvit.data.sources.csv_table import Rows, number_classes
 from tinyvit.data.sources.listing import Listings
 from tinyvit.data.sources.shards import by_split, files_of
+from tinyvit.data.stored import Contents
 from tinyvit.files.text import one_line
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 IMAGES = ("image", "img", "picture", "photo")  # usual names of the columns, in the order of preference
 ROWS = 16  # that are read at a time
+KEPT = 1 << 32  # bytes of images
+LARGEST_GROUP = CACHE = 1 << 30  # bytes of images in a row group; in all those that are kept
 LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -33,7 +36,8 @@ def parquet_files(path: Path) -> list[Path]:
 def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
     """The images of parquet files; see tinyvit.data.load_data.
 
-    The images' bytes are kept in memory as they are stored. Raises DataError, also without pyarrow.
+    The images' bytes are kept in memory as they are stored if they take at most KEPT. Others are read when they are
+    wanted, a row group for each image: slowly, in a random order. Raises DataError, also without pyarrow.
     """
     found = by_split(path, parquet_files(path))
     parts = {part: [Shard(file) for file in files] for part, files in found.items()}
@@ -60,7 +64,22 @@ def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
     names = [f"{s.file.relative_to(base).as_posix()}, row {i}" for s in shards for i in range(len(s.classes))]
     if None in found:
         raise DataError(f"{base / names[found.index(None)]} has no label (it is null or -1)")
-    return Rows(names, classes, Kept([content for shard in shards for content in shard.images()]))
+    return Rows(names, classes, contents_of(shards))
+
+
+def contents_of(shards: Sequence[Shard]) -> Contents:
+    """The images of all shards. Raises DataError for row groups that are too large to be read one by one."""
+    sizes = [size for shard in shards for size in shard.group_sizes]
+    if sum(sizes) <= KEPT:
+        return Kept([content for shard in shards for content in shard.images()])
+    if max(sizes) > LARGEST_GROUP:
+        large = next(shard.file for shard in shards if max(shard.group_sizes, default=0) > LARGEST_GROUP)
+        raise DataError(f"{large} has row groups of {max(sizes):,} bytes, expected at most {LARGEST_GROUP:,}")
+    lengths = [(s, g, rows) for s, shard in enumerate(shards) for g, rows in enumerate(shard.group_rows)]
+    shard, group = (np.repeat([each[k] for each in lengths], [each[2] for each in lengths]) for k in (0, 1))
+    row = np.concatenate([np.arange(rows) for *_, rows in lengths])
+    kept = lru_cache(max(2, CACHE // max(sizes)))(lambda s, g: shards[s].group(g))
+    return RowGroups(kept, shard, group, row)
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,24 @@ class Kept:
     def take(self, positions: np.ndarray) -> Self:
         """The images at `positions`, in that order."""
         return replace(self, images=[self.images[i] for i in positions])
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Images that are read with their row group: image i is row `row[i]` of `column(shard[i], group[i])`."""
+
+    column: Callable[[int, int], Any]
+    shard: np.ndarray
+    group: np.ndarray
+    row: np.ndarray
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i. Raises DataError."""
+        return self.column(int(self.shard[i]), int(self.group[i]))[int(self.row[i])].as_py() or b""
+
+    def take(self, positions: np.ndarray) -> Self:
+        """The images at `positions`, in that order."""
+        return replace(self, shard=self.shard[positions], group=self.group[positions], row=self.row[positions])
 
 
 class Shard:
@@ -97,6 +134,36 @@ class Shard:
             return schema
 
         return self._try(read)
+
+    @cached_property
+    def metadata(self) -> pyarrow.parquet.FileMetaData:
+        return self._try(self.pyarrow.parquet.read_metadata)
+
+    @property
+    def group_rows(self) -> list[int]:
+        """How many rows each row group has."""
+        return [self.metadata.row_group(g).num_rows for g in range(self.metadata.num_row_groups)]
+
+    @cached_property
+    def group_sizes(self) -> list[int]:
+        """How many bytes the images of each row group take."""
+        groups = [self.metadata.row_group(g) for g in range(self.metadata.num_row_groups)]
+        columns = [[group.column(c) for c in range(group.num_columns)] for group in groups]
+        mine = [[c for c in some if c.path_in_schema.split(".")[0] == self.image_column] for some in columns]
+        return [sum(c.total_uncompressed_size for c in some) for some in mine]
+
+    def group(self, number: int) -> pyarrow.ChunkedArray:
+        """The images' bytes in a row group."""
+
+        def read(file: Path) -> pyarrow.ChunkedArray:
+            whole = self.pyarrow.parquet.ParquetFile(file, metadata=self.metadata)
+            return self._bytes(whole.read_row_group(number, columns=[self.image_column]).column(0).combine_chunks())
+
+        return self._try(read)
+
+    def _bytes(self, column: Any) -> Any:
+        """The column itself; of a struct, its bytes."""
+        return column.field("bytes") if self.pyarrow.types.is_struct(column.type) else column
 
     @cached_property
     def features(self) -> dict[str, Mapping[str, Any]]:
@@ -178,10 +245,7 @@ class Shard:
             values: list[Any] = []
             seen: dict[Any, Any] = {}
             for batch in self.pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, columns=[name]):
-                column = batch.column(0)
-                if self.pyarrow.types.is_struct(column.type):
-                    column = column.field("bytes")
-                values += [seen.setdefault(value, value) for value in column.to_pylist()]
+                values += [seen.setdefault(value, value) for value in self._bytes(batch.column(0)).to_pylist()]
             return values
 
         return self._try(read)
