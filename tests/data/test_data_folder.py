@@ -231,6 +231,21 @@ def test_val_fraction_out_of_range(tmp_path, fraction):
         load_data(grow(tmp_path), val_fraction=fraction)
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    grow(tmp_path)
+    paint(tmp_path / "cat" / "more" / "1.png")
+    scan = os.scandir
+
+    def refuse(path="."):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"cannot read .*/cat/more: Permission denied"):
+        load_data(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.TGZ"])
 def test_archives_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"")

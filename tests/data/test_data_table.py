@@ -114,6 +114,7 @@ def test_the_fingerprint_of_a_csv_knows_its_labels(pets):
         ("path,label\n", "ROOT/pets.csv has no row with the split train, found no row at all"),
         ("path,label\na.png\n", r"ROOT/pets.csv, line 2 has another number of values than .* \(2\)"),
         ("path,label\na.png,cat\nb.png,dog,7\n", r"ROOT/pets.csv, line 3 has another number of values than .* \(2\)"),
+        ("path,label,path\na.png,cat,b.png\n", "ROOT/pets.csv has several columns called path"),
         ("path,label\na.png,\n", "ROOT/pets.csv, line 2 has no label"),
         ("path,label\na.png, \n", "ROOT/pets.csv, line 2 has no label"),
         ("path,label\n,cat\n", "ROOT/pets.csv, line 2 has no path"),

@@ -111,7 +111,8 @@ def test_what_belongs_together(tmp_path):
         ("b/._1.png", b"macOS"),
         ("b/1.cls", b"dog"),
         ("./a/1.txt", b"a caption"),
-        ("./a/1.cls", b" cat \n"),
+        ("notes.json", b'{"made": 1999}'),
+        ("./a/1.cls", "\ufeff cat \n".encode()),
         ("../../2.jpeg", picture((0, 0, 0), "jpg")),
         ("../../2.cls", b"cat"),
         ("/3.png", picture((0, 0, 0))),
@@ -155,6 +156,7 @@ def link(name, kind=tarfile.SYMTYPE):
     [
         ([("a.png", b"")], "a.png: it has no class: expected a.cls or a.json beside it"),
         ([("a.cls", b"1")], r"a.cls: there is no image a.jpg \(.png, .webp, …\)"),
+        ([("a.heic", b""), ("a.json", b'{"label": 1}')], r"a.json: there is no image a.jpg \(.png, .webp, …\)"),
         ([("a.1.png", b""), ("a.1.cls", b"1")], r"a.1.png: there is no image a.jpg \(.png, .webp, …\)"),
         ([("a.png", b""), ("a.jpg", b""), ("a.cls", b"1")], "a.jpg: it is the second image of a"),
         ([("a.png", b""), ("a.cls", b"1"), ("a.cls", b"0")], "a.cls: it is the second .cls of a"),
@@ -214,11 +216,17 @@ def test_an_archive_that_shrinks_while_it_is_read(tmp_path):
         data.train.read(np.arange(len(data.train)))
 
 
-def test_names_that_cannot_be_used(shards, tmp_path):
-    (shards / "classes.txt").write_text("a\nb\na\n")
-    assert_error("ROOT/classes.txt gives two classes the name 'a', expected one a line, each once", shards, tmp_path)
-    (shards / "classes.txt").write_text("a\nb\nc\n")
-    assert_error("ROOT/classes.txt names 3 classes, but there are images of class 10", shards, tmp_path)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\nb\na\n", "ROOT/classes.txt, line 3 is 'a', expected the name of a class, each once"),
+        ("a\n\nb\n", "ROOT/classes.txt, line 2 is '', expected the name of a class, each once"),
+        ("\ufeffa\nb\nc\n", "ROOT/classes.txt names 3 classes, but there are images of class 10"),
+    ],
+)
+def test_names_that_cannot_be_used(shards, tmp_path, text, message):
+    (shards / "classes.txt").write_text(text, encoding="utf-8")
+    assert_error(message, shards, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def read_csv(path: Path) -> dict[str, Rows]:
                     f"{path} begins with {', '.join(map(repr, columns)) or 'nothing'}, expected a header with the "
                     "columns path and label (and split, if it has one)"
                 )
+            if twice := [name for name in ("path", "label", "split") if columns.count(name) > 1]:
+                raise DataError(f"{path} has several columns called {twice[0]}")
             for row in reader:
                 split = checked(row, columns, f"{path}, line {reader.line_num}")
                 files, classes = parts.setdefault(split, (Texts(), []))

@@ -96,8 +96,13 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def files_below(root: Path, name: str) -> Iterator[str]:
-    """The visible files in and below the folder `name` of `root`, relative to `root`, in no order."""
-    for folder, folders, members in os.walk(root / name):
+    """The visible files in and below the folder `name` of `root`, relative to `root`, in no order. Raises OSError."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a part may lack a class
+            raise error
+
+    for folder, folders, members in os.walk(root / name, onerror=refuse):
         folders[:] = [child for child in folders if not child.startswith(".")]
         inside = Path(folder).relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"

@@ -147,10 +147,17 @@ class Shard:
     @cached_property
     def group_sizes(self) -> list[int]:
         """How many bytes the images of each row group take."""
-        groups = [self.metadata.row_group(g) for g in range(self.metadata.num_row_groups)]
-        columns = [[group.column(c) for c in range(group.num_columns)] for group in groups]
-        mine = [[c for c in some if c.path_in_schema.split(".")[0] == self.image_column] for some in columns]
-        return [sum(c.total_uncompressed_size for c in some) for some in mine]
+        name = self.image_column
+
+        def read(_: Path) -> list[int]:
+            groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
+            columns = [[group.column(c) for c in range(group.num_columns)] for group in groups]
+            return [sum(c.total_uncompressed_size for c in some if belongs(c.path_in_schema)) for some in columns]
+
+        def belongs(path: str) -> bool:
+            return path == name or path.startswith(f"{name}.")
+
+        return self._try(read)
 
     def group(self, number: int) -> pyarrow.ChunkedArray:
         """The images' bytes in a row group."""

@@ -8,6 +8,7 @@ beside each `label`, if these are one to one, else by the numbers. Other members
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def read_shard(path: Path, skip_corrupt: bool) -> Shard:
             wrong("", str(error))
         for key, image in images.items():
             try:
-                label = labels.pop(key, None) or noted_label(file, notes[key], shard)
+                label = labels.pop(key, "") or noted_label(file, notes[key], shard)
             except KeyError:
                 wrong(f", {image.name}", f"it has no class: expected {key}.cls or {key}.json beside it")
             except ValueError as error:
@@ -140,8 +141,13 @@ def read_shard(path: Path, skip_corrupt: bool) -> Shard:
                 shard.classes.append(sys.intern(label))
                 shard.offset.append(image.offset)
                 shard.size.append(image.size)
-    for key in [*labels, *(key for key in others if key not in images)]:
-        wrong(f", {others.get(key, key + '.cls')}", f"there is no image {key}.jpg (.png, .webp, …)")
+        lonely = {key: f"{key}.cls" for key in labels}
+        for key, note in notes.items():
+            if key not in images and has_label(file, note):
+                lonely[key] = note.name
+    for key, name in {**lonely, **others}.items():
+        if key not in images:
+            wrong(f", {name}", f"there is no image {key}.jpg (.png, .webp, …)")
     if not images and not shard.skipped:
         wrong("", "it has no images with a class beside them, such as 0001.jpg and 0001.cls")
     return shard
@@ -162,6 +168,13 @@ def noted_label(file: BinaryIO, member: Member, shard: Shard) -> str:
     return label
 
 
+def has_label(file: BinaryIO, member: Member) -> bool:
+    """Whether a `.json` member holds a class."""
+    with contextlib.suppress(ValueError):
+        return bool(noted_label(file, member, Shard()))
+    return False
+
+
 def content_of(file: BinaryIO, member: Member, most: int) -> str:
     """The text in a member. Raises ValueError."""
     if member.size > most:
@@ -175,7 +188,7 @@ def content_of(file: BinaryIO, member: Member, most: int) -> str:
 
 def class_word(content: str) -> str:
     """A class as a single word or number, 7 for 007. Raises ValueError."""
-    word = content.strip()
+    word = content.removeprefix("\ufeff").strip()
     if not word or len(word.splitlines()) > 1 or (word.startswith("-") and word[1:].isdecimal()):
         raise ValueError(f"it holds {word[:40]!r}, expected the number of a class from 0 on, or its name on one line")
     return str(int(word)) if word.isdecimal() else word
@@ -189,11 +202,13 @@ def class_names(base: Path, numbers: Sequence[str], named: set[tuple[str, str]])
         one_to_one = set(words) == set(numbers) and len(named) == len(words) == len(set(words.values()))
         return words if one_to_one else {}
     try:
-        lines = [line.strip() for line in read_text(file).rstrip().split("\n")]
+        lines = [line.strip() for line in read_text(file).removeprefix("\ufeff").rstrip().split("\n")]
     except ValueError as error:
         raise DataError(f"cannot read {file}: {error}") from None
-    if twice := sorted({line for line in lines if lines.count(line) > 1}) if len(lines) != len(set(lines)) else []:
-        raise DataError(f"{file} gives two classes the name {twice[0]!r}, expected one a line, each once")
+    first: dict[str, int] = {}
+    for place, line in enumerate(lines):
+        if not line or first.setdefault(line, place) != place:
+            raise DataError(f"{file}, line {place + 1} is {line!r}, expected the name of a class, each once")
     if int(numbers[-1]) >= len(lines):
         raise DataError(f"{file} names {len(lines)} classes, but there are images of class {numbers[-1]}")
     return {number: lines[int(number)] for number in numbers}
