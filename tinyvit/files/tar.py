@@ -98,7 +98,7 @@ def _text(field: bytes) -> str:
 
 
 def _kind_of(kind: bytes, name: str, fields: dict[str, str]) -> str:
-    if kind == b"S" or any(key.startswith("GNU.sparse") for key in fields):
+    if kind == b"S" or "sparse" in fields:
         return "sparse"
     if kind in b"0\0" + b"7":
         return "a folder" if name.endswith("/") else ""
@@ -106,16 +106,20 @@ def _kind_of(kind: bytes, name: str, fields: dict[str, str]) -> str:
 
 
 def _pax(content: bytes, at: int) -> dict[str, str]:
-    """The records "LENGTH KEY=VALUE\\n" of a pax header. Raises ValueError."""
+    """Of the records "LENGTH KEY=VALUE\\n" of a pax header, those that matter here. Raises ValueError."""
     found = {}
-    while content:
-        digits, _, rest = content[:20].partition(b" ")
-        length = int(digits) if digits.isdigit() else 0
-        key, equals, value = content[len(digits) + 1 : length - 1].partition(b"=")
-        if not (rest and equals and content[length - 1 : length] == b"\n"):
+    start = 0
+    while start < len(content):
+        digits = content[start : start + 8].partition(b" ")[0]
+        end = start + int(digits) if digits.isdigit() else 0
+        key, equals, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
+        if not equals or content[end - 1 : end] != b"\n":
             raise ValueError(f"it is damaged: no pax header at byte {at}")
-        found[_text(key)] = value.decode("utf-8", "surrogateescape")
-        content = content[length:]
+        if key in (b"path", b"size"):
+            found[key.decode()] = value.decode("utf-8", "surrogateescape")
+        elif key.startswith(b"GNU.sparse"):
+            found["sparse"] = ""
+        start = end
     return found
 
 
