@@ -22,6 +22,7 @@ ROOMS = (
     "engine",
     "data",
     "kernels",
+    "distributed",
     "backend",
     "files",
     "errors",

@@ -130,7 +130,7 @@ def test_turning_and_zooming_samples_as_torch_does(size, seed):
     got = turn_and_zoom(images, 30.0, 0.2, np.random.default_rng(seed))
     rng = np.random.default_rng(seed)
     angle = np.radians(rng.uniform(-30, 30, 3))
-    sy, sx = 1 + rng.uniform(-0.2, 0.2, (2, 3))
+    sy, sx = 1 + rng.uniform(-0.2, 0.2, (3, 2)).T
     h, w = size
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])  # of (x, y)
     theta = turn * np.array([sx, sy]) * np.array([[w, h]]).reshape(1, 2, 1) / np.array([w, h]).reshape(2, 1, 1)

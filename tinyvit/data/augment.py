@@ -98,11 +98,11 @@ def erase(images: Array, probability: float, rng: np.random.Generator) -> Array:
     """
     xp = array_namespace(images)
     batch, _, height, width = images.shape
-    area = height * width * rng.uniform(0.02, 0.4, (10, batch))
-    ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), (10, batch)))
+    area = height * width * rng.uniform(0.02, 0.4, (batch, 10))
+    ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), (batch, 10)))
     heights, widths = (np.round(np.sqrt(x)).astype(int) for x in (area * ratio, area / ratio))
     fits = (heights < height) & (widths < width)
-    first = np.argmax(fits, axis=0), np.arange(batch)
+    first = np.arange(batch), np.argmax(fits, axis=1)
     chosen = (rng.random(batch) < probability) & fits[first]
     masks = []
     for lengths, total in ((heights[first], height), (widths[first], width)):
@@ -122,7 +122,7 @@ def turn_and_zoom(images: Array, degrees: float, zoom: float, rng: np.random.Gen
     xp = array_namespace(images)
     batch, channels, height, width = images.shape
     angle = np.radians(rng.uniform(-degrees, degrees, batch))
-    sy, sx = 1 + rng.uniform(-zoom, zoom, (2, batch))
+    sy, sx = 1 + rng.uniform(-zoom, zoom, (batch, 2)).T
     cos, sin = np.cos(angle), np.sin(angle)
     m = beside(np.stack([cos * sy, sin * sx, -sin * sy, cos * sx]).astype(np.float32)[:, :, None, None], images)
     y, x = (xp.astype(count(n, images), xp.float32) - (n - 1) / 2 for n in (height, width))
@@ -154,32 +154,32 @@ def one_hot(labels: Array, num_classes: int) -> Array:
 def mixup(images: Array, targets: Array, alpha: float, rng: np.random.Generator) -> tuple[Array, Array]:
     """Blend each image and its target with another's, in shares drawn from Beta(alpha, alpha) (Zhang et al. 2017).
 
-    `images` (B, C, H, W) float, `targets` (B, num_classes) probabilities.
+    `images` (B, C, H, W) float, `targets` (B, num_classes) probabilities. The other is, as in timm, that of the batch
+    turned round: the last one for the first.
     """
     shares = rng.beta(alpha, alpha, size=images.shape[0]).astype(np.float32)
-    partners = beside(rng.permutation(images.shape[0]), images)
-    return _blend(images, partners, shares[:, None, None, None]), _blend(targets, partners, shares[:, None])
+    return _blend(images, shares[:, None, None, None]), _blend(targets, shares[:, None])
 
 
 def cutmix(images: Array, targets: Array, alpha: float, rng: np.random.Generator) -> tuple[Array, Array]:
     """Paste a box of another image into each; targets mix by area (Yun et al. 2019).
 
-    `images` (B, C, H, W), `targets` (B, num_classes) probabilities. The box covers a share 1 - Beta(alpha, alpha).
+    `images` (B, C, H, W), `targets` (B, num_classes) probabilities. The box covers a share 1 - Beta(alpha, alpha). The
+    other image is as in `mixup`.
     """
     batch, _, height, width = images.shape
     side = np.sqrt(1 - rng.beta(alpha, alpha, size=batch))
     boxes, areas = _boxes((height * side).astype(int), (width * side).astype(int), images, rng)
-    partners = beside(rng.permutation(batch), images)
     xp = array_namespace(images)
-    mixed = xp.where(boxes, xp.take(images, partners, axis=0), images)
+    mixed = xp.where(boxes, xp.flip(images, axis=0), images)
     shares = 1 - areas.astype(np.float32) / (height * width)
-    return mixed, _blend(targets, partners, shares[:, None])
+    return mixed, _blend(targets, shares[:, None])
 
 
-def _blend(values: Array, partners: Array, shares: np.ndarray) -> Array:
-    """`shares` of each of `values`, the rest of its partner."""
+def _blend(values: Array, shares: np.ndarray) -> Array:
+    """`shares` of each of `values`, the rest of the one at its place in the batch turned round."""
     xp = array_namespace(values)
-    return values * beside(shares, values) + xp.take(values, partners, axis=0) * beside(1 - shares, values)
+    return values * beside(shares, values) + xp.flip(values, axis=0) * beside(1 - shares, values)
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,13 @@ class Augment:
     num_classes: int = 0
 
     def __post_init__(self) -> None:
-        if (self.mixup or self.cutmix) and not self.num_classes:
+        if self.mixes and not self.num_classes:
             raise ValueError("mixup and cutmix need num_classes, to turn labels into probabilities")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether an image is combined with that at its place in the batch turned round."""
+        return bool(self.mixup or self.cutmix)
 
     def __call__(self, images: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:
         """uint8 (B, C, H, W) and int64 (B,) -> float32 (B, C, H, W) and the labels, (B, num_classes) if mixed."""
@@ -221,7 +226,7 @@ class Augment:
             images = turn_and_zoom(images, self.turn, self.zoom, rng)
         if self.erasing:
             images = erase(images, self.erasing, rng)
-        if not (self.mixup or self.cutmix):
+        if not self.mixes:
             return images, labels
         targets = one_hot(labels, self.num_classes)
         if self.mixup and (not self.cutmix or rng.random() < 0.5):

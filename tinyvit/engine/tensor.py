@@ -21,6 +21,7 @@ it receives.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, overload
 
@@ -261,7 +262,11 @@ def grad(
 
 @overload
 def grad(
-    output: Tensor, inputs: Iterable[Tensor], gradient: Array | Tensor | None = None, retain_graph: bool = False
+    output: Tensor,
+    inputs: Iterable[Tensor],
+    gradient: Array | Tensor | None = None,
+    retain_graph: bool = False,
+    ready: Callable[[int, Array], None] | None = None,
 ) -> list[Array]: ...
 
 
@@ -270,6 +275,7 @@ def grad(
     inputs: Tensor | Iterable[Tensor],
     gradient: Array | Tensor | None = None,
     retain_graph: bool = False,
+    ready: Callable[[int, Array], None] | None = None,
 ) -> Array | list[Array]:
     """The gradients of `output` with respect to `inputs`, as arrays in the order of `inputs`.
 
@@ -281,13 +287,14 @@ def grad(
         inputs: one tensor (one array is returned) or several (a list is returned); they need not be leaves.
         gradient: what to start from, of the shape and dtype of `output`; may be left out for one element.
         retain_graph: keep what was saved, so that another backward pass can run through the same graph.
+        ready: called with the place of an input and its gradient, which it must not change, as soon as that is found.
     """
     targets = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     for t in targets:
         if not t.requires_grad:
             raise ValueError(f"grad expects inputs that require a gradient, got one of shape {t.shape} that does not")
     nodes, _ = _tape(output)
-    gradients = _backward(output, gradient, nodes, targets, retain_graph)
+    gradients = _backward(output, gradient, nodes, targets, retain_graph, ready)
     return gradients[0] if isinstance(inputs, Tensor) else gradients
 
 
@@ -314,7 +321,12 @@ def _source(t: Any) -> Source:
 
 @np.errstate(all="ignore")
 def _backward(
-    output: Tensor, gradient: Array | Tensor | None, nodes: list[Node], targets: list[Tensor], retain_graph: bool
+    output: Tensor,
+    gradient: Array | Tensor | None,
+    nodes: list[Node],
+    targets: list[Tensor],
+    retain_graph: bool,
+    ready: Callable[[int, Array], None] | None = None,
 ) -> list[Array]:
     """Carry `gradient` from `output` back through `nodes`; the gradients that reach `targets`."""
     collected = {_source(output): _start(output, gradient)}
@@ -323,24 +335,35 @@ def _backward(
         if node.vjp is freed:
             freed()
         checks.check_unchanged(node.name, node.versions)
+    waiting = {} if ready is None else {_source(t): place for place, t in enumerate(targets)}
+    uses = Counter(source for node in nodes for source in node.inputs if source in waiting)
     token = kernels.notes.set({})
     try:
         for node in nodes:
             outputs: list[Source] = [(node, number) for number in range(node.n_outputs)]
             dys = [collected.get(o) if o in target_sources else collected.pop(o, None) for o in outputs]
-            if all(dy is None for dy in dys):
-                continue
-            # A kernel that can adds what has reached its first input from elsewhere, which saves a pass over the array.
-            other = collected.pop(node.inputs[0], None) if getattr(node.vjp, "adds", False) else None
-            gradients = node.vjp(*dys) if other is None else node.vjp(*dys, other)
-            for source, g in zip(node.inputs, gradients, strict=True):
-                if source is not None:
-                    collected[source] = collected[source] + g if source in collected else g
-            if not retain_graph:
-                node.release()
+            sources = node.inputs
+            if any(dy is not None for dy in dys):
+                # A kernel that can adds what has reached its first input from elsewhere, which saves a pass over it.
+                other = collected.pop(sources[0], None) if getattr(node.vjp, "adds", False) else None
+                gradients = node.vjp(*dys) if other is None else node.vjp(*dys, other)
+                for source, g in zip(sources, gradients, strict=True):
+                    if source is not None:
+                        collected[source] = collected[source] + g if source in collected else g
+                if not retain_graph:
+                    node.release()
+            for source in sources:
+                if source in waiting:
+                    uses[source] -= 1
+                    if not uses[source] and source in collected and ready is not None:
+                        ready(waiting.pop(source), collected[source])
     finally:
         kernels.notes.reset(token)
-    return _distinct([collected.get(_source(t)) for t in targets], targets, gradient)
+    found = _distinct([collected.get(_source(t)) for t in targets], targets, gradient)
+    for place in waiting.values():  # of what nothing led to, or of the output itself
+        if ready is not None:
+            ready(place, found[place])
+    return found
 
 
 def _start(output: Tensor, gradient: Array | Tensor | None) -> Array:
