@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tinyvit.distributed import DistributedError, Failed, init
 from tinyvit.files.text import printable
 from tinyvit.training.config import (
     FIELDS,
@@ -185,21 +186,21 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    from tinyvit.backend.devices import pick_device
     from tinyvit.checkpoints.loading import open_checkpoint
     from tinyvit.data import Augment
     from tinyvit.data.splits import image_names
     from tinyvit.evaluation.metrics import combined, data_for, evaluate, labels_for, write_confusion, write_predictions
 
+    group = init()
     if args.probe and args.split not in (None, "test"):
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
     checkpoint = open_checkpoint(args.checkpoint, num_heads=args.num_heads)
-    model = checkpoint.build(copy=False).to(pick_device(args.device))
+    model = checkpoint.build(copy=False).to(group.device(args.device))
     data = data_for(checkpoint, args.data, args.skip_corrupt)
     if args.probe:
         from tinyvit.evaluation.probe import probe
 
-        found = probe(args.probe, checkpoint, model, data, args.precision)
+        found = probe(args.probe, checkpoint, model, data, args.precision, group)
         setting = ", ".join(f"{name} {value:g}" for name, value in found.setting.items())
         what = f"{data.test_name} split of {data.name}, {args.probe} probe ({setting})"
         scores, about = found.scores, {"probe": args.probe, **found.setting}
@@ -209,7 +210,10 @@ def run_eval(args: argparse.Namespace) -> None:
         by_part = {}
         for name, split in parts.items():
             labels = labels_for(checkpoint, split.labels, data.class_names)
-            measured = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=args.precision)
+            measured = evaluate(
+                model, split, labels, checkpoint.class_names, scaling,
+                threads=group.threads, precision=args.precision, group=group,
+            )  # fmt: skip
             assert measured is not None  # nothing stops it
             by_part[name] = measured
         scores = combined(list(by_part.values()))
@@ -217,6 +221,8 @@ def run_eval(args: argparse.Namespace) -> None:
         about = {"images": scores.images, "splits": accuracies}
         counts = [f"{s.images} {name} ({s.accuracy:.2%})" for name, s in by_part.items()]
         what = f"{data.name}, {', '.join(counts) if counts[1:] else next(iter(parts)) + ' split'}"
+    if not group.leads:
+        return
     if args.confusion:
         write_confusion(Path(args.confusion), scores)
     if args.predictions:
@@ -445,9 +451,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"tinyvit: warning: {printable(str(message))}\n"
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # what is not finite is an error of ours, in one line
     try:
-        args = parse(sys.argv[1:] if argv is None else list(argv))
-        args.started = started
-        args.run(args)
+        group = init()
+        with group.together():
+            args = parse(sys.argv[1:] if argv is None else list(argv))
+            args.started = started
+            if group.leads or args.command in ("train", "eval"):
+                args.run(args)
         sys.stdout.flush()
         return 0
     except UsageError as error:
@@ -486,6 +495,10 @@ def fail_known(error: Exception) -> int:
     from tinyvit.evaluation.metrics import EvaluationError
     from tinyvit.training.trainer import Stopped, TrainError
 
+    if isinstance(error, Failed):  # another process says why
+        return 1
+    if isinstance(error, Stopped) and not init().leads:
+        return 128 + error.signum
     if isinstance(error, Stopped):
         program = "python -m tinyvit" if sys.argv[0].endswith("__main__.py") else "tinyvit"
         print(printable(f"stopped; to go on: {program} train --out {shlex.quote(str(error.out))} --resume"), flush=True)
@@ -493,7 +506,7 @@ def fail_known(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename is not None:
         return fail(f"{error.filename}: {error.strerror}", 1)
     expected = CheckpointError | DataError | DeviceError | EvaluationError | TrainError | OSError | ValueError
-    if isinstance(error, expected):
+    if isinstance(error, expected | DistributedError):
         return fail(error, 1)
     raise error
 

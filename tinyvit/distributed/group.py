@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tinyvit.backend.arrays import Array
+SLOW = 1800.0  # seconds to wait for a process that reads data or writes files
 
 
 class DistributedError(Exception):
@@ -27,10 +29,41 @@ class Group:
     rank, size, local_rank, local_size = 0, 1, 0, 1
     threads: int | None = None
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this context an error of one process ends all. Raises Failed where another process has to say why."""
+        yield
+
     @property
     def leads(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """What to compute on where the user said `name`: each process of a machine has a GPU to itself.
+
+        Raises:
+            DeviceError: there is none, or there are fewer than processes.
+        """
+        from tinyvit.backend.devices import DeviceError, gpu_count, pick_device
+
+        device = pick_device(name)
+        if self.size == 1 or device == "cpu":
+            return device
+        if name not in ("auto", "cuda"):
+            raise DeviceError(f"{name} is one GPU for {self.size} processes: expected cuda")
+        count = gpu_count(name)
+        if self.local_rank >= count > 1:
+            raise DeviceError(f"{self.local_size} processes share {count} GPUs: start one for each GPU")
+        return f"cuda:{self.local_rank if count > 1 else 0}"  # a launcher may show each process its own GPU alone
+
+    def describe(self, batch: int) -> str:
+        """What each process has, in a line."""
+        part = f"{batch // self.size}" + (f" or {batch // self.size + 1}" if batch % self.size else "")
+        return (
+            f"{self.size} processes, {self.local_size} on this machine: each takes {part} of {batch} images a step, "
+            f"on a CPU with {self.threads} thread{'' if self.threads == 1 else 's'}"
+        )
 
     def part(self, count: int) -> tuple[int, int]:
         """Which of `count` things are this process's: from the first number up to the second."""
@@ -49,15 +82,21 @@ class Group:
         """
         return [value]
 
+    def same(self, what: Mapping[str, Any]) -> None:
+        """Refuse to go on unless all processes gave the same. Raises DistributedError, which names what differs."""
+        everyone = self.exchange(dict(what), SLOW)
+        for rank, others in enumerate(everyone):
+            if differing := [name for name, value in everyone[0].items() if others.get(name) != value]:
+                name = differing[0]
+                raise DistributedError(
+                    f"rank {rank} has another {name} than rank 0: {others.get(name)!r} and {everyone[0][name]!r}"
+                )
+
     def from_first(self, value: Any, patience: float | None = None) -> Any:
         """The value that rank 0 gave."""
         return self.exchange(value if self.leads else None, patience)[0]
 
-    def fail(self, reason: str) -> bool:
-        """Tell the others that this process cannot go on. Returns whether it is the one that should say why."""
-        return True
-
-    def reduction(self, like: list[Array], shards: int) -> Any:
+    def reduction(self, like: Sequence[Any], shards: int) -> Any:
         """What adds up arrays like these over the processes, in a fixed order; see `reduction.Reduction`."""
         raise NotImplementedError("a process alone has nothing to reduce")
 

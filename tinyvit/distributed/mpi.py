@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,30 @@ class MPIGroup(Group):
         """Begin to receive into an array."""
         return self._comm.Irecv(array, rank, tag)
 
-    def fail(self, reason: str) -> bool:
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        try:
+            yield
+        except Failed:
+            self._end_soon()
+            raise
+        except Exception as error:
+            if not self._says_why(f"{type(error).__name__}: {error}"):
+                raise Failed(self._failure()) from None
+            raise
+
+    def _end_soon(self) -> None:
+        """End all processes in a while: MPI's own end waits for those that hang."""
+        timer = threading.Timer(PATIENCE, self._comm.Abort, (1,))
+        timer.daemon = True
+        timer.start()
+
+    def _says_why(self, reason: str) -> bool:
+        """Tell the others that this process cannot go on. Returns whether it is the first of those that cannot."""
+        self._end_soon()
         for rank in range(self.size):
             if rank != self.rank:
                 self._comm.isend(reason, rank, FAILURE)
-        timer = threading.Timer(
-            PATIENCE, self._comm.Abort, (1,)
-        )  # if another process does not end, MPI's end would wait
-        timer.daemon = True
-        timer.start()
         end = time.monotonic() + GRACE
         while time.monotonic() < end and len(self._failures) < self.size - 1:
             self._look_for_failures()
@@ -103,10 +119,6 @@ class MPIGroup(Group):
     def _failure(self) -> str:
         rank = min(self._failures)
         return f"{self._names[rank]}: {self._failures[rank]}"
-
-    def abort(self) -> None:
-        """End all processes at once."""
-        self._comm.Abort(1)
 
     def reduction(self, like: Sequence[Any], shards: int) -> Any:
         if arrays.on_host(like[0]):

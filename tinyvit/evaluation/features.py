@@ -11,8 +11,10 @@ from tinyvit import nn
 from tinyvit.backend import arrays
 from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.data.splits import ArraySplit
+from tinyvit.distributed import ALONE, Group
+from tinyvit.distributed.group import SLOW
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.evaluation.metrics import BATCH_SIZE
+from tinyvit.evaluation.metrics import BATCH_SIZE, share
 from tinyvit.execution.inference import predictions
 from tinyvit.models.vit import VisionTransformer
 
@@ -31,23 +33,29 @@ class FeatureSplit(ArraySplit):
     """A split with features (N, D) float32 in place of its images."""
 
 
-def with_features(body: nn.Module, data: Data, threads: int | None = None, precision: str = "fp32") -> Data:
+def with_features(
+    body: nn.Module, data: Data, threads: int | None = None, precision: str = "fp32", group: Group = ALONE
+) -> Data:
     """`data` with the features of its training and validation images in place of the images.
 
     Args:
         body: images (B, C, H, W) -> features (B, D), such as `Pooled`.
         threads, precision: as for `tinyvit.predict`.
+        group: the processes that share the images; all get the features of all.
     """
 
     def features(split: Split) -> FeatureSplit:
         device = arrays.device_name(body.parameters()[0].data)
-        loader = Loader(split, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
+        own, _ = share(split, group)
+        loader = Loader(own, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
         batches = (images for images, _ in loader.epoch(0))
         computed = []
         for batch in predictions(body, batches, threads, precision=precision):
             computed.append(batch)
             bar.update(len(batch))
-        return FeatureSplit(np.concatenate(computed), split.labels, split.skipped)
+        everyone = [part for parts in group.exchange(computed, SLOW) for part in parts if len(part)]
+        return FeatureSplit(np.concatenate(everyone), split.labels, split.skipped)
 
-    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=None) as bar:
+    hidden = None if group.leads else True  # None: unless on a terminal
+    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=hidden) as bar:
         return dataclasses.replace(data, train=features(data.train), val=features(data.validation))

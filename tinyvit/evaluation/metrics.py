@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyvit.backend import arrays
+from tinyvit.distributed import ALONE, Group
+from tinyvit.distributed.group import SLOW
 from tinyvit.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -112,8 +114,11 @@ def evaluate(
     threads: int | None = None,
     precision: str = "fp32",
     stop: Callable[[], Any] = lambda: False,
+    group: Group = ALONE,
 ) -> Scores | None:
     """Run `model` over all of `split`, whose images have the classes `labels` (N,) in the model's order.
+
+    The processes of a `group` share the batches, and all get the scores of all.
 
     `transform` is as for `data.Loader`, mostly `Augment(mean, std)`; `threads` and `precision` are as for `predict`.
     Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
@@ -121,24 +126,37 @@ def evaluate(
     from tinyvit.data import Loader
     from tinyvit.execution.inference import predictions
 
-    rank, predicted = np.empty((2, len(split)), np.int64)
-    loss, probability = np.empty((2, len(split)))
-    done = 0
+    own, mine = share(split, group)
+    rank, predicted = np.empty((2, len(own)), np.int64)
+    loss, probability = np.empty((2, len(own)))
+    done, stopped, true = 0, False, labels[mine]
     device = arrays.device_name(model.parameters()[0].data)
-    loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
+    loader = Loader(own, BATCH_SIZE, transform=transform, shuffle=False, device=device)
     batches = (images for images, _ in loader.epoch(0))
     for outputs in predictions(model, batches, threads, precision=precision):
-        if stop():
-            return None
+        if stopped := bool(stop()):
+            break
         logits = outputs.astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
         part = slice(done, done + len(logits))
-        rank[part], loss[part] = ranks(logits, labels[part]), cross_entropies(logits, labels[part])
+        rank[part], loss[part] = ranks(logits, true[part]), cross_entropies(logits, true[part])
         predicted[part] = logits.argmax(axis=1)
         probability[part] = np.exp(-cross_entropies(logits, predicted[part]))
         done += len(logits)
+    found = group.exchange(None if stopped else (rank, loss, predicted, probability), SLOW)
+    if any(part is None for part in found):
+        return None
+    rank, loss, predicted, probability = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return score(rank, loss, labels, predicted, probability, class_names)
+
+
+def share(split: Split, group: Group) -> tuple[Split, slice]:
+    """The part of `split` whose batches of BATCH_SIZE are this process's, and where it lies."""
+    if group.size == 1:
+        return split, slice(None)
+    first, last = (BATCH_SIZE * batch for batch in group.part(-(-len(split) // BATCH_SIZE)))
+    return split.take(np.arange(first, min(last, len(split)))), slice(first, last)
 
 
 def score(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyvit.data.splits import draw_share
+from tinyvit.distributed import ALONE, Group
 from tinyvit.evaluation.features import Pooled, with_features
 from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, ranks, score
 
@@ -32,16 +33,24 @@ class Probe:
     setting: dict[str, float]
 
 
-def probe(kind: str, checkpoint: Checkpoint, model: VisionTransformer, data: Data, precision: str = "fp32") -> Probe:
+def probe(
+    kind: str,
+    checkpoint: Checkpoint,
+    model: VisionTransformer,
+    data: Data,
+    precision: str = "fp32",
+    group: Group = ALONE,
+) -> Probe:
     """Features of both splits, a classifier on the training split's, and its accuracy on the test split.
 
     Args:
         kind: "knn", which gives no probabilities and so no loss, or "linear".
         data: of any classes; read with the checkpoint's size and fit options.
         precision: as for `inference.predict`.
+        group: the processes that share the images.
     """
     data = dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std, val=data.test)
-    seen = with_features(Pooled(model), data, precision=precision)
+    seen = with_features(Pooled(model), data, precision=precision, group=group)
     splits: Any = (seen.train, seen.validation)  # FeatureSplits
     train, test = (split.images.astype(np.float32) for split in splits)  # (N, D), (M, D)
     if not (np.all(np.isfinite(train)) and np.all(np.isfinite(test))):

@@ -11,11 +11,11 @@ import numpy as np
 
 from tinyvit import nn, optim
 from tinyvit.backend import arrays
-from tinyvit.backend.devices import pick_device
 from tinyvit.checkpoints.checkpoint import TRAINING_PREFIXES, Checkpoint, CheckpointError
 from tinyvit.checkpoints.native_file import read
 from tinyvit.data import Augment, Data, Loader, Split, default_augment, policies
 from tinyvit.data.splits import without_augmentation
+from tinyvit.distributed import ALONE, Group
 from tinyvit.engine.tensor import Array
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import FeatureSplit
@@ -163,7 +163,9 @@ class Parts:
             raise CheckpointError(f"{path} does not fit the run: {error}") from None
 
 
-def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, shards: int) -> Parts:
+def make_parts(
+    options: TrainConfig, data: Data, checkpoint: Checkpoint | None, shards: int, group: Group = ALONE
+) -> Parts:
     """The parts of a run.
 
     Args:
@@ -171,8 +173,9 @@ def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, 
         data: images, or features of `finetune.Backbone`.
         checkpoint: what `options.init` names.
         shards: the number of shards of a batch on a CPU.
+        group: the processes that train together.
     """
-    model = make_model(options, data, checkpoint).to(pick_device(options.device))
+    model = make_model(options, data, checkpoint).to(group.device(options.device))
     optimizer = make_optimizer(options, model)
     ema = optim.EMA(model, options.ema) if options.ema else None
     on_features = isinstance(data.train, FeatureSplit)
@@ -190,6 +193,7 @@ def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, 
         shards=shards,
         class_weights=class_weights(data.train.labels, len(data.class_names)) if balanced else None,
         precision=options.precision,
+        group=group,
     )
     assert options.batch_size is not None
     loader = Loader(
@@ -201,13 +205,14 @@ def make_parts(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, 
         alternate_flip=bool(options.augment) and options.flip == "alternate",
         repeats=options.repeats,
         device=arrays.device_name(model.parameters()[0].data),
+        group=group,
     )
 
     def evaluation(split: Split, stop: Callable[[], Any] = lambda: None) -> Scores | None:
         scaling = unchanged if on_features else Augment(data.mean, data.std)
         return evaluate(
             trained, split, split.labels, data.class_names, scaling,
-            threads=options.threads, precision=options.precision, stop=stop,
+            threads=options.threads or group.threads, precision=options.precision, stop=stop, group=group,
         )  # fmt: skip
 
     return Parts(model, trained, optimizer, ema, step, loader, evaluation, SAVE_FEATURE_RUNS_EVERY * on_features)

@@ -26,12 +26,14 @@ class Display:
     Within `with`, and as long as there is no bar, SILENCE does not pass without a line, however long a step takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
+        self.shown = shown
         self._bar: Any = None  # tqdm has no types
         self._doing, self._spoken, self._over = "", time.monotonic(), threading.Event()
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._break_silence, daemon=True).start()
+        if self.shown:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +56,7 @@ class Display:
     def start(self, total_steps: int, done: int) -> None:
         """Begin to show steps, `done` of which lie behind."""
         self._total, self._first, self._begun = total_steps, done, time.monotonic()
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             columns = os.get_terminal_size(sys.stderr.fileno()).columns
@@ -77,7 +79,9 @@ class Display:
             self._bar.total = total_steps
 
     def line(self, text: str) -> None:
-        """Print a line of the log."""
+        """Print a line of the log, unless the display is not `shown`."""
+        if not self.shown:
+            return
         self._spoken = time.monotonic()
         if self._bar is not None:
             self._bar.clear()

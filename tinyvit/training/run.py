@@ -7,6 +7,7 @@ import functools
 import math
 import platform
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Data, load_data, resident
 from tinyvit.data.sources.listing import SMALL
 from tinyvit.data.splits import hold_out
+from tinyvit.distributed import Group, init
+from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import with_features
 from tinyvit.execution import system_info
@@ -38,6 +41,7 @@ from tinyvit.training.config import (
     channel_values,
     check_pairs,
     check_same,
+    flag,
     height_and_width,
     reuses_features,
     with_recipe,
@@ -71,26 +75,27 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
         Stopped: SIGINT or SIGTERM came, and the run was saved.
     """
     started = time.monotonic() if started is None else started
-    with Display() as display:
+    group = init()
+    with Display(shown=group.leads) as display:
         if resume and given.get("out"):
-            return resume_run(RunDirectory(given["out"]), given, display)
+            return resume_run(RunDirectory(given["out"], group.leads), given, display, group)
         if recipe := best_recipe(given, on_gpu=pick_device(given.get("device", "auto")) != "cpu"):
             given = {**given, "recipe": recipe}
         check_pairs(given)
         options = TrainConfig(**with_recipe(given))
         if options.out and not resume:
-            RunDirectory(options.out).check_unused()
+            RunDirectory(options.out, group.leads).check_unused()
         check_log(options.log)
         if options.device != "auto":
             pick_device(options.device)  # before data are fetched for it
         checkpoint = None if options.init is None else open_checkpoint(options.init, num_heads=options.num_heads)
         check_model(options, checkpoint)
-        data = load(options, checkpoint, display)
+        data = load_in_turn(options, checkpoint, display, group)
         options = complete(options, data)
         assert options.out is not None
         if resume:  # the run has its default name
-            return resume_run(RunDirectory(options.out), given, display)
-        return start_run(options, data, checkpoint, started, display)
+            return resume_run(RunDirectory(options.out, group.leads), given, display, group)
+        return start_run(options, data, checkpoint, started, display, group)
 
 
 # --- the data and the options -----------------------------------------------------------------------------------------
@@ -145,6 +150,16 @@ def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display) 
     return dataclasses.replace(data, mean=statistics[0], std=statistics[1])
 
 
+def load_in_turn(options: TrainConfig, checkpoint: Checkpoint | None, display: Display, group: Group) -> Data:
+    """`load`, first in one process of each machine: it may download the data, and the others find them in memory."""
+    if group.local_rank:
+        group.exchange(None, SLOW)
+    data = load(options, checkpoint, display)
+    if not group.local_rank:
+        group.exchange(None, SLOW)
+    return data
+
+
 def complete(options: TrainConfig, data: Data) -> TrainConfig:
     """`options` with all that is chosen by the data. Raises UsageError."""
     small = max(data.image_size) <= SMALL
@@ -182,26 +197,33 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
 
 
 def start_run(
-    options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float, display: Display
+    options: TrainConfig,
+    data: Data,
+    checkpoint: Checkpoint | None,
+    started: float,
+    display: Display,
+    group: Group,
 ) -> Progress:
     """Train in a new run directory; `options` are complete."""
     assert options.out is not None and options.batch_size is not None
-    directory = RunDirectory(options.out)
+    directory = RunDirectory(options.out, group.leads)
     directory.check_unused()
+    check_together(group, options, data, checkpoint)
     steps_per_epoch = len(data.train) // options.batch_size
     length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
-    data = on_device(options, data, checkpoint, display)
-    shards = options.threads or parallel.available_cores()
-    parts = make_parts(options, data, checkpoint, shards)
+    data = on_device(options, data, checkpoint, display, group)
+    shards = usual_shards(options, group)
+    parts = make_parts(options, data, checkpoint, shards, group)
     introduce(options, parts, data, checkpoint, display)
-    directory.path.mkdir(parents=True, exist_ok=True)
+    if group.leads:
+        directory.path.mkdir(parents=True, exist_ok=True)
     with directory.locked():
         directory.check_unused()  # another process may have started here meanwhile
         directory.remove_leftovers()
         budget = None
         if options.minutes is not None:
             display.doing("timing training steps")
-            spent = make_parts(options, data, checkpoint, shards)
+            spent = make_parts(options, data, checkpoint, shards, group)
             end = started + 60 * options.minutes
             budget = TimeBudget.rehearse(end, spent, data.validation, directory, options.warmup)
             length = budget.length
@@ -215,7 +237,23 @@ def start_run(
         return finish(trainer, options.log)
 
 
-def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Display) -> Progress:
+def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> None:
+    """Refuse processes that would train something else than the others. Raises DistributedError, UsageError."""
+    weights = 0
+    for name, array in sorted(checkpoint.state.items()) if checkpoint is not None and group.size > 1 else ():
+        weights = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), weights))
+    given = {flag(name): value for name, value in dataclasses.asdict(options).items()}
+    group.same({"version of tinyvit": __version__, **given, "data set": data.fingerprint, "weights to begin": weights})
+    if (batch := options.batch_size or 0) < group.size:
+        raise UsageError(f"--batch-size {batch} is less than one image for each of {group.size} processes")
+
+
+def usual_shards(options: TrainConfig, group: Group) -> int:
+    """Into how many shards all processes cut a batch on a CPU: one for each of their threads."""
+    return group.size * (options.threads or group.threads or parallel.available_cores())
+
+
+def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Display, group: Group) -> Progress:
     """Continue the run in `directory`, whose record decides everything that `given` may not change."""
     record, progress = directory.read_record(), Progress.read(directory.last)
     options, length = resumed_options(directory, record, given), record.length
@@ -230,7 +268,8 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     checkpoint = None
     if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
         checkpoint = open_checkpoint(directory.last)
-    data = load(options, checkpoint, display)
+    data = load_in_turn(options, checkpoint, display, group)
+    check_together(group, options, data, checkpoint)
     if record.fingerprint != data.fingerprint:
         other = f"{data.name}, which holds other images" if data.name == record.data_name else data.name
         raise UsageError(
@@ -241,15 +280,19 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
         return progress
     with directory.locked():
         directory.remove_leftovers()
-        data = on_device(options, data, checkpoint, display)
-        shards = record.shards or options.threads or parallel.available_cores()
-        parts = make_parts(options, data, checkpoint, shards)
+        data = on_device(options, data, checkpoint, display, group)
+        shards = record.shards or usual_shards(options, group)
+        if shards % group.size:
+            recorded, shards = shards, -(-shards // group.size) * group.size
+            display.line(f"a batch has {shards} shards in place of {recorded}: rounding will differ")
+        parts = make_parts(options, data, checkpoint, shards, group)
         if checkpoint is not None:
             checkpoint.state.clear()  # the model has its own copy
         parts.restore(directory.last)
+        group.exchange(None, SLOW)  # all have read it, before it is written again
         trainer = make_trainer(options, parts, data, length, shards, directory, display, progress=progress)
         display.line(f"continuing {directory.path} after step {progress.step} of {length.total_steps}")
-        if length != record.length:
+        if length != record.length or shards != record.shards:
             directory.write_config(trainer.config(length))
         directory.write_metrics(progress.history)  # drops the rows of epochs after the checkpoint
         return finish(trainer, options.log)
@@ -271,19 +314,20 @@ def resumed_options(directory: RunDirectory, record: Record, given: Mapping[str,
     return TrainConfig(**{**recorded, **given, "out": str(directory.path)})
 
 
-def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display) -> Data:
+def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display, group: Group) -> Data:
     """The data that the steps see, on the device that runs them if they fit there.
 
     These are the features before the head where nothing but the head changes from epoch to epoch.
     """
-    device = pick_device(options.device)
+    device = group.device(options.device)
     if not reuses_features(options):
         return resident(data, device)
     images = len(data.train) + len(data.validation)
     display.line(f"only the head learns: computing the features of {images} images once")
     display.doing("computing features")
     model = make_model(options, data, checkpoint).to(device)
-    return resident(with_features(Backbone(model), data, options.threads, options.precision), device)
+    features = with_features(Backbone(model), data, options.threads or group.threads, options.precision, group)
+    return resident(features, device)
 
 
 def make_trainer(
@@ -346,6 +390,8 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
         display.line(f"weights of {options.init}, {head}")
     like = parts.step.parameters[0].data
     on_host = arrays.on_host(like)
+    if parts.step.group.size > 1:
+        display.line(parts.step.group.describe(options.batch_size or 0))
     where = system_info.one_line(system_info.collect()) if on_host else devices.describe_device(like)
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
@@ -364,6 +410,7 @@ def parameters(model: VisionTransformer) -> str:
 def finish(trainer: Trainer, log_kind: str) -> Progress:
     """Train to the end of the run and say how it ended."""
     progress, directory = trainer.progress, trainer.directory
+    log_kind = log_kind if directory.writes else "none"
     with stop_on_signals() as stop, open_log(log_kind, directory.path, progress.step) as log:
         trainer.run(stop, log)
     curves = f", curves in {directory.curves}"

@@ -9,11 +9,14 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinyvit.checkpoints.checkpoint import BEST, LAST, CheckpointError
+from tinyvit.checkpoints.native_file import save
 from tinyvit.errors import UsageError
 from tinyvit.files.atomic import atomic_write, write_text
 from tinyvit.files.fields import checked, integer, text
@@ -54,15 +57,17 @@ class Record:
 
 
 class RunDirectory:
-    """The files of one run. Each is written whole or not at all."""
+    """The files of one run. Each is written whole or not at all, and none unless `writes`."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self.last, self.best, self.curves = self.path / LAST, self.path / BEST, self.path / CURVES
         self._drawn = time.monotonic()
 
     def check_unused(self) -> None:
         """Refuse to start a run where something else is. Raises UsageError."""
+        if not self.writes:
+            return
         if self.last.exists():
             raise UsageError(f"{self.path} holds a run: continue it with --resume, or choose another --out")
         if self.path.exists() and not self.path.is_dir():
@@ -84,11 +89,11 @@ class RunDirectory:
 
         The lock is the operating system's and ends with the process. Systems without `fcntl` have none.
         """
-        try:
-            import fcntl
-        except ImportError:
+        if not self.writes or importlib.util.find_spec("fcntl") is None:
             yield
             return
+        import fcntl
+
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             try:
@@ -105,7 +110,16 @@ class RunDirectory:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.json."""
-        write_text(self.path / CONFIG, json.dumps(config, indent=2) + "\n")
+        self._write(CONFIG, json.dumps(config, indent=2) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_text(self.path / name, text)
+
+    def save(self, path: Path, tensors: Callable[[], dict[str, np.ndarray]], description: Mapping[str, Any]) -> None:
+        """Write a file of weights, such as `self.last`."""
+        if self.writes:
+            save(path, tensors(), description)
 
     def read_record(self) -> Record:
         """Read config.json.
@@ -145,7 +159,7 @@ class RunDirectory:
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl: one JSON object for each epoch."""
-        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl. Raises CheckpointError, OSError."""
@@ -157,7 +171,7 @@ class RunDirectory:
 
     def draw_curves(self, rows: list[dict[str, Any]], title: str, training_loss: str, *, now: bool = False) -> None:
         """Draw curves.png where matplotlib is installed, at most every DRAW_EVERY seconds unless `now` is true."""
-        if now or time.monotonic() - self._drawn >= DRAW_EVERY:
+        if self.writes and (now or time.monotonic() - self._drawn >= DRAW_EVERY):
             self._drawn = time.monotonic()
             if png := curves_png(rows, title, training_loss):
                 with atomic_write(self.curves) as beside:
@@ -165,7 +179,7 @@ class RunDirectory:
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files that a killed process left."""
-        for name in os.listdir(self.path):
+        for name in os.listdir(self.path) if self.writes else ():
             if name.startswith(".") and name.endswith(".tmp"):
                 (self.path / name).unlink(missing_ok=True)
 

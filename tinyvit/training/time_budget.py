@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 
-from tinyvit.checkpoints.native_file import save
 from tinyvit.data import Split
+from tinyvit.distributed.group import SLOW
 from tinyvit.training.build import Parts
 from tinyvit.training.run_directory import DRAW_EVERY, RunDirectory, curves_png
 from tinyvit.training.schedule import RunLength
@@ -52,12 +52,13 @@ class TimeBudget:
         cls, end: float, parts: Parts, validation: Split, directory: RunDirectory, warmup: float
     ) -> TimeBudget:
         """A budget from durations that are measured with `parts`. It trains them: make others for the run."""
-        seconds = min(REHEARSAL_MAX, REHEARSAL_SHARE * max(0.0, end - time.monotonic()))
+        group = parts.step.group
+        seconds = group.from_first(min(REHEARSAL_MAX, REHEARSAL_SHARE * max(0.0, end - time.monotonic())), SLOW)
         step_seconds = time_steps(parts, seconds)
         epoch_end = time_epoch_end(parts, validation, directory, step_seconds, seconds)
         steps_per_epoch = len(parts.loader)
         total = steps_that_fit(end - time.monotonic(), step_seconds, epoch_end, steps_per_epoch)
-        return cls(end, step_seconds, epoch_end, RunLength.of(total, steps_per_epoch, warmup))
+        return cls(end, step_seconds, epoch_end, RunLength.of(group.from_first(total, SLOW), steps_per_epoch, warmup))
 
     def due_after(self, step: int) -> bool:
         """Whether the length is to be corrected after `step` steps: now and then, and when no other step fits."""
@@ -93,8 +94,9 @@ def time_steps(parts: Parts, seconds: float) -> float:
                 began = time.monotonic()
             float(parts.step(images, labels))
             count += 1
-            if count >= TIMED_STEPS and time.monotonic() - began >= seconds:
-                return (time.monotonic() - began) / count
+            spent = parts.step.group.from_first(time.monotonic() - began)
+            if count >= TIMED_STEPS and spent >= seconds:
+                return spent / count
     raise AssertionError("a loader has at least one batch")
 
 
@@ -111,7 +113,7 @@ def time_epoch_end(
     throwaway = directory.path / ".rehearsal.safetensors"
     try:
         began = time.monotonic()
-        save(throwaway, parts.tensors(), {})
+        directory.save(throwaway, parts.tensors, {})
         saving = 2 * (time.monotonic() - began)  # the last weights and, mostly, the best
     finally:
         throwaway.unlink(missing_ok=True)

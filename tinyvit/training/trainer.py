@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from tinyvit.backend import arrays
-from tinyvit.checkpoints.native_file import save
 from tinyvit.data import Split
+from tinyvit.distributed.group import SLOW
 from tinyvit.evaluation.metrics import EvaluationError, Scores
 from tinyvit.training.build import Parts
 from tinyvit.training.display import Display, clock
@@ -84,6 +84,7 @@ class Trainer:
         self.directory, self.display, self.config, self.description = directory, display, config, description
         self.title, self.training_loss, self.patience, self.budget = title, training_loss, patience, budget
         self.log: Log = no_log
+        self.group = parts.step.group
         self.progress = Progress() if progress is None else progress
         self.parts.step.step_index = self.progress.step
         self.pending: deque[tuple[Any, int, float]] = deque()  # results, which may lie on a device, images and rates
@@ -114,20 +115,27 @@ class Trainer:
                 break
             parts.optimizer.lr = rate(p.step)
             parts.step(images, labels)
-            self.pending.append((parts.step.result, labels.shape[0], parts.optimizer.lr))
+            self.pending.append((parts.step.result, parts.loader.batch_size, parts.optimizer.lr))
             p.step, p.batch = p.step + 1, p.batch + 1
             if shown := time.monotonic() - self.read_at >= self.read_every:
                 self.read_results()
             begun, seconds = time.monotonic(), time.monotonic() - begun
             p.add_seconds(seconds)
-            if self.budget is not None and self.budget.due_after(p.step):
-                self.correct_length(self.budget)
+            signum, due = self.agree(stop)
+            if due:
+                self.correct_length()
                 rate = self.rate(self.length)
             if shown:
                 self.display.step(p.step, p.epoch + 1, p.mean_loss, p.accuracy, p.images_per_second)
-            if signum := stop():
+            if signum is not None:
                 self.save()
                 raise Stopped(signum, self.directory.path)
+
+    def agree(self, stop: Stop) -> tuple[int | None, bool]:
+        """The signal that came to any process, and whether the length is to be corrected, which the first one says."""
+        due = self.budget is not None and self.group.leads and self.budget.due_after(self.progress.step)
+        told = self.group.exchange((stop(), due))
+        return next((signum for signum, _ in told if signum is not None), None), told[0][1]
 
     def end_epoch(self, stop: Stop) -> None:
         """Evaluate, and write the epoch's results in an order that leaves a sound run wherever it is killed."""
@@ -135,8 +143,9 @@ class Trainer:
         self.read_results()
         scores = self.evaluate(stop)
         if scores is None:
+            signum, _ = self.agree(stop)
             self.save()  # all batches of the epoch are done: a resumed run begins with the evaluation
-            raise Stopped(stop() or 0, self.directory.path)
+            raise Stopped(signum or 0, self.directory.path)
         evaluated = time.monotonic()
         row = p.end_epoch(scores, self.parts.optimizer.lr, evaluated - begun)
         given_up = self.patience is not None and p.epoch - p.best_epoch >= self.patience
@@ -149,6 +158,7 @@ class Trainer:
         self.display.line(epoch_line(row, self.length))
         if given_up and p.step < self.length.total_steps:
             self.display.line(f"stopping early: {self.patience} epochs without a better validation accuracy")
+        self.group.exchange(None, SLOW)  # the files are written
         p.seconds += time.monotonic() - evaluated
         self.epoch_end_seconds += time.monotonic() - begun
 
@@ -196,14 +206,17 @@ class Trainer:
             f"{self.directory.last} holds the last good weights"
         )
 
-    def correct_length(self, budget: TimeBudget) -> None:
+    def correct_length(self) -> None:
         """Fit the number of steps into the time that is left."""
+        assert self.budget is not None
         self.read_results()  # waits until the steps are done
         p = self.progress
         epoch_end = self.epoch_end_seconds / p.epoch if p.epoch else None
-        self.length = budget.correct(p.step, p.batch, p.seconds - self.epoch_end_seconds, epoch_end)
+        length = self.budget.correct(p.step, p.batch, p.seconds - self.epoch_end_seconds, epoch_end)
+        self.length = self.group.from_first(length)
         self.directory.write_config(self.config(self.length))
         self.save()  # a killed run must not repeat steps of the old length under the new one
+        self.group.exchange(None, SLOW)  # the files are written
         self.display.lengthen(self.length.total_steps)
 
     def save(self) -> None:
@@ -211,13 +224,13 @@ class Trainer:
         self.read_results()
         self.save_best()
         progress = dataclasses.asdict(self.progress)
-        save(self.directory.last, self.parts.tensors(), {**self.description, "progress": progress})
+        self.directory.save(self.directory.last, self.parts.tensors, {**self.description, "progress": progress})
         self.saved_at = time.monotonic()
 
     def save_best(self) -> None:
         """Write the best weights if they are newer than the file."""
-        if self.unsaved_best is not None:
-            save(self.directory.best, self.unsaved_best, self.description)
+        if (best := self.unsaved_best) is not None:
+            self.directory.save(self.directory.best, lambda: best, self.description)
             self.unsaved_best = None
 
 
