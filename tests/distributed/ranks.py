@@ -1,31 +1,82 @@
-"""What the ranks of the tests run; `python -m ranks NAME SHARDS OUT` under mpiexec, or alone for the reference."""
+"""What the processes of the tests run under mpiexec: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments`."""
 
+import os
+import signal
 import sys
+import time
 
 import numpy as np
 
 import tinyvit
-from tinyvit import data, distributed, optim
+from tinyvit import cli, data, distributed, execution, optim
 from tinyvit.data import Augment
+from tinyvit.distributed import mpi
+from tinyvit.training import run
 
-SIZE = dict(image_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+# Batches that divide and do not, several shards a process, weighted classes, parts of a shard.
+CASES = {
+    "odd": dict(batch=13),
+    "even": dict(batch=24, shards=12, threads=2),
+    "weights": dict(batch=17, class_weights=np.arange(1, 11) / 5),
+    "parts": dict(batch=24, accumulate=2, label_smoothing=0.1, mixed=False, clip_norm=None),
+}
+FAULT_AT = 12  # the step
 
 
-def steps(group, shards, batch, threads=1, **options):
-    """Weights, losses and hits after four steps on batches of `batch` images of `shapes`, with all that is random."""
-    shapes = data.load_data("shapes", image_size=8).train.take(np.arange(4 * batch))
-    model = tinyvit.create_model("vit_micro_patch4_32", num_classes=10, proj_drop_rate=0.1, drop_path=0.1, **SIZE)
-    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
-    step = tinyvit.TrainStep(model, optimizer, clip_norm=1.0, threads=threads, shards=shards, group=group, **options)
-    mean, std = (0.5,) * 3, (0.2,) * 3
-    augment = Augment(mean, std, flip=True, padding=2, erasing=0.3, turn=5, mixup=0.4, cutmix=1.0, num_classes=10)
-    loader = data.Loader(shapes, batch, transform=augment, alternate_flip=True, group=group)
-    found = [[float(step(*part)), step.correct, step.grad_norm] for part in loader.epoch(0)]
+def steps(group, case):
+    """The weights, and the loss, hits and norm of each of three steps with all that is random switched on."""
+    options = dict(shards=12, threads=1, clip_norm=0.5, mixed=True) | CASES[case]
+    batch, mixed = options.pop("batch"), options.pop("mixed")
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3 * batch, 3, 8, 8), dtype=np.uint8)
+    split = data.splits.ArraySplit(images, rng.integers(0, 10, 3 * batch), [])
+    sizes = dict(image_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=10)
+    model = tinyvit.create_model("vit_nano_patch8_32", **sizes, proj_drop_rate=0.1, drop_path=0.1)
+    step = tinyvit.TrainStep(model, optim.AdamW(model.parameters(), lr=1e-2), group=group, **options)
+    mix = dict(mixup=0.4, cutmix=1.0, num_classes=10) if mixed else {}
+    augment = Augment((0.5,) * 3, (0.2,) * 3, flip=True, padding=2, erasing=0.3, turn=5, zoom=0.1, **mix)
+    loader = data.Loader(split, batch, transform=augment, alternate_flip=True, group=group)
+    found = [[float(step(*part)), step.correct, step.grad_norm] for part in loader.epoch(1)]
     return {**model.state_dict(), "found": np.array(found)}
 
 
+def break_step(fault):
+    """Let rank 1 have this fault in a step."""
+    original = execution.train_step.TrainStep.__call__
+
+    def step(self, images, labels):
+        if self.step_index == FAULT_AT and self.group.rank == 1:
+            fault()
+        return original(self, images, labels)
+
+    execution.train_step.TrainStep.__call__ = step
+
+
+def fail():
+    raise ValueError("a planted fault")
+
+
+def main(fault, arguments):
+    mpi.PATIENCE = 2.0
+    rank = distributed.init().rank
+    if fault == "kill":
+        break_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    elif fault == "hang":
+        break_step(lambda: time.sleep(1000))
+    elif fault == "error":
+        break_step(fail)
+    elif fault == "version" and rank == 1:
+        run.__version__ = "0.0"
+    elif fault == "seed" and rank == 1:
+        arguments += ["--seed", "9"]
+    return cli.main(arguments)
+
+
 if __name__ == "__main__":
-    shards, batch, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    group = distributed.init()
-    result = steps(group, shards, batch)
-    np.savez(f"{out}-{group.rank}.npz", **result)
+    what, *arguments = sys.argv[1:]
+    if what == "steps":
+        group = distributed.init()
+        for case in CASES:
+            np.savez(f"{arguments[0]}/{case}-{group.rank}.npz", **steps(group, case))
+    else:
+        sys.exit(main(what, arguments))

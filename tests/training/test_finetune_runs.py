@@ -213,12 +213,12 @@ def test_a_run_on_features_decodes_each_image_once(trained, tmp_path, monkeypatc
 @pytest.mark.parametrize(("every", "saves"), [(1e9, 2), (0.0, 6)])
 def test_short_epochs_are_not_all_saved(trained, tmp_path, monkeypatch, every, saves):
     """The start and the end are, and the best weights are those of the best epoch."""
-    from tinyvit.training import build, trainer
+    from tinyvit.training import build, run_directory
     from tinyvit.training.run import train
 
     written = []
     monkeypatch.setattr(build, "SAVE_FEATURE_RUNS_EVERY", every)
-    monkeypatch.setattr(trainer, "save", lambda path, *what: (written.append(path.name), save(path, *what)))
+    monkeypatch.setattr(run_directory, "save", lambda path, *what: (written.append(path.name), save(path, *what)))
     train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "epochs": 5,
            "optimizer": "sgd", "lr": 3.0, "out": str(tmp_path / "a")})  # fmt: skip
     assert written.count("last.safetensors") == saves and written[-1] == "last.safetensors"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,22 +88,22 @@ class MPIGroup(Group):
         try:
             yield
         except Failed:
-            self._end_soon()
+            self._end_within(PATIENCE)
             raise
         except Exception as error:
+            self._end_within(5 if isinstance(error, DistributedError) else PATIENCE)
             if not self._says_why(f"{type(error).__name__}: {error}"):
                 raise Failed(self._failure()) from None
             raise
 
-    def _end_soon(self) -> None:
-        """End all processes in a while: MPI's own end waits for those that hang."""
-        timer = threading.Timer(PATIENCE, self._comm.Abort, (1,))
-        timer.daemon = True
-        timer.start()
+    def _end_within(self, seconds: float) -> None:
+        """Let the system end this process, and so its launcher all others: MPI's own end waits for those that hang."""
+        if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(math.ceil(seconds))
 
     def _says_why(self, reason: str) -> bool:
         """Tell the others that this process cannot go on. Returns whether it is the first of those that cannot."""
-        self._end_soon()
         for rank in range(self.size):
             if rank != self.rank:
                 self._comm.isend(reason, rank, FAILURE)

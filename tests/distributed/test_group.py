@@ -1,0 +1,106 @@
+"""What a group tells, without MPI."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyvit.backend import parallel
+from tinyvit.data import Augment, Loader
+from tinyvit.data.splits import ArraySplit
+from tinyvit.distributed import ALONE, DistributedError, Group, launch, mpi, reduction
+
+
+def rank_of(rank, size):
+    group = Group()
+    group.rank, group.size = rank, size
+    return group
+
+
+@given(shards=st.integers(1, 40), processes=st.integers(1, 8))
+def test_the_sum_along_the_tree_does_not_depend_on_the_processes(shards, processes):
+    """With addition that writes down its order."""
+    add = "({}+{})".format
+    expected = reduction.sum_in_order(map(str, range(shards)), shards, add)
+    known = {}
+    for start, stop in itertools.pairwise(shards * i // processes for i in range(processes + 1)):
+        for first, last in reduction.parts_within(0, shards, start, stop):
+            assert start <= first < last <= stop
+
+            def leaf(a, b):
+                return str(a) if b - a == 1 else None
+
+            known[first, last] = reduction.tree_sum(first, last, leaf, add)
+    assert sorted(i for part in known for i in range(*part)) == list(range(shards))
+    assert reduction.tree_sum(0, shards, lambda *part: known.get(part), add) == expected
+
+
+@given(batch=st.integers(1, 30), shards=st.integers(1, 6), processes=st.integers(1, 6))
+def test_processes_get_whole_shards(batch, shards, processes):
+    ranges = parallel.plan(batch, 1, shards * processes).ranges
+    for rank in range(processes):
+        group = rank_of(rank, processes)
+        mine = ranges[slice(*group.part(len(ranges)))]
+        first, last = group.part(batch)
+        assert [n for pair in mine for n in range(*pair)] == list(range(first, last))
+
+
+@given(batch=st.integers(2, 20), processes=st.integers(1, 5), mixed=st.booleans(), seed=st.integers(0, 99))
+def test_parts_of_a_batch_are_those_of_the_whole(batch, processes, mixed, seed):
+    processes = min(processes, batch)
+    rng = np.random.default_rng(seed)
+    split = ArraySplit(rng.integers(0, 256, (2 * batch, 3, 8, 8), dtype=np.uint8), rng.integers(0, 5, 2 * batch), [])
+    mix = dict(mixup=0.4, cutmix=1.0, num_classes=5) if mixed else {}
+    augment = Augment((0.5,) * 3, (0.2,) * 3, flip=True, padding=2, erasing=0.5, turn=9, zoom=0.2, **mix)
+    options = dict(transform=augment, seed=seed, alternate_flip=True)
+    whole = list(Loader(split, batch, **options).epoch(1))
+    parts = [list(Loader(split, batch, **options, group=rank_of(r, processes)).epoch(1)) for r in range(processes)]
+    for number, (images, labels) in enumerate(whole):
+        for x, field in ((images, 0), (labels, 1)):
+            assert x.tobytes() == np.concatenate([part[number][field] for part in parts]).tobytes()
+
+
+def test_a_process_reads_only_its_part():
+    read = []
+
+    class Noted(ArraySplit):
+        def read(self, indices, rng=None):
+            read.append(indices)
+            return super().read(indices, rng)
+
+    split = Noted(np.zeros((12, 3, 4, 4), np.uint8), np.arange(12), [])
+    list(Loader(split, 6, transform=lambda x, y, rng: (x, y), shuffle=False, group=rank_of(1, 3)).epoch(0))
+    assert [list(indices) for indices in read] == [[2, 3], [8, 9]]
+
+
+@pytest.mark.parametrize(
+    ("mine", "local", "quota", "threads"),
+    [
+        ({0, 1, 2, 3}, [{0, 1, 2, 3}] * 2, None, 2),  # not bound: they share all cores
+        ({0, 1}, [{0, 1}, {2, 3}], None, 2),  # bound
+        ({0}, [{0}] * 4, None, 1),  # more processes than cores
+        (set(range(8)), [set(range(8))] * 2, 3, 1),  # a container with three of eight cores
+        ({0, 1, 2}, [{0, 1, 2}, {2}], None, 2),
+    ],
+)
+def test_cores_are_shared(mine, local, quota, threads):
+    assert mpi._share_of_cores(frozenset(mine), [frozenset(x) for x in local], quota) == threads
+
+
+def test_without_a_launcher_a_process_is_alone(monkeypatch):
+    for name in launch.SIZES:
+        monkeypatch.delenv(name, raising=False)
+    assert launch.init.__wrapped__() is ALONE and ALONE.leads and ALONE.part(7) == (0, 7)
+
+
+def test_missing_mpi_and_other_launchers_are_named(monkeypatch):
+    for name in launch.SIZES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(DistributedError, match=r"WORLD_SIZE says that 4 processes .* MPI sees 1"):
+        launch.init.__wrapped__()
+    monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
+    with pytest.raises(DistributedError, match=r"needs MPI: pip install .tinyvit\[mpi\]"):
+        launch.init.__wrapped__()

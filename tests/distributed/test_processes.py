@@ -1,0 +1,130 @@
+"""Several processes under mpiexec train as one does, and end together."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks
+from running import NANO, environment, make_images, tinyvit
+from runs import metrics, progress, without_times
+from safetensors.numpy import load_file
+
+from tinyvit.distributed import ALONE
+
+pytest.importorskip("mpi4py")
+MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec")
+
+OPTIONS = [*NANO, "--epochs", "2", "--batch-size", "9", "--ema", "0.9", "--drop-path", "0.1", "--mixup", "0.4"]
+OPTIONS += ["--schedule", "constant"]
+
+
+def together(count, *arguments, timeout=60):
+    """Run ranks.py with `arguments` in `count` processes."""
+    command = [MPIEXEC, "-n", count, sys.executable, ranks.__file__, *arguments]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=environment(Path(__file__).parent)
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("ranks") / "images")
+
+
+@pytest.fixture(scope="module")
+def alone(images):
+    """The run of one process with two shards."""
+    out = images.parent / "alone"
+    result = tinyvit("train", "--data", images, "--out", out, "--threads", 2, *OPTIONS)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def assert_same_weights(a, b):
+    for name in ("last.safetensors", "best.safetensors"):
+        left, right = load_file(a / name), load_file(b / name)
+        assert left.keys() == right.keys()
+        for key, array in left.items():
+            assert array.tobytes() == right[key].tobytes(), f"{name}: {key} differs"
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_steps_have_the_bits_of_one_process_with_as_many_shards(count, tmp_path):
+    result = together(count, "steps", tmp_path)
+    assert result.returncode == 0, result.stderr
+    for case in ranks.CASES:
+        expected = ranks.steps(ALONE, case)
+        for rank in range(count):
+            with np.load(tmp_path / f"{case}-{rank}.npz") as found:
+                assert found.keys() == expected.keys()
+                for name, array in expected.items():
+                    assert array.tobytes() == found[name].tobytes(), f"{case}, rank {rank}: {name} differs"
+
+
+def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(images, alone, tmp_path):
+    out = tmp_path / "run"
+    result = together(2, "kill", "train", "--data", images, "--out", out, "--threads", 1, *OPTIONS)
+    assert result.returncode != 0
+    assert result.stdout.splitlines()[1].startswith("2 processes, 2 on this machine: each takes 4 or 5 of 9 images")
+    where = progress(out / "last.safetensors")
+    assert where["epoch"] == 1 and not where["finished"]
+    assert together(2, "none", "train", "--out", out, "--resume").returncode == 0
+    assert_same_weights(out, alone)
+    for row, expected in zip(*(without_times(metrics(run)) for run in (out, alone)), strict=True):
+        assert row == pytest.approx(expected, rel=1e-6)
+    measured = [
+        tinyvit("eval", out, "--data", images, "--json"),
+        together(2, "none", "eval", out, "--data", images, "--json"),
+    ]
+    one, two = (json.loads(result.stdout) for result in measured)
+    assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
+    assert one == two
+
+
+def test_another_number_of_processes_resumes(images, alone, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(alone, out)
+    result = together(3, "none", "train", "--out", out, "--resume", "--epochs", "3")
+    assert result.returncode == 0, result.stderr
+    assert "a batch has 3 shards in place of 2: rounding will differ" in result.stdout
+    assert progress(out / "last.safetensors")["finished"] and len(metrics(out)) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("hang", "no answer for 2 s from rank 1 (process"),
+        ("error", "a planted fault"),
+        ("version", "rank 1 has another version of tinyvit than rank 0: '0.0' and"),
+        ("seed", "rank 1 has another --seed than rank 0: 9 and 0"),
+    ],
+)
+def test_a_fault_of_one_process_ends_all_with_one_line(images, tmp_path, fault, message):
+    out = tmp_path / "run"
+    result = together(2, fault, "train", "--data", images, "--out", out, *OPTIONS)
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("tinyvit: error: ")]
+    assert len(said) == 1 and message in said[0], result.stderr
+    assert "Traceback" not in result.stderr
+    if fault in ("hang", "error"):
+        assert progress(out / "last.safetensors")["epoch"] == 1
+
+
+def test_bad_options_are_refused_once(tmp_path):
+    result = together(3, "none", "train", "--data", tmp_path / "nothing", "--out", tmp_path / "run")
+    assert result.returncode == 1 or result.returncode == 2
+    assert result.stderr.count("tinyvit: error: ") == 1, result.stderr
+    result = together(3, "none", "train", "--data", "shapes", "--batch-size", "2", "--out", tmp_path / "run")
+    assert "--batch-size 2 is less than one image for each of 3 processes" in result.stderr
+
+
+def test_probes_share_the_images(images, alone):
+    one = tinyvit("eval", alone, "--data", images, "--probe", "knn", "--json")
+    two = together(2, "none", "eval", alone, "--data", images, "--probe", "knn", "--json")
+    assert one.stdout == two.stdout != "", (one.stderr, two.stderr)
