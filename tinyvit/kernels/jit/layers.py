@@ -35,10 +35,24 @@ def _rows(x: Array) -> Array:
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    rows = _rows(x)
-    y = np.empty((len(rows), len(weight)), x.dtype)
-    loops.linear(rows, contiguous(weight), contiguous(bias), y, SGEMM)
+    rows, nothing = _rows(x), np.empty((0, len(weight)), x.dtype)
+    y = _add_linear(nothing, rows, weight, bias)
     return y.reshape(*x.shape[:-1], len(weight)), linear_vjp(x.shape, rows, weight, needs)
+
+
+def add_linear(
+    xp: Any, residual: Array, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    rows = _rows(x)
+    y = _add_linear(_rows(residual), rows, weight, bias)
+    vjp = linear_vjp(x.shape, rows, weight, needs[1:])
+    return y.reshape(residual.shape), lambda dy: (dy, *vjp(dy))
+
+
+def _add_linear(residual: Array, rows: Array, weight: Array, bias: Array) -> Array:
+    y = np.empty((len(rows), len(weight)), rows.dtype)
+    loops.linear(residual, rows, contiguous(weight), contiguous(bias), y, SGEMM)
+    return y
 
 
 def linear_gelu(

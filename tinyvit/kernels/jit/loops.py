@@ -114,13 +114,21 @@ def multiply_and_sum(a, b, product, total):
 # --- linear layers and layer norm -------------------------------------------------------------------------------------
 
 
-@compiled(read(2), read(2), read(1), written(2), int64)
-def linear(x, weight, bias, y, sgemm):
-    """x W^T + b: BLAS adds the product to what it finds in y, which costs no more than to write it there."""
+@compiled(read(2), read(2), read(2), read(1), written(2), int64)
+def linear(residual, x, weight, bias, y, sgemm):
+    """residual + x W^T + b: BLAS adds the product to what it finds in y, which costs no more than to write it there.
+
+    `residual` is (R, O), or (0, O) for none.
+    """
     rows, columns = y.shape
-    for i in range(rows):
-        for j in range(columns):
-            y[i, j] = bias[j]
+    if len(residual):
+        for i in range(rows):
+            for j in range(columns):
+                y[i, j] = residual[i, j] + bias[j]
+    else:
+        for i in range(rows):
+            for j in range(columns):
+                y[i, j] = bias[j]
     product(
         sgemm, False, True, rows, columns, x.shape[1],
         ONE, x.ctypes.data, x.shape[1], weight.ctypes.data, x.shape[1], ONE, y.ctypes.data, columns,

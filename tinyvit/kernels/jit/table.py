@@ -20,6 +20,10 @@ def _biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, **_: Any
     return bias is not None and x.dtype != np.float64 and layers.SGEMM != 0 and weight.size > 0
 
 
+def _added(residual: np.ndarray, *inputs: Any, **_: Any) -> bool:
+    return _biased(*inputs)
+
+
 def _plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
     plain = mask is None and dropout_mask is None
     return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
@@ -55,6 +59,7 @@ def adamw(
 
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
+    reference.add_linear: Kernel(in_fp32(layers.add_linear), _added),
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
