@@ -97,10 +97,12 @@ ROWS = {
     ),
     "CLIP, SigLIP (attention pooling), without their text tower": Row(
         ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224",
+         ("vit_so400m_patch14_siglip_384", {"img_size": 72}),
          "vit_base_patch32_siglip_256", "vit_large_patch16_siglip_512", "vit_so150m_patch16_reg4_map_256"),
         ("CLIP", "CLIP with exact GELU", "CLIP with its projection", "CLIP with its text tower",
-         "CLIP with a classifier", "SigLIP", "SigLIP without its head", "SigLIP with its text tower"), (),
-        (CLIP, SIGLIP),
+         "CLIP with a classifier", "SigLIP", "SigLIP with pixels beyond the last patch",
+         "SigLIP without its head", "SigLIP with its text tower"), (),
+        (CLIP, SIGLIP, SIGLIP | {"image_size": 11, "trim_image": True}),
         (CLIP, CLIP | {"no_embed_class": True}, CLIP | NORM_FIRST | {"final_norm": False, "num_classes": 5}, SIGLIP),
     ),
     "DINOv2 giant, DINOv3 (gated MLPs, rotary positions)": Row(
@@ -192,11 +194,12 @@ def timm_file(case, folder):
 def huggingface_file(case, folder):
     model = transformers_models.randomised(transformers_models.CASES[case]())
     model.save_pretrained(folder / "theirs")
-    images = random_images(3, 32, 32)
+    side = getattr(model.config, "vision_config", model.config).image_size
+    images = random_images(3, side, side)
     expected = transformers_models.output(model, torch.tensor(images))
     convert(folder / "theirs", folder / "back", "huggingface")
     ours, again = load_model(folder / "theirs"), load_model(folder / "back")
-    assert again.config == ours.config and ours.config.image_size == (32, 32)
+    assert again.config == ours.config and ours.config.image_size == (side, side)
     for name, array in ours.state_dict().items():
         assert np.array_equal(again.state_dict()[name], array), name
     assert_equal(in_transformers(folder / "back", images), expected)

@@ -229,6 +229,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one channel, one head, one block": dict(in_chans=1, num_heads=1, depth=1),
     "rectangular": dict(image_size=(6, 20), patch_size=(3, 5), in_chans=4),
     "one patch": dict(patch_size=8),
+    "pixels beyond the last patch": dict(image_size=(11, 14), patch_size=(4, 3), trim_image=True),
     "average": dict(global_pool="avg"),
     "average without a class token": dict(global_pool="avg", class_token=False),
     "average with register tokens": dict(global_pool="avg", reg_tokens=3),

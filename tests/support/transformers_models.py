@@ -64,6 +64,9 @@ CASES = {
     "CLIP with its text tower": lambda: T.CLIPModel(clip()),
     "CLIP with a classifier": lambda: T.CLIPForImageClassification(clip()),
     "SigLIP": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**VISION)),
+    "SigLIP with pixels beyond the last patch": lambda: T.SiglipVisionModel(
+        T.SiglipVisionConfig(**VISION | {"image_size": 35})
+    ),
     "SigLIP without its head": lambda: T.SiglipVisionModel(T.SiglipVisionConfig(**VISION, vision_use_head=False)),
     "SigLIP with its text tower": lambda: T.SiglipModel(siglip()),
     "SigLIP with a classifier": lambda: T.SiglipForImageClassification(siglip(num_labels=3)),

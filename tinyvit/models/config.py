@@ -49,6 +49,7 @@ FIELDS = {  # the type and the range of each setting
     "patch_size": _size,
     "resnet_layers": optional(_stages),
     "conv_chans": optional(_channels),
+    "trim_image": boolean,
     "in_chans": integer(1, 1024),
     "num_classes": integer(0, 1_000_000),
     "embed_dim": integer(1, 65536),
@@ -105,6 +106,8 @@ class ViTConfig:
             image with 0, 1, 2, 3 or 4 stages, rounded up.
         conv_chans: channels between the convolutions that make tokens in place of patches, () for one convolution,
             None for patches. Each halves the image's sides, rounded up; `patch_size` is 1.
+        trim_image: whether pixels below and right of the last whole patch are left out; an image size that the patch
+            size does not divide is refused otherwise.
         in_chans: channels of an image.
         num_classes: outputs; 0 gives the feature before the head.
         embed_dim, depth, num_heads: width of a token, number of blocks, heads of each attention.
@@ -139,6 +142,7 @@ class ViTConfig:
     patch_size: tuple[int, int] = (16, 16)
     resnet_layers: tuple[int, ...] | None = None
     conv_chans: tuple[int, ...] | None = None
+    trim_image: bool = False
     in_chans: int = 3
     num_classes: int = 1000
     embed_dim: int = 768
@@ -199,7 +203,7 @@ class ViTConfig:
                 f"conv_chans {self.conv_chans} makes the tokens: it needs patch_size 1 and no ResNet, got {given}"
             )
         (rows, columns), (h, w) = self.feature_size, self.patch_size
-        if rows % h or columns % w:
+        if rows < h or columns < w or ((rows % h or columns % w) and not self.trim_image):
             image = f"image size {self.image_size[0]}x{self.image_size[1]}"
             if self.resnet_layers is not None:
                 image += f" makes a feature map of {rows}x{columns}, which"

@@ -30,9 +30,12 @@ class PatchEmbed(nn.Module):
         self.backbone = nn.Identity() if layers is None else resnet.backbone(config.in_chans, layers)
         self.proj = nn.Conv2d(config.feature_chans, config.embed_dim, patch, stride=patch, bias=not config.pre_norm)
         self.norm = parts.norm_if(config.embed_norm, config, config.embed_dim)
+        (rows, columns), (h, w) = config.grid_size, patch
+        self.whole = (..., slice(rows * h), slice(columns * w)) if config.trim_image else None
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W)
         x = self.backbone(images)
+        x = x if self.whole is None else x[self.whole]
         if nn.is_plain(self.proj, nn.Conv2d):  # no pixel is in two patches: one product of matrices
             x = F.patch_embed(x, self.proj.weight, self.proj.bias)  # (B, patches, D)
         else:

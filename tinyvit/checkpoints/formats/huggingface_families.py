@@ -189,13 +189,16 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
     if named and "head.weight" not in state and given.get("id2label") != {}:
         raise ValueError(f"a {named} has a head, and there is none")
     registers = 0 if family.registers is None else given.get("num_register_tokens", family.registers)
-    size: Any = given.get("image_size", 224)
+    said = given.get("image_size", 224)
+    size = (said, said) if isinstance(said, int) else said
     if not family.rope:
-        rows, columns = square_grid(state["pos_embed"].shape[1] - (family.class_token and not registers))
-        size = (rows * patch[0], columns * patch[1])
+        grid = square_grid(state["pos_embed"].shape[1] - (family.class_token and not registers))
+        if (size[0] // patch[0], size[1] // patch[1]) != grid:
+            size = (grid[0] * patch[0], grid[1] * patch[1])
     return ViTConfig(
         image_size=size,
         patch_size=tuple(patch),
+        trim_image=any(side % length for side, length in zip(size, patch, strict=True)),
         in_chans=in_chans,
         num_classes=count_classes(state, "head.weight"),
         embed_dim=embed_dim,

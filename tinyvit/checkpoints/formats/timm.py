@@ -311,10 +311,10 @@ def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: 
 def find_grid(
     embedded: int, prefix: int, patch: tuple[int, int], stride: int, known: list[tuple[int, int]], files: WeightFiles
 ) -> dict[str, Any]:
-    """image_size and no_embed_class for `embedded` position embeddings, of patches alone or with `prefix` other tokens.
+    """image_size, trim_image and no_embed_class for `embedded` position embeddings.
 
-    The sizes in `known` are preferred, then a square of patches. `stride` is that of the ResNet before the patches, 1
-    without one. Raises ValueError when nothing fits.
+    They are of patches alone, or of `prefix` other tokens, too. The sizes in `known` are preferred, then a square of
+    patches. `stride` is that of the ResNet before the patches, 1 without one. Raises ValueError when nothing fits.
     """
 
     given = pairs(files.overrides.get("image_size"))
@@ -324,16 +324,18 @@ def find_grid(
         return side * patch[0], side * patch[1]
 
     tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in known]
-    tries += [(square(embedded - prefix), False), *((size, False) for size in given)]
+    tries += [*((size, False) for size in given), (square(embedded - prefix), False)]
     for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
         features = -(-height // stride), -(-width // stride)  # rounded up
         rows, columns = features[0] // patch[0], features[1] // patch[1]
         count = rows * columns + (0 if no_embed_class else prefix)
-        if rows and count == embedded and (rows * patch[0], columns * patch[1]) == features:
+        trim = (rows * patch[0], columns * patch[1]) != features
+        if rows and count == embedded and not (trim and stride > 1):
             if no_embed_class and prefix and (height, width) not in [*known, *given]:
                 taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
                 warnings.warn(f"{files.path}: {taken}: give image_size if that is wrong", stacklevel=2)
-            return {"image_size": (height, width), "no_embed_class": no_embed_class and prefix > 0}
+            no_embed_class = no_embed_class and prefix > 0
+            return {"image_size": (height, width), "no_embed_class": no_embed_class, "trim_image": trim}
     raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
 
 
