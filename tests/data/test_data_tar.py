@@ -59,7 +59,7 @@ def assert_error(message, source, root, **options):
 def shards(tmp_path):
     shard(tmp_path / "pets-train-000.tar", [0, 1, 0])
     shard(tmp_path / "pets-train-001.tar", [10, 9, 1, 10, 9])
-    shard(tmp_path / "pets-val-000.tar", [9, 1])
+    shard(tmp_path / "pets-val-000.tar", [9, 1, 9, 1])
     return tmp_path
 
 
@@ -67,11 +67,14 @@ def test_shards_parts_and_order(shards):
     data = load_data(shards)
     assert data.class_names == ("0", "1", "9", "10") and data.image_size == (8, 8) and data.test_name == "val"
     assert colours(data.train) == [[0, 0], [1, 1], [0, 2], [10, 0], [9, 1], [1, 2], [10, 3], [9, 4]]
-    assert data.train.labels.tolist() == [0, 1, 0, 3, 2, 1, 3, 2] and data.test.labels.tolist() == [2, 1]
+    assert data.train.labels.tolist() == [0, 1, 0, 3, 2, 1, 3, 2] and data.test.labels.tolist() == [2, 1, 2, 1]
     (shards / "classes.txt").write_text("\n".join(f"pet {i}" for i in range(11)))
     assert load_data(shards).class_names == ("pet 0", "pet 1", "pet 9", "pet 10")
     named = load_data(shards / "pets-train-{000..001}.tar", val_fraction=0.5)
     assert named.name == "pets-train-{000..001}.tar" and len(named.train) + len(named.test) == 8
+    for split in (named.train, named.test):
+        assert [named.class_names[label] for label in split.labels] == [f"pet {k}" for k, _ in colours(split)]
+    assert len(load_data(shards / "pets-val-000.tar").train) == 2
 
 
 def test_batches_are_those_of_a_folder(tmp_path):

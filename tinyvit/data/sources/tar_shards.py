@@ -98,7 +98,7 @@ def read_shard(path: Path, skip_corrupt: bool) -> Shard:
         shard.skipped.append(f"{path}{what} ({problem})")
 
     def sort(member: Member) -> None:
-        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        folder, slash, name = member.name.rpartition("/")
         stem, dot, ending = name.partition(".")
         key, ending = f"{folder}{slash}{stem}", f".{ending.lower()}"
         if not (stem and dot) or member.kind == "a folder":
