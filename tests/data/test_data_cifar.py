@@ -111,6 +111,12 @@ def test_without_class_names(tmp_path):
     assert load_data(tmp_path / "x").class_names == CLASSES
 
 
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
+    os.truncate(write_binary(tmp_path / "x") / "data_batch_2.bin", 3073 << 30)
+    with pytest.raises(DataError, match=r"data_batch_2\.bin has .* bytes, expected at most 268435456"):
+        load_data(tmp_path / "x")
+
+
 @pytest.mark.parametrize("size", [0, 3072, 3073 * 5 - 1, 3073 * 5 + 1])
 def test_truncated_file_is_named(tmp_path, size):
     path = write_binary(tmp_path / "x") / "data_batch_3.bin"

@@ -20,6 +20,7 @@ TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 TEST = ("test_batch",)
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
+LARGEST = 1 << 28  # bytes of a file, which is 30 MB as it was published
 
 
 def find_cifar10(directory: Path) -> Path | None:
@@ -66,7 +67,8 @@ def class_names(directory: Path) -> tuple[str, ...]:
     """From batches.meta.txt or batches.meta; CIFAR-10's own without either file."""
     text, pickled = directory / "batches.meta.txt", directory / "batches.meta"
     if text.is_file():
-        names = text.read_text(encoding="utf-8", errors="replace").split("\n")
+        with open_regular(text) as file:
+            names = file.read(1 << 20).decode("utf-8", errors="replace").split("\n")
         return tuple(name.strip() for name in names if name.strip())
     if not pickled.is_file():
         return CLASSES
@@ -92,7 +94,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 def read_binary(path: Path, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 3, 32, 32) uint8 and labels (N,) of a file of records: one label byte, then the pixels."""
-    check_regular(path)
+    if (size := check_regular(path)) > LARGEST:
+        raise DataError(f"{path} has {size} bytes, expected at most {LARGEST}")
     content = np.fromfile(path, dtype=np.uint8)
     if content.size == 0 or content.size % (1 + PIXELS):
         raise DataError(

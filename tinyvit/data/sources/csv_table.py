@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.sources.listing import Listings, part_of, split_classes
 from tinyvit.data.stored import Contents, Listing, Texts
+
+LONGEST = 1 << 20  # characters of a line
 
 
 @dataclass
@@ -70,7 +73,7 @@ def read_csv(path: Path) -> dict[str, Rows]:
     parts: dict[str, tuple[Texts, list[str]]] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(lines_of(file), strict=True)
             columns = reader.fieldnames or []
             if not {"path", "label"} <= set(columns):
                 raise DataError(
@@ -89,6 +92,14 @@ def read_csv(path: Path) -> dict[str, Rows]:
     except csv.Error as error:
         raise DataError(f"{path}, after line {reader.line_num}: {error}") from None
     return {part: Rows(*columns) for part, columns in parts.items()}
+
+
+def lines_of(file: TextIO) -> Iterator[str]:
+    """The lines of a file. Raises csv.Error for one that is no line of a table."""
+    while line := file.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise csv.Error(f"a line has more than {LONGEST} characters")
+        yield line
 
 
 def checked(row: dict[str, str], columns: Sequence[str], where: str) -> str:
