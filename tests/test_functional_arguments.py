@@ -44,6 +44,7 @@ def test_odd_arguments():
     assert F.patchify(np.zeros((1, 3, 4, 4)), 2).shape == (1, 4, 12)
     for call, message in (
         (lambda: F.patchify(np.zeros((1, 3, 4, 4)), (0, 2)), "patch_size must be a whole number of at least 1"),
+        (lambda: F.add_drop_path(np.zeros((1, 3)), np.zeros((2, 3)), 0.1, True), r"got \(1, 3\), \(2, 3\)"),
         (lambda: F.linear(np.zeros((2, 0)), np.zeros((3, 0))), r"got \(2, 0\) and \(3, 0\)"),
         (
             lambda: F.add_linear(np.zeros((1, 3)), np.zeros((2, 4)), np.zeros((3, 4))),
@@ -60,6 +61,8 @@ def test_functions_take_arrays_and_tensors_and_pass_their_options_on():
     tx = torch.tensor(x)
     for ours, theirs in [
         (F.linear(x, w, b), TF.linear(tx, torch.tensor(w), torch.tensor(b))),
+        (F.add_drop_path(x, x, 1.0, True), tx),
+        (F.add_drop_path(x, x, 0.9, False), 2 * tx),
         (F.add_linear(x @ w.T, x, w, b), 2 * tx @ torch.tensor(w).T + torch.tensor(b)),
         (
             F.linear_gelu(x, w, b, "tanh"),

@@ -89,6 +89,14 @@ def test_layer_norm(table, xp, rng, name, rows, dim):
     check_kernel(table[reference.layer_norm], xp, "layer_norm", dtype(name), inputs, eps=1e-6)
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 65, 192), (4, 197, 768), (5, 3, 7)])
+def test_sums_with_drop_path(table, xp, rng, name, shape):
+    scale = (rng.random((shape[0], 1, 1)) > 0.3) / 0.7
+    inputs = [rng.standard_normal(shape) for _ in range(2)]
+    check_kernel(table[reference.add_scaled], xp, "add_scaled", dtype(name), inputs, scale=scale)
+
+
 LINEAR = [(65 * 16, 192, 768), (197 * 4, 768, 3072), (1024, 192, 10), (3, 7, 9)]  # rows, width in, width out
 
 

@@ -107,6 +107,12 @@ def test_gelu_everywhere(folder, scalar, tolerance, approximate):
     assert (np.abs(decode(actual[1]) - expected[1]) / np.maximum(np.abs(dy), 1)).max() < 3 * tolerance
 
 
+@pytest.mark.parametrize("scalar, shape", [("bf16", (3, 5, 16)), ("float", (4, 7)), ("f16", (2, 9, 2, 24))])
+def test_a_sum_with_drop_path(folder, scalar, shape):
+    scale = np.random.default_rng(0).integers(0, 3, (shape[0],) + (1,) * (len(shape) - 1)) * 0.625
+    check(folder, "add_scaled", scalar, [draw(0, shape), draw(1, shape)], {"scale": scale})
+
+
 LINEAR = [("float", 33, 40), ("f16", 100, 264), ("float", 7, 10), ("f16", 1, 3)]
 
 

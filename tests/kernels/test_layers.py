@@ -69,6 +69,14 @@ def _add_linear(draw):
 
 
 @case
+def _add_scaled(draw):
+    shape = (draw(sides), *draw(rows), draw(sides))
+    scale = values(draw, (shape[0],) + (1,) * (len(shape) - 1), "grid")
+    theirs = torch.tensor(scale)
+    return Example([values(draw, shape), values(draw, shape)], lambda a, b: a + theirs * b, {"scale": scale})
+
+
+@case
 def _linear_gelu(draw):
     approximate = draw(st.sampled_from(["none", "tanh"]))
     return Example(

@@ -297,6 +297,14 @@ def drop_path(x: Input, p: float, training: bool) -> Tensor:
     return tensor_of(x) if mask is None else multiply(x, mask)
 
 
+def add_drop_path(residual: Input, x: Input, p: float, training: bool) -> Tensor:
+    """residual + drop_path(x, p, training) in one operation. residual and x (B, ..., D)."""
+    if checks.shape(residual) != checks.shape(x):
+        raise ValueError(f"add_drop_path expects arrays of one shape, got {checks.shape(residual)}, {checks.shape(x)}")
+    mask = _dropout_mask(x, p, training, (1,) * (len(checks.shape(x)) - 1))
+    return tensor_of(residual) + x if mask is None else apply(reference.add_scaled, residual, x, scale=mask)
+
+
 def _dropout_mask(x: Input, p: float, training: bool, shape: Shape) -> Array | None:
     """0 or 1 / (1 - p) for (B, *shape), of x's dtype and library, on its device; None where nothing is dropped."""
     checks.probability(p)

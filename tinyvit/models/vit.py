@@ -129,7 +129,7 @@ class Block(nn.Module):
         """x + drop_path(scale(branch(normal))); where nothing is between, the branch adds x while it has the result."""
         if nn.is_plain(branch, Attention, Mlp) and nn.is_idle(scale) and nn.is_idle(self.drop_path):
             return branch(normal, residual=x)
-        return x + self.drop_path(scale(branch(normal)))
+        return nn.add_drop_path(x, self.drop_path, scale(branch(normal)))
 
 
 class VisionTransformer(nn.Module):

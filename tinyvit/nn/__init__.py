@@ -15,6 +15,7 @@ from tinyvit.nn.layers import (
     Linear,
     ReLU,
     RMSNorm,
+    add_drop_path,
     add_linear,
     is_idle,
     is_plain,

@@ -69,6 +69,13 @@ def add_linear(residual: Tensor | None, layer: Module, x: Tensor, drop: Module) 
     return residual + drop(layer(x))
 
 
+def add_drop_path(residual: Tensor, layer: Module, x: Tensor) -> Tensor:
+    """residual + layer(x); for a `DropPath` in one operation."""
+    if isinstance(layer, DropPath) and is_plain(layer, DropPath):
+        return F.add_drop_path(residual, x, layer.p, layer.training)
+    return residual + layer(x)
+
+
 def is_idle(layer: Module) -> bool:
     """Whether a layer gives what it gets: an identity, or dropout that is off."""
     off = isinstance(layer, (Dropout, DropPath)) and not (layer.training and layer.p)

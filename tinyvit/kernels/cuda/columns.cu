@@ -1,8 +1,8 @@
 // What a linear layer does to a matrix's columns: adding a bias, GELU after it, and sums over rows for the bias's
 // gradient.
 //
-// add_bias reads and writes rows * columns numbers; bias_gelu_forward the same; bias_gelu_backward reads twice and
-// writes once as many; column_sums reads once. At most 40 FLOPs a number: bound by memory.
+// add_bias reads and writes rows * columns numbers; bias_gelu_forward and scaled the same; bias_gelu_backward and
+// add_scaled read twice and write once as many; column_sums reads once. At most 40 FLOPs a number: bound by memory.
 //
 // A thread takes VECTOR neighbouring columns (16 bytes) of every row with the same remainder, whose loads are
 // independent; a block has 32 x 8 threads: 32 vectors wide, 8 rows high. gridDim.y blocks share the rows. Sums stay
@@ -34,6 +34,23 @@ extern "C" __global__ void __launch_bounds__(256)
         V v = load<VECTOR>(y + row * columns + column);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) v.set(i, v[i] + b[i]);
+        store(y + row * columns + column, v);
+    }
+}
+
+// y = residual + scale x, where `share` neighbouring rows, those of a sample, have one scale
+extern "C" __global__ void __launch_bounds__(256)
+    add_scaled(const T* __restrict__ residual, const T* __restrict__ x, const T* __restrict__ scale, T* __restrict__ y,
+               long long share, long long rows, int columns) {
+    const int column = first_column();
+    if (column >= columns) return;
+#pragma unroll 4
+    for (long long row = first_row(); row < rows; row += row_step()) {
+        const V r = load<VECTOR>(residual + row * columns + column);
+        V v = load<VECTOR>(x + row * columns + column);
+        const float factor = to_float(scale[row / share]);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) v.set(i, fmaf(factor, v[i], r[i]));
         store(y + row * columns + column, v);
     }
 }
@@ -89,6 +106,29 @@ extern "C" __global__ void __launch_bounds__(256)
                 sums[i] += d;
             }
             store(dx + row * columns + column, g);
+        }
+    }
+    DYNAMIC_SHARED(memory);
+    write_sums(partial, sums, columns, memory);
+}
+
+// dx = scale dy, as above, and the sums of its columns. Shared memory: 256 VECTOR floats
+extern "C" __global__ void __launch_bounds__(256)
+    scaled(const T* __restrict__ dy, const T* __restrict__ scale, T* __restrict__ dx, float* __restrict__ partial,
+           long long share, long long rows, int columns) {
+    const int column = first_column();
+    float sums[VECTOR] = {};
+    if (column < columns) {
+#pragma unroll 4
+        for (long long row = first_row(); row < rows; row += row_step()) {
+            V v = load<VECTOR>(dy + row * columns + column);
+            const float factor = to_float(scale[row / share]);
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) {
+                v.set(i, factor * v[i]);
+                sums[i] += v[i];
+            }
+            store(dx + row * columns + column, v);
         }
     }
     DYNAMIC_SHARED(memory);

@@ -116,6 +116,26 @@ def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
     return xp.reshape(_column_sums(xp, cuda.ready(xp.reshape(x, (-1, math.prod(rest))))), rest)
 
 
+def covers_add_scaled(residual: Array, x: Array, **_: Any) -> bool:
+    return bool(cuda.scalar(x.dtype) and x.size) and x.ndim > 1
+
+
+def add_scaled(xp: Any, residual: Array, x: Array, *, scale: Array, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    rows, added = (cuda.ready(xp.reshape(a, (-1, a.shape[-1]))) for a in (x, residual))
+    scale, share = cuda.ready(scale), np.int64(rows.shape[0] // x.shape[0])
+    y = xp.empty(x.shape, dtype=x.dtype)
+    columns("add_scaled", rows, added, rows, scale, y, share)
+
+    def vjp(dy: Array) -> tuple[Array, Array]:
+        dx, by_rows = xp.empty(dy.shape, dtype=dy.dtype), cuda.ready(xp.reshape(dy, (-1, dy.shape[-1])))
+        partial = partial_sums(xp, by_rows)
+        columns("scaled", by_rows, by_rows, scale, dx, partial, share)
+        note_sums(dx, *sum_partials(xp, partial, dy.dtype))
+        return dy, dx
+
+    return y, vjp
+
+
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -174,7 +194,7 @@ def columns(name: str, matrix: Array, *arguments: Array, approximate: str = "non
     rows, width = matrix.shape
     kernel = _columns_kernel(name, matrix.dtype, _vector(width, matrix.dtype.itemsize), approximate)
     across, down = _columns_grid(matrix)
-    shared = 0 if name in ("add_bias", "bias_gelu_forward") else 4 * 256 * _vector(width, matrix.dtype.itemsize)
+    shared = 4 * 256 * _vector(width, matrix.dtype.itemsize)  # for those that add up
     kernel((across, down), (32, 8), (*arguments, np.int64(rows), np.int32(width)), shared_mem=shared)
 
 

@@ -6,6 +6,7 @@ from tinyvit.kernels.cuda import attention, convolution, layers, linear, muon, o
 KERNELS = {
     reference.linear: Kernel(linear.linear, linear.covers_linear),
     reference.add_linear: Kernel(linear.add_linear, linear.covers_add_linear),
+    reference.add_scaled: Kernel(linear.add_scaled, linear.covers_add_scaled),
     reference.linear_gelu: Kernel(linear.linear_gelu, linear.covers_linear),
     reference.gelu: Kernel(linear.gelu, linear.covers_gelu),
     reference.layer_norm: Kernel(layers.layer_norm, layers.covers_layer_norm),

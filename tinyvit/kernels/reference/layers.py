@@ -87,6 +87,12 @@ def add_linear(
 
 
 @in_fp32
+def add_scaled(xp: Any, residual: Array, x: Array, *, scale: Array, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+    """residual + scale x: the end of a residual branch with drop path. residual and x (B, ...), scale (B, 1, ...)."""
+    return residual + scale * x, lambda dy: (dy, scale * dy)
+
+
+@in_fp32
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
