@@ -158,7 +158,11 @@ class TrainConfig:
         "options that go together, below those given beside it; `tinyvit recipes` lists them",
     )
     data: str = option(
-        "shapes", str, "SRC", "shapes, cifar10, a directory of images or parquet files, a .csv or .parquet", free=True
+        "shapes",
+        str,
+        "SRC",
+        "shapes, cifar10, a directory of images, tar shards or parquet files, a .csv, .parquet or .tar",
+        free=True,
     )
     model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the images)")
     init: str | None = option(
