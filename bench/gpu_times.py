@@ -180,7 +180,7 @@ def time_others() -> None:
         def norm(back: bool, rows: int = rows, dim: int = dim, vectors: list = vectors) -> Callable:
             x, dy = random_array((rows, dim)), random_array((rows, dim))
             call = functools.partial(layers.layer_norm, xp, x, *vectors, eps=1e-6, needs=(True,) * 3)
-            return functools.partial(call()[1], dy) if back else lambda: call()[0]
+            return functools.partial(call()[1], dy, x) if back else lambda: call()[0]
 
         def gelu(back: bool, rows: int = rows, columns: int = 4 * dim) -> Callable:
             x, bias, dy = random_array((rows, columns)), random_array(columns), random_array((rows, columns))
@@ -194,7 +194,7 @@ def time_others() -> None:
             return lambda: linear.columns("column_sums", x, x, linear.partial_sums(xp, x))
 
         show(f"layer_norm {rows} x {dim}", 2 * size, functools.partial(norm, False))
-        show(f"layer_norm backward {rows} x {dim}", 3 * size, functools.partial(norm, True))
+        show(f"layer_norm backward with residual {rows} x {dim}", 4 * size, functools.partial(norm, True))
         show(f"bias_gelu {rows} x {4 * dim}", 8 * size, functools.partial(gelu, False))
         show(f"bias_gelu backward {rows} x {4 * dim}", 12 * size, functools.partial(gelu, True))
         show(f"column_sums {rows} x {3 * dim}", 3 * size, column_sums)
@@ -252,6 +252,7 @@ def time_products() -> None:
                 weight, bias = random_array((outer, inner), dtype), random_array(outer, dtype)
                 forms: dict[str, Callable] = {
                     "forward": lambda x, dy, w=weight, b=bias: cublas.linear(xp, x, w, b),
+                    "and residual": lambda x, dy, w=weight, b=bias: cublas.linear(xp, x, w, b, dy),
                     "dx": lambda x, dy, w=weight: cublas.input_gradient(xp, dy, w),
                     "dW": lambda x, dy: cublas.weight_gradient(xp, dy, x),
                 }

@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 import pytest
-from on_gpu import DTYPES, Poisoned, check_kernel, difference, dtype
+from on_gpu import DTYPES, LIMITS, Poisoned, check_kernel, difference, dtype
 
+from tinyvit import kernels
 from tinyvit.backend import arrays, random
 from tinyvit.kernels import reference
 
@@ -87,6 +88,26 @@ def test_attention_on_hopper(table, xp, rng, name, n, dim):
 def test_layer_norm(table, xp, rng, name, rows, dim):
     inputs = [rng.standard_normal((rows, dim)) + 2, rng.standard_normal(dim), rng.standard_normal(dim)]
     check_kernel(table[reference.layer_norm], xp, "layer_norm", dtype(name), inputs, eps=1e-6)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("rows, dim", [(65 * 16, 192), (197 * 4, 768), (33, 1280)])
+def test_layer_norm_adds_a_gradient_and_sums_its_columns(table, xp, rng, name, rows, dim):
+    """As in a backward pass: the sums are those of what it returns, which is rounded."""
+    x, weight, bias, dy, other = (
+        xp.asarray(rng.standard_normal(shape).astype(dtype(name)))
+        for shape in ((rows, dim), dim, dim, *[(rows, dim)] * 2)
+    )
+    token = kernels.notes.set({})
+    try:
+        _, vjp = table[reference.layer_norm].run(xp, x, weight, bias, eps=1e-6, needs=(True,) * 3)
+        alone, together = vjp(dy)[0], vjp(dy, other)[0]
+        noted, sums = kernels.notes.get()["sums"]
+    finally:
+        kernels.notes.reset(token)
+    alone, other, found, sums = (arrays.to_numpy(a).astype(np.float64) for a in (alone, other, together, sums))
+    assert noted is together and difference(found, alone + other) < LIMITS[name]
+    assert np.abs(sums - found.sum(axis=0)).max() < 4 * LIMITS[name] * math.sqrt(rows)
 
 
 @pytest.mark.parametrize("name", DTYPES)
