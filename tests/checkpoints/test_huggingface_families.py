@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from mutations import strange_copies
 from safetensors.numpy import load_file, save_file
 from transformers_models import CASES, SIZES, VISION, T, clip, randomised
 
@@ -58,6 +59,22 @@ def test_every_weight_is_needed(name, tmp_path):
         assert "\n" not in str(caught.value), lost
 
 
+@pytest.mark.filterwarnings("ignore")  # of names that do not number the classes
+@pytest.mark.parametrize("name", ["DINOv3", "CLIP with its text tower", "SigLIP with a classifier"])
+def test_strange_configs_are_refused_in_one_line_or_make_a_model(name, tmp_path):
+    randomised(CASES[name]()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    for copy in strange_copies(json.loads(path.read_text())):
+        path.write_text(json.dumps(copy))
+        try:
+            model = load_model(tmp_path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+        else:
+            images = np.zeros((1, 3, *model.config.image_size), np.float32)
+            assert np.isfinite(model(images).numpy()).all()
+
+
 @pytest.mark.parametrize(
     ("build", "change", "problem"),
     [
@@ -77,6 +94,7 @@ def test_every_weight_is_needed(name, tmp_path):
         (lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)), {"hidden_act": "silu"}, "hidden_act is 'silu' outside gated"),
         (lambda: T.Dinov2Model(T.Dinov2Config(**SIZES)), {"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2 by"),
         (CASES["DINOv3"], {"hidden_size": 96}, "hidden_size is 96, and 48 by the weights"),
+        (CASES["DINOv3"], {"image_size": 65536}, "have 67108864 patches, expected at most"),
         (CASES["CLIP"], {"image_size": 40}, r"image_size is 40, and \(32, 32\) by the weights"),
         (CASES["SigLIP with its text tower"], {"vision_config": {"patch_size": 4}}, "patch_size is 4, and"),
         (

@@ -15,6 +15,8 @@ from tinyvit.checkpoints.readers.common import open_weights
 from tinyvit.checkpoints.readers.safetensors import looks_like_safetensors
 from tinyvit.models.vit import VisionTransformer
 
+MOST_PATCHES = 1 << 18  # rotary positions are computed: no weight shows how many there are
+
 
 def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoint:
     """Read the weights, the config and the preprocessing at `path`.
@@ -59,9 +61,14 @@ def check_sizes(checkpoint: Checkpoint) -> None:
     """Refuse a config that describes a much larger model than the weights, before one is built.
 
     Raises:
-        CheckpointError: the config has more blocks or needs far more weights.
+        CheckpointError: the config has more blocks, needs far more weights, or has more patches than images have.
     """
     config, state = checkpoint.config, checkpoint.state
+    if config.num_patches > MOST_PATCHES:
+        raise CheckpointError(
+            f"{checkpoint.path}: its images of {config.image_size} have {config.num_patches} patches, "
+            f"expected at most {MOST_PATCHES}"
+        )
     blocks = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     if config.depth > blocks:
         raise CheckpointError(
