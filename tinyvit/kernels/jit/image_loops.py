@@ -150,22 +150,20 @@ def _columns(planes, out, down, right, top, left):
     for channel in range(channels):
         for i in range(out.shape[1]):
             for j in range(out.shape[2]):
-                first = max(
-                    0, -((j - left) // right)
-                )  # the first window with this place in the image, and behind the last
-                last = max(first, min(out.shape[4], (width - 1 - j + left) // right + 1))
+                first = max(0, -((j - left) // right))  # the first window whose place is in the image
+                stop = max(first, min(out.shape[4], (width - 1 - j + left) // right + 1))
                 for r in range(out.shape[3]):
                     row, line = r * down + i - top, out[channel, i, j, r]
-                    if 0 <= row < height and first < last:
+                    if 0 <= row < height and first < stop:
                         source = planes[channel, row, first * right + j - left :]
                         line[:first] = ZERO
-                        line[last:] = ZERO
+                        line[stop:] = ZERO
                         line = line[first:]
                         if right == 1:
-                            for s in range(last - first):
+                            for s in range(stop - first):
                                 line[s] = source[s]
                         else:
-                            for s in range(last - first):
+                            for s in range(stop - first):
                                 line[s] = source[s * right]
                     else:
                         line[:] = ZERO

@@ -32,7 +32,7 @@ def _plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = N
 def _convolved(
     x: np.ndarray, weight: np.ndarray, *, stride: Any, padding: Any, needs: tuple[bool, ...] = (True, True)
 ) -> bool:
-    plain = x.dtype != np.float64 and layers.SGEMM != 0 and x.size > 0
+    plain = x.dtype != np.float64 and layers.SGEMM != 0 and x.size > 0 and weight.size > 0
     data = not needs[0] and x.flags.c_contiguous
     return plain and (data or convolution.by_tiles(weight, stride, padding))
 
