@@ -7,6 +7,7 @@ import math
 import warnings
 from pathlib import Path
 
+import array_api_compat.numpy as numpy_namespace
 import cuda_sim
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from cuda_checks import TOLERANCE, both, check, draw
 from cuda_sim import SCALARS, decode, encode, error, guarded
 
 from tinyvit.backend import cuda_graph
-from tinyvit.kernels import cuda
+from tinyvit.kernels import cuda, reference
 from tinyvit.kernels.cuda import attention, attention_sm90a
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
@@ -140,50 +141,80 @@ def test_attention_on_hopper(folder, scalar, heads, n, queries, dim, limit, plan
     assert all(np.array_equal(*pair) for pair in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(
+    "scalar, n, queries, dim", [("bf16", 300, 300, 64), ("f16", 130, 70, 32), ("f16", 129, 129, 48)]
+)
+def test_the_gradient_of_attention_on_hopper(folder, scalar, n, queries, dim):
+    """Over several portions of keys, in any order of threads; tokens that are no queries get no gradient as such."""
+    qkv, dy = (encode(draw(n, (1, rows, width * dim)), scalar) for rows, width in ((n, 3 * 2), (queries, 2)))
+    settings = cuda.NULL, 2, queries, np.float32(1 / math.sqrt(dim))
+    y, vjp = reference.qkv_attention(numpy_namespace, decode(qkv), num_heads=2, queries=queries, needs=(True,))
+    (right,) = vjp(decode(dy))
+    results = []
+    for seed in (0, 1):
+        with cuda_sim.device(folder, seed, **HOPPER) as xp:
+            _, log = attention_sm90a.forward(xp, guarded(qkv), *settings, True)
+            given = guarded(encode(y, scalar)), guarded(dy), guarded(log)
+            results.append(attention_sm90a.backward(xp, guarded(qkv), *settings, *given))
+    for part in range(3):  # of q, k and v
+        ours, exact = (x.reshape(n, 3, -1)[:, part] for x in (decode(results[0]), right))
+        assert error(ours, exact) < TOLERANCE[scalar] / 2
+    assert np.array_equal(*results)
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
-    """No kernel for Hopper has been compared with the other one yet."""
+    """No kernel for Hopper has been compared with the other one yet; bf16 is compared by value, not by its bits."""
+    difference = attention_sm90a._difference
+    by_value = lambda xp, *pair: difference(xp, *(decode(x) for x in pair))
     monkeypatch.setattr(attention_sm90a, "_agreed", {})
+    monkeypatch.setattr(attention_sm90a, "_difference", by_value)
 
 
-def test_attention_on_hopper_with_its_gradient(folder, unchecked):
+def test_attention_on_hopper_is_compared_and_used(folder, unchecked):
     check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
-    assert attention_sm90a._agreed == {(0, "bf16", 197, 197, 64): True}
+    assert attention_sm90a._agreed == {(0, "bf16", 197, 197, 64, backward): True for backward in (False, True)}
 
 
-def test_a_kernel_for_hopper_that_is_wrong_is_not_used(folder, unchecked, monkeypatch):
-    """One warning, and the other kernel's results."""
+def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, unchecked, monkeypatch):
+    """One warning for each, and the other kernels' results."""
 
     def wrong(xp, *arguments):
         y, log = attention.mma_forward(xp, *arguments)
-        y[0, 7, 5] = SCALARS["bf16"].type(0x7FC0)  # NaN
-        return decode(y).astype(np.float32), log
+        y[0, 7, 5] = 0x7FC0  # NaN
+        return y, log
+
+    def refused(*arguments):
+        raise RuntimeError("no such instruction\nmore")
 
     monkeypatch.setattr(attention_sm90a, "forward", wrong)
+    monkeypatch.setattr(attention_sm90a, "backward", refused)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
             check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
     assert [str(w.message) for w in caught] == [
-        "attention's kernel for Hopper is not used for 197 tokens and heads of 64: differs by inf"
+        f"attention's {name} kernel for Hopper is not used for 197 tokens and heads of 64: {problem}"
+        for name, problem in (("forward", "it differs by inf"), ("backward", "no such instruction"))
     ]
 
 
-def test_which_attention_takes_hoppers_kernel(folder, unchecked, monkeypatch):
+def test_which_attention_takes_hoppers_kernels(folder, unchecked, monkeypatch):
     monkeypatch.setattr(attention_sm90a, "_agrees", lambda *_: True)
 
-    def takes(n=197, dim=64, queries=None, dtype=np.float16, factors=cuda.NULL, **machine):
+    def takes(n=197, dim=64, queries=None, dtype=np.float16, factors=cuda.NULL, backward=False, **machine):
+        others = (attention.mma_forward, attention.mma_backward)[: 1 + backward]
         with cuda_sim.device(folder, **HOPPER | machine) as xp:
             qkv = np.zeros((1, n, 3 * 2 * dim), dtype)
-            return attention_sm90a.takes(xp, qkv, 2, queries or n, factors, attention.mma_forward)
+            return attention_sm90a.takes(xp, qkv, factors, 2, queries or n, *others)
 
     with cuda_graph.capture():
         assert not takes()  # nothing can be compared now
-    assert takes() and takes(n=577) and takes(dim=32)
+    assert takes() and takes(n=577) and takes(dim=128) and takes(backward=True)
     with cuda_graph.capture():
-        assert takes()
+        assert takes() and not takes(n=577, backward=True)
     assert not any((takes(n=127), takes(dim=72), takes(queries=1), takes(dtype=np.float32), takes(capability=100)))
-    assert not takes(factors=np.ones(1))
+    assert not takes(dim=128, backward=True) and not takes(factors=np.ones(1))
     monkeypatch.setenv("TINYVIT_WGMMA", "0")
     assert not takes()
 

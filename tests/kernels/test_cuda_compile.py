@@ -89,12 +89,15 @@ def attention_variants() -> list[tuple[str, dict]]:
 
 
 def hopper_variants() -> list[tuple[str, dict]]:
-    """All chunks of keys in shared memory in one to four blocks a multiprocessor, and a ring of them."""
+    """Forward with all chunks of keys in shared memory in one to four blocks a multiprocessor, or a ring of them."""
     found = []
     for scalar, dim, n in (("bf16", 64, 128), ("bf16", 64, 145), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 577),
                            ("bf16", 64, 1025), ("bf16", 32, 197), ("bf16", 80, 257), ("f16", 128, 577)):  # fmt: skip
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "TOKENS": n} | attention_sm90a.forward_plan(n, n, dim, 1000)[0]
         found.append(("attention_forward_sm90a", constants))
+    for scalar, dim in (("bf16", 64), ("f16", 32)):
+        constants = {"SCALAR": scalar, "HEAD_DIM": dim, "WARPS": 8}
+        found.append(("attention_backward_sm90a", constants))
     return found
 
 

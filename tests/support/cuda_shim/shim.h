@@ -27,6 +27,10 @@ struct alignas(8) float2 {
     float x, y;
 };
 
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 namespace sim {
 
 // The thread that runs, and its block.

@@ -136,9 +136,10 @@ def _module(device: int, file: str, constants: tuple[tuple[str, Any], ...]) -> A
 
 @functools.cache
 def source(file: str) -> str:
-    """The text of FILE.cu with its headers inlined: CuPy's disk cache does not look into included files."""
-    text = (FOLDER / f"{file}.cu").read_text()
+    """The text of FILE.cu with its headers inlined, once each: CuPy's disk cache does not look into included files."""
+    text, inlined = (FOLDER / f"{file}.cu").read_text(), set()
     while found := re.search(r'#include "(\w+\.cuh)"', text):
-        header = (FOLDER / found[1]).read_text().replace("#pragma once", "")
-        text = text.replace(found[0], header)
+        header = "" if found[1] in inlined else (FOLDER / found[1]).read_text().replace("#pragma once", "")
+        inlined.add(found[1])
+        text = text.replace(found[0], header, 1)
     return text

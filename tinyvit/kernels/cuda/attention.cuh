@@ -146,7 +146,6 @@ constexpr int D = HEAD_DIM;
 constexpr int DEPTH = (D + 15) / 16;    // tiles across a row; beyond D they hold zeros
 constexpr int STRIDE = 16 * DEPTH + 8;  // between rows in shared memory: eight neighbouring rows lie in different banks
 constexpr int THREADS = 32 * WARPS;     // of a block
-constexpr int ROWS = 16 * TILES;        // queries (forward) or keys (backward) of a warp
 constexpr int CHUNK = 16 / sizeof(T);   // numbers of a copy
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -181,5 +180,33 @@ DEVICE void write_rows(T* to, int stride, const T* from, int first, int count, i
         if (first + row < n)
             store(to + (first + row) * stride + column,
                   *reinterpret_cast<const Vector<T, CHUNK>*>(from + row * STRIDE + column));
+    }
+}
+
+// --- backward ------------------------------------------------------------------------------------------------------
+
+// The least power of two that is not below n.
+__device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+
+// The sums over a head's n rows of y dy, into delta, and row_log beside them, for `rows` rows in whole tiles. Beyond n
+// q and dy are 0: any number does.
+DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, int stride, const float* row_log, int n,
+                           int rows) {
+    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks);  // a row's
+    const int lane = threadIdx.x % lanes;
+    for (int first = 0; first < rows; first += THREADS / lanes) {  // as often for all: lanes meet in the sum
+        const int row = first + threadIdx.x / lanes;
+        float product = 0.0f;
+        if (row < n && lane < chunks) {
+            Vector<T, CHUNK> a = load<CHUNK>(y + row * stride + lane * CHUNK),
+                             b = load<CHUNK>(dy + row * stride + lane * CHUNK);
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) product = fmaf(a[i], b[i], product);
+        }
+        product = warp_sum<lanes>(product);
+        if (lane == 0 && row < rows) {
+            delta[row] = product;
+            logs[row] = row < n ? row_log[row] : 0.0f;
+        }
     }
 }

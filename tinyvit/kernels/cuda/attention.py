@@ -48,29 +48,20 @@ def qkv_attention(
     dropout_mask: Array | None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
-    batch, n, width = qkv.shape
+    _, n, width = qkv.shape
     own_dim = width // (3 * num_heads)
     dim = _padded_dim(width, num_heads)
     queries = n if queries is None else queries
-    plan = backward_tiling(n, queries, dim, qkv.dtype.itemsize, dropout=dropout_mask is not None)
-    assert plan is not None  # as `covers_attention` found
     qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
     factors = cuda.NULL if dropout_mask is None else cuda.ready(dropout_mask)
-    scale = np.float32(1.0 / math.sqrt(own_dim))
-    on_hopper = attention_sm90a.takes(xp, qkv, num_heads, queries, factors, mma_forward)
-    y, row_log = (attention_sm90a.forward if on_hopper else mma_forward)(
-        xp, qkv, factors, num_heads, queries, scale, needs[0]
-    )
+    settings = factors, num_heads, queries, np.float32(1.0 / math.sqrt(own_dim))
+    hopper = attention_sm90a.takes(xp, qkv, *settings[:3], mma_forward)
+    y, row_log = (attention_sm90a.forward if hopper else mma_forward)(xp, qkv, *settings, needs[0])
 
     def vjp(dy: Array) -> tuple[Array]:
-        constants, portions, shared = plan
         dy = cuda.ready(_with_dim(xp, dy, own_dim, dim))
-        dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
-        dq_sum = xp.empty((batch, num_heads, queries, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
-        backward = cuda.kernel("attention_backward", "attention_backward", **_variant(qkv, factors, dim), **constants)
-        shape = np.int32(num_heads), np.int32(n), np.int32(queries)
-        arguments = (qkv, factors, y, dy, row_log, dqkv, dq_sum, *shape, scale)
-        backward((batch * num_heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
+        hopper = attention_sm90a.takes(xp, qkv, *settings[:3], mma_forward, mma_backward)
+        dqkv = (attention_sm90a.backward if hopper else mma_backward)(xp, qkv, *settings, y, dy, row_log)
         return (_with_dim(xp, dqkv, dim, own_dim),)
 
     return _with_dim(xp, y, dim, own_dim), vjp
@@ -90,6 +81,31 @@ def mma_forward(
     arguments = (qkv, factors, y, row_log, *shape, scale)
     forward((batch * num_heads * blocks,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
     return y, row_log
+
+
+def mma_backward(
+    xp: Any,
+    qkv: Array,
+    factors: Any,
+    num_heads: int,
+    queries: int,
+    scale: np.float32,
+    y: Array,
+    dy: Array,
+    row_log: Array,
+) -> Array:
+    """The gradient of qkv."""
+    batch, n, width = qkv.shape
+    dim = width // (3 * num_heads)
+    plan = backward_tiling(n, queries, dim, qkv.dtype.itemsize, dropout=factors is not cuda.NULL)
+    assert plan is not None  # as `covers_attention` found
+    constants, portions, shared = plan
+    dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
+    dq_sum = xp.empty((batch, num_heads, queries, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
+    backward = cuda.kernel("attention_backward", "attention_backward", **_variant(qkv, factors, dim), **constants)
+    arguments = (qkv, factors, y, dy, row_log, dqkv, dq_sum, *map(np.int32, (num_heads, n, queries)), scale)
+    backward((batch * num_heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
+    return dqkv
 
 
 def _variant(qkv: Array, factors: Any, dim: int) -> dict[str, Any]:

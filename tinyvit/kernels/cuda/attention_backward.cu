@@ -21,33 +21,8 @@
 
 static_assert(QUERIES % 16 == 0, "queries come in whole tiles");
 
+constexpr int ROWS = 16 * TILES;  // keys of a warp
 constexpr int SCORES_STRIDE = QUERIES + 8;
-
-// The least power of two that is not below n.
-__device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-
-// The sums over a head's rows of y dy, into delta, and row_log beside them. Beyond n q and dy are 0: any number does.
-DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, int stride, const float* row_log,
-                           int n) {
-    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks);  // a row's
-    const int lane = threadIdx.x % lanes;
-    for (int first = 0; first < 16 * tiles_of(n);
-         first += THREADS / lanes) {  // as often for all: lanes meet in the sum
-        const int row = first + threadIdx.x / lanes;
-        float product = 0.0f;
-        if (row < n && lane < chunks) {
-            Vector<T, CHUNK> a = load<CHUNK>(y + row * stride + lane * CHUNK),
-                             b = load<CHUNK>(dy + row * stride + lane * CHUNK);
-#pragma unroll
-            for (int i = 0; i < CHUNK; i++) product = fmaf(a[i], b[i], product);
-        }
-        product = warp_sum<lanes>(product);
-        if (lane == 0 && row < 16 * tiles_of(n)) {
-            delta[row] = product;
-            logs[row] = row < n ? row_log[row] : 0.0f;
-        }
-    }
-}
 
 // grid: heads of all samples; shared memory: 2 WARPS * ROWS + 4 QUERIES rows of STRIDE and WARPS * ROWS of
 // SCORES_STRIDE numbers, and 2 floats for each of Q rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, Q, D)
@@ -100,7 +75,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         copy_queries(0, stages);
         cp_async_commit();
         if (first_key == 0)
-            row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n_queries, n_queries);
+            row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n_queries, n_queries,
+                           16 * tiles_of(n_queries));
 
         float dk[TILES][DEPTH][8] = {}, dv[TILES][DEPTH][8] = {};
         for (int query = 0; query < n_queries; query += QUERIES) {

@@ -15,6 +15,8 @@
 // and RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
+constexpr int ROWS = 16 * TILES;  // queries of a warp
+
 static_assert(KEYS % 16 == 0, "keys come in whole tiles");
 
 // grid: heads of all samples * blocks_per_head; shared memory: WARPS * ROWS + 4 KEYS rows of STRIDE numbers, or 2

@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll 1
         for (int i = thread; i < rows * (D / 8); i += THREADS) {
             const int row = i / (D / 8), column = i % (D / 8), token = chunk * KEYS + row;
-            unsigned char* to = stage + column / 8 * panel + row * 128 + ((column ^ row) % 8) * 16;
+            unsigned char* to = stage + place(rows, row, column);
             const T* from = k + (token < N ? token * row_stride : 0) + column * 8;
             cp_async(to, from, token < N);
             cp_async(to + PANELS * panel, from + heads * D, token < N);
@@ -194,20 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             if (row_log && pair == 0 && token < n_queries)
                 row_log[(sample * heads + head) * n_queries + token] =
                     highest[half] * exponent + log2_fast(total);
-            // Of two neighbouring lanes and blocks of 8 columns each takes one block, so that it stores 8 bytes.
-            T* to = out + (sample * n_queries + token) * out_stride + head * D;
-#pragma unroll
-            for (int j = 0; j < D / 8; j += 2) {
-                unsigned words[2];
-#pragma unroll
-                for (int block = 0; block < 2; block++) {
-                    const float* x = result + 4 * (j + block) + 2 * half;
-                    words[block] = Scalar<T>::pack(x[0] * share, x[1] * share);
-                }
-                const unsigned other = __shfl_xor_sync(0xffffffffu, pair % 2 ? words[0] : words[1], 1);
-                const unsigned mine[2] = {pair % 2 ? other : words[0], pair % 2 ? words[1] : other};
-                if (token < n_queries) store_8(to + 8 * (j + pair % 2) + pair / 2 * 4, mine);
-            }
+            store_row<T, D>(out + (sample * n_queries + token) * out_stride + head * D, result, half, share,
+                            token < n_queries);
         }
     }
 }

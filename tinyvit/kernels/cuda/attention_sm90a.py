@@ -1,7 +1,7 @@
-"""Attention on Hopper: how `cuda/attention_forward_sm90a.cu` is cut into blocks and launched, and whether it may be.
+"""Attention on Hopper: how `cuda/attention_*_sm90a.cu` are cut into blocks and launched, and whether they may be.
 
-It runs only after it has agreed with the kernel for every GPU on random numbers, once a process for each shape of head:
-no GPU has run it yet. TINYVIT_WGMMA=0 leaves it out.
+Each runs only after it has agreed with the kernel for every GPU on random numbers, once a process for each shape of a
+head: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -32,39 +32,63 @@ class Plan(NamedTuple):
     shared: int
 
 
-def takes(xp: Any, qkv: Array, num_heads: int, queries: int, factors: Any, other: Callable) -> bool:
-    """Whether the kernel computes attention of qkv (B, N, 3 H D) here, because it agrees with the `other` one."""
+def takes(
+    xp: Any,
+    qkv: Array,
+    factors: Any,
+    num_heads: int,
+    queries: int,
+    other: Callable,
+    other_backward: Callable | None = None,
+) -> bool:
+    """Whether `forward`, or `backward`, computes attention of qkv (B, N, 3 H D) here: it agrees with the `other`."""
     n, dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or os.environ.get("TINYVIT_WGMMA") == "0":
         return False
     if n < LEAST_TOKENS or queries < LEAST_QUERIES or dim % 16 or factors is not cuda.NULL:
         return False
-    kind = cuda.device(), cuda.scalar(qkv.dtype), n, queries, dim
+    if other_backward and (dim > 64 or _backward_shared(queries) > cuda.shared_limit()):
+        return False
+    kind = cuda.device(), cuda.scalar(qkv.dtype), n, queries, dim, other_backward is not None
     if kind not in _agreed and not cuda_graph.capturing():  # a graph's function has run before it is captured
-        _agreed[kind] = _agrees(xp, qkv.dtype, n, queries, dim, other)
+        _agreed[kind] = _agrees(xp, qkv.dtype, n, queries, dim, other, other_backward)
     return _agreed.get(kind, False)
 
 
-def _agrees(xp: Any, dtype: np.dtype, n: int, queries: int, dim: int, other: Callable) -> bool:
+def _agrees(
+    xp: Any, dtype: np.dtype, n: int, queries: int, dim: int, other: Callable, other_backward: Callable | None
+) -> bool:
     heads, rng = 2, np.random.default_rng(0)
-    bits = rng.integers(0x3800, 0x4000, (1, n, 3 * heads * dim)) | rng.integers(0, 2, (1, n, 3 * heads * dim)) << 15
-    qkv = xp.asarray(bits.astype(np.uint16).view(dtype))  # numbers below 2 in either type
-    arguments = (xp, qkv, cuda.NULL, heads, queries, np.float32(1 / math.sqrt(dim)), True)
+
+    def draw(*shape: int) -> Array:  # numbers below 2 in either type, by their bits
+        bits = rng.integers(0x3800, 0x4000, shape) | rng.integers(0, 2, shape) << 15
+        return xp.asarray(bits.astype(np.uint16).view(dtype))
+
+    arguments = (xp, draw(1, n, 3 * heads * dim), cuda.NULL, heads, queries, np.float32(1 / math.sqrt(dim)))
     try:
-        differences = [_difference(xp, *pair) for pair in zip(forward(*arguments), other(*arguments), strict=True)]
-        problem = None if max(differences) < 1e-2 else f"differs by {max(differences):.1e}"
+        results = other(*arguments, True)
+        if other_backward:
+            saved = results[0], draw(1, queries, heads * dim), results[1]
+            pairs = [(backward(*arguments, *saved), other_backward(*arguments, *saved))]
+        else:
+            pairs = list(zip(forward(*arguments, True), results, strict=True))
+        difference = max(_difference(xp, *pair) for pair in pairs)
+        problem = None if difference < 2e-2 else f"it differs by {difference:.1e}"
     except Exception as error:  # the compiler, or the device, refuses it
         problem = str(error).splitlines()[0]
     if problem:
+        name = "backward" if other_backward else "forward"
         warnings.warn(
-            f"attention's kernel for Hopper is not used for {n} tokens and heads of {dim}: {problem}", stacklevel=2
+            f"attention's {name} kernel for Hopper is not used for {n} tokens and heads of {dim}: {problem}",
+            stacklevel=2,
         )
     return problem is None
 
 
 def _difference(xp: Any, ours: Array, other: Array) -> float:
-    """The largest difference; infinite where there is a NaN."""
-    difference = float(xp.max(xp.abs(ours.astype(xp.float32) - other.astype(xp.float32))))
+    """The largest difference, beside the largest number; infinite where there is a NaN."""
+    ours, other = ours.astype(xp.float32), other.astype(xp.float32)
+    difference = float(xp.max(xp.abs(ours - other)) / xp.max(xp.abs(other)))
     return math.inf if math.isnan(difference) else difference
 
 
@@ -82,6 +106,28 @@ def forward(
     arguments = (qkv, y, row_log, np.int32(num_heads), np.int32(queries), np.int32(parts), scale)
     kernel((batch * num_heads * parts,), (128 * constants["WARPGROUPS"],), arguments, shared_mem=shared)
     return y, row_log
+
+
+def backward(
+    xp: Any, qkv: Array, factors: Any, num_heads: int, queries: int, scale: np.float32, *saved: Array
+) -> Array:
+    """What `attention.mma_backward` gives."""
+    y, dy, row_log = saved
+    batch, n, width = qkv.shape
+    dim = width // (3 * num_heads)
+    dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
+    dq_sum = xp.empty((batch, num_heads, 64 * math.ceil(queries / 64), dim), dtype=xp.float32)
+    name, warps = "attention_backward_sm90a", 8
+    variant = {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "WARPS": warps}
+    arguments = (qkv, y, dy, row_log, dqkv, dq_sum, *map(np.int32, (num_heads, n, queries)), scale)
+    kernel = cuda.kernel(name, name, **variant)
+    kernel((batch * num_heads,), (32 * warps,), arguments, shared_mem=_backward_shared(queries))
+    return dqkv
+
+
+def _backward_shared(queries: int) -> int:
+    """Panels of 128 keys, values and four of dS; of two stages of 64 queries and dy; two numbers a query."""
+    return 128 * (6 * 128 + 4 * 64) + 2 * 4 * 64 * math.ceil(queries / 64)
 
 
 def forward_plan(n: int, queries: int, dim: int, heads: int) -> Plan:

@@ -106,6 +106,28 @@ DEVICE void wgmma(float* c, const unsigned* a, const void* panel, bool add) {
     Wgmma<T, n, by_rows>::run(c, a, address | eight_rows << 32 | swizzle_128 << 62, add);
 }
 
+// Where 16-byte chunk `chunk` of a row lies, in panels of `rows` rows.
+DEVICE int place(int rows, int row, int chunk) { return chunk / 8 * rows * 128 + row * 128 + (chunk ^ row) % 8 * 16; }
+
+// A row of a product to memory, if `inside`: the lane's upper (half = 0) or lower one, times `factor`. Of two
+// neighbouring lanes and two blocks of 8 columns each takes one block, so that it stores 8 bytes.
+template <class T, int columns>
+DEVICE void store_row(T* to, const float (&c)[columns / 2], int half, float factor, bool inside) {
+    const int pair = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < columns / 8; j += 2) {
+        unsigned words[2];
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            const float* x = c + 4 * (j + block) + 2 * half;
+            words[block] = Scalar<T>::pack(x[0] * factor, x[1] * factor);
+        }
+        const unsigned other = __shfl_xor_sync(0xffffffffu, pair % 2 ? words[0] : words[1], 1);
+        const unsigned mine[2] = {pair % 2 ? other : words[0], pair % 2 ? words[1] : other};
+        if (inside) store_8(to + 8 * (j + pair % 2) + pair / 2 * 4, mine);
+    }
+}
+
 // A number that the compiler knows, as an argument.
 template <int n>
 struct Number {
