@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tinyvit.backend import parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
-from tinyvit.distributed import ALONE, DistributedError, Group, launch, mpi, reduction
+from tinyvit.distributed import ALONE, DistributedError, Failed, Group, launch, mpi, reduction
 
 
 def rank_of(rank, size):
@@ -90,17 +90,20 @@ def test_cores_are_shared(mine, local, quota, threads):
 
 
 def test_without_a_launcher_a_process_is_alone(monkeypatch):
-    for name in launch.SIZES:
+    for name in launch.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert launch.init.__wrapped__() is ALONE and ALONE.leads and ALONE.part(7) == (0, 7)
 
 
 def test_missing_mpi_and_other_launchers_are_named(monkeypatch):
-    for name in launch.SIZES:
+    for name in launch.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(DistributedError, match=r"WORLD_SIZE says that 4 processes .* MPI sees 1"):
         launch.init.__wrapped__()
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
     with pytest.raises(DistributedError, match=r"needs MPI: pip install .tinyvit\[mpi\]"):
+        launch.init.__wrapped__()
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(Failed, match=r"rank 0: .*needs MPI"):
         launch.init.__wrapped__()

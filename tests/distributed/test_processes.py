@@ -116,11 +116,11 @@ def test_a_fault_of_one_process_ends_all_with_one_line(images, tmp_path, fault, 
         assert progress(out / "last.safetensors")["epoch"] == 1
 
 
-def test_bad_options_are_refused_once(tmp_path):
+def test_bad_options_are_refused_once(images, tmp_path):
     result = together(3, "none", "train", "--data", tmp_path / "nothing", "--out", tmp_path / "run")
     assert result.returncode == 1 or result.returncode == 2
     assert result.stderr.count("tinyvit: error: ") == 1, result.stderr
-    result = together(3, "none", "train", "--data", "shapes", "--batch-size", "2", "--out", tmp_path / "run")
+    result = together(3, "none", "train", "--data", images, *NANO, "--batch-size", "2", "--out", tmp_path / "run")
     assert "--batch-size 2 is less than one image for each of 3 processes" in result.stderr
 
 

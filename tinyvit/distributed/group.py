@@ -31,7 +31,10 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Within this context an error of one process ends all. Raises Failed where another process has to say why."""
+        """Within this context an error of one process ends all, and the first alone prints warnings.
+
+        Raises Failed where another process has to say why.
+        """
         yield
 
     @property
@@ -57,12 +60,12 @@ class Group:
             raise DeviceError(f"{self.local_size} processes share {count} GPUs: start one for each GPU")
         return f"cuda:{self.local_rank if count > 1 else 0}"  # a launcher may show each process its own GPU alone
 
-    def describe(self, batch: int) -> str:
-        """What each process has, in a line."""
+    def describe(self, batch: int, threads: int | None) -> str:
+        """What each process has of a batch, in a line; `threads` on a CPU, None on a GPU."""
         part = f"{batch // self.size}" + (f" or {batch // self.size + 1}" if batch % self.size else "")
         return (
-            f"{self.size} processes, {self.local_size} on this machine: each takes {part} of {batch} images a step, "
-            f"on a CPU with {self.threads} thread{'' if self.threads == 1 else 's'}"
+            f"{self.size} processes, {self.local_size} on this machine: each takes {part} of {batch} images a step"
+            + (f", on a CPU with {threads} thread{'' if threads == 1 else 's'}" if threads else ", on a GPU of its own")
         )
 
     def part(self, count: int) -> tuple[int, int]:

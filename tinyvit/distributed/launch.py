@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 from functools import cache
 
-from tinyvit.distributed.group import ALONE, DistributedError, Group
+from tinyvit.distributed.group import ALONE, DistributedError, Failed, Group
 
-# What launchers say of the number of processes: MPICH and Slurm's PMI, Open MPI, Slurm's steps, torchrun and its like.
-SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
+# Where launchers say how many processes there are, and which one this is: MPICH and Slurm's PMI, Open MPI, Slurm's
+# steps, torchrun and its like.
+VARIABLES = {
+    "PMI_SIZE": "PMI_RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "WORLD_SIZE": "RANK",
+}
 
 
 @cache
@@ -20,30 +26,38 @@ def init() -> Group:
 
     Raises:
         DistributedError: mpi4py or an MPI library is missing, or MPI does not see the processes of the launcher.
+        Failed: the same in a process that is not the first, which says why.
     """
-    name, size = launched()
+    name, size, rank = launched()
     if size <= 1:
         return ALONE
+    problem = ""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         why = " ".join(str(error).split())[:120]
-        raise DistributedError(
-            f'{name} says that {size} processes train together, which needs MPI: pip install "tinyvit[mpi]" ({why})'
-        ) from None
-    if MPI.COMM_WORLD.size != size:
-        raise DistributedError(
-            f"{name} says that {size} processes train together, but MPI sees {MPI.COMM_WORLD.size}: start them with "
-            "the mpiexec of the MPI library that mpi4py uses, or with srun --mpi=pmi2"
-        )
+        problem = f', which needs MPI: pip install "tinyvit[mpi]" ({why})'
+    else:
+        if MPI.COMM_WORLD.size != size:
+            problem = (
+                f", but MPI sees {MPI.COMM_WORLD.size}: start them with "
+                "the mpiexec of the MPI library that mpi4py uses, or with srun --mpi=pmi2"
+            )
+    if problem:
+        problem = f"{name} says that {size} processes train together{problem}"
+        raise Failed(f"rank 0: {problem}") if rank else DistributedError(problem)
     from tinyvit.distributed.mpi import MPIGroup
 
     return MPIGroup(MPI.COMM_WORLD.Dup())
 
 
-def launched() -> tuple[str, int]:
-    """The variable that says how many processes a launcher started, and their number; ("", 1) without a launcher."""
-    for name in SIZES:
-        if (value := os.environ.get(name, "")).isdecimal():
-            return name, int(value)
-    return "", 1
+def launched() -> tuple[str, int, int]:
+    """The variable that says how many processes a launcher started, their number, and which this is.
+
+    Without a launcher they are "", 1 and 0.
+    """
+    for name, rank in VARIABLES.items():
+        if (size := os.environ.get(name, "")).isdecimal():
+            number = os.environ.get(rank, "")
+            return name, int(size), int(number) if number.isdecimal() else 0
+    return "", 1, 0

@@ -9,6 +9,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ class MPIGroup(Group):
         self.threads = min(self.exchange(_share_of_cores(mine[1], [everyone[rank][1] for rank in here], mine[2])))
 
     def exchange(self, value: Any, patience: float | None = None) -> list[Any]:
-        sent = {rank: self._comm.isend(value, rank, VALUE) for rank in range(self.size) if rank != self.rank}
+        packed = self._mpi.pickle.dumps(value)  # once, as features of a data set are large
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        sent = {rank: self._comm.Isend([packed, self._mpi.BYTE], rank, VALUE) for rank in others}
         values = {self.rank: value}
 
         def missing() -> set[int]:
@@ -86,11 +89,14 @@ class MPIGroup(Group):
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         try:
-            yield
+            with warnings.catch_warnings():
+                if not self.leads:
+                    warnings.simplefilter("ignore")
+                yield
         except Failed:
             self._end_within(PATIENCE)
             raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             self._end_within(5 if isinstance(error, DistributedError) else PATIENCE)
             if not self._says_why(f"{type(error).__name__}: {error}"):
                 raise Failed(self._failure()) from None

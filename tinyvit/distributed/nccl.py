@@ -26,40 +26,52 @@ class NCCLReduction:
             from cupy.cuda import nccl
         except ImportError as error:
             raise DistributedError(f"several GPUs need NCCL: pip install nvidia-nccl-cu12 or -cu13 ({error})") from None
-        self.first, self._nccl = 0, nccl
+        self._nccl = nccl
         unique = group.from_first(nccl.get_unique_id() if group.leads else None)
-        self._communicator = nccl.NcclCommunicator(group.size, unique, group.rank)
+        try:
+            self._communicator = nccl.NcclCommunicator(group.size, unique, group.rank)
+        except nccl.NcclError as error:  # such as two processes on one GPU
+            raise DistributedError(f"NCCL does not connect the {group.size} GPUs: {error}") from None
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._count = len(like)
-        self._sums: dict[int, Any] = {}
-        self._waiting: list[Any] = []
+        self._sums: dict[int, Any] = {}  # by number
+        self._waiting: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """Forget what a step gave that broke off, such as a capture that failed."""
+        self._sums, self._waiting = {}, {}
 
     def add(self, shard: int, number: int, array: Any) -> None:
-        """Take array `number`, which is summed in place."""
-        import cupy
-
-        array = cupy.ascontiguousarray(array)
-        self._sums[number] = array
-        self._waiting.append(array)
-        if len(self._sums) == self._count or sum(x.nbytes for x in self._waiting) >= BUCKET:
+        """Take array `number`, which is read at once in the order of the present stream."""
+        self._waiting[number] = array
+        is_last = len(self._sums) + len(self._waiting) == self._count
+        if is_last or sum(x.nbytes for x in self._waiting.values()) >= BUCKET:
             self._start()
 
     def _start(self) -> None:
-        """Sum what waits once the present stream has computed it."""
+        """Sum what waits once the present stream has computed it: a copy of each dtype's, as the backward pass may
+        still read a gradient.
+        """
         import cupy
 
+        by_type: dict[str, list[int]] = {}
+        for number, array in self._waiting.items():
+            by_type.setdefault(str(array.dtype), []).append(number)
+        flat = {name: cupy.concatenate([self._waiting[n].ravel() for n in by_type[name]]) for name in by_type}
         self._stream.wait_event(cupy.cuda.get_current_stream().record())
-        self._nccl.groupStart()
-        for x in self._waiting:
-            self._communicator.allReduce(x.data.ptr, x.data.ptr, x.size, TYPES[str(x.dtype)], SUM, self._stream.ptr)
-        self._nccl.groupEnd()
-        self._waiting = []
+        for name, x in flat.items():
+            self._communicator.allReduce(x.data.ptr, x.data.ptr, x.size, TYPES[name], SUM, self._stream.ptr)
+            first = 0
+            for number in by_type[name]:
+                like = self._waiting[number]
+                self._sums[number] = x[first : first + like.size].reshape(like.shape)
+                first += like.size
+        self._waiting = {}
 
     def finish(self) -> list[Any]:
         """The sums; the present stream waits for them."""
         import cupy
 
         cupy.cuda.get_current_stream().wait_event(self._stream.record())
-        sums = [self._sums[number] for number in range(self._count)]
-        self._sums = {}
-        return sums
+        sums, self._sums = self._sums, {}
+        return [sums[number] for number in range(self._count)]

@@ -80,6 +80,11 @@ class Reduction:
                 self._bucket_of |= dict.fromkeys(numbers, bucket)
                 numbers = []
 
+    def begin(self) -> None:
+        """Forget what a step gave that broke off."""
+        for bucket in self._buckets:
+            bucket.given = {}
+
     def add(self, shard: int, number: int, array: np.ndarray) -> None:
         """Take array `number` of a shard of this process; it must not change before `finish`. For any thread."""
         bucket = self._bucket_of[number]

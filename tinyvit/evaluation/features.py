@@ -50,7 +50,7 @@ def with_features(
         loader = Loader(own, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
         batches = (images for images, _ in loader.epoch(0))
         computed = []
-        for batch in predictions(body, batches, threads, precision=precision):
+        for batch in predictions(body, batches, threads or group.threads, precision=precision):
             computed.append(batch)
             bar.update(len(batch))
         everyone = [part for parts in group.exchange(computed, SLOW) for part in parts if len(part)]

@@ -118,7 +118,7 @@ def evaluate(
 ) -> Scores | None:
     """Run `model` over all of `split`, whose images have the classes `labels` (N,) in the model's order.
 
-    The processes of a `group` share the batches, and all get the scores of all.
+    The processes of a `group` share the images, and all get the scores of all.
 
     `transform` is as for `data.Loader`, mostly `Augment(mean, std)`; `threads` and `precision` are as for `predict`.
     Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
@@ -127,6 +127,7 @@ def evaluate(
     from tinyvit.execution.inference import predictions
 
     own, mine = share(split, group)
+    threads = threads or group.threads
     rank, predicted = np.empty((2, len(own)), np.int64)
     loss, probability = np.empty((2, len(own)))
     done, stopped, true = 0, False, labels[mine]
@@ -152,11 +153,11 @@ def evaluate(
 
 
 def share(split: Split, group: Group) -> tuple[Split, slice]:
-    """The part of `split` whose batches of BATCH_SIZE are this process's, and where it lies."""
+    """This process's part of `split`, which may be empty, and where it lies."""
     if group.size == 1:
         return split, slice(None)
-    first, last = (BATCH_SIZE * batch for batch in group.part(-(-len(split) // BATCH_SIZE)))
-    return split.take(np.arange(first, min(last, len(split)))), slice(first, last)
+    first, last = group.part(len(split))
+    return split.take(np.arange(first, last)), slice(first, last)
 
 
 def score(

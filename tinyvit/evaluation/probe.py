@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyvit.data.splits import draw_share
 from tinyvit.distributed import ALONE, Group
+from tinyvit.distributed.group import SLOW
 from tinyvit.evaluation.features import Pooled, with_features
 from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, ranks, score
 
@@ -51,6 +52,12 @@ def probe(
     """
     data = dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std, val=data.test)
     seen = with_features(Pooled(model), data, precision=precision, group=group)
+    found = _classified(kind, seen, data) if group.leads else None
+    return group.from_first(found, SLOW)
+
+
+def _classified(kind: str, seen: Data, data: Data) -> Probe:
+    """What a classifier on the features `seen` makes of the test images of `data`."""
     splits: Any = (seen.train, seen.validation)  # FeatureSplits
     train, test = (split.images.astype(np.float32) for split in splits)  # (N, D), (M, D)
     if not (np.all(np.isfinite(train)) and np.all(np.isfinite(test))):

@@ -212,7 +212,7 @@ def make_parts(
         scaling = unchanged if on_features else Augment(data.mean, data.std)
         return evaluate(
             trained, split, split.labels, data.class_names, scaling,
-            threads=options.threads or group.threads, precision=options.precision, stop=stop, group=group,
+            threads=options.threads, precision=options.precision, stop=stop, group=group,
         )  # fmt: skip
 
     return Parts(model, trained, optimizer, ema, step, loader, evaluation, SAVE_FEATURE_RUNS_EVERY * on_features)

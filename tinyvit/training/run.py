@@ -326,7 +326,7 @@ def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, d
     display.line(f"only the head learns: computing the features of {images} images once")
     display.doing("computing features")
     model = make_model(options, data, checkpoint).to(device)
-    features = with_features(Backbone(model), data, options.threads or group.threads, options.precision, group)
+    features = with_features(Backbone(model), data, options.threads, options.precision, group)
     return resident(features, device)
 
 
@@ -391,7 +391,7 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     like = parts.step.parameters[0].data
     on_host = arrays.on_host(like)
     if parts.step.group.size > 1:
-        display.line(parts.step.group.describe(options.batch_size or 0))
+        display.line(parts.step.group.describe(options.batch_size or 0, parts.step.threads if on_host else None))
     where = system_info.one_line(system_info.collect()) if on_host else devices.describe_device(like)
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:

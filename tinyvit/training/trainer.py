@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -117,19 +117,18 @@ class Trainer:
             parts.step(images, labels)
             self.pending.append((parts.step.result, parts.loader.batch_size, parts.optimizer.lr))
             p.step, p.batch = p.step + 1, p.batch + 1
+            signum, due = self.agree(stop)  # before a GPU's results are waited for, which need all processes
             if shown := time.monotonic() - self.read_at >= self.read_every:
                 self.read_results()
             begun, seconds = time.monotonic(), time.monotonic() - begun
             p.add_seconds(seconds)
-            signum, due = self.agree(stop)
             if due:
                 self.correct_length()
                 rate = self.rate(self.length)
             if shown:
                 self.display.step(p.step, p.epoch + 1, p.mean_loss, p.accuracy, p.images_per_second)
             if signum is not None:
-                self.save()
-                raise Stopped(signum, self.directory.path)
+                self.save_and_stop(signum)
 
     def agree(self, stop: Stop) -> tuple[int | None, bool]:
         """The signal that came to any process, and whether the length is to be corrected, which the first one says."""
@@ -144,8 +143,7 @@ class Trainer:
         scores = self.evaluate(stop)
         if scores is None:
             signum, _ = self.agree(stop)
-            self.save()  # all batches of the epoch are done: a resumed run begins with the evaluation
-            raise Stopped(signum or 0, self.directory.path)
+            self.save_and_stop(signum or 0)  # all batches are done: a resumed run begins with the evaluation
         evaluated = time.monotonic()
         row = p.end_epoch(scores, self.parts.optimizer.lr, evaluated - begun)
         given_up = self.patience is not None and p.epoch - p.best_epoch >= self.patience
@@ -171,7 +169,7 @@ class Trainer:
                 scores = self.parts.evaluate(self.validation, stop)
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
-            if scores is not None and self.progress.improved_by(scores):
+            if scores is not None and self.progress.improved_by(scores) and self.directory.writes:
                 self.unsaved_best = self.parts.model.state_dict()
         return scores
 
@@ -218,6 +216,11 @@ class Trainer:
         self.save()  # a killed run must not repeat steps of the old length under the new one
         self.group.exchange(None, SLOW)  # the files are written
         self.display.lengthen(self.length.total_steps)
+
+    def save_and_stop(self, signum: int) -> NoReturn:
+        self.save()
+        self.group.exchange(None, SLOW)  # the files are written: no process may end before
+        raise Stopped(signum, self.directory.path)
 
     def save(self) -> None:
         """Write all that resuming needs, and before it the best weights."""

@@ -15,13 +15,15 @@ from numba import boolean, float32, int32, int64, njit, types, void
 from numba.core import event
 from numba.extending import intrinsic
 
+from tinyvit.distributed.launch import launched
+
 # mypy: disable-error-code="no-untyped-def"
 
 
 class _Announce(event.Listener):
     """Says once that loops are compiled, when numba does not find them in its cache."""
 
-    said = False
+    said = launched()[2] > 0  # the first process says it
 
     def on_start(self, event: event.Event) -> None:
         if not self.said:
