@@ -54,18 +54,21 @@ class NCCLReduction:
         """
         import cupy
 
-        by_type: dict[str, list[int]] = {}
+        by_type: dict[Any, list[int]] = {}
         for number, array in self._waiting.items():
-            by_type.setdefault(str(array.dtype), []).append(number)
-        flat = {name: cupy.concatenate([self._waiting[n].ravel() for n in by_type[name]]) for name in by_type}
+            by_type.setdefault(array.dtype, []).append(number)
+        buckets = []
+        for dtype, numbers in by_type.items():
+            bucket, first = cupy.empty(sum(self._waiting[n].size for n in numbers), dtype), 0
+            for number in numbers:
+                array = self._waiting[number]
+                self._sums[number] = bucket[first : first + array.size].reshape(array.shape)
+                self._sums[number][...] = array  # not cupy.concatenate, which a graph cannot repeat
+                first += array.size
+            buckets.append(bucket)
         self._stream.wait_event(cupy.cuda.get_current_stream().record())
-        for name, x in flat.items():
-            self._communicator.allReduce(x.data.ptr, x.data.ptr, x.size, TYPES[name], SUM, self._stream.ptr)
-            first = 0
-            for number in by_type[name]:
-                like = self._waiting[number]
-                self._sums[number] = x[first : first + like.size].reshape(like.shape)
-                first += like.size
+        for x in buckets:
+            self._communicator.allReduce(x.data.ptr, x.data.ptr, x.size, TYPES[str(x.dtype)], SUM, self._stream.ptr)
         self._waiting = {}
 
     def finish(self) -> list[Any]:
