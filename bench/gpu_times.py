@@ -17,6 +17,7 @@ import gc
 import importlib
 import json
 import math
+import os
 import sys
 import time
 import weakref
@@ -127,7 +128,8 @@ def time_attention() -> None:
 
 
 def tune_attention() -> None:
-    """Other plans than our own, fastest first."""
+    """Other plans than our own for the mma.sync kernels, fastest first."""
+    os.environ["TINYVIT_WGMMA"] = "0"
     own = attention.forward_tiling, attention.backward_tiling
     step = {False: ("KEYS", (32, 64, 80)), True: ("QUERIES", (32, 64))}
     for batch, heads, n in ATTENTION:

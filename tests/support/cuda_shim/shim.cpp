@@ -119,8 +119,8 @@ bool run_warp(int warp, const std::vector<int>& lanes) {
     return any;
 }
 
-// One warp after the other goes from barrier to barrier, as far ahead of the others as it can get. `random` is null
-// if threads shall take turns in their order.
+// One warpgroup after the other, and of it one warp after the other, goes from barrier to barrier, as far ahead of the
+// others as it can get. `random` is null if threads shall take turns in their order.
 void run_block(std::mt19937_64* random) {
     std::vector<int> lanes(32), warps(fibres.size() / 32);
     std::iota(lanes.begin(), lanes.end(), 0);
@@ -131,13 +131,14 @@ void run_block(std::mt19937_64* random) {
             std::shuffle(lanes.begin(), lanes.end(), *random);
             std::shuffle(warps.begin(), warps.end(), *random);
         }
-        for (bool moved = true; moved;) {
-            moved = false;
-            for (int warp : warps) {
-                if (run_warp(warp, lanes)) moved = true;
-                if (!failure.empty()) return;
+        for (int first : warps)
+            for (bool moved = true; moved;) {
+                moved = false;
+                for (int warp : warps) {
+                    if (warp / 4 == first / 4 && run_warp(warp, lanes)) moved = true;
+                    if (!failure.empty()) return;
+                }
             }
-        }
         if (std::any_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.state == State::in_group; }))
             failure = "deadlock: not all lanes of a warp or warpgroup take part in an operation";
         const auto finished =

@@ -125,6 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
             const T* from = q + token * row_stride + column;
             queries[i / 4][i % 4] = token < n_queries ? *reinterpret_cast<const unsigned*>(from) : 0;
         }
+        const bool occupied = __shfl_sync(0xffffffffu, row, 0) < n_queries;  // by a query of this warp's rows
         float highest[2] = {minus_infinity(), minus_infinity()}, sum[2] = {};
 
         // Chunk by chunk: scores, beside them the results of the chunk before it, then what its own need.
@@ -152,8 +153,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
                 if (keys.value == LAST && chunk * KEYS + i / 4 * 8 + 2 * pair + i % 2 >= N)
                     score[i] = minus_infinity();
             }
-            float shrink[2];
-            exponentials<keys.value>(score, exponent, highest, sum, shrink);
+            float shrink[2] = {1.0f, 1.0f};
+            if (occupied) exponentials<keys.value>(score, exponent, highest, sum, shrink);
             if constexpr (!is_first.value) {
                 wgmma_wait<0>();
 #pragma unroll
