@@ -47,6 +47,10 @@ NAMED_HEADS = (  # what a model's name says, its width, and its heads where they
     ("so400m_", 1152, 16),
     ("giantopt_", 1536, 16),
     ("base_patch16_gap_", 768, 16),
+    ("huge_plus_", 1280, 20),
+    ("vit_pe_", 1536, 16),
+    ("vit_7b_", 4096, 32),
+    *(("aimv2_", 128 * heads, heads) for heads in (8, 12, 16, 24)),
 )
 # Models to which timm gives the tanh GELU by their names alone.
 TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_(gap_)?512")
