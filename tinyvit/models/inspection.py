@@ -64,7 +64,7 @@ def visit_attention(model: Model, images: Tensor | Array, visit: Callable[[Tenso
         if weights is not None:
             visit(weights(args[0]))
 
-    with no_grad(), nn.evaluating(), nn.forward_pre_hook(hook), jit.worth_it_for(len(images)):
+    with no_grad(), nn.evaluating(), nn.forward_pre_hook(hook), jit.worth_it_for(images.shape[0]):
         model(images)
 
 
