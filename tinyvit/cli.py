@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tinyvit.distributed import DistributedError, Failed, init
-from tinyvit.files.text import printable
+from tinyvit.files.text import aligned, printable
 from tinyvit.training.config import (
     FIELDS,
     UsageError,
@@ -63,111 +63,99 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"tinyvit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], meaning: str) -> Parser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], meaning: str, **operands: str) -> Parser:
         sub = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         sub.set_defaults(run=run, parser=sub)
+        for operand, metavar in operands.items():
+            sub.add_argument(operand, metavar=metavar)
         return sub
+
+    def option(
+        subs: Sequence[Parser], name: str, metavar: str, meaning: str, parse: Callable[[str], Any] = str, **more: Any
+    ) -> None:
+        for sub in subs:
+            sub.add_argument(name, metavar=metavar, help=meaning, type=typed(parse), **more)
+
+    def switch(subs: Sequence[Parser], name: str, meaning: str) -> None:
+        for sub in subs:
+            sub.add_argument(name, action="store_true", help=meaning)
+
+    def described(name: str) -> tuple[str, Callable[[str], Any]]:
+        """The meaning and the reader of an option of train."""
+        return FIELDS[name].metadata["help"], FIELDS[name].metadata["parse"]
 
     train = command("train", run_train, "Train a model on a data set, into a run directory.")
     length = train.add_mutually_exclusive_group()
     for name, field in FIELDS.items():
         target = length if name in ("epochs", "minutes") else train
-        meaning = field.metadata["help"].replace("%", "%%")
-        if field.metadata["parse"] is bool:
-            target.add_argument(
-                flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=meaning
-            )
+        meaning, parse = described(name)
+        meaning = meaning.replace("%", "%%")
+        if parse is bool:
+            kind: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
         else:
-            if field.default is not None:
-                meaning += f" (default: {field.default})"
-            target.add_argument(
-                flag(name),
-                type=typed(field.metadata["parse"]),
-                default=argparse.SUPPRESS,
-                metavar=field.metadata["metavar"],
-                help=meaning,
-            )
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
-    train.add_argument("--config", metavar="FILE.toml", help="options from a file; those given here count more")
+            meaning += "" if field.default is None else f" (default: {field.default})"
+            kind = {"type": typed(parse), "metavar": field.metadata["metavar"]}
+        target.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **kind)
+    switch([train], "--resume", "go on with the run in --out where it stopped")
+    option([train], "--config", "FILE.toml", "options from a file; those given here count more")
 
-    evaluate = command("eval", run_eval, "Measure a model's accuracy on a data set.")
-    evaluate.add_argument("checkpoint", metavar="RUN|CKPT")
-    evaluate.add_argument("--data", required=True, metavar="SRC", help=FIELDS["data"].metadata["help"])
-    splits = "train, val, test or all (default: every image of SRC)"
-    evaluate.add_argument("--split", type=typed(one_of("train", "val", "test", "all")), metavar="NAME", help=splits)
+    ev = command("eval", run_eval, "Measure a model's accuracy on a data set.", checkpoint="RUN|CKPT")
+    option([ev], "--data", "SRC", *described("data"), required=True)
+    splits = one_of("train", "val", "test", "all")
+    option([ev], "--split", "NAME", "train, val, test or all (default: every image of SRC)", splits)
     probes = "measure features instead: knn or linear, on the training split, for any classes"
-    evaluate.add_argument("--probe", type=typed(one_of("knn", "linear")), metavar="KIND", help=probes)
-    evaluate.add_argument("--confusion", metavar="FILE.csv", help="write how often each class was taken for each")
-    evaluate.add_argument("--predictions", metavar="FILE.csv", help="write the true and predicted class of each image")
-    evaluate.add_argument("--skip-corrupt", action="store_true", help=FIELDS["skip_corrupt"].metadata["help"])
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    option([ev], "--probe", "KIND", probes, one_of("knn", "linear"))
+    option([ev], "--confusion", "FILE.csv", "write how often each class was taken for each")
+    option([ev], "--predictions", "FILE.csv", "write the true and predicted class of each image")
+    switch([ev], "--skip-corrupt", described("skip_corrupt")[0])
 
-    predict = command("predict", run_predict, "Name what images show.")
-    predict.add_argument("checkpoint", metavar="RUN|CKPT")
+    predict = command("predict", run_predict, "Name what images show.", checkpoint="RUN|CKPT")
     predict.add_argument("images", nargs="+", metavar="IMAGE", help="files, or directories of images")
-    predict.add_argument("--top", type=typed(whole(1)), default=5, metavar="K", help="how many classes (default: 5)")
-    predict.add_argument(
-        "--labels", metavar="FILE.npz", help="classes by the text embeddings of their names, for CLIP and SigLIP models"
+    option([predict], "--top", "K", "how many classes (default: 5)", whole(1), default=5)
+    option(
+        [predict], "--labels", "FILE.npz", "classes by the text embeddings of their names, for CLIP and SigLIP models"
     )
-    predict.add_argument(
-        "--attention", metavar="DIR", help="draw into DIR each image beside where in it the model looks"
-    )
-    predict.add_argument(
-        "--embed", metavar="FILE.npz", help="write the features before the head, to search by likeness"
-    )
-    predict.add_argument("--json", action="store_true", help="print one JSON object")
-    for sub in (evaluate, predict):
-        device = FIELDS["device"].metadata
-        sub.add_argument("--device", type=typed(device["parse"]), default="auto", help=device["help"])
-        precision = FIELDS["precision"].metadata["parse"]
-        sub.add_argument("--precision", type=typed(precision), default="fp32", help="fp32, tf32, bf16 or fp16")
+    option([predict], "--attention", "DIR", "draw into DIR each image beside where in it the model looks")
+    option([predict], "--embed", "FILE.npz", "write the features before the head, to search by likeness")
 
-    summary = command("summary", run_summary, "List a model's layers, parameters, FLOPs and memory.")
-    summary.add_argument("model", metavar="NAME|RUN|CKPT")
-    summary.add_argument(
-        "--image-size", type=typed(parse_image_size), metavar="S|HxW", help="for images of another size"
+    summary = command(
+        "summary", run_summary, "List a model's layers, parameters, FLOPs and memory.", model="NAME|RUN|CKPT"
     )
-    summary.add_argument("--json", action="store_true", help="print one JSON object")
+    option([summary], "--image-size", "S|HxW", "for images of another size", parse_image_size)
 
     convert = command("convert", run_convert, "Write a checkpoint in the layout of another library, or in ours.")
     convert.add_argument("checkpoint", metavar="SRC", help="a run or a checkpoint")
     convert.add_argument("path", metavar="DST", help="a new directory; for tinyvit and timm also a .safetensors file")
     layouts = one_of("tinyvit", "timm", "huggingface")
-    convert.add_argument("--to", type=typed(layouts), required=True, help="tinyvit, timm or huggingface")
+    option([convert], "--to", "LAYOUT", "tinyvit, timm or huggingface", layouts, required=True)
 
-    export = command("export", run_export, "Write an ONNX file, which other runtimes execute (extra: onnx).")
-    export.add_argument("checkpoint", metavar="RUN|CKPT")
-    export.add_argument("path", metavar="FILE.onnx")
-    export.add_argument("--preprocess", action="store_true", help="take pixels from 0 to 255 and normalise them inside")
-    export.add_argument("--softmax", action="store_true", help="give probabilities in the place of logits")
-    export.add_argument("--precision", type=typed(one_of("fp32", "fp16")), default="fp32", help="fp32 or fp16")
+    onnx = "Write an ONNX file, which other runtimes execute (extra: onnx)."
+    export = command("export", run_export, onnx, checkpoint="RUN|CKPT", path="FILE.onnx")
+    switch([export], "--preprocess", "take pixels from 0 to 255 and normalise them inside")
+    switch([export], "--softmax", "give probabilities in the place of logits")
+    option([export], "--precision", "KIND", "fp32 or fp16", one_of("fp32", "fp16"), default="fp32")
 
-    for sub in (evaluate, predict, summary, convert, export):
-        heads = "attention heads of a checkpoint that does not say how many it has"
-        sub.add_argument("--num-heads", type=typed(whole(1)), metavar="N", help=heads)
-
-    report = command("report", run_report, "Write one HTML page with all that is known about a run or a checkpoint.")
-    report.add_argument("checkpoint", metavar="RUN|CKPT")
-    report.add_argument("--data", metavar="SRC", help="whose test images are measured (default: the run's data)")
-    report.add_argument("--out", metavar="FILE.html", help="the page (default: report.html in the run)")
-    report.add_argument("--device", type=typed(device["parse"]), default="auto", help=device["help"])
+    about = "Write one HTML page with all that is known about a run or a checkpoint."
+    report = command("report", run_report, about, checkpoint="RUN|CKPT")
+    option([report], "--data", "SRC", "whose test images are measured (default: the run's data)")
+    option([report], "--out", "FILE.html", "the page (default: report.html in the run)")
 
     compare = command("compare", run_compare, "Show in which settings runs differ, and how well each did.")
     compare.add_argument("runs", nargs="+", metavar="RUN")
-    compare.add_argument("--out", metavar="FILE.html", help="write a page, too, with all curves in one chart")
+    option([compare], "--out", "FILE.html", "write a page, too, with all curves in one chart")
 
-    watch = command("watch", run_watch, "Draw a run's curves in the terminal while it trains.")
-    watch.add_argument("run_directory", metavar="RUN")
-
-    plot = command("plot", run_plot, "Draw a run's curves into its curves.png.")
-    plot.add_argument("run_directory", metavar="RUN")
-
+    command("watch", run_watch, "Draw a run's curves in the terminal while it trains.", run_directory="RUN")
+    command("plot", run_plot, "Draw a run's curves into its curves.png.", run_directory="RUN")
     command("recipes", run_recipes, "List the recipes of train --recipe, and what was measured with them.")
-
     command("models", run_models, "List the models that can be created by name.")
-
     info = command("info", run_info, "Show what this machine offers and which settings leave speed behind.")
-    info.add_argument("--json", action="store_true", help="print one JSON object")
+
+    option([ev, predict, report], "--device", "NAME", *described("device"), default="auto")
+    meaning = "fp32, tf32, bf16 or fp16"
+    option([ev, predict], "--precision", "KIND", meaning, described("precision")[1], default="fp32")
+    heads = "attention heads of a checkpoint that does not say how many it has"
+    option([ev, predict, summary, convert, export], "--num-heads", "N", heads, whole(1))
+    switch([ev, predict, summary, info], "--json", "print one JSON object")
     parser.commands = list(commands.choices)
     return parser
 
@@ -206,7 +194,7 @@ def run_eval(args: argparse.Namespace) -> None:
         scores, about = found.scores, {"probe": args.probe, **found.setting}
     else:
         parts = chosen_parts(data, args.split)
-        scaling = Augment(checkpoint.mean, checkpoint.std)
+        scaling = Augment(*checkpoint.preprocessing.statistics)
         by_part = {}
         for name, split in parts.items():
             labels = labels_for(checkpoint, split.labels, data.class_names)
@@ -409,11 +397,7 @@ def escape_output() -> None:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns that line up: the first to the left, the others to the right."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))]
-        print("  ".join(cells).rstrip())
+    print("\n".join(aligned([[printable(cell) for cell in row] for row in rows])))
 
 
 def print_predictions(predictions: Sequence[dict[str, Any]]) -> None:

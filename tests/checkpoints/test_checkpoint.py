@@ -183,7 +183,7 @@ def test_a_file_is_enough_by_itself(run, tmp_path):
     alone.write_bytes((run / BEST).read_bytes())
     checkpoint = open_checkpoint(alone)
     assert checkpoint.class_names == ("cat", "dog", "owl")
-    assert (checkpoint.mean, checkpoint.std, checkpoint.image_size) == (MEAN, STD, (32, 32))
+    assert (checkpoint.preprocessing.statistics, checkpoint.config.image_size) == ((MEAN, STD), (32, 32))
     assert checkpoint.split == {"val_fraction": 0.1, "seed": 0}
     assert_same_weights(load_model(alone), make_model(seed=1).state_dict())
 

@@ -312,7 +312,7 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
     assert_equal(load_model(tmp_path / "hf")(images).numpy(), model(images).numpy(), relative=1e-6)
     if model.config.num_classes:
         assert tuple(back.config.id2label.values()) == names == load_model(tmp_path / "hf").class_names
-    assert open_checkpoint(tmp_path / "hf").mean == (0.4,) * 3
+    assert open_checkpoint(tmp_path / "hf").preprocessing.mean == (0.4,) * 3
 
 
 # --- refusing ---------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_pixels_in_and_probabilities_out(tmp_path):
     opened = checkpoint()
     write_onnx(opened, tmp_path / "a.onnx", preprocess=True, softmax=True)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, *opened.config.image_size)).astype(np.float32)
-    mean, std = (np.reshape(values, (3, 1, 1)) for values in (opened.mean, opened.std))
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in opened.preprocessing.statistics)
     logits = opened.build()(((pixels / 255 - mean) / std).astype(np.float32)).numpy().astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert_equal(run(tmp_path / "a.onnx", pixels), expected)

@@ -45,7 +45,7 @@ def own_predictions(run, image_folder):
     checkpoint = open_checkpoint(run)
     data = load_data(image_folder)
     images = data.test.read(np.arange(len(data.test))) / np.float64(255)
-    mean, std = (np.array(v)[:, None, None] for v in (checkpoint.mean, checkpoint.std))
+    mean, std = (np.array(v)[:, None, None] for v in checkpoint.preprocessing.statistics)
     logits = library.predict(library.load_model(run), ((images - mean) / std).astype(np.float32)).astype(np.float64)
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True), data.test.labels

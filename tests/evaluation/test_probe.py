@@ -210,7 +210,7 @@ def test_a_distilled_models_features_are_probed(monkeypatch):
     checkpoint = checkpoints.Checkpoint("", model.config, {}, (), Preprocessing((0.4,) * 3, (0.3,) * 3))
     probe.probe("knn", checkpoint, model, data)
     for split, features in zip(splits, (seen[0][0], seen[0][2]), strict=True):
-        images = normalise(split.images, checkpoint.mean, checkpoint.std)
+        images = normalise(split.images, *checkpoint.preprocessing.statistics)
         assert np.allclose(features, model.features(images).numpy(), atol=1e-5)
 
 

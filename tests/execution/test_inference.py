@@ -184,7 +184,7 @@ def test_a_batch_is_cut_into_shards_of_so_many_tokens_for_every_thread(monkeypat
     for threads, count, expected in [(1, None, 5), (2, None, 6), (3, None, 6), (8, None, 8), (2, 3, 3)]:
         predict(model, images, threads=threads, shards_per_batch=count)
         assert len(plans[-1].ranges) == expected
-    predict(inspection.FeaturesAndLogits(model), images, threads=1)
+    predict(inspection.Features(model, logits=True), images, threads=1)
     assert len(plans[-1].ranges) == 5
     with pytest.raises(ValueError, match="threads and shards must be at least 1, got 0 and"):
         predict(model, images, threads=0)

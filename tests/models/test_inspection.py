@@ -9,7 +9,7 @@ from reference_models import SMALL, VARIANTS, build, torch_twin
 import tinyvit
 from tinyvit.engine.tensor import grad
 from tinyvit.models import inspection, vit
-from tinyvit.models.inspection import FeaturesAndLogits, rollout
+from tinyvit.models.inspection import Features, rollout
 
 
 def random_images(config, count=3):
@@ -47,7 +47,7 @@ def test_maps_and_features_agree_with_torch(name):
     for layer in range(-c.depth, c.depth):
         assert error(model.features(images, layer=layer).numpy(), tokens[layer]) < 1e-10
     assert error(model.features(images).numpy(), pooled) < 1e-10
-    both = FeaturesAndLogits(model)(images).numpy()
+    both = Features(model, logits=True)(images).numpy()
     assert error(both, np.concatenate([pooled, logits], axis=1) if c.num_classes else pooled) < 1e-10
 
 

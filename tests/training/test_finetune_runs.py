@@ -17,9 +17,10 @@ from tinyvit.checkpoints.checkpoint import BEST
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.checkpoints.native_file import read, save
+from tinyvit.models.inspection import Features
 from tinyvit.optim.param_groups import layer_number
 from tinyvit.training.build import keeps_head
-from tinyvit.training.finetune import Backbone, Head, class_weights, freeze, init_head
+from tinyvit.training.finetune import Head, class_weights, freeze, init_head
 
 # --- the command --------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,7 @@ def test_the_head_on_features_is_the_model(overrides):
         init_head(net, "normal", seed=1)
         freeze(net, "all-but-head")
         x = images().astype(np.float64)
-        inputs, part = (package.predict(Backbone(net), x), Head(net)) if on_features else (x, net)
+        inputs, part = (package.predict(Features(net, distilled=True), x), Head(net)) if on_features else (x, net)
         step = TrainStep(part, optim.AdamW(optim.param_groups(net, 0.05), lr=0.01), threads=1, shards=2, seed=5)
         for _ in range(3):
             step(inputs, np.arange(6) % 5)
@@ -346,7 +347,7 @@ def test_a_run_of_rectangles_and_its_weights_under_another_path(trained, tmp_pat
     result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--image-size", "16x32",
                      "--epochs", 1, "--out", tmp_path / "a")  # fmt: skip
     assert result.returncode == 0 and "images of 16x32" in result.stdout, result.stderr
-    assert open_checkpoint(tmp_path / "a").image_size == (16, 32)
+    assert open_checkpoint(tmp_path / "a").config.image_size == (16, 32)
     again = ["train", "--out", tmp_path / "a", "--resume", "--image-size", "16x32", "--init"]
     result = tinyvit(*again, trained / "images" / ".." / "run")
     assert "is finished" in result.stdout, result.stderr

@@ -49,21 +49,6 @@ class Checkpoint:
     names_known: bool = True
     similarity: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """One float per channel in 0..1 units."""
-        return self.preprocessing.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """One float per channel in 0..1 units."""
-        return self.preprocessing.std
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the model's images."""
-        return self.config.image_size
-
     def build(self, *, interpolation: str = "bicubic", copy: bool = True, **overrides: Any) -> VisionTransformer:
         """The model with its weights, in eval mode.
 

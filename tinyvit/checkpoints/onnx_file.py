@@ -310,7 +310,7 @@ def write_onnx(
     with no_grad():
         x = INPUT
         if preprocess:  # in float32, before anything is rounded
-            mean, std = (255.0 * np.reshape(values, (-1, 1, 1)) for values in (checkpoint.mean, checkpoint.std))
+            mean, std = (255.0 * np.reshape(values, (-1, 1, 1)) for values in checkpoint.preprocessing.statistics)
             x = g.add("Div", g.add("Sub", x, g.constant(mean, np.float32)), g.constant(std, np.float32))
         x = embed(g, model, g.add("Cast", x, to=kind))
         for module in model.blocks:

@@ -19,7 +19,7 @@ from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError
 from tinyvit.execution.inference import predict, predictions
 from tinyvit.kernels import jit
-from tinyvit.models.inspection import FeaturesAndLogits
+from tinyvit.models.inspection import Features
 from tinyvit.models.vit import VisionTransformer
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -76,7 +76,7 @@ class Outputs:
 
 def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32") -> Outputs:
     """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`."""
-    both = FeaturesAndLogits(model)
+    both = Features(model, logits=True)
     outputs = []
     with jit.worth_it_for(len(images)):
         for start in range(0, len(images), BATCH_SIZE):
@@ -100,7 +100,7 @@ def run_on_split(model: VisionTransformer, split: Split, transform: Augment, pre
         device=arrays.device_name(model.parameters()[0].data),
     )
     batches = (images for images, _ in loader.epoch(0))
-    computed = predictions(FeaturesAndLogits(model), batches, precision=precision)
+    computed = predictions(Features(model, logits=True), batches, precision=precision)
     with tqdm(total=len(split), desc="images", leave=False, disable=None) as bar:
         outputs = []
         for output in computed:
@@ -110,7 +110,7 @@ def run_on_split(model: VisionTransformer, split: Split, transform: Augment, pre
 
 
 def _separated(model: VisionTransformer, output: np.ndarray) -> Outputs:
-    """Features and logits from the output of `FeaturesAndLogits`, (N, D + num_classes)."""
+    """Features and logits side by side, (N, D + num_classes)."""
     if not np.all(np.isfinite(output)):
         raise EvaluationError("the model's outputs are not finite")
     width = output.shape[1] - model.config.num_classes

@@ -77,7 +77,7 @@ def write_overlays(
     for path, image in zip(paths, images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         original = open_rgb(image)
-        part = seen_part((original.height, original.width), checkpoint.image_size, **checkpoint.preprocessing.fit)
+        part = seen_part((original.height, original.width), model.config.image_size, **checkpoint.preprocessing.fit)
         drawn = draw_beside(original, rollout(model, model_input(model, original))[0], part)
         with atomic_write(path) as beside:
             drawn.save(beside, format="png")

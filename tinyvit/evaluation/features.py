@@ -13,20 +13,8 @@ from tinyvit.data import Augment, Data, Loader, Split
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
-from tinyvit.engine.tensor import Array, Tensor
 from tinyvit.evaluation.metrics import BATCH_SIZE, share
 from tinyvit.execution.inference import predictions
-from tinyvit.models.vit import VisionTransformer
-
-
-class Pooled(nn.Module):
-    """A model that gives its feature before the head: images (B, C, H, W) -> (B, D)."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
-
-    def forward(self, images: Array) -> Tensor:
-        return self.model.features(images)
 
 
 class FeatureSplit(ArraySplit):
@@ -39,7 +27,7 @@ def with_features(
     """`data` with the features of its training and validation images in place of the images.
 
     Args:
-        body: images (B, C, H, W) -> features (B, D), such as `Pooled`.
+        body: images (B, C, H, W) -> features (B, D), such as `inspection.Features`.
         threads, precision: as for `tinyvit.predict`.
         group: the processes that share the images; all get the features of all.
     """

@@ -128,9 +128,7 @@ def evaluate(
 
     own, mine = share(split, group)
     threads = threads or group.threads
-    rank, predicted = np.empty((2, len(own)), np.int64)
-    loss, probability = np.empty((2, len(own)))
-    done, stopped, true = 0, False, labels[mine]
+    measured, done, stopped, true = [np.empty((4, 0))], 0, False, labels[mine]
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(own, BATCH_SIZE, transform=transform, shuffle=False, device=device)
     batches = (images for images, _ in loader.epoch(0))
@@ -140,16 +138,12 @@ def evaluate(
         logits = outputs.astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
-        part = slice(done, done + len(logits))
-        rank[part], loss[part] = ranks(logits, true[part]), cross_entropies(logits, true[part])
-        predicted[part] = logits.argmax(axis=1)
-        probability[part] = np.exp(-cross_entropies(logits, predicted[part]))
+        measured.append(measure(logits, true[done : done + len(logits)]))
         done += len(logits)
-    found = group.exchange(None if stopped else (rank, loss, predicted, probability), SLOW)
+    found = group.exchange(None if stopped else np.concatenate(measured, axis=1), SLOW)
     if any(part is None for part in found):
         return None
-    rank, loss, predicted, probability = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return score(rank, loss, labels, predicted, probability, class_names)
+    return score(np.concatenate(found, axis=1), labels, class_names)
 
 
 def share(split: Split, group: Group) -> tuple[Split, slice]:
@@ -160,25 +154,34 @@ def share(split: Split, group: Group) -> tuple[Split, slice]:
     return split.take(np.arange(first, last)), slice(first, last)
 
 
+def measure(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of each image how many classes come before its true one, its cross-entropy, the likeliest class and that one's
+    probability, (4, B), from logits (B, K) in float64."""
+    predicted = logits.argmax(axis=1)
+    losses, probability = cross_entropies(logits, labels), np.exp(-cross_entropies(logits, predicted))
+    return np.stack([ranks(logits, labels), losses, predicted, probability])
+
+
 def score(
-    rank: np.ndarray,
-    loss: np.ndarray | None,
-    labels: np.ndarray,
-    predicted: np.ndarray,
-    probability: np.ndarray | None,
-    class_names: Sequence[str],
+    measured: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, probabilities: bool = True
 ) -> Scores:
-    """The scores of images from what is known of each (N,): the rank of the true class, the cross-entropy, the label,
-    the likeliest class and its probability."""
+    """The scores of images from what `measure` gives, (4, N), and their labels; without `probabilities` no loss."""
+    rank, loss, predicted, probability = measured
     hit = rank == 0
     per_class = []
     for k, name in enumerate(class_names):
         of_class = labels == k
         count = int(of_class.sum())
         per_class.append((name, float(hit[of_class].mean()) if count else None, count))
-    mean_loss = None if loss is None else float(loss.mean())
-    top5 = float((rank < 5).mean())
-    return Scores(float(hit.mean()), top5, mean_loss, tuple(per_class), labels, predicted, probability)
+    return Scores(
+        accuracy=float(hit.mean()),
+        top5=float((rank < 5).mean()),
+        loss=float(loss.mean()) if probabilities else None,
+        per_class=tuple(per_class),
+        labels=labels,
+        predicted=predicted.astype(np.int64),
+        probability=probability if probabilities else None,
+    )
 
 
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -207,10 +210,10 @@ def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) ->
 
     data = load_data(
         source,
-        image_size=checkpoint.image_size,
+        image_size=checkpoint.config.image_size,
         skip_corrupt=skip_corrupt,
         fit_options=checkpoint.preprocessing.fit,
-        statistics=(checkpoint.mean, checkpoint.std),
+        statistics=checkpoint.preprocessing.statistics,
         **checkpoint.split,
     )
     if data.in_chans != (channels := checkpoint.config.in_chans):

@@ -12,8 +12,9 @@ import numpy as np
 from tinyvit.data.splits import draw_share
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
-from tinyvit.evaluation.features import Pooled, with_features
-from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, ranks, score
+from tinyvit.evaluation.features import with_features
+from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, measure, score
+from tinyvit.models.inspection import Features
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
@@ -50,8 +51,9 @@ def probe(
         precision: as for `inference.predict`.
         group: the processes that share the images.
     """
-    data = dataclasses.replace(data, mean=checkpoint.mean, std=checkpoint.std, val=data.test)
-    seen = with_features(Pooled(model), data, precision=precision, group=group)
+    mean, std = checkpoint.preprocessing.statistics
+    data = dataclasses.replace(data, mean=mean, std=std, val=data.test)
+    seen = with_features(Features(model), data, precision=precision, group=group)
     found = _classified(kind, seen, data) if group.leads else None
     return group.from_first(found, SLOW)
 
@@ -66,11 +68,9 @@ def _classified(kind: str, seen: Data, data: Data) -> Probe:
     if kind == "knn":
         k = min(NEIGHBOURS, len(train))
         votes = nearest_neighbours(train, seen.train.labels, test, len(names), k=k)
-        return Probe(score(ranks(votes, labels), None, labels, votes.argmax(axis=1), None, names), {"k": k})
+        return Probe(score(measure(votes, labels), labels, names, probabilities=False), {"k": k})
     logits, l2 = linear(train, seen.train.labels, test, len(names))
-    predicted = logits.argmax(axis=1)
-    losses, probability = cross_entropies(logits, labels), np.exp(-cross_entropies(logits, predicted))
-    return Probe(score(ranks(logits, labels), losses, labels, predicted, probability, names), {"l2": l2})
+    return Probe(score(measure(logits, labels), labels, names), {"l2": l2})
 
 
 def nearest_neighbours(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def printable(text: str) -> str:
     """`text` with everything escaped that a terminal would obey or could not show.
@@ -14,3 +16,11 @@ def printable(text: str) -> str:
 def one_line(error: object) -> str:
     """An error's message as one short line; its class for one without a message."""
     return " ".join(str(error)[:400].split())[:200] or type(error).__name__
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Rows of cells as lines whose columns line up: the first `left` of them to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+             for row in rows]  # fmt: skip
+    return ["  ".join(row).rstrip() for row in cells]

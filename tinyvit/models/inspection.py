@@ -23,6 +23,7 @@ class Model(Protocol):
 
     config: ViTConfig
     blocks: list[nn.Module]
+    head_dist: nn.Module | None
 
     def __call__(self, images: Tensor | Array, /) -> Tensor: ...
     def head_tokens(self, images: Tensor | Array) -> Tensor: ...
@@ -114,15 +115,23 @@ def rollout(model: Model, images: Tensor | Array) -> np.ndarray:
     return shares[:, c.num_prefix_tokens :].reshape(-1, *c.grid_size)
 
 
-class FeaturesAndLogits(nn.Module):
-    """A model whose output is its pooled feature and its logits side by side: (B, D + num_classes)."""
+class Features(nn.Module):
+    """A model whose output is its pooled feature, and side by side with it what else is wanted: (B, D + …).
 
-    def __init__(self, model: Model) -> None:
+    Args:
+        distilled: the distillation token (B, D) of a model that has two heads.
+        logits: the logits (B, num_classes) of a model that has classes.
+    """
+
+    def __init__(self, model: Model, *, distilled: bool = False, logits: bool = False) -> None:
         self.model, self.config = model, model.config
+        self.distilled, self.logits = distilled and model.head_dist is not None, logits and model.config.num_classes > 0
 
     def forward(self, images: Tensor | Array) -> Tensor:
         tokens = self.model.head_tokens(images)
-        features = self.model.pool(tokens)
-        if not self.config.num_classes:
-            return features
-        return concat([features, self.model.forward_head(tokens)], axis=1)
+        outputs = [self.model.pool(tokens)]
+        if self.distilled:
+            outputs.append(tokens[:, 1, :])
+        if self.logits:
+            outputs.append(self.model.forward_head(tokens))
+        return concat(outputs, axis=1) if outputs[1:] else outputs[0]

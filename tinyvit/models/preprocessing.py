@@ -42,6 +42,11 @@ class Preprocessing:
         crop = {} if self.crop_pct is None else {"crop_pct": self.crop_pct}
         return {**crop, "crop_mode": self.crop_mode, "interpolation": self.interpolation}
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """`mean` and `std`."""
+        return self.mean, self.std
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `Preprocessing(**values)` takes them back."""
         return {**self.fit, "mean": list(self.mean), "std": list(self.std)}

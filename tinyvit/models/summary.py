@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tinyvit.files.text import aligned
 from tinyvit.models import resnet
 from tinyvit.models.config import Size, ViTConfig
 from tinyvit.models.vit import VisionTransformer
@@ -81,9 +82,7 @@ class Summary:
         cells: list[tuple[str, ...]] = [("layer", "kind", "output", "parameters", "FLOPs")]
         cells += [_cells(row) for row in self._table_rows()]
         cells.append(("total", "", "", f"{self.parameters:,}", short(self.flops)))
-        widths = [max(len(line[i]) for line in cells) for i in range(5)]
-        align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
-        lines = ["  ".join(f(c, w) for f, c, w in zip(align, line, widths, strict=True)) for line in cells]
+        lines = aligned(cells, left=3)
         rule = "-" * len(lines[0])
         height, width = self.config.image_size
         notes = [

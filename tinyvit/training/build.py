@@ -170,7 +170,7 @@ def make_parts(
 
     Args:
         options: complete ones; see `run.complete`.
-        data: images, or features of `finetune.Backbone`.
+        data: images, or the features that its `finetune.Head` reads.
         checkpoint: what `options.init` names.
         shards: the number of shards of a batch on a CPU.
         group: the processes that train together.

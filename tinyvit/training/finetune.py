@@ -8,7 +8,6 @@ import numpy as np
 
 from tinyvit import nn
 from tinyvit.backend import arrays, random
-from tinyvit.engine.ops import concat
 from tinyvit.engine.tensor import Array, Tensor
 from tinyvit.models.vit import VisionTransformer
 from tinyvit.optim.param_groups import in_head, layer_number
@@ -71,23 +70,8 @@ def class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return (len(labels) / (num_classes * np.maximum(counts, 1))).astype(np.float32)
 
 
-# --- a model in two parts, of which only the head learns ------------------------------------------------------------
-
-
-class Backbone(nn.Module):
-    """All but the head: images (B, C, H, W) -> what the head reads, (B, D); a distilled model's two side by side."""
-
-    def __init__(self, model: VisionTransformer) -> None:
-        self.model = model
-
-    def forward(self, images: Array) -> Tensor:
-        tokens = self.model.head_tokens(images)
-        pooled = self.model.pool(tokens)
-        return pooled if self.model.head_dist is None else concat([pooled, tokens[:, 1, :]], axis=1)
-
-
 class Head(nn.Module):
-    """The rest of the model: features of `Backbone` -> logits (B, num_classes). Its parameters are the head's alone."""
+    """The rest of the model: what it reads -> logits (B, num_classes). Its parameters are the head's alone."""
 
     def __init__(self, model: VisionTransformer) -> None:
         self.head, self.head_dist, self.head_drop = model.head, model.head_dist, model.head_drop

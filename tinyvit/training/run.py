@@ -27,6 +27,7 @@ from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import with_features
 from tinyvit.execution import system_info
+from tinyvit.models.inspection import Features
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.registry import model_config
 from tinyvit.models.vit import VisionTransformer
@@ -47,7 +48,6 @@ from tinyvit.training.config import (
     with_recipe,
 )
 from tinyvit.training.display import Display, clock
-from tinyvit.training.finetune import Backbone
 from tinyvit.training.progress import Progress
 from tinyvit.training.recipes import best_recipe, read_recipe
 from tinyvit.training.run_directory import Record, RunDirectory, curve_labels
@@ -106,7 +106,7 @@ def wanted_size(options: TrainConfig, checkpoint: Checkpoint | None) -> tuple[in
     if options.image_size is not None:
         return height_and_width(options.image_size)
     if checkpoint is not None:
-        return checkpoint.image_size
+        return checkpoint.config.image_size
     return None if options.model is None else model_config(options.model).image_size
 
 
@@ -124,7 +124,7 @@ def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
 def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display) -> Data:
     """The data set, prepared as for the options and the checkpoint. Raises DataError, UsageError."""
     display.doing(f"reading {options.data}")
-    statistics = None if checkpoint is None else (checkpoint.mean, checkpoint.std)
+    statistics = None if checkpoint is None else checkpoint.preprocessing.statistics
     if options.mean is not None and options.std is not None:
         statistics = channel_values(options.mean), channel_values(options.std)
     data = load_data(
@@ -326,7 +326,8 @@ def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, d
     display.line(f"only the head learns: computing the features of {images} images once")
     display.doing("computing features")
     model = make_model(options, data, checkpoint).to(device)
-    features = with_features(Backbone(model), data, options.threads, options.precision, group)
+    body = Features(model, distilled=True)
+    features = with_features(body, data, options.threads, options.precision, group)
     return resident(features, device)
 
 

@@ -93,7 +93,7 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, pre
     data = data_for(checkpoint, source)
     split, names = data.test, checkpoint.class_names
     labels = labels_for(checkpoint, split.labels, data.class_names)
-    outputs = run_on_split(model, split, Augment(checkpoint.mean, checkpoint.std), precision)
+    outputs = run_on_split(model, split, Augment(*checkpoint.preprocessing.statistics), precision)
     p, predicted = outputs.probabilities, outputs.probabilities.argmax(axis=1)
     hit, confidence = predicted == labels, p.max(axis=1)
     what = f"{len(labels)} {data.test_name} images of {data.name}"
@@ -172,7 +172,7 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
     config = model.config
     places = np.unique(np.linspace(0, len(split) - 1, ROLLOUTS).astype(int))
     pixels = np.asarray(split.read(places))
-    inputs = normalise(pixels, checkpoint.mean, checkpoint.std)
+    inputs = normalise(pixels, *checkpoint.preprocessing.statistics)
     at_a_time = max(1, MOST_WEIGHTS // (config.num_heads * config.num_tokens**2))
     heats = np.concatenate(
         [inspection.rollout(model, inputs[i : i + at_a_time]) for i in range(0, len(inputs), at_a_time)]
@@ -201,7 +201,7 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
         f'<div class="row">{"".join(by_head)}</div>',
     )
     many = split.read(np.unique(np.linspace(0, len(split) - 1, min(32, at_a_time)).astype(int)))
-    distance = measures.attention_distance(model, normalise(np.asarray(many), checkpoint.mean, checkpoint.std))
+    distance = measures.attention_distance(model, normalise(np.asarray(many), *checkpoint.preprocessing.statistics))
     yield (
         "Attention distance",
         f"How far each head looks, in pixels, as a mean over {len(many)} images. Small values are local heads.",
