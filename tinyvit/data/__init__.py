@@ -25,16 +25,8 @@ from tinyvit.data.sources.tar_shards import find_in_tar
 from tinyvit.data.splits import ImageTransform, resident
 
 __all__ = [
-    "Augment",
-    "Data",
-    "DataError",
-    "Loader",
-    "Split",
-    "default_augment",
-    "load_data",
-    "read_image",
-    "resident",
-]
+    "Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_image", "resident",
+]  # fmt: skip
 
 Finder = Callable[[Path, float, int], Listings]
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
