@@ -40,13 +40,13 @@ def steps(group, case):
     return {**model.state_dict(), "found": np.array(found)}
 
 
-def break_step(fault):
-    """Let rank 1 have this fault in a step."""
+def break_step(fault, fault_of_first=lambda: None):
+    """Let rank 1 have this fault in a step, and rank 0 the other."""
     original = execution.train_step.TrainStep.__call__
 
     def step(self, images, labels):
-        if self.step_index == FAULT_AT and self.group.rank == 1:
-            fault()
+        if self.step_index == FAULT_AT:
+            (fault_of_first, fault)[self.group.rank]()
         return original(self, images, labels)
 
     execution.train_step.TrainStep.__call__ = step
@@ -56,8 +56,19 @@ def fail():
     raise ValueError("a planted fault")
 
 
+def save_slowly():
+    """From here on saving takes longer than a process waits in a step."""
+    original = run.RunDirectory.save
+
+    def save(self, *arguments):
+        time.sleep(mpi.PATIENCE + 1)
+        original(self, *arguments)
+
+    run.RunDirectory.save = save
+
+
 def main(fault, arguments):
-    mpi.PATIENCE = 2.0
+    mpi.PATIENCE = 1.0 if fault == "interrupt" else 2.0
     rank = distributed.init().rank
     if fault == "kill":
         break_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -65,10 +76,10 @@ def main(fault, arguments):
         break_step(lambda: time.sleep(1000))
     elif fault == "error":
         break_step(fail)
+    elif fault == "interrupt":
+        break_step(lambda: os.kill(os.getpid(), signal.SIGINT), save_slowly)
     elif fault == "version" and rank == 1:
         run.__version__ = "0.0"
-    elif fault == "seed" and rank == 1:
-        arguments += ["--seed", "9"]
     return cli.main(arguments)
 
 

@@ -1,16 +1,20 @@
 """What a group tells, without MPI."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tinyvit
 from tinyvit.backend import parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, DistributedError, Failed, Group, launch, mpi, reduction
+from tinyvit.evaluation.metrics import evaluate
 
 
 def rank_of(rank, size):
@@ -107,3 +111,35 @@ def test_missing_mpi_and_other_launchers_are_named(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(Failed, match=r"rank 0: .*needs MPI"):
         launch.init.__wrapped__()
+
+
+def test_what_differs_between_processes_is_named(monkeypatch):
+    group = rank_of(0, 2)
+    monkeypatch.setattr(group, "exchange", lambda value, patience: [value, {**value, "--seed": 9}])
+    group.same({"--lr": 1.0, "--seed": 9})
+    with pytest.raises(DistributedError, match="rank 1 has another --seed than rank 0: 9 and 0"):
+        group.same({"--lr": 1.0, "--seed": 0})
+
+
+def test_an_evaluation_shares_images_however_few():
+    """Among five threads as processes, two of which have none."""
+    images, labels = np.zeros((3, 3, 32, 32), np.uint8), np.arange(3)
+    images[1:] += 99
+    split, model = ArraySplit(images, labels, []), tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
+    given, all_gave = {}, threading.Barrier(5)
+
+    def scores(rank):
+        def exchange(value, patience):
+            given[rank] = value
+            all_gave.wait(30)
+            return [given[r] for r in range(5)]
+
+        group = rank_of(rank, 5)
+        group.exchange = exchange
+        return evaluate(model, split, labels, ("a", "b", "c"), Augment((0.5,) * 3, (0.2,) * 3), group=group)
+
+    whole = evaluate(model, split, labels, ("a", "b", "c"), Augment((0.5,) * 3, (0.2,) * 3))
+    with ThreadPoolExecutor(5) as pool:
+        for found in pool.map(scores, range(5)):
+            assert found.accuracy == whole.accuracy and found.loss == pytest.approx(whole.loss)
+            assert list(found.predicted) == list(whole.predicted)
