@@ -21,8 +21,8 @@ VARIABLES = {
 def init() -> Group:
     """The group of the processes that a launcher started together with this one; `ALONE` if there is none.
 
-    MPI opens its own connections between the machines of the group, on addresses that its launcher chooses, and none
-    within one process; tinyvit itself opens none.
+    MPI listens on addresses that it and its launcher choose, also where all processes are on one machine
+    (`bench/README.md`); tinyvit itself listens on none, and without a launcher nothing does.
 
     Raises:
         DistributedError: mpi4py or an MPI library is missing, or MPI does not see the processes of the launcher.
