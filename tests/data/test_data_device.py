@@ -142,15 +142,15 @@ def test_evaluation_reads_a_batch_when_the_next_one_is_under_way(monkeypatch):
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "numpy"])
 def test_a_run_on_a_device_is_a_run_on_the_host(backend, tmp_path, monkeypatch):
     """All of `tinyvit train`: batches, steps, averages, evaluations, checkpoints, a stop and going on."""
-    from tinyvit.training import build, trainer
     from tinyvit.training import run as train_module
+    from tinyvit.training import trainer
 
     data_set = make_images(tmp_path / "images", size=24)
     given = dict(data=str(data_set), model="vit_nano_patch8_32", image_size=24, batch_size=16, epochs=2, ema=0.9)
     given |= dict(mixup=0.4, dropout=0.1, drop_path=0.1, optimizer="sgd", lr=0.01, seed=3)
     train_module.train({**given, "device": "cpu", "out": str(tmp_path / "host")})
-    for module in (train_module, build):
-        monkeypatch.setattr(module, "pick_device", lambda name: on(backend))
+    monkeypatch.setattr(train_module, "pick_device", lambda name: on(backend))
+    monkeypatch.setattr(devices, "pick_device", lambda name: on(backend))
     asked = []
 
     class Once:
