@@ -436,6 +436,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # what is not finite is an error of ours, in one line
     try:
         group = init()
+        if not group.leads:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         with group.together():
             args = parse(sys.argv[1:] if argv is None else list(argv))
             args.started = started
@@ -479,10 +481,8 @@ def fail_known(error: Exception) -> int:
     from tinyvit.evaluation.metrics import EvaluationError
     from tinyvit.training.trainer import Stopped, TrainError
 
-    if isinstance(error, Failed):  # another process says why
-        return 1
-    if isinstance(error, Stopped) and not init().leads:
-        return 128 + error.signum
+    if isinstance(error, Failed) or (isinstance(error, Stopped) and not init().leads):
+        return 0  # another process says why, and launchers combine what all return
     if isinstance(error, Stopped):
         program = "python -m tinyvit" if sys.argv[0].endswith("__main__.py") else "tinyvit"
         print(printable(f"stopped; to go on: {program} train --out {shlex.quote(str(error.out))} --resume"), flush=True)

@@ -35,7 +35,10 @@ def test_what_a_published_config_leaves_out(tmp_path):
 def test_preprocessing_and_names(tmp_path):
     randomised(T.CLIPModel(clip())).save_pretrained(tmp_path)
     usual = open_checkpoint(tmp_path)
-    assert usual.mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4) and usual.preprocessing.crop_pct == 1
+    assert (
+        usual.preprocessing.mean == pytest.approx((0.4815, 0.4578, 0.4082), abs=1e-4)
+        and usual.preprocessing.crop_pct == 1
+    )
     assert not usual.names_known and len(usual.class_names) == 20  # an embedding is no class
     T.CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size=32, image_mean=[0.1, 0.2, 0.3]).save_pretrained(
         tmp_path

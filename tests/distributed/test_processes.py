@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks
-from running import NANO, environment, make_images, tinyvit
+from running import NANO, assert_one_line_error, environment, make_images, tinyvit
 from runs import metrics, progress, without_times
 from safetensors.numpy import load_file
 
@@ -129,10 +129,9 @@ def test_a_fault_of_one_process_ends_all_with_one_line(images, tmp_path, fault, 
 
 def test_bad_options_are_refused_once(images, tmp_path):
     result = together(2, "none", "train", "--data", tmp_path / "nothing", "--out", tmp_path / "run")
-    assert result.returncode == 1 or result.returncode == 2
-    assert result.stderr.count("tinyvit: error: ") == 1, result.stderr
+    assert_one_line_error(result, 1)
     result = together(2, "none", "train", "--data", images, *NANO, "--batch-size", "1", "--out", tmp_path / "run")
-    assert "--batch-size 1 is less than one image for each of 2 processes" in result.stderr
+    assert result.returncode == 2 and "--batch-size 1 is less than one image for each of 2 processes" in result.stderr
 
 
 def test_probes_share_the_images(images, alone):
