@@ -79,6 +79,8 @@ def parts(folder: Path, data: str) -> list[Part]:
 
 def run(part: Part, folder: Path, seconds: float) -> str:
     """What became of a part that has so much time."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background, which the part would inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(folder / f"{part.name}.txt", "w") as out:
         process = subprocess.Popen(
             [sys.executable, *part.command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
