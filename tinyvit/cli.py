@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tinyvit.distributed import DistributedError, Failed, init
+from tinyvit.distributed import ALONE, DistributedError, Failed, init
 from tinyvit.files.text import aligned, printable
 from tinyvit.training.config import (
     FIELDS,
@@ -435,14 +435,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_: f"tinyvit: warning: {printable(str(message))}\n"
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # what is not finite is an error of ours, in one line
     try:
-        group = init()
+        argv = sys.argv[1:] if argv is None else list(argv)
+        group = init() if argv[:1] in (["train"], ["eval"]) else ALONE  # others work on their own
         if not group.leads:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         with group.together():
-            args = parse(sys.argv[1:] if argv is None else list(argv))
+            args = parse(argv)
             args.started = started
-            if group.leads or args.command in ("train", "eval"):
-                args.run(args)
+            args.run(args)
         sys.stdout.flush()
         return 0
     except UsageError as error:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyvit
+from tinyvit import cli
 from tinyvit.backend import parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
@@ -97,6 +98,12 @@ def test_without_a_launcher_a_process_is_alone(monkeypatch):
     for name in launch.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert launch.init.__wrapped__() is ALONE and ALONE.leads and ALONE.part(7) == (0, 7)
+
+
+def test_commands_that_share_nothing_need_no_mpi(monkeypatch, capsys):
+    launch.init.cache_clear()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.main(["models"]) == 0 and "vit_tiny_patch16_224" in capsys.readouterr().out
 
 
 def test_missing_mpi_and_other_launchers_are_named(monkeypatch):

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import ranks
 from running import NANO, assert_one_line_error, environment, make_images, tinyvit
-from runs import metrics, progress, without_times
-from safetensors.numpy import load_file
+from runs import assert_same_weights, metrics, progress, without_times
 
 from tinyvit.distributed import ALONE
 
@@ -44,14 +43,6 @@ def alone(images):
     result = tinyvit("train", "--data", images, "--out", out, "--threads", 2, *OPTIONS)
     assert result.returncode == 0, result.stderr
     return out
-
-
-def assert_same_weights(a, b):
-    for name in ("last.safetensors", "best.safetensors"):
-        left, right = load_file(a / name), load_file(b / name)
-        assert left.keys() == right.keys()
-        for key, array in left.items():
-            assert array.tobytes() == right[key].tobytes(), f"{name}: {key} differs"
 
 
 @pytest.fixture(scope="module")

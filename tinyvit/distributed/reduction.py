@@ -63,7 +63,7 @@ class Reduction:
     """
 
     def __init__(self, group: Any, like: Sequence[np.ndarray], shards: int) -> None:
-        self.group, self.shards, self.shapes = group, shards, [x.shape for x in like]
+        self.group, self.shapes = group, [x.shape for x in like]
         bounds = [shards * rank // group.size for rank in range(group.size + 1)]
         self.first, self.last = bounds[group.rank : group.rank + 2]
         parts = [parts_within(0, shards, *pair) for pair in itertools.pairwise(bounds)]
