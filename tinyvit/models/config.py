@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.files.fields import boolean, checked, integer, list_of, number, one_of, optional
+from tinyvit.files.fields import Check, boolean, checked, integer, list_of, number, one_of, optional
 from tinyvit.models import resnet
 
 Size = int | tuple[int, int]
@@ -24,18 +24,16 @@ def _size(value: Any) -> tuple[int, int]:
     return height, width
 
 
-def _stages(value: Any) -> tuple[int, ...]:
-    try:
-        return list_of(integer(1, 100), 0, resnet.MOST_STAGES)(value)
-    except ValueError:
-        raise ValueError(f"expected at most {resnet.MOST_STAGES} numbers of blocks from 1 to 100, or None") from None
+def _numbers(of: str, highest: int, most: int) -> Check:
+    """At most `most` whole numbers from 1 to `highest`, or None; `of` says what they count."""
 
+    def check(value: Any) -> tuple[int, ...] | None:
+        try:
+            return optional(list_of(integer(1, highest), 0, most))(value)
+        except ValueError:
+            raise ValueError(f"expected at most {most} numbers of {of} from 1 to {highest}, or None") from None
 
-def _channels(value: Any) -> tuple[int, ...]:
-    try:
-        return list_of(integer(1, 65536), 0, 8)(value)
-    except ValueError:
-        raise ValueError("expected at most 8 numbers of channels from 1 to 65536, or None") from None
+    return check
 
 
 def _rate(value: Any) -> float:
@@ -44,39 +42,11 @@ def _rate(value: Any) -> float:
     return float(value)
 
 
-FIELDS = {  # the type and the range of each setting
-    "image_size": _size,
-    "patch_size": _size,
-    "resnet_layers": optional(_stages),
-    "conv_chans": optional(_channels),
-    "trim_image": boolean,
-    "in_chans": integer(1, 1024),
-    "num_classes": integer(0, 1_000_000),
-    "embed_dim": integer(1, 65536),
-    "depth": integer(1, 1000),
-    "num_heads": integer(1, 65536),
-    "mlp_ratio": number(1e-6, 1e6),
-    "qkv_bias": boolean,
-    "class_token": boolean,
-    "reg_tokens": integer(0, 65536),
-    "distilled": boolean,
-    "no_embed_class": boolean,
-    "pos_embed": one_of("learn", "sincos2d", "none"),
-    "rope": optional(one_of("eva", "dinov3", "pe", "axial", "mixed")),
-    "rope_grid": optional(_size),
-    "global_pool": one_of("token", "avg", "map", "seq"),
-    "fc_norm": optional(boolean),
-    "act": one_of("gelu", "gelu_tanh", "quick_gelu"),
-    "swiglu": boolean,
-    "norm": one_of("layer_norm", "rms_norm"),
-    "norm_eps": number(0, 1),
-    "init_values": optional(number(-1e6, 1e6)),
-    **dict.fromkeys(
-        ("embed_norm", "pre_norm", "final_norm", "proj_bias", "qk_norm", "scale_attn_norm", "scale_mlp_norm"), boolean
-    ),
-    "representation_size": optional(integer(1, 65536)),
-    **dict.fromkeys(("drop_rate", "pos_drop_rate", "attn_drop_rate", "proj_drop_rate", "drop_path"), _rate),
-}
+def _setting(default: Any, check: Check) -> Any:
+    """A field of ViTConfig with its default, and its type and range."""
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
 MOST_PARAMETERS = 10**11  # 400 GB in float32
 
 # What other libraries call a setting.
@@ -138,45 +108,45 @@ class ViTConfig:
         drop_path: probability of dropping a residual branch of the last block, rising linearly from 0 in the first.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    patch_size: tuple[int, int] = (16, 16)
-    resnet_layers: tuple[int, ...] | None = None
-    conv_chans: tuple[int, ...] | None = None
-    trim_image: bool = False
-    in_chans: int = 3
-    num_classes: int = 1000
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    qkv_bias: bool = True
-    class_token: bool = True
-    reg_tokens: int = 0
-    distilled: bool = False
-    no_embed_class: bool = False
-    pos_embed: str = "learn"
-    rope: str | None = None
-    rope_grid: tuple[int, int] | None = None
-    global_pool: str = "token"
-    fc_norm: bool | None = None
-    act: str = "gelu"
-    swiglu: bool = False
-    norm: str = "layer_norm"
-    norm_eps: float = 1e-6
-    embed_norm: bool = False
-    pre_norm: bool = False
-    final_norm: bool = True
-    proj_bias: bool = True
-    qk_norm: bool = False
-    scale_attn_norm: bool = False
-    scale_mlp_norm: bool = False
-    init_values: float | None = None
-    representation_size: int | None = None
-    drop_rate: float = 0.0
-    pos_drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    proj_drop_rate: float = 0.0
-    drop_path: float = 0.0
+    image_size: tuple[int, int] = _setting((224, 224), _size)
+    patch_size: tuple[int, int] = _setting((16, 16), _size)
+    resnet_layers: tuple[int, ...] | None = _setting(None, _numbers("blocks", 100, resnet.MOST_STAGES))
+    conv_chans: tuple[int, ...] | None = _setting(None, _numbers("channels", 65536, 8))
+    trim_image: bool = _setting(False, boolean)
+    in_chans: int = _setting(3, integer(1, 1024))
+    num_classes: int = _setting(1000, integer(0, 1_000_000))
+    embed_dim: int = _setting(768, integer(1, 65536))
+    depth: int = _setting(12, integer(1, 1000))
+    num_heads: int = _setting(12, integer(1, 65536))
+    mlp_ratio: float = _setting(4.0, number(1e-6, 1e6))
+    qkv_bias: bool = _setting(True, boolean)
+    class_token: bool = _setting(True, boolean)
+    reg_tokens: int = _setting(0, integer(0, 65536))
+    distilled: bool = _setting(False, boolean)
+    no_embed_class: bool = _setting(False, boolean)
+    pos_embed: str = _setting("learn", one_of("learn", "sincos2d", "none"))
+    rope: str | None = _setting(None, optional(one_of("eva", "dinov3", "pe", "axial", "mixed")))
+    rope_grid: tuple[int, int] | None = _setting(None, optional(_size))
+    global_pool: str = _setting("token", one_of("token", "avg", "map", "seq"))
+    fc_norm: bool | None = _setting(None, optional(boolean))
+    act: str = _setting("gelu", one_of("gelu", "gelu_tanh", "quick_gelu"))
+    swiglu: bool = _setting(False, boolean)
+    norm: str = _setting("layer_norm", one_of("layer_norm", "rms_norm"))
+    norm_eps: float = _setting(1e-6, number(0, 1))
+    embed_norm: bool = _setting(False, boolean)
+    pre_norm: bool = _setting(False, boolean)
+    final_norm: bool = _setting(True, boolean)
+    proj_bias: bool = _setting(True, boolean)
+    qk_norm: bool = _setting(False, boolean)
+    scale_attn_norm: bool = _setting(False, boolean)
+    scale_mlp_norm: bool = _setting(False, boolean)
+    init_values: float | None = _setting(None, optional(number(-1e6, 1e6)))
+    representation_size: int | None = _setting(None, optional(integer(1, 65536)))
+    drop_rate: float = _setting(0.0, _rate)
+    pos_drop_rate: float = _setting(0.0, _rate)
+    attn_drop_rate: float = _setting(0.0, _rate)
+    proj_drop_rate: float = _setting(0.0, _rate)
+    drop_path: float = _setting(0.0, _rate)
 
     def __post_init__(self) -> None:
         """Check each setting, then what they make together. Raises ValueError."""
@@ -300,6 +270,9 @@ class ViTConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; `ViTConfig(**d)` takes them back."""
         return dataclasses.asdict(self)
+
+
+FIELDS = {field.name: field.metadata["check"] for field in dataclasses.fields(ViTConfig)}
 
 
 def _plain(value: Any) -> Any:
