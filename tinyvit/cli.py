@@ -22,10 +22,10 @@ from tinyvit.training.config import (
     UsageError,
     flag,
     height_and_width,
+    image_size,
     merge,
     nearest,
     one_of,
-    parse_image_size,
     read_toml,
     whole,
 )
@@ -121,7 +121,7 @@ def make_parser() -> Parser:
     summary = command(
         "summary", run_summary, "List a model's layers, parameters, FLOPs and memory.", model="NAME|RUN|CKPT"
     )
-    option([summary], "--image-size", "S|HxW", "for images of another size", parse_image_size)
+    option([summary], "--image-size", "S|HxW", "for images of another size", image_size)
 
     convert = command("convert", run_convert, "Write a checkpoint in the layout of another library, or in ours.")
     convert.add_argument("checkpoint", metavar="SRC", help="a run or a checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -21,64 +22,41 @@ LONGEST_TOML, MOST_DOTS = 100_000, 1000  # bytes, and dots: a key of many parts 
 ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A reader of whole numbers of at least `least`; raises ValueError."""
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads the text of an option: gives what `convert` makes of it if that `fits`, else raises ValueError.
 
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
-        return value
+    `metavar` stands for the value in the help.
+    """
 
-    return parse
+    metavar: str
+    expected: str
+    convert: Callable[[str], Any]
+    fits: Callable[[Any], bool] = lambda value: True
 
-
-def number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
-    """A reader of finite numbers for which `fits` holds; `expected` says so in words. Raises ValueError."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and fits(value)):
-            raise ValueError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
+    def __call__(self, text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if self.fits(value := self.convert(text)):
+                return value
+        raise ValueError(f"expected {self.expected}, got {text!r}")
 
 
-def one_of(*choices: str) -> Callable[[str], str]:
-    """A reader of one of a few words; raises ValueError."""
-
-    def parse(text: str) -> str:
-        if text not in choices:
-            expected = f"{', '.join(choices[:-1])} or {choices[-1]}" if choices[1:] else choices[0]
-            raise ValueError(f"expected {expected}, got {text!r}")
-        return text
-
-    return parse
+def whole(least: int) -> Reader:
+    """A reader of whole numbers of at least `least`."""
+    return Reader("N", f"a whole number of at least {least}", int, lambda x: x >= least)
 
 
-def frozen_part(text: str) -> str | int:
-    """A reader of "all-but-head" or a number of blocks; raises ValueError."""
-    try:
-        return text if text == ALL_BUT_HEAD else whole(0)(text)
-    except ValueError:
-        raise ValueError(f"expected {ALL_BUT_HEAD} or a number of blocks, got {text!r}") from None
+def one_of(*choices: str) -> Reader:
+    """A reader of one of a few words."""
+    expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+    return Reader("|".join(choices), expected, str, choices.__contains__)
 
 
-def parse_image_size(text: str) -> int | str:
-    """A reader of S, the side of a square, or HxW, height and width of a rectangle; raises ValueError."""
-    try:
-        sides = [whole(1)(side) for side in text.split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise ValueError(f"expected a whole number of at least 1, or two as in 160x224, got {text!r}")
+def _sides(text: str) -> int | str:
+    """S, the side of a square, or HxW, height and width of a rectangle. Raises ValueError."""
+    sides = [whole(1)(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise ValueError
     return sides[0] if len(set(sides)) == 1 else "x".join(map(str, sides))
 
 
@@ -88,53 +66,43 @@ def height_and_width(size: int | str) -> tuple[int, int]:
     return height, width
 
 
-def device(text: str) -> str:
-    """A reader of a device's name; raises ValueError."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise ValueError(f"expected auto, cpu, cuda or cuda:N (a GPU's number), got {text!r}")
-    return text
-
-
 def channel_values(text: str) -> tuple[float, ...]:
     """The numbers in a text such as 0.5,0.5,0.5, one for each channel; raises ValueError."""
-    try:
-        values = tuple(float(value) for value in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or not all(0 <= value <= 1 for value in values):  # pixels are in 0..1
-        raise ValueError(f"expected numbers from 0 to 1 separated by commas, as in 0.5,0.5,0.5, got {text!r}")
-    return values
+    return tuple(float(value) for value in text.split(","))
 
 
-def mean(text: str) -> str:
-    """A reader of each channel's mean; raises ValueError."""
-    return ",".join(map(str, channel_values(text)))
+def _channels(which: str, fits: Callable[[float], bool]) -> Reader:
+    """A reader of a number for each channel; pixels are in 0..1."""
+    expected = f"numbers from 0 to 1{which}, separated by commas, as in 0.5,0.5,0.5"
+    numbers = lambda text: ",".join(map(str, channel_values(text)))
+    return Reader("X,Y,Z", expected, numbers, lambda text: all(map(fits, channel_values(text))))
 
 
-def std(text: str) -> str:
-    """A reader of each channel's standard deviation; raises ValueError."""
-    if 0 in channel_values(text):
-        raise ValueError(f"expected standard deviations above 0, got {text!r}")
-    return mean(text)
-
-
-def policy(text: str) -> str:
-    """A reader of an augmentation policy's name; raises ValueError."""
+def _policy(text: str) -> str:
+    """The name of an augmentation policy. Raises ValueError."""
     from tinyvit.data.policies import parse
 
     parse(text)
     return text
 
 
-positive = number("a number above 0", lambda x: x > 0)
-not_negative = number("a number of at least 0", lambda x: x >= 0)
-positive_share = number("a number above 0 and at most 1", lambda x: 0 < x <= 1)
-share = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
-inner_share = number("a number between 0 and 1", lambda x: 0 < x < 1)
+positive = Reader("X", "a number above 0", float, lambda x: 0 < x < math.inf)
+not_negative = Reader("X", "a number of at least 0", float, lambda x: 0 <= x < math.inf)
+positive_share = Reader("X", "a number above 0 and at most 1", float, lambda x: 0 < x <= 1)
+share = Reader("X", "a number from 0 to below 1", float, lambda x: 0 <= x < 1)
+inner_share = Reader("X", "a number between 0 and 1", float, lambda x: 0 < x < 1)
+frozen_part = Reader("PART", f"{ALL_BUT_HEAD} or a number of blocks", lambda x: x if x == ALL_BUT_HEAD else whole(0)(x))
+image_size = Reader("S|HxW", "a whole number of at least 1, or two as in 160x224", _sides)
+device_name = re.compile(r"auto|cpu|cuda(:\d+)?")
+device = Reader("NAME", "auto, cpu, cuda or cuda:N (a GPU's number)", str, lambda x: bool(device_name.fullmatch(x)))
+mean = _channels("", lambda x: 0 <= x <= 1)
+std = _channels(" but 0", lambda x: 0 < x <= 1)
+policy = Reader("NAME", "none, autoaugment or randaugment-N-M with M up to 30", _policy)
 
 
-def option(default: Any, parse: Callable[[str], Any], metavar: str, meaning: str, *, free: bool = False) -> Any:
+def option(default: Any, parse: Callable[[str], Any], meaning: str, metavar: str = "", *, free: bool = False) -> Any:
     """A field of TrainConfig: its default, its reader, what it means; `free` ones may change on --resume."""
+    metavar = metavar or getattr(parse, "metavar", "")
     metadata = {"parse": parse, "metavar": metavar, "help": meaning, "free": free}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -152,117 +120,94 @@ class TrainConfig:
     """The options of one training run; None means: chosen from the data when the run starts, and then recorded."""
 
     recipe: str | None = option(
-        None,
-        one_of(*FILES),
-        "NAME",
-        "options that go together, below those given beside it; `tinyvit recipes` lists them",
+        None, one_of(*FILES), "options that go together, below those beside it; `tinyvit recipes` lists them", "NAME"
     )
     data: str = option(
         "shapes",
         str,
-        "SRC",
         "shapes, cifar10, a directory of images, tar shards or parquet files, a .csv, .parquet or .tar",
+        "SRC",
         free=True,
     )
-    model: str | None = option(None, str, "NAME", "a name from `tinyvit models` (default: by the size of the images)")
+    model: str | None = option(None, str, "a name from `tinyvit models` (default: by the size of the images)", "NAME")
     init: str | None = option(
-        None, str, "CKPT", "begin with the weights of a run or checkpoint, and a new head for new classes"
+        None, str, "begin with the weights of a run or checkpoint, and a new head for new classes", "CKPT"
     )
-    head_init: str = option(
-        "zeros", one_of("zeros", "normal"), "HOW", "weights of a new head: zeros, or normal with 0.02"
-    )
+    head_init: str = option("zeros", one_of("zeros", "normal"), "weights of a new head; normal has 0.02")
     freeze: str | int | None = option(
-        None,
-        frozen_part,
-        "PART",
-        f"keep weights of --init: {ALL_BUT_HEAD}, or N for the embeddings and the first N blocks",
+        None, frozen_part, f"keep weights of --init: {ALL_BUT_HEAD}, or N for the embeddings and the first N blocks"
     )
-    layer_decay: float = option(
-        1.0, positive_share, "X", "each layer learns at this share of the rate of the one above it"
-    )
+    layer_decay: float = option(1.0, positive_share, "each layer learns at this share of the rate of the one above it")
     head_lr: float | None = option(
-        None, positive, "X", "highest learning rate of the head (default: --lr's); the schedule scales both alike"
+        None, positive, "highest learning rate of the head (default: --lr's); the schedule scales both alike"
     )
-    out: str | None = option(None, str, "RUN", "the run directory (default: runs/DATA-MODEL)", free=True)
-    epochs: int | None = option(
-        None, whole(1), "N", f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})"
-    )
-    minutes: float | None = option(None, positive, "M", "end after this time, evaluation and saving included")
-    batch_size: int | None = option(None, whole(1), "B", "images per step (default: 64, less for few images)")
-    lr: float | None = option(
-        None, positive, "X", "highest learning rate (default: 0.001, with sgd 0.05, with muon 0.02)"
-    )
-    adam_lr: float = option(2e-3, positive, "X", "with muon, the highest learning rate of all but hidden matrices")
+    out: str | None = option(None, str, "the run directory (default: runs/DATA-MODEL)", "RUN", free=True)
+    epochs: int | None = option(None, whole(1), f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
+    minutes: float | None = option(None, positive, "end after this time, evaluation and saving included", "M")
+    batch_size: int | None = option(None, whole(1), "images per step (default: 64, less for few images)", "B")
+    lr: float | None = option(None, positive, "highest learning rate (default: 0.001, with sgd 0.05, with muon 0.02)")
+    adam_lr: float = option(2e-3, positive, "with muon, the highest learning rate of all but hidden matrices")
     weight_decay: float | None = option(
-        None, not_negative, "X", "default: 0.05, with muon 0.02, with sgd 0.0005, with adam 0"
+        None, not_negative, "default: 0.05, with muon 0.02, with sgd 0.0005, with adam 0"
     )
-    warmup: float = option(0.1, not_negative, "X", "below 1: this share of the run; from 1: so many epochs")
-    clip_norm: float = option(1.0, not_negative, "X", "largest norm of a step's gradient; 0: no clipping")
-    label_smoothing: float = option(0.1, share, "X", "share of each label given to all classes")
-    drop_path: float = option(0.0, share, "X", "rate at which the last block's branches are dropped")
+    warmup: float = option(0.1, not_negative, "below 1: this share of the run; from 1: so many epochs")
+    clip_norm: float = option(1.0, not_negative, "largest norm of a step's gradient; 0: no clipping")
+    label_smoothing: float = option(0.1, share, "share of each label given to all classes")
+    drop_path: float = option(0.0, share, "rate at which the last block's branches are dropped")
     dropout: float = option(
-        0.0, share, "X", "dropout after the position embedding, the projections and in the MLP, and no other"
+        0.0, share, "dropout after the position embedding, the projections and in the MLP, and no other"
     )
-    mixup: float = option(0.0, not_negative, "X", "mixup's alpha; 0: none")
-    cutmix: float = option(0.0, not_negative, "X", "cutmix's alpha; 0: none; with both, each batch has one of them")
+    mixup: float = option(0.0, not_negative, "mixup's alpha; 0: none")
+    cutmix: float = option(0.0, not_negative, "cutmix's alpha; 0: none; with both, each batch has one of them")
     policy: str = option(
-        "none", policy, "NAME", "none, autoaugment (CIFAR-10's), or randaugment-N-M: N operations at level M of 30"
+        "none", policy, "none, autoaugment (CIFAR-10's), or randaugment-N-M: N operations at level M of 30"
     )
-    erasing: float = option(0.0, share, "P", "probability of erasing a rectangle of a training image")
-    rotate: float = option(0.0, not_negative, "DEGREES", "turn training images by up to so much")
-    zoom: float = option(0.0, share, "X", "stretch training images by up to 1 +- X, height and width apart")
+    erasing: float = option(0.0, share, "probability of erasing a rectangle of a training image", "P")
+    rotate: float = option(0.0, not_negative, "turn training images by up to so much", "DEGREES")
+    zoom: float = option(0.0, share, "stretch training images by up to 1 +- X, height and width apart")
     flip: str = option(
-        "random", one_of("random", "alternate"), "HOW", "mirror training images at random, or in every second epoch"
+        "random", one_of("random", "alternate"), "mirror training images at random, or in every second epoch"
     )
-    repeats: int = option(1, whole(1), "N", "a batch holds N variants of each of its images")
+    repeats: int = option(1, whole(1), "a batch holds N variants of each of its images")
     augment: bool | None = option(
         None,
         bool,
-        "",
         f"flip, shift and vary the training images (default: yes; with --freeze {ALL_BUT_HEAD} no, so that the "
         "features before the head are computed once)",
     )
     optimizer: str = option(
-        "adamw",
-        one_of(*RATES),
-        "NAME",
-        "adamw, adam, muon (with AdamW for all but hidden matrices) or sgd (with Nesterov momentum 0.9)",
+        "adamw", one_of(*RATES), "muon has AdamW for all but hidden matrices, sgd has Nesterov momentum 0.9"
     )
-    schedule: str = option(
-        "cosine", one_of("cosine", "linear", "step", "constant"), "NAME", "course of the learning rate"
-    )
-    accumulate: int = option(1, whole(1), "N", "parts in which a batch is computed, to save memory")
-    ema: float = option(0.0, share, "DECAY", "decay of a moving average of the weights, used to evaluate; 0: none")
-    class_weights: str = option(
-        "none", one_of("none", "balanced"), "HOW", "balanced: rare classes count for more in the loss"
-    )
+    schedule: str = option("cosine", one_of("cosine", "linear", "step", "constant"), "course of the learning rate")
+    accumulate: int = option(1, whole(1), "parts in which a batch is computed, to save memory")
+    ema: float = option(0.0, share, "decay of a moving average of the weights, used to evaluate; 0: none", "DECAY")
+    class_weights: str = option("none", one_of("none", "balanced"), "balanced: rare classes count for more in the loss")
     patience: int | None = option(
-        None, whole(1), "N", "end after N epochs without a better validation accuracy (or, where equal, loss)"
+        None, whole(1), "end after N epochs without a better validation accuracy (or, where equal, loss)"
     )
-    seed: int = option(0, whole(0), "S", "decides every random choice")
-    device: str = option("auto", device, "NAME", "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
-    precision: str = option("fp32", one_of(*PRECISIONS), "NAME", "fp32, tf32, bf16 or fp16; weights are kept in fp32")
-    threads: int | None = option(None, whole(1), "N", "threads that share a batch (default: one a core)", free=True)
+    seed: int = option(0, whole(0), "decides every random choice", "S")
+    device: str = option("auto", device, "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
+    precision: str = option("fp32", one_of(*PRECISIONS), "of the arithmetic; weights are kept in fp32")
+    threads: int | None = option(None, whole(1), "threads that share a batch (default: one a core)", free=True)
     image_size: int | str | None = option(
-        None, parse_image_size, "S|HxW", "side, or height and width, of the images (default: the data's or the model's)"
+        None, image_size, "side, or height and width, of the images (default: the data's or the model's)"
     )
-    patch_size: int | None = option(None, whole(1), "S", "side of a patch (default: the model's)")
-    num_heads: int | None = option(None, whole(1), "N", "attention heads (default: the model's)")
+    patch_size: int | None = option(None, whole(1), "side of a patch (default: the model's)", "S")
+    num_heads: int | None = option(None, whole(1), "attention heads (default: the model's)")
     log: str = option(
-        "none", one_of("none", "tensorboard"), "KIND", "tensorboard: write event files into the run, too", free=True
+        "none", one_of("none", "tensorboard"), "tensorboard: write event files into the run, too", free=True
     )
     val_fraction: float | None = option(
         None,
         inner_share,
-        "X",
         "share of the training images that is held out to choose the best epoch "
         f"(default: {VAL_FRACTION} where the data has neither validation nor test part; otherwise that chooses)",
     )
     mean: str | None = option(
-        None, mean, "X,Y,Z", "mean of each channel, in 0..1, that the images are normalised by (default: the data's)"
+        None, mean, "mean of each channel, in 0..1, that the images are normalised by (default: the data's)"
     )
-    std: str | None = option(None, std, "X,Y,Z", "standard deviation of each channel, with --mean")
-    skip_corrupt: bool = option(False, bool, "", "go on without images that cannot be read")
+    std: str | None = option(None, std, "standard deviation of each channel, with --mean")
+    skip_corrupt: bool = option(False, bool, "go on without images that cannot be read")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -294,17 +239,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not TOML: {' '.join(str(error)[:300].split())}") from None
     options: dict[str, Any] = {}
     for key, value in table.items():
-        name, negated = key.replace("-", "_"), False
-        if name not in FIELDS and FIELDS.get(name.removeprefix("no_")) is not None:
-            name, negated = name.removeprefix("no_"), True
-        is_switch = name in FIELDS and FIELDS[name].metadata["parse"] is bool
-        if name not in FIELDS or (negated and not is_switch):
+        name = key.replace("-", "_")
+        if name not in FIELDS:
             known = [flag(field)[2:] for field in FIELDS]
             raise UsageError(f"{path}: there is no option {key[:100]!r}{nearest(key[:100].replace('_', '-'), known)}")
         if name in options:
             raise UsageError(f"{path}: {name} is given twice")
-        value = read_value(path, key, name, value)
-        options[name] = value != negated if is_switch else value
+        options[name] = read_value(path, key, name, value)
     if options.get("epochs") is not None and options.get("minutes") is not None:
         raise UsageError(f"{path}: give epochs or minutes, not both")
     return options
