@@ -10,6 +10,7 @@ ROOMS = (
     "__init__",  # the public names
     "__main__",
     "cli",
+    "commands",
     "viz",
     "training",
     "evaluation",

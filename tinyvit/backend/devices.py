@@ -11,11 +11,12 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.backend.arrays import Array, astype, dtype_name, is_cupy, is_floating, namespace, to_numpy
+from tinyvit.errors import ReportedError
 from tinyvit.files.text import one_line
 
 
-class DeviceError(RuntimeError):
-    """A device that cannot be used; the message is one line."""
+class DeviceError(ReportedError, RuntimeError):
+    """A device that cannot be used."""
 
 
 def pick_device(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit.errors import ReportedError
 from tinyvit.files.fields import checked, list_of, number, one_of
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
@@ -21,7 +22,7 @@ LONGEST_MESSAGE = 500
 TRAINING_PREFIXES = ("optimizer.", "ema.", "step.")
 
 
-class CheckpointError(Exception):
+class CheckpointError(ReportedError):
     """A checkpoint that cannot be read or does not fit; the message is one line, LONGEST_MESSAGE characters at most."""
 
     def __init__(self, message: str) -> None:

@@ -8,11 +8,13 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from tinyvit.errors import ReportedError
+
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one per channel, in units of 0..1
 
 
-class DataError(Exception):
-    """Data that cannot be used; the message is one line that says what was found and what was expected."""
+class DataError(ReportedError):
+    """Data that cannot be used."""
 
 
 class Split(Protocol):

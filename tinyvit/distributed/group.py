@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tinyvit.errors import ReportedError
+
 SLOW = 1800.0  # seconds to wait for a process that reads data or writes files
 
 
-class DistributedError(Exception):
-    """Processes that cannot train together; the message is one line."""
+class DistributedError(ReportedError):
+    """Processes that cannot train together."""
 
 
 class Failed(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from tinyvit.backend import arrays
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
+from tinyvit.errors import ReportedError, UsageError
 from tinyvit.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -23,48 +24,68 @@ if TYPE_CHECKING:
 BATCH_SIZE = 256
 
 
-class EvaluationError(Exception):
-    """A model that cannot be run on this data or device; the message is one line."""
+class EvaluationError(ReportedError):
+    """A model that cannot be run on this data or device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How well a model did: shares in 0..1, the mean cross-entropy, and per class (name, accuracy, images)."""
+    """How well a model did on N images.
 
-    accuracy: float
-    top5: float
-    loss: float | None  # None: what classified gives no probabilities
-    per_class: tuple[tuple[str, float | None, int], ...]  # accuracy None: no image of that class
-    labels: np.ndarray  # (N,) true classes
-    predicted: np.ndarray  # (N,) likeliest classes
-    probability: np.ndarray | None  # (N,) of the likeliest classes; None like the loss
+    Attributes:
+        class_names: K of them.
+        labels: (N,) true classes.
+        measured: (4, N); see `measure`.
+        probabilities: whether what classified gives any; without them there is no loss.
+    """
+
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    measured: np.ndarray
+    probabilities: bool = True
 
     @property
     def images(self) -> int:
         """How many images were measured."""
-        return sum(count for _, _, count in self.per_class)
+        return len(self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images whose likeliest class is the true one."""
+        return float(np.mean(self.measured[0] == 0))
+
+    @property
+    def top5(self) -> float:
+        """The share of images whose true class is among the five likeliest ones."""
+        return float(np.mean(self.measured[0] < 5))
+
+    @property
+    def loss(self) -> float | None:
+        """The mean cross-entropy."""
+        return float(self.measured[1].mean()) if self.probabilities else None
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(N,) likeliest classes."""
+        return self.measured[2].astype(np.int64)
+
+    @property
+    def per_class(self) -> list[tuple[str, float | None, int]]:
+        """Of each class the name, the accuracy (None without images) and the number of images."""
+        counts, hits = (np.bincount(x, minlength=len(self.class_names)).tolist()
+                        for x in (self.labels, self.labels[self.measured[0] == 0]))  # fmt: skip
+        return [(name, h / n if n else None, n) for name, h, n in zip(self.class_names, hits, counts, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        per_class = {name: accuracy for name, accuracy, _ in self.per_class}
+        return {"accuracy": self.accuracy, "top5": self.top5, "loss": self.loss, "per_class": per_class}
 
 
 def combined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several parts of a data set, which have the same classes, together."""
-    images = sum(part.images for part in parts)
-
-    def mean(values: Sequence[float | None]) -> float | None:
-        weighted = [value * part.images for value, part in zip(values, parts, strict=True) if value is not None]
-        return sum(weighted) / images if len(weighted) == len(parts) else None
-
-    per_class = []
-    for same in zip(*(part.per_class for part in parts), strict=True):
-        count = sum(n for _, _, n in same)
-        hits = sum(accuracy * n for _, accuracy, n in same if accuracy is not None)
-        per_class.append((same[0][0], hits / count if count else None, count))
-    accuracy, top5 = mean([part.accuracy for part in parts]), mean([part.top5 for part in parts])
-    assert accuracy is not None and top5 is not None
-    labels, predicted = (np.concatenate([getattr(part, name) for part in parts]) for name in ("labels", "predicted"))
-    probabilities = [part.probability for part in parts if part.probability is not None]
-    probability = np.concatenate(probabilities) if len(probabilities) == len(parts) else None
-    loss = mean([part.loss for part in parts])
-    return Scores(accuracy, top5, loss, tuple(per_class), labels, predicted, probability)
+    """The scores of several parts of a data set together."""
+    labels, measured = np.concatenate([p.labels for p in parts]), np.concatenate([p.measured for p in parts], axis=1)
+    return dataclasses.replace(parts[0], labels=labels, measured=measured)
 
 
 def confusion_counts(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -76,11 +97,9 @@ def confusion_counts(labels: np.ndarray, predicted: np.ndarray, classes: int) ->
 
 def write_confusion(path: Path, scores: Scores) -> None:
     """Write how often images of each class (rows) were taken for each class (columns), as a CSV file."""
-    names = [name for name, _, _ in scores.per_class]
-    counts = confusion_counts(scores.labels, scores.predicted, len(names))
-    _write_csv(
-        path, [["true class", *names], *([name, *row] for name, row in zip(names, counts.tolist(), strict=True))]
-    )
+    names = scores.class_names
+    counts = confusion_counts(scores.labels, scores.predicted, len(names)).tolist()
+    _write_csv(path, [["true class", *names], *([name, *row] for name, row in zip(names, counts, strict=True))])
 
 
 def write_predictions(path: Path, scores: Scores, images: Sequence[str]) -> None:
@@ -88,12 +107,14 @@ def write_predictions(path: Path, scores: Scores, images: Sequence[str]) -> None
 
     `images` are their names.
     """
-    names = [name for name, _, _ in scores.per_class]
-    columns = [images, [names[k] for k in scores.labels], [names[k] for k in scores.predicted]]
-    header = ["image", "true class", "predicted class"]
-    if scores.probability is not None:
-        columns, header = [*columns, [f"{p:.6f}" for p in scores.probability]], [*header, "probability"]
-    _write_csv(path, [header, *zip(*columns, strict=True)])
+    columns = {
+        "image": images,
+        "true class": [scores.class_names[k] for k in scores.labels],
+        "predicted class": [scores.class_names[k] for k in scores.predicted],
+    }
+    if scores.probabilities:
+        columns["probability"] = [f"{p:.6f}" for p in scores.measured[3]]
+    _write_csv(path, [list(columns), *zip(*columns.values(), strict=True)])
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -143,7 +164,22 @@ def evaluate(
     found = group.exchange(None if stopped else np.concatenate(measured, axis=1), SLOW)
     if any(part is None for part in found):
         return None
-    return score(np.concatenate(found, axis=1), labels, class_names)
+    return Scores(tuple(class_names), labels, np.concatenate(found, axis=1))
+
+
+def evaluate_parts(
+    checkpoint: Checkpoint, model: Module, data: Data, parts: Mapping[str, Split], precision: str, group: Group
+) -> dict[str, Scores]:
+    """The scores of the checkpoint's `model` on `parts` of a data set, in its own classes. Raises EvaluationError."""
+    from tinyvit.data import Augment
+
+    scaling, found = Augment(*checkpoint.preprocessing.statistics), {}
+    for name, split in parts.items():
+        labels = labels_for(checkpoint, split.labels, data.class_names)
+        scores = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=precision, group=group)
+        assert scores is not None  # nothing stops it
+        found[name] = scores
+    return found
 
 
 def share(split: Split, group: Group) -> tuple[Split, slice]:
@@ -162,28 +198,6 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack([ranks(logits, labels), losses, predicted, probability])
 
 
-def score(
-    measured: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, probabilities: bool = True
-) -> Scores:
-    """The scores of images from what `measure` gives, (4, N), and their labels; without `probabilities` no loss."""
-    rank, loss, predicted, probability = measured
-    hit = rank == 0
-    per_class = []
-    for k, name in enumerate(class_names):
-        of_class = labels == k
-        count = int(of_class.sum())
-        per_class.append((name, float(hit[of_class].mean()) if count else None, count))
-    return Scores(
-        accuracy=float(hit.mean()),
-        top5=float((rank < 5).mean()),
-        loss=float(loss.mean()) if probabilities else None,
-        per_class=tuple(per_class),
-        labels=labels,
-        predicted=predicted.astype(np.int64),
-        probability=probability if probabilities else None,
-    )
-
-
 def ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """How many classes come before each image's true one (0: it came first), (B,), from logits (B, K).
 
@@ -199,6 +213,15 @@ def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     highest = logits.max(axis=1)
     true = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true
+
+
+def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
+    """The split of that name, or all of them for "all" and None. Raises UsageError."""
+    if name in (None, "all"):
+        return data.parts
+    if name not in data.parts:
+        raise UsageError(f"{data.name} has no {name} images, expected --split {', '.join(data.parts)} or all")
+    return {name: data.parts[name]}
 
 
 def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) -> Data:

@@ -13,7 +13,7 @@ from tinyvit.data.splits import draw_share
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
 from tinyvit.evaluation.features import with_features
-from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, measure, score
+from tinyvit.evaluation.metrics import EvaluationError, Scores, cross_entropies, measure
 from tinyvit.models.inspection import Features
 
 if TYPE_CHECKING:
@@ -27,14 +27,6 @@ HELD_OUT = 0.2  # share of the training images by which the penalty is chosen
 MEMORY = 1 << 26  # bytes of similarities that are computed at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """What a probe found: `scores` on the test split in the data set's own classes, and its `setting` (k or l2)."""
-
-    scores: Scores
-    setting: dict[str, float]
-
-
 def probe(
     kind: str,
     checkpoint: Checkpoint,
@@ -42,14 +34,17 @@ def probe(
     data: Data,
     precision: str = "fp32",
     group: Group = ALONE,
-) -> Probe:
-    """Features of both splits, a classifier on the training split's, and its accuracy on the test split.
+) -> tuple[Scores, dict[str, float]]:
+    """Features of both splits, a classifier on the training split's, and how well it does on the test split.
 
     Args:
         kind: "knn", which gives no probabilities and so no loss, or "linear".
         data: of any classes; read with the checkpoint's size and fit options.
         precision: as for `inference.predict`.
         group: the processes that share the images.
+
+    Returns:
+        scores in the data set's own classes, and the classifier's setting (k or l2).
     """
     mean, std = checkpoint.preprocessing.statistics
     data = dataclasses.replace(data, mean=mean, std=std, val=data.test)
@@ -58,7 +53,7 @@ def probe(
     return group.from_first(found, SLOW)
 
 
-def _classified(kind: str, seen: Data, data: Data) -> Probe:
+def _classified(kind: str, seen: Data, data: Data) -> tuple[Scores, dict[str, float]]:
     """What a classifier on the features `seen` makes of the test images of `data`."""
     splits: Any = (seen.train, seen.validation)  # FeatureSplits
     train, test = (split.images.astype(np.float32) for split in splits)  # (N, D), (M, D)
@@ -68,9 +63,9 @@ def _classified(kind: str, seen: Data, data: Data) -> Probe:
     if kind == "knn":
         k = min(NEIGHBOURS, len(train))
         votes = nearest_neighbours(train, seen.train.labels, test, len(names), k=k)
-        return Probe(score(measure(votes, labels), labels, names, probabilities=False), {"k": k})
+        return Scores(names, labels, measure(votes, labels), probabilities=False), {"k": k}
     logits, l2 = linear(train, seen.train.labels, test, len(names))
-    return Probe(score(measure(logits, labels), labels, names), {"l2": l2})
+    return Scores(names, labels, measure(logits, labels)), {"l2": l2}
 
 
 def nearest_neighbours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -22,9 +23,13 @@ LONGEST_TOML, MOST_DOTS = 100_000, 1000  # bytes, and dots: a key of many parts 
 ALL_BUT_HEAD = "all-but-head"  # a value of --freeze
 
 
+class ValueOfOptionError(argparse.ArgumentTypeError, ValueError):
+    """A text that is no value of an option; argparse shows the message as it is."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Reads the text of an option: gives what `convert` makes of it if that `fits`, else raises ValueError.
+    """Reads the text of an option: gives what `convert` makes of it if that `fits`, else raises ValueOfOptionError.
 
     `metavar` stands for the value in the help.
     """
@@ -38,7 +43,7 @@ class Reader:
         with contextlib.suppress(ValueError):
             if self.fits(value := self.convert(text)):
                 return value
-        raise ValueError(f"expected {self.expected}, got {text!r}")
+        raise ValueOfOptionError(f"expected {self.expected}, got {text!r}")
 
 
 def whole(least: int) -> Reader:

@@ -13,7 +13,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,6 +20,7 @@ import numpy as np
 from tinyvit.backend import arrays
 from tinyvit.data import Split
 from tinyvit.distributed.group import SLOW
+from tinyvit.errors import ReportedError, Stopped
 from tinyvit.evaluation.metrics import EvaluationError, Scores
 from tinyvit.training.build import Parts
 from tinyvit.training.display import Display, clock
@@ -34,16 +34,8 @@ from tinyvit.training.time_budget import TimeBudget
 READ_EVERY = 1.0  # seconds: reading a step's numbers waits for a device, and the device then waits for the next step
 
 
-class TrainError(Exception):
-    """Training that cannot go on; the message is one line."""
-
-
-class Stopped(Exception):
-    """A signal stopped the run at `out`, which was saved."""
-
-    def __init__(self, signum: int, out: Path) -> None:
-        super().__init__(signum, out)
-        self.signum, self.out = signum, out
+class TrainError(ReportedError):
+    """Training that cannot go on."""
 
 
 class Trainer:
