@@ -1,12 +1,14 @@
 """Everything that only a GPU can show, in order of worth, as far as the time reaches.
 
     python bench/gpu_all.py --json DIR --minutes 15            # results come into DIR as they are made
-    python bench/gpu_all.py --json DIR --minutes 15 --data CIFAR10 --only compile tests steps
+    python bench/gpu_all.py --json DIR --minutes 15 --data CIFAR10 --only compile kernels-norms times
 
-First kernels are compiled, in as many processes as there are cores, into a cache that all parts share. Then come
-tests of kernels and steps, times of kernels, of attention and of whole steps beside PyTorch, and the recipes for
-CIFAR-10. Each part is a command with a time limit of its own: one that fails, hangs or is not started leaves the
-others alone. DIR/PART.txt is what it printed, DIR/PART.json its figures, DIR/gpu_all.json what became of each.
+First comes attention for Hopper by itself: unless its tests pass, the other parts leave it out. Then kernels are
+compiled, in as many processes as there are cores, into a cache that all parts share. Their tests follow in groups, so
+that a kernel that ends its process leaves no more than its group unknown, then tests of whole steps, times of steps
+beside PyTorch, of kernels and of attention, and the recipes for CIFAR-10. Each part is a command with a time limit of
+its own: one that fails, hangs or is not started leaves the others alone. DIR/PART.txt is what it printed, DIR/PART.json
+its figures, DIR/gpu_all.json what became of each, and what failed and why.
 """
 
 from __future__ import annotations
@@ -36,7 +38,17 @@ from tinyvit.backend.devices import mover
 from tinyvit.files import atomic
 
 ROOT = Path(__file__).parents[1]
+NOT_STARTED, MOST_SHOWN = "not started: no time left", 12
 GRACE = 10.0  # seconds between the end of a part's time, when it is interrupted, and its being killed
+
+
+HOPPER = "kernels-hopper"
+GROUPS = {  # of tests of kernels, by words in their names
+    "norms": "norm or drop_path",
+    "products": "linear or products",
+    "images": "convolutions",
+    "attention": "attention and not hopper",
+}
 
 
 class Part(NamedTuple):
@@ -55,17 +67,24 @@ def parts(folder: Path, data: str) -> list[Part]:
         return Part(name, [f"bench/{file}.py", *options, "--json", str(folder / f"{name}.json")], limit, least)
 
     def tests(name: str, limit: int, *options: str) -> Part:
-        report = f"--junitxml={folder / name}.xml"
-        return Part(name, ["-m", "pytest", "-q", "-m", "gpu", "--tb=short", report, *options], limit, 30)
+        """Named as they start, and with a traceback of what takes more than a minute, in case one never ends."""
+        report = f"--junitxml={folder / name}.xml", "-o", "faulthandler_timeout=60"
+        return Part(name, ["-m", "pytest", "-v", "-m", "gpu", "--tb=short", *report, *options], limit, 30)
+
+    def kernels(name: str, limit: int, which: str) -> Part:
+        return tests(name, limit, "tests/gpu/test_gpu_kernels.py", "-n", "6", "-k", which)
 
     on_gpu, recipe = ("--device", "cuda"), ("--data", data, "--recipe")
     cases = ("cifar-p4", "base-224", "base-384")
     steps = ("--no-memory", "--steps", "5", "--peers", "tinyvit", "torch", "torch.compile", "--cases")
     return [
+        kernels(HOPPER, 90, "hopper"),
         Part("compile", ["bench/gpu_all.py", "--compile"], 120, 20),
-        tests("tests", 240, "tests/gpu", "-n", "6"),
-        script("times", "gpu_times", 120, 30),
+        *(kernels(f"kernels-{name}", 60, which) for name, which in GROUPS.items()),
+        kernels("kernels-others", 60, f"not ({' or '.join(('hopper', *GROUPS.values()))})"),
+        tests("tests-steps", 150, "tests/gpu/test_gpu_steps.py", "-n", "6"),
         script("steps-tiny", "train_bench", 180, 60, *on_gpu, *steps, "tiny-cifar"),
+        script("times", "gpu_times", 120, 30),
         script("attention", "attention_bench", 120, 30, *on_gpu, "--rounds", "8", "--cases", *cases),
         script("steps-base", "train_bench", 240, 90, *on_gpu, *steps, "vit-base"),
         tests("tests-memory", 60, "tests/gpu/test_gpu_steps.py", "-n", "0", "-k", "memory"),
@@ -99,16 +118,29 @@ def run(part: Part, folder: Path, seconds: float) -> str:
     return "done" if status == 0 else f"failed: exit status {status}"
 
 
+def problems(log: Path) -> list[str]:
+    """What a part says of its failures: pytest's lines of them, else what it printed last."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
+    return list(dict.fromkeys(failed)) or lines[-3:]
+
+
 def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
     """Run the parts one after the other within so many seconds; a record of each, also in DIR/gpu_all.json."""
     end, records = time.monotonic() + seconds, []
     for part in wanted:
         start = time.monotonic()
         left = end - start - GRACE
-        became = run(part, folder, min(part.limit, left)) if left >= part.least else "not started: no time left"
+        became = run(part, folder, min(part.limit, left)) if left >= part.least else NOT_STARTED
         took = round(time.monotonic() - start, 1)
         records.append({"part": part.name, "became": became, "seconds": took, "command": " ".join(part.command)})
-        print(f"{part.name:14} {took:7.1f} s  {became}", flush=True)
+        print(f"{part.name:17} {took:7.1f} s  {became}", flush=True)
+        if became not in ("done", NOT_STARTED):
+            records[-1]["problems"] = problems(folder / f"{part.name}.txt")
+            print(*(f"    {line}" for line in records[-1]["problems"][:MOST_SHOWN]), sep="\n", flush=True)
+        if part.name == HOPPER and became != "done":
+            os.environ["TINYVIT_WGMMA"] = "0"
+            print("    the other parts run without attention for Hopper (TINYVIT_WGMMA=0)", flush=True)
         with atomic.atomic_write(folder / "gpu_all.json") as file:
             file.write_text(json.dumps(records, indent=1))
     return records
@@ -177,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, cache in (("CUPY_CACHE_DIR", "kernels"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
         os.environ.setdefault(name, str(folder / cache))
+    os.environ["PYTHONUNBUFFERED"] = "1"  # what a part printed is there when it is killed
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     wanted = [part for part in table if args.only is None or part.name in args.only]
     records = run_all(wanted, folder, 60 * args.minutes)

@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -373,12 +374,20 @@ def main() -> None:
     )  # fmt: skip
     machine = devices.machine(gpu)
     print(json.dumps(machine))
+    failed = False
     for name, part in zip(NAMES, parts, strict=True):
-        if name in args.only:
-            print(f"\n{name}", flush=True)
+        if name not in args.only:
+            continue
+        print(f"\n{name}", flush=True)
+        try:
             part()
-        if args.json:  # after each part, in case the machine or its time is lost
-            args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1, default=str))
+        except Exception:  # the other parts may do
+            failed = True
+            traceback.print_exc()
+        finally:  # also when the machine's time is up
+            if args.json:
+                args.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1, default=str))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import attention_bench
@@ -51,7 +52,9 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path, monkeypatc
     assert (shown["broken"], shown["hanging"], shown["fine"]) == ("before", "interrupted", str(gpu_all.ROOT))
     time.sleep(0.1)  # the child is killed with its parent
     assert not _running(int(shown["stubborn"]))
-    assert len(capsys.readouterr().out.splitlines()) == 5 and not (tmp_path / "long.txt").exists()
+    assert (
+        len(re.findall("^[a-z]+ ", capsys.readouterr().out, re.MULTILINE)) == 5 and not (tmp_path / "long.txt").exists()
+    )
 
 
 def _running(pid: int) -> bool:
@@ -86,7 +89,36 @@ def test_the_parts_are_commands_that_exist(tmp_path):
         for file in (x for x in part.command if x.startswith("tests")):
             assert (gpu_all.ROOT / file).exists()
     assert len({part.name for part in table}) == len(table)
-    assert sum(part.limit for part in table[:3]) <= 8 * 60  # a quarter of an hour has room for what matters
+    names = [part.name for part in table]  # a quarter of an hour has room for what matters
+    assert sum(part.limit for part in table[: names.index("steps-tiny") + 1]) <= 15 * 60
+
+
+def test_every_test_of_a_kernel_is_in_one_group(tmp_path):
+    names = re.findall(r"def (test_\w+)", (gpu_all.ROOT / "tests/gpu/test_gpu_kernels.py").read_text())
+    groups = [part.command for part in gpu_all.parts(tmp_path, "DATA") if part.name.startswith("kernels-")]
+    words = re.compile(r"\b(?!not|and|or)\w+")
+    for name in names:
+        chosen = [eval(words.sub(lambda word, name=name: str(word[0] in name), group[-1])) for group in groups]
+        assert sum(chosen) == 1, name
+
+
+def test_without_attention_for_hopper_the_others_leave_it_out(tmp_path, monkeypatch, capsys):
+    """What failed and why is shown, and stands in the record."""
+    monkeypatch.setenv("TINYVIT_WGMMA", "1")
+    log = "FAILED tests/gpu/x.py::test_a[1] - assert 0.5 < 0.01"
+    shows = "import os; print(os.environ['TINYVIT_WGMMA'])"
+    wanted = [
+        python("before", shows),
+        python(gpu_all.HOPPER, f"print('[gw1] FAILED tests/x.py::test_a[1]\\n{log}\\n'); raise SystemExit(1)"),
+        python("after", shows),
+        python("raises", "1 / 0"),
+    ]
+    records = gpu_all.run_all(wanted, tmp_path, 60.0)
+    assert [(tmp_path / f"{name}.txt").read_text().strip() for name in ("before", "after")] == ["1", "0"]
+    assert [r.get("problems") for r in records[:3]] == [None, [log], None]
+    assert records[3]["problems"][-1] == "ZeroDivisionError: division by zero"
+    shown = capsys.readouterr().out
+    assert log in shown and "division by zero" in shown and "TINYVIT_WGMMA=0" in shown
 
 
 def test_the_jobs_that_compile_do_run(monkeypatch):
@@ -98,7 +130,7 @@ def test_the_jobs_that_compile_do_run(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, problem",
-    [([], "expected --json DIR"), (["--json", "x", "--only", "test"], "expected parts among compile, tests,")],
+    [([], "expected --json DIR"), (["--json", "x", "--only", "test"], "expected parts among kernels-hopper, compile,")],
 )
 def test_bad_usage_is_one_line(arguments, problem, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -180,7 +180,7 @@ def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, unchecked, monke
     """One warning for each, and the other kernels' results."""
 
     def wrong(xp, *arguments):
-        y, log = attention.mma_forward(xp, *arguments)
+        y, log = attention.mma_forward(xp, *arguments[:6])
         y[0, 7, 5] = 0x7FC0  # NaN
         return y, log
 
@@ -194,9 +194,33 @@ def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, unchecked, monke
         for _ in range(2):
             check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
     assert [str(w.message) for w in caught] == [
-        f"attention's {name} kernel for Hopper is not used for 197 tokens and heads of 64: {problem}"
-        for name, problem in (("forward", "it differs by inf"), ("backward", "no such instruction"))
-    ]
+        f"attention's {name} kernel for Hopper is not used for 197 tokens and heads of 64: {problem} "
+        "(TINYVIT_WGMMA=0 does not try it)"
+        for name, problem in (
+            ("forward", "it differs by nan, more than 2e-02"), ("backward", "RuntimeError: no such instruction")
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", ["the second tile of a block", "logarithms"])
+def test_faults_that_few_heads_do_not_show_are_found(folder, unchecked, monkeypatch, broken):
+    """A block of few heads has one tile, and logarithms only matter to the gradient."""
+    heads_seen = []
+
+    def wrong(xp, qkv, factors, num_heads, queries, scale, with_log, heads=0):
+        y, log = attention.mma_forward(xp, qkv, factors, num_heads, queries, scale, with_log)
+        heads_seen.append(heads)
+        if broken == "logarithms":
+            log[0, 0, 100] += 1e-2
+        elif attention_sm90a.forward_plan(queries, queries, 64, heads).parts == 1:
+            y[0, 64:128] = 0
+        return y, log
+
+    monkeypatch.setattr(attention_sm90a, "forward", wrong)
+    with cuda_sim.device(folder, **HOPPER) as xp, pytest.warns(UserWarning, match="forward kernel .* it differs by"):
+        qkv = np.zeros((1, 197, 3 * 2 * 64), np.float16)
+        assert not attention_sm90a.takes(xp, qkv, cuda.NULL, 2, 197, attention.mma_forward)
+    assert heads_seen == [2, attention_sm90a.MANY]
 
 
 def test_which_attention_takes_hoppers_kernels(folder, unchecked, monkeypatch):
