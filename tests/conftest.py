@@ -1,7 +1,12 @@
 """Settings shared by all tests."""
 
-import functools
 import os
+
+# Before NumPy is imported. OpenBLAS's threads wait by spinning: where processes share the cores, they took twenty times
+# the CPU time that one thread takes for the products of small models. Tests that run on more threads say so.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
