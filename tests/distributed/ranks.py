@@ -1,4 +1,4 @@
-"""What the processes of the tests run under mpiexec: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments`."""
+"""What the processes of the tests run: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments`."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import numpy as np
 import tinyvit
 from tinyvit import cli, data, distributed, execution, optim
 from tinyvit.data import Augment
-from tinyvit.distributed import mpi
+from tinyvit.distributed import processes, tcp
 from tinyvit.training import run
 
 # Batches that divide and do not, several shards a process, weighted classes, parts of a shard.
@@ -61,14 +61,15 @@ def save_slowly():
     original = run.RunDirectory.save
 
     def save(self, *arguments):
-        time.sleep(mpi.PATIENCE + 1)
+        time.sleep(processes.PATIENCE + 1)
         original(self, *arguments)
 
     run.RunDirectory.save = save
 
 
 def main(fault, arguments):
-    mpi.PATIENCE = 1.0 if fault == "interrupt" else 2.0
+    if fault in ("hang", "interrupt"):
+        processes.PATIENCE, tcp.LAST_WORDS = 2.0, 1
     rank = distributed.init().rank
     if fault == "kill":
         break_step(lambda: os.kill(os.getpid(), signal.SIGKILL))

@@ -14,7 +14,7 @@ from tinyvit import cli
 from tinyvit.backend import parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
-from tinyvit.distributed import ALONE, DistributedError, Failed, Group, launch, mpi, reduction
+from tinyvit.distributed import ALONE, DistributedError, Failed, Group, launch, processes, reduction
 from tinyvit.evaluation.metrics import evaluate
 
 
@@ -91,32 +91,70 @@ def test_a_process_reads_only_its_part():
     ],
 )
 def test_cores_are_shared(mine, local, quota, threads):
-    assert mpi._share_of_cores(frozenset(mine), [frozenset(x) for x in local], quota) == threads
+    assert processes._share_of_cores(frozenset(mine), [frozenset(x) for x in local], quota) == threads
 
 
-def test_without_a_launcher_a_process_is_alone(monkeypatch):
-    for name in launch.VARIABLES:
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets what a launcher would, and nothing else."""
+    for name in (*launch.MPI_VARIABLES, *launch.TORCHRUN_VARIABLES, "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+    return lambda **those: [monkeypatch.setenv(name, str(value)) for name, value in those.items()]
+
+
+def test_without_a_launcher_a_process_is_alone(variables):
+    variables(SLURM_STEP_NUM_TASKS=1, SLURM_PROCID=0)  # a batch script
     assert launch.init.__wrapped__() is ALONE and ALONE.leads and ALONE.part(7) == (0, 7)
 
 
-def test_commands_that_share_nothing_need_no_mpi(monkeypatch, capsys):
+def test_commands_that_share_nothing_need_no_launcher(variables, capsys):
     launch.init.cache_clear()
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    variables(WORLD_SIZE=4)
     assert cli.main(["models"]) == 0 and "vit_tiny_patch16_224" in capsys.readouterr().out
 
 
-def test_missing_mpi_and_other_launchers_are_named(monkeypatch):
-    for name in launch.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(DistributedError, match=r"WORLD_SIZE says that 4 processes .* MPI sees 1"):
+def test_missing_mpi_and_other_launchers_are_named(variables, monkeypatch):
+    variables(PMI_SIZE=4)
+    with pytest.raises(DistributedError, match=r"PMI_SIZE says that 4 processes .* MPI sees 1"):
         launch.init.__wrapped__()
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)
     with pytest.raises(DistributedError, match=r"needs MPI: pip install .tinyvit\[mpi\]"):
         launch.init.__wrapped__()
-    monkeypatch.setenv("RANK", "3")
+    variables(PMI_RANK=3)
     with pytest.raises(Failed, match=r"rank 0: .*needs MPI"):
+        launch.init.__wrapped__()
+
+
+THERE = dict(RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (dict(PMI_SIZE=2, PMI_RANK=1, WORLD_SIZE=4), ("PMI_SIZE", 2, 1)),
+        (dict(PMI_SIZE=2, PMI_RANK=0, WORLD_SIZE=2, **THERE), ("WORLD_SIZE", 2, 0)),
+        (dict(PMI_SIZE=2, PMI_RANK=1, WORLD_SIZE=8, **THERE, TORCHELASTIC_RUN_ID="a"), ("WORLD_SIZE", 8, 0)),
+        (dict(SLURM_STEP_NUM_TASKS=2, SLURM_PROCID=1, WORLD_SIZE=8, **THERE), ("WORLD_SIZE", 8, 0)),
+    ],
+)
+def test_the_nearest_launcher_counts(variables, given, expected):
+    variables(**given)
+    assert launch.launched() == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (dict(WORLD_SIZE=2), "WORLD_SIZE is 2 without RANK and MASTER_ADDR and MASTER_PORT: start with"),
+        (dict(WORLD_SIZE="two", **THERE), "WORLD_SIZE is 'two', expected a whole number"),
+        (dict(WORLD_SIZE=2) | THERE | dict(RANK=2), "RANK is 2, expected less than 2"),
+        (dict(WORLD_SIZE=2) | THERE | dict(MASTER_PORT=70000), "MASTER_PORT 70000 makes 70000, expected a port"),
+        (dict(PMI_SIZE=2, PMI_RANK=0, WORLD_SIZE=4, **THERE), "rank 0 of 2, WORLD_SIZE and RANK say 0 of 4: unset"),
+    ],
+)
+def test_variables_that_cannot_be_are_named(variables, given, problem):
+    variables(**given)
+    with pytest.raises(DistributedError, match=problem):
         launch.init.__wrapped__()
 
 

@@ -65,7 +65,7 @@ class Communicator:
     sent: ClassVar[list[tuple[str, int]]] = []
 
     def __init__(self, size, unique, rank):
-        if unique != "unique":
+        if unique != (1, -2):
             raise NcclError("bad id")
 
     def allReduce(self, source, target, size, kind, operation, stream):
@@ -85,7 +85,7 @@ def cupy(monkeypatch):
     monkeypatch.setattr(Stream, "everyone", [])
     monkeypatch.setattr(Communicator, "sent", [])
     current = Stream()
-    names = dict(NcclCommunicator=Communicator, NcclError=NcclError, get_unique_id=lambda: "unique")
+    names = dict(NcclCommunicator=Communicator, NcclError=NcclError, get_unique_id=lambda: (1, -2))
     cuda = SimpleNamespace(Stream=Stream, get_current_stream=lambda: current, nccl=SimpleNamespace(**names))
     module = SimpleNamespace(cuda=cuda, empty=lambda size, dtype: np.full(size, 99, dtype).view(Array))
     monkeypatch.setitem(sys.modules, "cupy", module)
@@ -121,7 +121,7 @@ def test_sums_wait_for_gradients_and_the_step_for_sums(cupy, monkeypatch, backwa
 
 
 def test_what_nccl_refuses_is_one_line(cupy, monkeypatch):
-    monkeypatch.setattr(cupy.cuda.nccl, "get_unique_id", lambda: "another")
+    monkeypatch.setattr(cupy.cuda.nccl, "get_unique_id", lambda: (0,))
     with pytest.raises(DistributedError, match="NCCL does not connect the 1 GPUs: bad id"):
         nccl.NCCLReduction(ALONE, [])
     del cupy.cuda.nccl

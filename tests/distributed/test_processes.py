@@ -1,10 +1,12 @@
-"""Several processes under mpiexec train as one does, and end together."""
+"""Several processes under mpiexec, torchrun or with their variables alone train as one does, and end together."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import ranks
 from running import NANO, assert_one_line_error, environment, make_images, tinyvit
 from runs import assert_same_weights, metrics, progress, without_times
+from test_tcp import free_port
 
 from tinyvit.distributed import ALONE
 
@@ -23,12 +26,32 @@ OPTIONS = [*NANO, "--epochs", "2", "--batch-size", "9", "--ema", "0.9", "--drop-
 OPTIONS += ["--schedule", "constant"]
 
 
-def together(count, *arguments, timeout=60):
+def together(count, *arguments, launcher="mpiexec", timeout=120):
     """Run ranks.py with `arguments` in `count` processes."""
-    command = [MPIEXEC, "-n", count, sys.executable, ranks.__file__, *arguments]
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=environment(Path(__file__).parent)
-    )
+    command, env = [sys.executable, ranks.__file__, *map(str, arguments)], environment(Path(__file__).parent)
+    how = dict(capture_output=True, text=True, timeout=timeout)
+    if launcher == "mpiexec":
+        return subprocess.run([MPIEXEC, "-n", str(count), *command], **how, env=env)
+    if launcher == "torchrun":
+        agent = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={count}",
+            "--no-python",
+        ]
+        return subprocess.run([*agent, *command], **how, env=env | {"OMP_NUM_THREADS": "1"})
+    env |= dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+    def run(rank):
+        return subprocess.run(command, **how, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+
+    with ThreadPoolExecutor(count) as pool:
+        results = [*pool.map(run, range(count))]
+    status = next((result.returncode for result in results if result.returncode), 0)
+    stdout, stderr = ("".join(getattr(result, name) for result in results) for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(command, status, stdout, stderr)
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +73,11 @@ def steps_alone():
     return {case: ranks.steps(ALONE, case) for case in ranks.CASES}
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_steps_have_the_bits_of_one_process_with_as_many_shards(count, steps_alone, tmp_path):
-    result = together(count, "steps", tmp_path)
+@pytest.mark.parametrize(
+    ("launcher", "count"), [("mpiexec", 2), ("mpiexec", 3), ("mpiexec", 4), ("variables", 2), ("variables", 3)]
+)
+def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count, steps_alone, tmp_path):
+    result = together(count, "steps", tmp_path, launcher=launcher)
     assert result.returncode == 0, result.stderr
     for case, expected in steps_alone.items():
         for rank in range(count):
@@ -62,14 +87,19 @@ def test_steps_have_the_bits_of_one_process_with_as_many_shards(count, steps_alo
                     assert array.tobytes() == found[name].tobytes(), f"{case}, rank {rank}: {name} differs"
 
 
-def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(images, alone, tmp_path):
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(launcher, images, alone, tmp_path):
     out = tmp_path / "run"
-    result = together(2, "kill", "train", "--data", images, "--out", out, "--threads", 1, *OPTIONS)
+    options = ["--data", images, "--out", out, "--threads", 1, *OPTIONS]
+    result = together(2, "kill", "train", *options, launcher=launcher)
     assert result.returncode != 0
+    if launcher == "torchrun":
+        said = [line for line in result.stderr.splitlines() if line.startswith("tinyvit: error: ")]
+        assert len(said) == 1 and re.search(r"rank 1 \(process \d+ on .*\) ended before the others", said[0])
     assert result.stdout.splitlines()[1].startswith("2 processes, 2 on this machine: each takes 4 or 5 of 9 images")
     where = progress(out / "last.safetensors")
     assert where["epoch"] == 1 and not where["finished"]
-    assert together(2, "none", "train", "--out", out, "--resume").returncode == 0
+    assert together(2, "none", "train", "--out", out, "--resume", launcher=launcher).returncode == 0
     assert_same_weights(out, alone)
     for row, expected in zip(*(without_times(metrics(run)) for run in (out, alone)), strict=True):
         assert row == pytest.approx(expected, rel=1e-6)
@@ -107,9 +137,10 @@ def test_another_number_of_processes_resumes(images, alone, tmp_path):
         ("version", "rank 1 has another version of tinyvit than rank 0: '0.0' and"),
     ],
 )
-def test_a_fault_of_one_process_ends_all_with_one_line(images, tmp_path, fault, message):
+@pytest.mark.parametrize("launcher", ["mpiexec", "variables"])
+def test_a_fault_of_one_process_ends_all_with_one_line(images, tmp_path, launcher, fault, message):
     out = tmp_path / "run"
-    result = together(2, fault, "train", "--data", images, "--out", out, *OPTIONS)
+    result = together(2, fault, "train", "--data", images, "--out", out, *OPTIONS, launcher=launcher)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if line.startswith("tinyvit: error: ")]
     assert len(said) == 1 and message in said[0], result.stderr

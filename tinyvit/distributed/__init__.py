@@ -1,15 +1,16 @@
-"""Several processes that train one model: MPI between them, NCCL between their GPUs.
+"""Several processes that train one model: MPI or TCP between them, NCCL between their GPUs.
 
-A launcher starts them, one for each GPU or for each share of the cores: `mpiexec -n 4 python train.py`, or
-`srun --mpi=pmi2 --ntasks-per-node 4 --gpus-per-task 1 python train.py`. Each of them says
+A launcher starts them, one for each GPU or for each share of the cores: `mpiexec -n 4 python train.py`,
+`srun --mpi=pmi2 --ntasks-per-node 4 --gpus-per-task 1 python train.py` or `torchrun --nproc-per-node 4 train.py`. Each
+of them says
 
     group = distributed.init()
     with group.together():  # an error of one ends all, within a minute
         loader = data.Loader(..., batch_size=512, group=group)  # the whole batch's size
         step = TrainStep(model.to(group.device("auto")), ..., group=group)
 
-and writes files where `group.leads`. `tinyvit train` and `tinyvit eval` do so. MPI and NCCL open connections between
-the processes (see `bench/README.md`); values that processes exchange are pickled.
+and writes files where `group.leads`. `tinyvit train` and `tinyvit eval` do so. MPI, TCP and NCCL open connections
+between the processes (see `bench/README.md`). Nothing that processes exchange is executed.
 """
 
 from tinyvit.distributed.group import ALONE, DistributedError, Failed, Group

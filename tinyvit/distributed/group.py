@@ -20,7 +20,7 @@ class Failed(Exception):
 
 
 class Group:
-    """A process alone. `mpi.MPIGroup`, which has the same methods, is one of several.
+    """A process alone. `processes.Processes`, which has the same methods, is one of several.
 
     Attributes:
         rank, size: which of how many processes this is.
@@ -78,7 +78,7 @@ class Group:
         """The values that all processes gave, by rank. Every process has to call it.
 
         Args:
-            value: small, as it is pickled.
+            value: numbers, strings, None and NumPy arrays, in lists and dicts; small. Tuples come as lists.
             patience: seconds to wait for a process, if longer than usual.
 
         Raises:

@@ -29,7 +29,7 @@ class NCCLReduction:
         self._nccl = nccl
         unique = group.from_first(nccl.get_unique_id() if group.leads else None)
         try:
-            self._communicator = nccl.NcclCommunicator(group.size, unique, group.rank)
+            self._communicator = nccl.NcclCommunicator(group.size, tuple(unique), group.rank)
         except nccl.NcclError as error:  # such as two processes on one GPU
             raise DistributedError(f"NCCL does not connect the {group.size} GPUs: {error}") from None
         self._stream = cupy.cuda.Stream(non_blocking=True)

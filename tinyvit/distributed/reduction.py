@@ -57,7 +57,7 @@ class Reduction:
     """Adds up arrays over all shards of all processes, a bucket at a time, while others are still being computed.
 
     Args:
-        group: the processes, an `mpi.MPIGroup`.
+        group: the processes, of `processes.Processes`.
         like: NumPy arrays of one dtype and of the shapes to be added up.
         shards: how many there are in all processes together.
     """

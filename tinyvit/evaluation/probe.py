@@ -49,23 +49,22 @@ def probe(
     mean, std = checkpoint.preprocessing.statistics
     data = dataclasses.replace(data, mean=mean, std=std, val=data.test)
     seen = with_features(Features(model), data, precision=precision, group=group)
-    found = _classified(kind, seen, data) if group.leads else None
-    return group.from_first(found, SLOW)
+    measured, setting = group.from_first(_classified(kind, seen, data) if group.leads else None, SLOW)
+    return Scores(data.class_names, data.test.labels, measured, probabilities=kind != "knn"), setting
 
 
-def _classified(kind: str, seen: Data, data: Data) -> tuple[Scores, dict[str, float]]:
-    """What a classifier on the features `seen` makes of the test images of `data`."""
+def _classified(kind: str, seen: Data, data: Data) -> tuple[np.ndarray, dict[str, float]]:
+    """What `measure` says of a classifier on the features `seen` of the test images of `data`; and its setting."""
     splits: Any = (seen.train, seen.validation)  # FeatureSplits
     train, test = (split.images.astype(np.float32) for split in splits)  # (N, D), (M, D)
     if not (np.all(np.isfinite(train)) and np.all(np.isfinite(test))):
         raise EvaluationError("the model's outputs are not finite")
-    labels, names = data.test.labels, data.class_names
+    labels, classes = data.test.labels, len(data.class_names)
     if kind == "knn":
         k = min(NEIGHBOURS, len(train))
-        votes = nearest_neighbours(train, seen.train.labels, test, len(names), k=k)
-        return Scores(names, labels, measure(votes, labels), probabilities=False), {"k": k}
-    logits, l2 = linear(train, seen.train.labels, test, len(names))
-    return Scores(names, labels, measure(logits, labels)), {"l2": l2}
+        return measure(nearest_neighbours(train, seen.train.labels, test, classes, k=k), labels), {"k": k}
+    logits, l2 = linear(train, seen.train.labels, test, classes)
+    return measure(logits, labels), {"l2": l2}
 
 
 def nearest_neighbours(

@@ -203,7 +203,7 @@ class Trainer:
         p = self.progress
         epoch_end = self.epoch_end_seconds / p.epoch if p.epoch else None
         length = self.budget.correct(p.step, p.batch, p.seconds - self.epoch_end_seconds, epoch_end)
-        self.length = self.group.from_first(length)
+        self.length = RunLength(*self.group.from_first(dataclasses.astuple(length)))
         self.directory.write_config(self.config(self.length))
         self.save()  # a killed run must not repeat steps of the old length under the new one
         self.group.exchange(None, SLOW)  # the files are written

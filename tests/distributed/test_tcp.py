@@ -1,0 +1,123 @@
+"""Messages over TCP between threads, and what processes exchange."""
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from tinyvit.distributed import DistributedError, Failed, processes, tcp
+
+HOME = "127.0.0.1"
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+leaves |= arrays(st.sampled_from(["<f4", "<f2", "<i8", "u1", "?"]), array_shapes(min_dims=0, min_side=0))
+values = st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3))
+
+
+def free_port():
+    with socket.create_server((HOME, 0)) as server:
+        return server.getsockname()[1]
+
+
+def meet(*ranks, size=None, port=None, patience=10.0):
+    """What becomes of processes of these ranks: transports, or what their errors say."""
+    port = port or free_port()
+
+    def one(rank):
+        try:
+            return tcp.TCPTransport(rank, size or len(ranks), HOME, port, patience)
+        except (DistributedError, Failed) as error:
+            return f"{type(error).__name__}: {error}"  # without what it refers to, such as connections
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(one, ranks))
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not (result := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return result
+
+
+def same(a, b):
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() and b.flags.writeable
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return same([*a.values()], [*b.values()]) and a.keys() == b.keys() if isinstance(a, dict) else a == b
+
+
+@given(values)
+def test_values_are_unpacked_as_they_were(value):
+    assert same(value, processes.unpack(processes.pack(value)))
+
+
+def test_what_is_not_plain_is_not_exchanged():
+    with pytest.raises(TypeError, match="plain values and NumPy arrays, got object"):
+        processes.pack([object()])
+
+
+def test_messages_arrive_whole_and_in_order_and_then_nobody_listens():
+    port = free_port()
+    transports = meet(0, 1, 2, 3, port=port)
+    rng = np.random.default_rng(0)
+    sent = {(i, j): [rng.normal(size=n) for n in (300_000, 0, 3)] for i in range(4) for j in range(4) if i != j}
+    requests = [transports[i].send(x, j, n % 2) for (i, j), these in sent.items() for n, x in enumerate(these)]
+    for (i, j), (first, second, third) in sent.items():
+        for tag, expected in ((1, second), (0, first), (0, third)):  # by tags, whichever came before
+            receiving = transports[j].receive(found := np.empty_like(expected), i, tag)
+            until(receiving.Test)
+            assert found.tobytes() == expected.tobytes()
+        assert transports[j].take(i, 0) is None
+    assert all(until(request.Test) for request in requests)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((HOME, port))
+
+
+def test_strangers_do_not_disturb(monkeypatch):
+    monkeypatch.setattr(tcp, "GREETING", 1.0)
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        meeting = pool.submit(meet, 0, size=2, port=port)
+        strangers = [tcp._connect(HOME, port, time.monotonic() + 9, "") for _ in range(3)]
+        strangers[0].sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        strangers[1].close()
+        (second,), (first,) = meet(1, size=2, port=port), meeting.result()
+    assert (first.rank, second.rank) == (0, 1)
+    first.send(b"hello", 1, 7)
+    assert until(lambda: second.take(0, 7)) == b"hello"
+
+
+def test_a_process_that_ends_is_noticed_after_what_it_sent(monkeypatch):
+    connections = []
+    meeting = tcp._meet
+    monkeypatch.setattr(tcp, "_meet", lambda *given: (connections.append(found := meeting(*given)), found)[1])
+    first, second = meet(0, 1)
+    until(second.send(np.ones(100_000), 0, 1).Test)
+    next(found[0] for found in connections if 0 in found).shutdown(socket.SHUT_RDWR)
+    until(lambda: first.gone)
+    assert first.gone == {1} and len(first.take(1, 1)) == 800_000
+
+
+def test_those_who_do_not_meet_say_why(monkeypatch):
+    monkeypatch.setattr(tcp, "GREETING", 1.0)
+    with socket.create_server((HOME, 0)) as taken:
+        port = taken.getsockname()[1]
+        (error,) = meet(0, size=2, port=port)
+        assert error.startswith(f"DistributedError: cannot listen on {HOME}:{port}: Address already in use")
+        (error,) = meet(1, size=2, port=port, patience=0.3)
+        assert error.startswith("DistributedError: rank 1 has no answer from rank 0 at 127.0.0.1:")
+    (error,) = meet(1, size=2, patience=0.3)
+    assert error.startswith("DistributedError: rank 1 cannot reach rank 0 at 127.0.0.1:")
+    first, second = meet(0, 1, size=3, patience=0.5)
+    assert first.startswith("DistributedError: rank 2 of 3 has not come to 127.0.0.1:")
+    assert second.startswith("Failed: rank 0")
+    first, *others = meet(0, 1, 1)
+    assert first == "DistributedError: rank 1 of 3 came, expected rank 2 of 3"
+    assert all(other.startswith("Failed: rank 0") for other in others)

@@ -1,0 +1,188 @@
+"""Messages over TCP, where a launcher gives an address to meet at and nothing else, as torchrun does.
+
+Rank 0 listens on MASTER_ADDR and MASTER_PORT. Every other process connects to it, and listens on a port that the
+system chooses, on the address by which it reaches rank 0. Rank 0 tells all where the others are, and they connect in
+pairs. Then nobody listens any more. Nothing is encrypted, and whoever can reach these ports while the processes meet
+can pass for one of them: the network has to be a trusted one. Messages are bytes of arrays and JSON; none is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from tinyvit.distributed.group import DistributedError, Failed
+from tinyvit.distributed.processes import FAILURE
+
+HELLO = struct.Struct("<8sIIH")  # MAGIC, rank, size, port
+MAGIC = b"tinyvit1"
+HEADER = struct.Struct("<IQ")  # of a message: tag, bytes
+GREETING = 5.0  # seconds that whoever connects has for HELLO
+LAST_WORDS = 8  # seconds that a process goes on for after another has failed: if it hangs, there may be none to end it
+
+
+class TCPTransport:
+    """Messages between `size` processes that meet at an address.
+
+    Two threads for each of the others carry them, so that sums go on while the caller computes.
+
+    Raises:
+        DistributedError: the address is not there, or a process does not come within `patience` seconds.
+        Failed: rank 0 gave up.
+    """
+
+    def __init__(self, rank: int, size: int, address: str, port: int, patience: float) -> None:
+        self.rank, self.size = rank, size
+        self.gone: set[int] = set()
+        self._arrived: dict[tuple[int, int], deque[bytearray]] = {}
+        self._outgoing: dict[int, queue.SimpleQueue[tuple[int, Any, _Sent]]] = {}
+        for other, connection in _meet(rank, size, address, port, time.monotonic() + patience).items():
+            connection.settimeout(None)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._outgoing[other] = queue.SimpleQueue()
+            for work in (self._read, self._write):
+                threading.Thread(target=work, args=(other, connection), daemon=True).start()
+
+    def send(self, data: Any, rank: int, tag: int) -> _Sent:
+        sent = _Sent()
+        data = data.reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else data
+        self._outgoing[rank].put((tag, memoryview(data), sent))
+        return sent
+
+    def receive(self, array: np.ndarray, rank: int, tag: int) -> _Receiving:
+        return _Receiving(self, array, rank, tag)
+
+    def take(self, rank: int, tag: int) -> bytearray | None:
+        arrived = self._arrived.get((rank, tag))
+        return arrived.popleft() if arrived else None
+
+    def _write(self, rank: int, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # which `_read` notices, too
+            while True:
+                tag, data, sent = self._outgoing[rank].get()
+                connection.sendall(HEADER.pack(tag, data.nbytes))
+                connection.sendall(data)
+                sent.done = True
+
+    def _read(self, rank: int, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                tag, size = HEADER.unpack(_exactly(connection, HEADER.size))
+                self._arrived.setdefault((rank, tag), deque()).append(_exactly(connection, size))
+                if tag == FAILURE and hasattr(signal, "alarm"):
+                    signal.alarm(LAST_WORDS)
+        self.gone.add(rank)
+
+
+class _Sent:
+    done = False
+
+    def Test(self) -> bool:
+        return self.done
+
+
+class _Receiving:
+    def __init__(self, transport: TCPTransport, array: np.ndarray, rank: int, tag: int) -> None:
+        self._transport, self._array, self._source = transport, array, (rank, tag)
+
+    def Test(self) -> bool:
+        if (data := self._transport.take(*self._source)) is None:
+            return False
+        self._array[...] = np.frombuffer(data, self._array.dtype).reshape(self._array.shape)
+        return True
+
+
+def _exactly(connection: socket.socket, size: int) -> bytearray:
+    """The next `size` bytes. Raises EOFError."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        if not (count := connection.recv_into(view)):
+            raise EOFError
+        view = view[count:]
+    return data
+
+
+def _meet(rank: int, size: int, address: str, port: int, end: float) -> dict[int, socket.socket]:
+    """Connections to all others, by rank: to lower ranks that listen, and from higher ones."""
+    found: dict[int, socket.socket] = {}
+    listens_on, places = (address, port), {0: (address, port)}
+    if rank:
+        found[0] = _connect(address, port, end, f"rank {rank} cannot reach rank 0")
+        listens_on = found[0].getsockname()[0], 0
+    with _listen(*listens_on, size) as listener:
+        hello = HELLO.pack(MAGIC, rank, size, listener.getsockname()[1])
+        for other in range(rank):
+            if other:
+                found[other] = _connect(*places[other], end, f"rank {rank} cannot reach rank {other}")
+            found[other].sendall(hello)
+            if not other:
+                found[0].settimeout(max(0.1, end - time.monotonic()) + GREETING)  # rank 0 is to give up first
+                places = dict(enumerate(_places(rank, found[0]), 1))
+        while missing := set(range(rank + 1, size)) - found.keys():
+            listener.settimeout(max(0.1, end - time.monotonic()))
+            try:
+                connection, (host, *_) = listener.accept()
+            except TimeoutError:
+                raise DistributedError(f"rank {min(missing)} of {size} has not come to {address}:{port}") from None
+            connection.settimeout(GREETING)
+            try:
+                magic, other, its_size, its_port = HELLO.unpack(_exactly(connection, HELLO.size))
+            except (OSError, EOFError):
+                magic = b""
+            if magic != MAGIC:  # a stranger
+                connection.close()
+            elif its_size != size or other not in missing:
+                raise DistributedError(f"rank {other} of {its_size} came, expected rank {min(missing)} of {size}")
+            else:
+                found[other], places[other] = connection, (host, its_port)
+    if rank == 0:
+        text = json.dumps([places[other] for other in range(1, size)]).encode()
+        for connection in found.values():
+            connection.sendall(HEADER.pack(0, len(text)) + text)
+    return found
+
+
+def _places(rank: int, first: socket.socket) -> list[tuple[str, int]]:
+    """Where the ranks from 1 on listen, as rank 0 says."""
+    try:
+        _, length = HEADER.unpack(_exactly(first, HEADER.size))
+        return json.loads(_exactly(first, length))
+    except TimeoutError:
+        host, port, *_ = first.getpeername()
+        raise DistributedError(f"rank {rank} has no answer from rank 0 at {host}:{port}") from None
+    except (OSError, EOFError):
+        raise Failed("rank 0: gave up") from None
+
+
+def _listen(address: str, port: int, size: int) -> socket.socket:
+    try:
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(place[:2], family=family, backlog=size)
+    except OSError as error:
+        raise DistributedError(f"cannot listen on {address}:{port}: {error.strerror}") from None
+
+
+def _connect(address: str, port: int, end: float, problem: str) -> socket.socket:
+    """A connection, for which the other may not yet be ready."""
+    while True:
+        left = max(0.1, end - time.monotonic())
+        try:
+            connection = socket.create_connection((address, port), left)
+            if connection.getsockname() != connection.getpeername():  # with itself: so it may be where nobody listens
+                return connection
+            connection.close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise DistributedError(f"{problem} at {address}:{port}: {error.strerror or error}") from None
+        time.sleep(0.1)
