@@ -234,13 +234,13 @@ def memory(name):
     return 1024 * int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
 for path in map(Path, sys.argv[1:]):
     open("/proc/self/clear_refs", "w").write("5")
-    before, started = memory("VmRSS"), time.perf_counter()
+    before, started = memory("VmRSS"), time.process_time()
     try:
         class_names(path) if (path / "batches.meta").exists() else tinyvit.load_model(path)
         error = "none\\t"
     except Exception as problem:
         error = f"{type(problem).__name__}\\t{problem}"
-    print(f"{time.perf_counter() - started:.2f}\\t{memory('VmHWM') - before}\\t{error}", flush=True)
+    print(f"{time.process_time() - started:.2f}\\t{memory('VmHWM') - before}\\t{error}", flush=True)
 """
 
 

@@ -1,8 +1,8 @@
-"""Pickles, read by an interpreter of their opcodes that executes nothing and builds plain values only.
+"""Pickles, read by an interpreter that executes nothing and builds plain values only.
 
-A pickle is a program for a machine with a stack and a memo (documented in Python's `pickletools`). Python's own
-unpickler calls whatever the program names, recurses where it nests values, and lets a few bytes reserve gigabytes. This
-one knows a table of harmless functions, never recurses, and keeps within limits of opcodes, bytes and keys:
+A pickle is a program for a machine with a stack and a memo (documented in Python's `pickletools`). Python's usual
+unpickler calls whatever the program names, and lets a few bytes reserve gigabytes. This one is Python's other, which is
+written in Python, with a table of harmless functions and opcodes, and limits of reads, bytes and keys:
 
 - None, booleans, numbers, strings, bytes, lists, tuples, dictionaries, and NumPy's arrays and numbers are built;
 - a set comes as a list, so that nothing in it is hashed;
@@ -11,17 +11,25 @@ one knows a table of harmless functions, never recurses, and keeps within limits
 
 from __future__ import annotations
 
-import pickletools
+import pickle
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
 
-MOST_OPCODES = 400_000  # in one pickle: under a second; a ViT with its optimizer has some 20,000
+MOST_READS = 600_000  # in one pickle, two for an opcode: a second; 5,000 tensors with an optimizer take 270,000
 MOST_BYTES = 80_000_000  # of one pickle; those of CIFAR-10 have 31 MB
 MOST_KEYS = 20_000  # keys that are not strings: Python's hashes of numbers can be made to collide
 MOST_DIMENSIONS = 8
 LARGEST_NUMBER = 64  # bytes of a NumPy number
+OPCODES = """
+    PROTO FRAME STOP MARK POP POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET NONE NEWTRUE
+    NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE SHORT_BINUNICODE BINUNICODE
+    BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 STRING BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE
+    TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_SET FROZENSET ADDITEMS EMPTY_DICT DICT SETITEM
+    SETITEMS GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD PERSID BINPERSID
+"""  # that are read: not those of old classes (INST, OBJ), of a registry (EXT1, …) and of buffers elsewhere
+PYTHONS: Any = pickle._Unpickler  # of its attributes type checkers know a few
 
 
 class PickleError(ValueError):
@@ -142,26 +150,17 @@ def load_pickle(
         PickleError: the pickle is damaged, too large, or asks for what is not read.
         Exception: whatever the functions raise for arguments that do not suit them.
     """
-    machine = Machine(functions, unknown, persistent)
-    limited: Any = LimitedFile(file)
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(limited)):
-        if count == MOST_OPCODES:
-            raise PickleError(f"its pickle has more than {MOST_OPCODES} opcodes")
-        if opcode.name == "STOP":
-            return machine.pop()
-        try:
-            handle = OPCODES[opcode.name]
-        except KeyError:
-            raise PickleError(f"its pickle has an opcode that is not read ({opcode.name})") from None
-        handle(machine, argument)
-    raise PickleError("its pickle is cut short")
+    try:
+        return Reader(file, functions, unknown, persistent).load()
+    except (EOFError, IndexError):
+        raise PickleError("its pickle is cut short, or takes more values than it gives") from None
 
 
 class LimitedFile:
     """The part of a file that a pickle may fill."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.left = file, MOST_BYTES
+        self.file, self.reads, self.left = file, MOST_READS, MOST_BYTES
 
     def read(self, size: int) -> bytes:
         return self.count(self.file.read(min(size, self.left)))
@@ -170,86 +169,55 @@ class LimitedFile:
         return self.count(self.file.readline(self.left))
 
     def count(self, content: bytes) -> bytes:
-        self.left -= len(content)
-        if not self.left:
-            raise PickleError(f"its pickle has more than {MOST_BYTES} bytes")
+        self.reads, self.left = self.reads - 1, self.left - len(content)
+        if not self.reads or not self.left:
+            raise PickleError(f"its pickle has more than {MOST_BYTES} bytes, or {MOST_READS} parts")
         return content
 
 
-class Machine:
-    """The state of the interpreter: a stack, the stacks below the marks, and the memo."""
+class Memo(dict[int, Any]):
+    """What a pickle comes back to; an array that was not yet set when it was remembered is set now."""
 
-    def __init__(self, functions: Mapping[tuple[str, str], Any], unknown: Any, persistent: Any) -> None:
+    def __getitem__(self, index: int) -> Any:
+        value = super().__getitem__(index)
+        return value if type(value) is not PlainArray or value.array is None else value.array
+
+
+class Reader(PYTHONS):
+    """Python's interpreter of opcodes, in Python, with methods of ours for those that call, hash or reserve memory."""
+
+    def __init__(self, file: BinaryIO, functions: Mapping[tuple[str, str], Any], unknown: Any, persistent: Any) -> None:
+        super().__init__(LimitedFile(file), encoding="bytes")
+        self.memo = Memo()
         self.functions, self.unknown, self.persistent = functions, unknown, persistent
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
         self.made = 0  # bytes that functions have made
         self.keys = 0  # keys that are not strings
 
-    def pop(self) -> Any:
-        if not self.stack:
-            raise PickleError("its pickle takes more values than it gives")
-        return self.stack.pop()
+    def find_class(self, module: str, name: str) -> Any:
+        found = self.functions.get((module, name))
+        return self.unknown(module, name) if found is None else found
 
-    def top(self) -> Any:
-        if not self.stack:
-            raise PickleError("its pickle takes more values than it gives")
-        return self.stack[-1]
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def push_bytes(self, value: str) -> None:
-        self.stack.append(value.encode("latin1"))  # a string of Python 2; pickletools gives it as text
-
-    def mark(self, _: Any = None) -> None:
-        self.below.append(self.stack)
-        self.stack = []
-
-    def pop_mark(self) -> list[Any]:
-        """The values above the last mark."""
-        if not self.below:
-            raise PickleError("its pickle takes more values than it gives")
-        values, self.stack = self.stack, self.below.pop()
-        return values
-
-    def discard(self, _: Any) -> None:
-        self.pop() if self.stack else self.pop_mark()
-
-    def push_tuple(self, count: int) -> None:
-        values = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(values)))
+    def persistent_load(self, identifier: Any) -> Any:
+        if self.persistent is None:
+            raise PickleError("its pickle refers to something outside it")
+        return self.persistent(identifier)
 
     def extend(self, values: list[Any]) -> None:
         """Add items to the list, or to the set, on top."""
-        if isinstance(self.top(), list):
+        if isinstance(self.stack[-1], list):
             self.stack[-1].extend(values)
         elif not isinstance(self.stack[-1], StandIn):
             raise PickleError(f"its pickle adds items to a {type(self.stack[-1]).__name__}")
 
-    def append(self, _: Any) -> None:
-        value = self.pop()
-        self.extend([value])
-
     def update(self, flat: list[Any]) -> None:
         """Add keys and values, one after the other in `flat`, to the dictionary on top."""
-        if isinstance(self.top(), StandIn):
+        if isinstance(self.stack[-1], StandIn):
             return
         if not isinstance(self.stack[-1], dict) or len(flat) % 2:
             raise PickleError("its pickle sets items of what is no dictionary")
         for key in flat[::2]:
             self.check_key(key)
         self.stack[-1].update(zip(flat[::2], flat[1::2], strict=True))
-
-    def push_dict(self, _: Any) -> None:
-        values = self.pop_mark()
-        self.push({})
-        self.update(values)
-
-    def set_item(self, _: Any) -> None:
-        value, key = self.pop(), self.pop()
-        self.update([key, value])
 
     def check_key(self, key: Any) -> None:
         """Refuse a key that would take long to hash, or whose hash the file could choose too often."""
@@ -265,48 +233,57 @@ class Machine:
         if self.keys > MOST_KEYS:
             raise PickleError(f"it has more than {MOST_KEYS} keys that are not strings")
 
-    def remember(self, index: int) -> None:
-        self.memo[index] = self.top()
-
-    def recall(self, index: int) -> None:
-        if index not in self.memo:
-            raise PickleError(f"its pickle refers to value {index}, which it does not have")
-        value = self.memo[index]
-        self.push(value if type(value) is not PlainArray or value.array is None else value.array)
-
-    def find(self, module: Any, name: Any) -> Any:
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleError("its pickle names a function by something other than text")
-        found = self.functions.get((module, name))
-        return self.unknown(module, name) if found is None else found
-
-    def push_global(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self.push(self.find(module, name))
-
-    def push_stack_global(self, _: Any) -> None:
-        name, module = self.pop(), self.pop()
-        self.push(self.find(module, name))
-
-    def call(self, _: Any) -> None:
-        arguments, function = self.pop(), self.pop()
+    def call(self, function: Any, arguments: Any) -> Any:
         if isinstance(function, StandIn):
-            self.push(StandIn(function.name))
-            return
+            return StandIn(function.name)
         if not isinstance(function, Function) or not isinstance(arguments, tuple):
             raise PickleError(f"its pickle calls a {type(function).__name__}")
         value = function.call(*arguments)
         self.made += len(value) if isinstance(value, bytes) else 0
         if self.made > MOST_BYTES:
             raise PickleError(f"its pickle makes more than {MOST_BYTES} bytes")
-        self.push(value)
+        return value
 
-    def call_with_keywords(self, _: Any) -> None:
-        self.pop()
-        self.call(None)
+    # --- opcodes --------------------------------------------------------------------------------------------------
 
-    def set_state(self, _: Any) -> None:
-        state, target = self.pop(), self.top()
+    def load_unread(self) -> None:
+        raise PickleError("its pickle has an opcode that is not read")
+
+    def load_frame(self) -> None:
+        self.read(8)  # how many bytes come next: only to read them faster
+
+    def load_bytearray8(self) -> None:
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        self.extend([value])
+
+    def load_appends(self) -> None:
+        self.extend(self.pop_mark())
+
+    def load_dict(self) -> None:
+        values = self.pop_mark()
+        self.append({})
+        self.update(values)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.update([key, value])
+
+    def load_setitems(self) -> None:
+        self.update(self.pop_mark())
+
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.append(self.call(function, arguments))
+
+    def load_newobj_ex(self) -> None:
+        self.stack.pop()  # arguments by keyword
+        self.load_reduce()
+
+    def load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, PlainArray | PlainDtype):
             target.set_state(state)
             if isinstance(target, PlainArray):
@@ -314,52 +291,11 @@ class Machine:
         elif not isinstance(target, StandIn | dict):  # an OrderedDict's attributes are dropped
             raise PickleError(f"its pickle sets attributes of a {type(target).__name__}")
 
-    def push_persistent(self, identifier: Any) -> None:
-        if self.persistent is None:
-            raise PickleError("its pickle refers to something outside it")
-        self.push(self.persistent(identifier))
+    load_newobj = load_reduce
+    load_additems = load_appends
+    load_empty_set, load_frozenset = PYTHONS.load_empty_list, PYTHONS.load_list
 
 
-OPCODES: dict[str, Callable[[Machine, Any], object]] = {
-    "PROTO": lambda m, _: None,
-    "FRAME": lambda m, _: None,
-    "MARK": Machine.mark,
-    "POP": Machine.discard,
-    "POP_MARK": lambda m, _: m.pop_mark(),
-    "DUP": lambda m, _: m.push(m.top()),
-    "NONE": lambda m, _: m.push(None),
-    "NEWTRUE": lambda m, _: m.push(True),
-    "NEWFALSE": lambda m, _: m.push(False),
-    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), Machine.push),
-    **dict.fromkeys(("FLOAT", "BINFLOAT"), Machine.push),
-    **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), Machine.push),
-    **dict.fromkeys(("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"), Machine.push),
-    "BYTEARRAY8": lambda m, content: m.push(bytes(content)),
-    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), Machine.push_bytes),
-    "EMPTY_LIST": lambda m, _: m.push([]),
-    "EMPTY_SET": lambda m, _: m.push([]),
-    "EMPTY_DICT": lambda m, _: m.push({}),
-    "EMPTY_TUPLE": lambda m, _: m.push(()),
-    "TUPLE1": lambda m, _: m.push_tuple(1),
-    "TUPLE2": lambda m, _: m.push_tuple(2),
-    "TUPLE3": lambda m, _: m.push_tuple(3),
-    "TUPLE": lambda m, _: m.push(tuple(m.pop_mark())),
-    "LIST": lambda m, _: m.push(m.pop_mark()),
-    "FROZENSET": lambda m, _: m.push(m.pop_mark()),
-    "DICT": Machine.push_dict,
-    "APPEND": Machine.append,
-    "APPENDS": lambda m, _: m.extend(m.pop_mark()),
-    "ADDITEMS": lambda m, _: m.extend(m.pop_mark()),
-    "SETITEM": Machine.set_item,
-    "SETITEMS": lambda m, _: m.update(m.pop_mark()),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), Machine.remember),
-    "MEMOIZE": lambda m, _: m.remember(len(m.memo)),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), Machine.recall),
-    "GLOBAL": Machine.push_global,
-    "STACK_GLOBAL": Machine.push_stack_global,
-    **dict.fromkeys(("REDUCE", "NEWOBJ"), Machine.call),
-    "NEWOBJ_EX": Machine.call_with_keywords,
-    "BUILD": Machine.set_state,
-    "PERSID": Machine.push_persistent,
-    "BINPERSID": lambda m, _: m.push_persistent(m.pop()),
-}
+Reader.dispatch = dict.fromkeys(range(256), Reader.load_unread)
+for code in (getattr(pickle, name)[0] for name in OPCODES.split()):
+    Reader.dispatch[code] = getattr(Reader, PYTHONS.dispatch[code].__name__)
