@@ -69,15 +69,14 @@ def check_count(count: int) -> None:
         raise ValueError(f"it holds {count} tensors, expected at most {MOST_TENSORS}")
 
 
-def zip_members(file: BinaryIO) -> dict[str, zipfile.ZipInfo]:
-    """The members of a zip archive by name. Raises ValueError or zipfile.BadZipFile."""
+def open_zip(file: BinaryIO) -> zipfile.ZipFile:
+    """A zip archive of a limited number of members. Raises ValueError or zipfile.BadZipFile."""
     end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # ZipFile would read a list of any length
     if end and end[5] > LARGEST_DIRECTORY:
         raise ValueError(f"its list of members has {end[5]} bytes, expected at most {LARGEST_DIRECTORY}")
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-    check_count(len(members))
-    found = {member.filename: member for member in members}
-    if len(found) < len(members):
+    archive = zipfile.ZipFile(file)
+    names = archive.namelist()
+    check_count(len(names))
+    if len(set(names)) < len(names):
         raise ValueError("it holds two members of one name")
-    return found
+    return archive

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import open_weights, reason, widen, zip_members
+from tinyvit.checkpoints.readers.common import open_weights, open_zip, reason, widen
 
 FACTOR, SPARE = 2, 1 << 26  # an archive unpacks to at most FACTOR times its size and SPARE bytes: weights hardly shrink
 
@@ -22,12 +22,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with open_weights(path) as file:
-            members = zip_members(file)
-            size = sum(member.file_size for member in members.values())
+            archive = open_zip(file)
+            members = archive.infolist()
+            size = sum(member.file_size for member in members)
             if size > FACTOR * path.stat().st_size + SPARE:
                 raise ValueError(f"it unpacks to {size} bytes, more than {FACTOR} times its size")
-            with zipfile.ZipFile(file) as archive:
-                return {name.removesuffix(".npy"): read_array(archive, member) for name, member in members.items()}
+            return {member.filename.removesuffix(".npy"): read_array(archive, member) for member in members}
     except CheckpointError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise nearly anything for a damaged file

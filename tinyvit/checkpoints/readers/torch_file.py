@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import struct
 import sys
 import zipfile
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import DTYPES, open_weights, read_bytes, reason, widen, zip_members
+from tinyvit.checkpoints.readers.common import DTYPES, open_zip, read_bytes, reason, widen
 from tinyvit.files.plain_pickle import (
-    MOST_BYTES,
     MOST_DIMENSIONS,
     PLAIN,
     Function,
@@ -38,7 +39,6 @@ from tinyvit.files.plain_pickle import (
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 SHARED = 1 << 26  # bytes that tensors may have beyond the file's size, when they share storages
-CHUNK = 1 << 24
 
 STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
@@ -65,7 +65,6 @@ class Storage:
 
     key: str
     dtype: str
-    numel: int
     start: int = 0
 
 
@@ -78,15 +77,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
-
-
-@dataclass
-class Place:
-    """Where a storage's bytes are in the file; `crc` is their checksum, 0 for none or once it has been compared."""
-
-    start: int
-    size: int
-    crc: int = 0
 
 
 def rebuild(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Any:
@@ -170,70 +160,65 @@ def describe(value: Any) -> str:
 class TorchFile:
     """The content of a .pth file: `content`, in which tensors are StoredTensor, and `read`, which gets their numbers.
 
+    Args:
+        path: for messages.
+        file: the file, which stays open as long as numbers are read.
+
     Raises CheckpointError for a file that is damaged, or that names a function of the standard library.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.places: dict[str, Place] = {}
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file, self.size = path, file, os.fstat(file.fileno()).st_size
+        self.left = self.size + SHARED  # bytes that may still be read
         self.storages: dict[str, Storage | StandIn] = {}
+        self.places: dict[str, Callable[[], np.ndarray]] = {}  # what reads a storage's bytes
+        self.loaded: dict[str, np.ndarray] = {}  # storages of which only a part has been asked for
         try:
-            with open_weights(path) as file:
-                self.size = path.stat().st_size
-                archive = file.read(2) == b"PK"
-                file.seek(0)
-                self.content = self.open_archive(file) if archive else self.open_legacy(file)
+            archive = file.read(2) == b"PK"
+            file.seek(0)
+            self.content = self.open_archive() if archive else self.open_legacy()
         except CheckpointError:
             raise
         except Exception as error:  # a broken or hostile stream can raise nearly anything
             raise CheckpointError(f"{path}: cannot be read as a torch file: {reason(error)}") from None
-        self.left = self.size + SHARED  # bytes that may still be read
 
-    def open_archive(self, file: BinaryIO) -> Any:
+    def open_archive(self) -> Any:
         """The content of a zip archive."""
-        members, root = zip_members(file), None
-        for name in members:
-            if name.endswith("/data.pkl"):
-                if root is not None:
-                    raise ValueError("it holds several data.pkl")
-                root = name.removesuffix("data.pkl")
-        if root is None:
-            raise ValueError("it is a zip archive, but not one of torch's: it holds no data.pkl")
-        if any(name.startswith(f"{root}code/") for name in members):
+        archive = open_zip(self.file)
+        members = {member.filename: member for member in archive.infolist()}
+        roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise ValueError(f"it is a zip archive, but not one of torch's: it holds {len(roots) or 'no'} data.pkl")
+        if any(name.startswith(f"{roots[0]}code/") for name in members):
             raise ValueError("it is a TorchScript program, expected a state dict")
+
+        def read(member: zipfile.ZipInfo) -> np.ndarray:
+            return np.frombuffer(archive.read(member), np.uint8)
+
         for name, member in members.items():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name[:100]} is compressed, which torch never does")
-            file.seek(member.header_offset)
-            name_length, extra_length = struct.unpack("<26x2H", file.read(30))
-            start = member.header_offset + 30 + name_length + extra_length
-            self.places[name.removeprefix(root).removeprefix("data/")] = Place(start, member.file_size, member.CRC)
-        if "byteorder" in self.places and self.member(file, "byteorder", 16) != b"little":
+            if member.file_size > self.size:
+                raise ValueError("the file is cut short")
+            if not member.CRC:  # its writer left out the checksums, which zipfile compares
+                del member.CRC
+            self.places[name.removeprefix(f"{roots[0]}data/")] = partial(read, member)
+        byteorder = members.get(f"{roots[0]}byteorder")
+        if byteorder and archive.read(byteorder) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        return self.unpickle(io.BytesIO(self.member(file, "data.pkl", MOST_BYTES)))
+        return self.unpickle(io.BytesIO(archive.read(members[f"{roots[0]}data.pkl"])))
 
-    def member(self, file: BinaryIO, key: str, most: int) -> bytes:
-        """All bytes of a member of the archive, compared with their checksum."""
-        place = self.places[key]
-        if place.size > most:
-            raise ValueError(f"its {key} has {place.size} bytes, expected at most {most}")
-        file.seek(place.start)
-        content = file.read(place.size)
-        if len(content) < place.size or (place.crc and zlib.crc32(content) != place.crc):
-            raise ValueError(f"its {key} is damaged (the checksum differs)")
-        return content
-
-    def open_legacy(self, file: BinaryIO) -> Any:
+    def open_legacy(self) -> Any:
         """The content of a row of pickles."""
-        magic, protocol, machine = (load_pickle(file, FUNCTIONS, unknown=other_name) for _ in range(3))
+        file = self.file
+        magic, protocol, machine = (self.unpickle(file) for _ in range(3))
         if magic != MAGIC:
             raise ValueError("it does not begin as torch's files do")
         if protocol != PROTOCOL:
             raise ValueError(f"its protocol is not {PROTOCOL}")
         if not isinstance(machine, dict) or machine.get("little_endian", machine.get(b"little_endian")) is False:
             raise ValueError("it was written on a big-endian machine")
-        content = self.unpickle(file)
-        keys = load_pickle(file, FUNCTIONS, unknown=other_name)
+        content, keys = self.unpickle(file), self.unpickle(file)
         if not isinstance(keys, list) or not all(isinstance(key, str | bytes) for key in keys):
             raise ValueError("its list of storages is damaged")
         position = file.tell()
@@ -244,7 +229,7 @@ class TorchFile:
             file.seek(position)
             (numel,) = struct.unpack("<q", file.read(8))
             length = numel * DTYPES[storage.dtype].itemsize
-            self.places[key] = Place(position + 8, length)
+            self.places[key] = partial(read_bytes, file, position + 8, length)
             position += 8 + length
             if numel < 0 or position > self.size:
                 raise ValueError("the file is cut short")
@@ -261,12 +246,12 @@ class TorchFile:
             return rest[0]
         if kind != "storage" or len(rest) < 4:
             raise ValueError("it refers to something that is no storage")
-        dtype, key, _, numel, *view = rest
+        dtype, key, _, _, *view = rest
         if isinstance(dtype, StandIn) and isinstance(key, str):
             return self.storages.setdefault(key, dtype)
-        if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(key, str) or not isinstance(numel, int):
+        if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(key, str):
             raise ValueError("it refers to a damaged storage")
-        storage = self.storages.setdefault(key, Storage(key, dtype, numel))
+        storage = self.storages.setdefault(key, Storage(key, dtype))
         if not view or view[0] is None or isinstance(storage, StandIn):
             return storage
         start = view[0][1]
@@ -287,50 +272,25 @@ class TorchFile:
             raise CheckpointError(f"{self.path}: {name[:100]} cannot be read: {reason(error)}") from None
 
     def tensor(self, tensor: StoredTensor) -> np.ndarray:
-        item, shape = DTYPES[tensor.dtype], tensor.shape
-        count = math.prod(shape)
-        reach = 1 + sum((n - 1) * s for n, s in zip(shape, tensor.strides, strict=True)) if count else 0
+        item, key = DTYPES[tensor.dtype], tensor.storage.key
+        count = math.prod(tensor.shape)
+        reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True)) if count else 0
         self.count(max(count, reach) * item.itemsize)
-        flat = self.part(tensor.storage, tensor.offset * item.itemsize, reach * item.itemsize).view(item)
-        strides = [stride * item.itemsize for stride in tensor.strides]
-        view = np.lib.stride_tricks.as_strided(flat, shape, strides)  # within `flat`: it has `reach` elements
-        if tensor.dtype == "BF16":
-            return widen(view)
-        return view if view.flags.c_contiguous and count == reach else np.array(view, order="C")
+        start = tensor.storage.start * DTYPES[tensor.storage.dtype].itemsize + tensor.offset * item.itemsize
+        end = start + reach * item.itemsize
+        if key not in self.places:
+            raise ValueError(f"its storage {key[:40]} is missing")
+        whole = self.loaded.pop(key) if key in self.loaded else self.places[key]()
+        if end > whole.size:
+            raise ValueError(f"it ends at byte {end} of a storage of {whole.size}")
+        if end - start < whole.size:
+            self.loaded[key] = whole
+        flat, strides = whole[start:end].view(item), [stride * item.itemsize for stride in tensor.strides]
+        view = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides)  # within `flat`: it has `reach` elements
+        return widen(view) if tensor.dtype == "BF16" else np.array(view, order="C")
 
     def count(self, size: int) -> None:
         """Keep what is read within the size of the file."""
         self.left -= size
         if self.left < 0:
             raise ValueError(f"its tensors have more bytes than the file ({self.size}): they repeat the same numbers")
-
-    def part(self, storage: Storage, skip: int, size: int) -> np.ndarray:
-        """`size` of a storage's bytes, after `skip`, from the file."""
-        place = self.places.get(storage.key)
-        if place is None:
-            raise ValueError(f"its storage {storage.key[:40]} is missing")
-        skip += storage.start * DTYPES[storage.dtype].itemsize
-        if skip + size > place.size:
-            raise ValueError(f"it ends at byte {skip + size} of a storage of {place.size}")
-        if place.start + place.size > self.size:
-            raise ValueError("the file is cut short")
-        with open(self.path, "rb") as file:
-            if place.crc and size < place.size:
-                self.check_storage(file, place)
-            content = read_bytes(file, place.start + skip, size)
-        if place.crc and zlib.crc32(content.data) != place.crc:  # 0: the writer left it out
-            raise ValueError("its bytes are damaged (the checksum differs)")
-        return content
-
-    def check_storage(self, file: BinaryIO, place: Place) -> None:
-        """Compare a storage with its checksum, once."""
-        file.seek(place.start)
-        found, left = 0, place.size
-        while left:
-            chunk = file.read(min(left, CHUNK))
-            if not chunk:
-                raise ValueError("the file is cut short")
-            found, left = zlib.crc32(chunk, found), left - len(chunk)
-        if found != place.crc:
-            raise ValueError("its bytes are damaged (the checksum differs)")
-        place.crc = 0

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import MOST_TENSORS, open_weights, read_json, zip_members
+from tinyvit.checkpoints.readers.common import MOST_TENSORS, open_weights, open_zip, read_json
 from tinyvit.checkpoints.readers.npz import read_npz
 from tinyvit.checkpoints.readers.safetensors import looks_like_safetensors, read_safetensors
 from tinyvit.checkpoints.readers.torch_file import TorchFile, describe
@@ -115,7 +115,7 @@ def is_npz(path: Path) -> bool:
     """Whether a zip archive is NumPy's; one that cannot be opened goes by its name."""
     try:
         with open_weights(path) as file:
-            return any(name.endswith(".npy") for name in zip_members(file))
+            return any(name.endswith(".npy") for name in open_zip(file).namelist())
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
         return path.suffix == ".npz"
 
@@ -137,16 +137,22 @@ def read_shards(index: Path) -> dict[str, np.ndarray]:
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dict, bare or in a checkpoint under one of the NESTED names. Raises CheckpointError."""
-    file = TorchFile(path)
-    content = file.content
+    with open_weights(path) as opened:
+        file = TorchFile(path, opened)
+        content = weights_in(file.content, path)
+        return {as_text(name): file.read(as_text(name), value) for name, value in content.items()}
+
+
+def weights_in(content: Any, path: Path) -> dict[Any, Any]:
+    """The state dict in the content of a torch file. Raises CheckpointError."""
     for name in 2 * NESTED:  # some are nested twice
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             if name in AVERAGED and any(isinstance(content.get(other), dict) for other in ("state_dict", "model")):
                 said = f"{path}: holds weights and averaged ones: those under {name} are read"
-                warnings.warn(said, stacklevel=2)
+                warnings.warn(said, stacklevel=3)
             content = content[name]
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds {describe(content)}, expected a state dict")
     if not all(isinstance(name, str | bytes) for name in content) or len(content) > MOST_TENSORS:
         raise CheckpointError(f"{path}: holds a dictionary that is no state dict")
-    return {as_text(name): file.read(as_text(name), value) for name, value in content.items()}
+    return content
