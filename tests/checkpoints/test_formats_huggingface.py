@@ -340,15 +340,15 @@ def change_config(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"model_type": "beit"}, "model_type is 'beit', expected one of vit, deit or vit_mae"),
+        ({"model_type": "beit"}, "model_type is 'beit', expected one of vit, deit, clip_vision_model"),
         ({"hidden_act": "relu"}, "hidden_act is 'relu', expected one of gelu"),
         ({"num_attention_heads": 5}, "embed_dim 48 is not divisible by num_heads 5"),
         ({"hidden_size": "48"}, "describes no model"),
         ({"layer_norm_eps": None}, "describes no model"),
         ({"image_size": {"height": 3}}, "describes no model"),
-        ({"num_hidden_layers": 3}, "its config has a depth of 3, its weights 2 blocks"),
-        ({"num_hidden_layers": 1}, "unexpected blocks.1.norm1.weight"),
-        ({"image_size": 40}, "pos_embed has shape (1, 17, 48), expected (1, 26, 48)"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers is 3, and 2 by the weights"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, and 2 by the weights"),
+        ({"image_size": 40}, "image_size is 40, and (32, 32) by the weights"),
         ({"qkv_bias": False}, "unexpected blocks.0.attn.qkv.bias"),
     ],
 )
@@ -362,9 +362,15 @@ def test_every_weight_is_accounted_for(directory):
     weights = load_file(path)
     for name in weights:
         save_file({k: v for k, v in weights.items() if k != name}, path)
-        assert "missing" in refusal(directory)
+        message = refusal(directory)
+        assert "missing" in message or "there is no " in message
+    for kind in ("weight", "bias"):
+        lost = [k for k in weights if k.endswith(tuple(f"{part}.{kind}" for part in ("query", "key", "value")))]
+        assert len(lost) == 6
+        save_file({k: v for k, v in weights.items() if k not in lost}, path)
+        assert "missing blocks.0.attn.qkv." in refusal(directory)
     save_file({k: v for k, v in weights.items() if "classifier" not in k}, path)
-    assert "missing head.weight; missing head.bias" in refusal(directory)
+    assert "the head of a ViTForImageClassification is missing" in refusal(directory)
     assert load_model(directory, num_classes=0).config.num_classes == 0
     save_file(weights | {"vit.encoder.layer.0.extra.weight": np.ones(2, np.float32)}, path)
     assert "unexpected vit.encoder.layer.0.extra.weight" in refusal(directory)
@@ -377,6 +383,15 @@ def test_every_weight_is_accounted_for(directory):
     for name in weights:
         save_file(weights | {name: np.ones((), np.float32)}, path)
         refusal(directory)
+
+
+def test_a_teachers_head_that_is_missing_is_not_passed_over(tmp_path):
+    make("deit-teacher").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if "distillation_classifier" not in k}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, tmp_path / "model.safetensors")
+    assert "missing head_dist.weight; missing head_dist.bias" in refusal(tmp_path)
 
 
 def test_the_decoder_of_a_model_for_masked_images_is_left_out(tmp_path):

@@ -15,16 +15,11 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats import google, huggingface, huggingface_families, huggingface_writing, timm
+from tinyvit.checkpoints.formats import google, huggingface, huggingface_writing, timm
 from tinyvit.checkpoints.native_file import write_checkpoint
 from tinyvit.checkpoints.readers.weight_files import read_weight_files
 
-LAYOUTS: tuple[tuple[str, ModuleType], ...] = (
-    ("huggingface", huggingface_families),
-    ("huggingface", huggingface),
-    ("timm", timm),
-    ("google", google),
-)
+LAYOUTS: dict[str, ModuleType] = {"huggingface": huggingface, "timm": timm, "google": google}
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "tinyvit": write_checkpoint,
     "timm": timm.write,
@@ -53,9 +48,8 @@ def read_other(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         files.arrays = {name.removeprefix(first): array for name, array in files.arrays.items()}
         layout = find_layout(files.arrays)
     if layout is None:
-        known = dict.fromkeys(name for name, _ in LAYOUTS)
         some = ", ".join(list(files.arrays)[:3])
-        problem = f"not the weights of a ViT in a known layout ({', '.join(known)}): it holds {some or 'nothing'} …"
+        problem = f"not the weights of a ViT in a known layout ({', '.join(LAYOUTS)}): it holds {some or 'nothing'} …"
         raise CheckpointError(f"{path}: {problem}")
     checkpoint = layout.read(files)
     for name, array in checkpoint.state.items():  # in place: two copies of all weights are never in memory
@@ -65,7 +59,7 @@ def read_other(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 
 def find_layout(names: Collection[str]) -> ModuleType | None:
     """The layout in which weights of these names are."""
-    return next((layout for _, layout in LAYOUTS if layout.recognises(names)), None)
+    return next((layout for layout in LAYOUTS.values() if layout.recognises(names)), None)
 
 
 def only_numbers(names: tuple[str, ...]) -> bool:

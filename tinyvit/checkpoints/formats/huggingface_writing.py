@@ -5,90 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
 from tinyvit.checkpoints.formats import huggingface_names as names
 from tinyvit.checkpoints.formats.common import split_qkv, write_directory
+from tinyvit.checkpoints.formats.huggingface_families import (
+    CLIP,
+    DEIT,
+    DINOV2,
+    DINOV3,
+    SIGLIP,
+    VIT,
+    WITH_REGISTERS,
+    Family,
+)
 from tinyvit.checkpoints.formats.huggingface_preprocessing import write_preprocessing
 from tinyvit.checkpoints.readers.weight_files import CONFIG, PREPROCESSOR
 from tinyvit.models.config import ViTConfig
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 MOST_MLP_RATIO = 64
-
-
-class Family(NamedTuple):
-    """Models of Transformers.
-
-    Attributes:
-        model_type: its name in config.json.
-        names: what the weights are called.
-        classes: for the pooling of a model, and whether it has a head, the class.
-        tower: stands before the names of weights outside the head.
-        room: our settings that it has no choice of, or not all choices, and what they may be.
-    """
-
-    model_type: str
-    names: Mapping[str, str]
-    classes: Mapping[tuple[str, bool], str]
-    tower: str
-    room: dict[str, tuple[Any, ...]]
-
-
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "resnet_layers": (None,), "conv_chans": (None,), "norm": ("layer_norm",), "embed_norm": (False,),
-    "proj_bias": (True,), "qk_norm": (False,), "scale_attn_norm": (False,), "scale_mlp_norm": (False,),
-}  # fmt: skip
-LEARNED = PLAIN | {"pos_embed": ("learn", "sincos2d"), "rope": (None,)}
-BEFORE_2023 = LEARNED | {"pre_norm": (False,), "final_norm": (True,), "init_values": (None,), "swiglu": (False,)}
-DINO = {"pre_norm": (False,), "final_norm": (True,), "representation_size": (None,), "distilled": (False,)}
-TOWER = LEARNED | {name: DINO[name] for name in ("representation_size", "distilled")}
-TOWER |= {"init_values": (None,), "swiglu": (False,), "qkv_bias": (True,), "reg_tokens": (0,)}
-
-
-def classes(stem: str) -> dict[tuple[str, bool], str]:
-    return {("token", False): f"{stem}Model", ("token", True): f"{stem}ForImageClassification"}
-
-
-def dinov2(stem: str) -> dict[tuple[str, bool], str]:
-    return classes(stem) | {("avg", True): f"{stem}ForImageClassification"}
-
-
-VIT = Family("vit", names.VIT, classes("ViT"), "vit.", BEFORE_2023 | {"reg_tokens": (0,)})
-DEIT = Family("deit", names.VIT, classes("DeiT"), "deit.", BEFORE_2023)
-DINOV2 = Family("dinov2", names.DINOV2, dinov2("Dinov2"), "dinov2.", LEARNED | DINO)
-WITH_REGISTERS = Family(
-    "dinov2_with_registers", names.DINOV2, dinov2("Dinov2WithRegisters"), "dinov2_with_registers.", LEARNED | DINO
-)
-DINOV3 = Family(
-    "dinov3_vit", names.DINOV3, {("token", False): "DINOv3ViTModel"}, "",
-    PLAIN | DINO | {"pos_embed": ("none",), "rope": ("dinov3",)},
-)  # fmt: skip
-CLIP = Family(
-    "clip_vision_model",
-    names.SIGLIP,
-    {
-        ("token", False): "CLIPVisionModel",
-        ("token", True): "CLIPVisionModelWithProjection",
-        ("avg", True): "CLIPForImageClassification",
-    },
-    "vision_model.",
-    TOWER,
-)
-SIGLIP = Family(
-    "siglip_vision_model",
-    names.SIGLIP,
-    {
-        ("map", False): "SiglipVisionModel",
-        ("avg", False): "SiglipVisionModel",
-        ("avg", True): "SiglipForImageClassification",
-    },
-    "vision_model.",
-    TOWER | {"class_token": (False,), "pre_norm": (False,), "final_norm": (True,)},
-)
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
