@@ -128,6 +128,7 @@ def test_resume_needs_a_sound_config(unbroken, tmp_path, text):
         ("plan", "warmup_steps", 0.5),
         ("plan", "steps_per_epoch", 0),
         ("plan", "total_steps", 0),
+        ("data", "fingerprint", None),
     ],
 )
 def test_resume_needs_sound_values_in_the_config(unbroken, tmp_path, part, name, value):

@@ -42,6 +42,11 @@ def checked(values: Any, fields: Mapping[str, Check], *, required: Collection[st
     return found
 
 
+def record(fields: Mapping[str, Check]) -> Check:
+    """An object that has all of these fields; others are left out."""
+    return lambda values: checked(values, fields, required=fields)
+
+
 def shown(value: Any) -> str:
     """A short form of any value for a message."""
     if isinstance(value, int) and abs(value) >= 10**40:

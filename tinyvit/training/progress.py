@@ -10,37 +10,33 @@ from typing import Any
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.native_file import read_metadata
 from tinyvit.evaluation.metrics import Scores
-from tinyvit.files.fields import boolean, checked, integer, list_of, number
+from tinyvit.files.fields import Check, boolean, integer, list_of, number, record
 
 _COUNT, _SECONDS, _SHARE = integer(0, 10**15), number(0, 1e12), number(0, 1)
 _LOSS = number(-1e30, 1e30)  # class weights can make a mean of losses as large as they like, but not infinite
-ROW = {
-    "epoch": integer(1, 10**15),
-    "step": integer(1, 10**15),
-    "train_loss": _LOSS,
-    "train_accuracy": _SHARE,
-    "val_loss": _LOSS,
-    "val_accuracy": _SHARE,
-    "val_top5": _SHARE,
-    "lr": number(0, 1e30),
-    "images_per_second": number(0, 1e15),
-    "seconds": _SECONDS,
-}
-_FIELDS = {
-    "step": _COUNT,
-    "epoch": _COUNT,
-    "batch": _COUNT,
-    "seen": _COUNT,
-    "correct": _COUNT,
-    "loss_sum": _LOSS,
-    "epoch_seconds": _SECONDS,
-    "seconds": _SECONDS,
-    "best_accuracy": number(-1, 1),
-    "best_loss": _LOSS,
-    "best_epoch": _COUNT,
-    "finished": boolean,
-    "history": list_of(lambda row: checked(row, ROW, required=ROW), 0, 10**6),
-}
+ROW = record(
+    {
+        "epoch": integer(1, 10**15),
+        "step": integer(1, 10**15),
+        "train_loss": _LOSS,
+        "train_accuracy": _SHARE,
+        "val_loss": _LOSS,
+        "val_accuracy": _SHARE,
+        "val_top5": _SHARE,
+        "lr": number(0, 1e30),
+        "images_per_second": number(0, 1e15),
+        "seconds": _SECONDS,
+    }
+)
+
+
+def _rows(values: Any) -> list[dict[str, Any]]:
+    return list(list_of(ROW, 0, 10**6)(values))
+
+
+def _field(default: Any, check: Check) -> Any:
+    """A field of Progress with its default, and its type and range in a file."""
+    return dataclasses.field(default=default, metadata={"check": check})
 
 
 @dataclasses.dataclass
@@ -57,19 +53,19 @@ class Progress:
         history: one row for each epoch, as in metrics.jsonl.
     """
 
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seen: int = 0
-    correct: int = 0
-    loss_sum: float = 0.0
-    epoch_seconds: float = 0.0
-    seconds: float = 0.0
-    best_accuracy: float = -1.0
-    best_loss: float = 0.0
-    best_epoch: int = 0
-    finished: bool = False
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    step: int = _field(0, _COUNT)
+    epoch: int = _field(0, _COUNT)
+    batch: int = _field(0, _COUNT)
+    seen: int = _field(0, _COUNT)
+    correct: int = _field(0, _COUNT)
+    loss_sum: float = _field(0.0, _LOSS)
+    epoch_seconds: float = _field(0.0, _SECONDS)
+    seconds: float = _field(0.0, _SECONDS)
+    best_accuracy: float = _field(-1.0, number(-1, 1))
+    best_loss: float = _field(0.0, _LOSS)
+    best_epoch: int = _field(0, _COUNT)
+    finished: bool = _field(False, boolean)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list, metadata={"check": _rows})
 
     @classmethod
     def read(cls, path: Path) -> Progress:
@@ -79,8 +75,8 @@ class Progress:
             CheckpointError: the file cannot be read, or a value is missing, of a wrong type or out of range.
         """
         try:
-            values = checked(read_metadata(path).get("progress"), _FIELDS, required=_FIELDS)
-            progress = cls(**{**values, "history": list(values["history"])})
+            checks = record({field.name: field.metadata["check"] for field in dataclasses.fields(cls)})
+            progress = cls(**checks(read_metadata(path).get("progress")))
             progress._check_sums()
         except ValueError as error:
             raise CheckpointError(f"{path}: the progress of its run is damaged: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import platform
 import time
@@ -50,8 +49,8 @@ from tinyvit.training.config import (
 from tinyvit.training.display import Display, clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.recipes import best_recipe, read_recipe
-from tinyvit.training.run_directory import Record, RunDirectory, curve_labels
-from tinyvit.training.schedule import RunLength, learning_rate
+from tinyvit.training.run_directory import Record, RunDirectory
+from tinyvit.training.schedule import RunLength
 from tinyvit.training.signals import stop_on_signals
 from tinyvit.training.tensorboard import check_log, open_log
 from tinyvit.training.time_budget import TimeBudget
@@ -228,10 +227,10 @@ def start_run(
             budget = TimeBudget.rehearse(end, spent, data.validation, directory, options.warmup)
             length = budget.length
             display.line(f"about {length.total_steps} steps fit into {clock(60 * options.minutes)}")
-        trainer = make_trainer(options, parts, data, length, shards, directory, display, budget=budget)
+        trainer = make_trainer(options, data, parts, length, shards, directory, display, budget=budget)
         if checkpoint is not None:
             checkpoint.state.clear()  # the model has its own copy
-        directory.write_config(trainer.config(length))
+        directory.write_config(trainer.config, length)
         directory.write_metrics([])
         trainer.save()  # from here on the run can be resumed, whatever happens to it
         return finish(trainer, options.log)
@@ -281,7 +280,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     with directory.locked():
         directory.remove_leftovers()
         data = on_device(options, data, checkpoint, display, group)
-        shards = record.shards or usual_shards(options, group)
+        shards = record.shards
         if shards % group.size:
             recorded, shards = shards, -(-shards // group.size) * group.size
             display.line(f"a batch has {shards} shards in place of {recorded}: rounding will differ")
@@ -290,19 +289,17 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
             checkpoint.state.clear()  # the model has its own copy
         parts.restore(directory.last)
         group.exchange(None, SLOW)  # all have read it, before it is written again
-        trainer = make_trainer(options, parts, data, length, shards, directory, display, progress=progress)
+        trainer = make_trainer(options, data, parts, length, shards, directory, display, progress=progress)
         display.line(f"continuing {directory.path} after step {progress.step} of {length.total_steps}")
         if length != record.length or shards != record.shards:
-            directory.write_config(trainer.config(length))
+            directory.write_config(trainer.config, length)
         directory.write_metrics(progress.history)  # drops the rows of epochs after the checkpoint
         return finish(trainer, options.log)
 
 
 def resumed_options(directory: RunDirectory, record: Record, given: Mapping[str, Any]) -> TrainConfig:
     """The recorded options, with those of `given` that may change. Raises UsageError for the others."""
-    recorded = dict(record.options)
-    if recorded["image_size"] is None:  # a run of an earlier version
-        recorded["image_size"] = "x".join(map(str, record.image_size))
+    recorded = record.options
     more_epochs = given.get("epochs") is not None and given["epochs"] > (recorded["epochs"] or math.inf)
     if more_epochs and recorded["schedule"] != "constant":
         raise UsageError(
@@ -333,23 +330,20 @@ def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, d
 
 def make_trainer(
     options: TrainConfig,
-    parts: Parts,
     data: Data,
+    parts: Parts,
     length: RunLength,
     shards: int,
     directory: RunDirectory,
     display: Display,
-    *,
-    budget: TimeBudget | None = None,
-    progress: Progress | None = None,
+    **more: TimeBudget | Progress | None,
 ) -> Trainer:
-    """The trainer of a run, with what its files say of it."""
-    assert options.lr is not None
+    """The trainer of a run, with what its files say of it; `more` as for `Trainer`."""
     split = {"val_fraction": options.val_fraction or VAL_FRACTION, "seed": options.seed}
     preprocessing = Preprocessing(data.mean, data.std, **data.fit_options)
     description = describe(parts.model.config, data.class_names, preprocessing, split)
     sizes = {"train": len(data.train), "val": len(data.validation), "test": len(data.test)}
-    fixed = {
+    config = {
         "options": dataclasses.asdict(options),
         "shards": shards,
         "data": {"name": data.name, "fingerprint": data.fingerprint, **sizes},
@@ -357,22 +351,7 @@ def make_trainer(
         "device": devices.describe_device(parts.step.parameters[0].data),
         **description,
     }
-    title, training_loss = curve_labels(dataclasses.asdict(options), data.name)
-    return Trainer(
-        parts,
-        data.validation,
-        length,
-        functools.partial(learning_rate, options.schedule, options.lr),
-        directory,
-        display,
-        config=lambda length: {**fixed, "plan": dataclasses.asdict(length)},
-        description=description,
-        title=title,
-        training_loss=training_loss,
-        patience=options.patience,
-        budget=budget,
-        progress=progress,
-    )
+    return Trainer(options, data, parts, length, directory, display, config, description, **more)  # type: ignore[arg-type]
 
 
 def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkpoint | None, display: Display) -> None:

@@ -19,7 +19,7 @@ from tinyvit.checkpoints.checkpoint import BEST, LAST, CheckpointError
 from tinyvit.checkpoints.native_file import save
 from tinyvit.errors import UsageError
 from tinyvit.files.atomic import atomic_write, write_text
-from tinyvit.files.fields import checked, integer, text
+from tinyvit.files.fields import integer, record, text
 from tinyvit.files.reading import parse_json, read_text
 from tinyvit.files.text import printable
 from tinyvit.training.config import FIELDS, TrainConfig, read_value
@@ -29,31 +29,35 @@ from tinyvit.training.schedule import RunLength
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
 DRAW_EVERY = 10.0  # seconds between two drawings of the curves, at least: one takes a quarter of a second
 
-_COUNT = integer(0, 10**15)
-_LENGTH = {"total_steps": integer(1, 10**15), "steps_per_epoch": integer(1, 10**12), "warmup_steps": _COUNT}
-_DATA = {"name": text, "fingerprint": text}
+_LENGTH = {"total_steps": integer(1, 10**15), "steps_per_epoch": integer(1, 10**12), "warmup_steps": integer(0, 10**15)}
+_CONFIG = record(
+    {
+        "plan": record(_LENGTH),
+        "data": record({"name": text, "fingerprint": text}),
+        "shards": integer(1, 10**6),
+        "device": text,
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What config.json says about a run that can be resumed.
+    """What config.json says about a run.
 
     Attributes:
         options: all options, complete.
         length: the number of steps.
-        shards: the number of shards of a batch on a CPU; None in runs that did not record it.
-        image_size: (height, width) of the images.
+        shards: the number of shards of a batch on a CPU.
         data_name, fingerprint: the data set.
-        device: where it ran; "" in runs that did not record it.
+        device: where it ran.
     """
 
     options: dict[str, Any]
     length: RunLength
-    shards: int | None
-    image_size: tuple[int, int]
+    shards: int
     data_name: str
     fingerprint: str
-    device: str = ""
+    device: str
 
 
 class RunDirectory:
@@ -108,9 +112,9 @@ class RunDirectory:
         finally:
             os.close(descriptor)
 
-    def write_config(self, config: Mapping[str, Any]) -> None:
+    def write_config(self, config: Mapping[str, Any], length: RunLength) -> None:
         """Write config.json."""
-        self._write(CONFIG, json.dumps(config, indent=2) + "\n")
+        self._write(CONFIG, json.dumps({**config, "plan": dataclasses.asdict(length)}, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         if self.writes:
@@ -135,27 +139,17 @@ class RunDirectory:
         path = self.path / CONFIG
         try:
             content = parse_json(read_text(path))
-            length = checked(content.get("plan"), _LENGTH, required=_LENGTH)
-            if length["warmup_steps"] >= length["total_steps"]:
+            found = _CONFIG(content)
+            length = RunLength(**found["plan"])
+            if length.warmup_steps >= length.total_steps:
                 raise ValueError("its warm-up is longer than the run")
-            data = checked(content.get("data"), _DATA, required=_DATA)
-            where = checked(content, {"shards": integer(1, 10**6), "device": text})
-            model = checked(content.get("config"), {"image_size": _size}, required=("image_size",))
             options = _read_options(path, content.get("options"))
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
         except UsageError as error:
             raise CheckpointError(str(error)) from None
-        size = model["image_size"]
-        return Record(
-            options,
-            RunLength(**length),
-            where.get("shards"),
-            size,
-            data["name"],
-            data["fingerprint"],
-            where.get("device", ""),
-        )
+        data = found["data"]
+        return Record(options, length, found["shards"], data["name"], data["fingerprint"], found["device"])
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl: one JSON object for each epoch."""
@@ -165,7 +159,7 @@ class RunDirectory:
         """The rows of metrics.jsonl. Raises CheckpointError, OSError."""
         path = self.path / METRICS
         try:
-            return [checked(parse_json(line), ROW, required=ROW) for line in read_text(path).splitlines()]
+            return [ROW(parse_json(line)) for line in read_text(path).splitlines()]
         except ValueError as error:
             raise CheckpointError(f"{path} is damaged: {error}") from None
 
@@ -195,24 +189,18 @@ def plot(path: Path) -> Path:
     record, progress = directory.read_record(), Progress.read(directory.last)
     if not progress.history:
         raise UsageError(f"{path}: no epoch has ended yet, so there is nothing to draw")
-    title, training_loss = curve_labels(record.options, record.data_name)
-    directory.draw_curves(progress.history, title, training_loss, now=True)
+    labels = curve_labels(TrainConfig(**record.options), record.data_name)
+    directory.draw_curves(progress.history, *labels, now=True)
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError('curves need matplotlib: pip install "tinyvit[plot]"')
     return directory.curves
 
 
-def curve_labels(options: Mapping[str, Any], data_name: str) -> tuple[str, str]:
+def curve_labels(options: TrainConfig, data_name: str) -> tuple[str, str]:
     """The title of a run's curves, and what its training loss includes besides the cross-entropy."""
-    included = {name: options[name] for name in ("label_smoothing", "mixup", "cutmix")}
+    included = {name: getattr(options, name) for name in ("label_smoothing", "mixup", "cutmix")}
     parts = [f"{name.replace('_', ' ')} {value:g}" for name, value in included.items() if value]
-    return f"{options['model']} on {data_name}", ", ".join(parts)
-
-
-def _size(value: Any) -> tuple[int, int]:
-    sides = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
-    height, width = map(integer(1, 10**6), sides)
-    return height, width
+    return f"{options.model} on {data_name}", ", ".join(parts)
 
 
 def _read_options(path: Path, values: Any) -> dict[str, Any]:

@@ -18,15 +18,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tinyvit.backend import arrays
-from tinyvit.data import Split
+from tinyvit.data import Data
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, Stopped
 from tinyvit.evaluation.metrics import EvaluationError, Scores
 from tinyvit.training.build import Parts
+from tinyvit.training.config import TrainConfig
 from tinyvit.training.display import Display, clock
 from tinyvit.training.progress import Progress
-from tinyvit.training.run_directory import RunDirectory
-from tinyvit.training.schedule import RunLength
+from tinyvit.training.run_directory import RunDirectory, curve_labels
+from tinyvit.training.schedule import RunLength, learning_rate
 from tinyvit.training.signals import Stop
 from tinyvit.training.tensorboard import Log, no_log
 from tinyvit.training.time_budget import TimeBudget
@@ -38,52 +39,49 @@ class TrainError(ReportedError):
     """Training that cannot go on."""
 
 
+@dataclasses.dataclass
 class Trainer:
     """Trains to the end of a run, and keeps its directory up to date.
 
-    Args:
+    Attributes:
+        options: complete ones.
+        data: its validation split chooses the best epoch.
         parts: the model, its optimizer, the step and the batches.
-        validation: the split that chooses the best epoch.
         length: the number of steps.
-        rate: from a length to the learning rate at each step.
         directory: where the run is written.
         display: where its lines and its bar go.
-        config: what config.json says, for the present length.
+        config: what config.json says besides the length.
         description: the metadata of the weights.
-        title, training_loss: for the curves, see `curves_png`.
-        patience: end after so many epochs without a better validation accuracy; None for no early end.
         budget: corrects the length as the run goes on; None for a fixed length.
         progress: where the run is.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        validation: Split,
-        length: RunLength,
-        rate: Callable[[RunLength], Callable[[int], float]],
-        directory: RunDirectory,
-        display: Display,
-        config: Callable[[RunLength], Mapping[str, Any]],
-        description: Mapping[str, Any],
-        title: str,
-        training_loss: str = "",
-        patience: int | None = None,
-        budget: TimeBudget | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        self.parts, self.validation, self.length, self.rate = parts, validation, length, rate
-        self.directory, self.display, self.config, self.description = directory, display, config, description
-        self.title, self.training_loss, self.patience, self.budget = title, training_loss, patience, budget
+    options: TrainConfig
+    data: Data
+    parts: Parts
+    length: RunLength
+    directory: RunDirectory
+    display: Display
+    config: Mapping[str, Any]
+    description: Mapping[str, Any]
+    budget: TimeBudget | None = None
+    progress: Progress = dataclasses.field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
         self.log: Log = no_log
-        self.group = parts.step.group
-        self.progress = Progress() if progress is None else progress
+        self.group = self.parts.step.group
         self.parts.step.step_index = self.progress.step
         self.pending: deque[tuple[Any, int, float]] = deque()  # results, which may lie on a device, images and rates
-        self.read_every = 0.0 if arrays.on_host(parts.step.parameters[0].data) else READ_EVERY
+        self.read_every = 0.0 if arrays.on_host(self.parts.step.parameters[0].data) else READ_EVERY
         self.read_at = self.saved_at = time.monotonic()
         self.unsaved_best: dict[str, np.ndarray] | None = None
         self.epoch_end_seconds = 0.0  # in this process
+
+    @property
+    def rate(self) -> Callable[[int], float]:
+        """The learning rate at each step of the present length."""
+        assert self.options.lr is not None
+        return learning_rate(self.options.schedule, self.options.lr, self.length)
 
     def run(self, stop: Stop, log: Log = no_log) -> None:
         """Train to the end; `log` gets the figures of each step and epoch. Raises Stopped, TrainError, OSError."""
@@ -99,7 +97,7 @@ class Trainer:
 
     def train_epoch(self, stop: Stop) -> None:
         """Do the steps of the present epoch that are still to be done."""
-        p, parts, rate = self.progress, self.parts, self.rate(self.length)
+        p, parts, rate = self.progress, self.parts, self.rate
         self.display.doing(f"epoch {p.epoch + 1}  step {p.step}/{self.length.total_steps}")
         begun = time.monotonic()
         for images, labels in parts.loader.epoch(p.epoch, first_batch=p.batch):
@@ -116,7 +114,7 @@ class Trainer:
             p.add_seconds(seconds)
             if due:
                 self.correct_length()
-                rate = self.rate(self.length)
+                rate = self.rate
             if shown:
                 self.display.step(p.step, p.epoch + 1, p.mean_loss, p.accuracy, p.images_per_second)
             if signum is not None:
@@ -138,16 +136,17 @@ class Trainer:
             self.save_and_stop(signum or 0)  # all batches are done: a resumed run begins with the evaluation
         evaluated = time.monotonic()
         row = p.end_epoch(scores, self.parts.optimizer.lr, evaluated - begun)
-        given_up = self.patience is not None and p.epoch - p.best_epoch >= self.patience
+        patience = self.options.patience
+        given_up = patience is not None and p.epoch - p.best_epoch >= patience
         p.finished = given_up or p.step >= self.length.total_steps
         self.directory.write_metrics(p.history)
         self.log("epoch", p.step, {name: value for name, value in row.items() if name not in ("epoch", "step")})
         if p.finished or time.monotonic() - self.saved_at >= self.parts.save_every:
             self.save()
-        self.directory.draw_curves(p.history, self.title, self.training_loss, now=p.finished)
+        self.directory.draw_curves(p.history, *curve_labels(self.options, self.data.name), now=p.finished)
         self.display.line(epoch_line(row, self.length))
         if given_up and p.step < self.length.total_steps:
-            self.display.line(f"stopping early: {self.patience} epochs without a better validation accuracy")
+            self.display.line(f"stopping early: {patience} epochs without a better validation accuracy")
         self.group.exchange(None, SLOW)  # the files are written
         p.seconds += time.monotonic() - evaluated
         self.epoch_end_seconds += time.monotonic() - begun
@@ -155,10 +154,10 @@ class Trainer:
     def evaluate(self, stop: Stop) -> Scores | None:
         """Scores of the model, or of its average, on the validation split; keeps the best weights. None if stopped."""
         ema = self.parts.ema
-        self.display.doing(f"epoch {self.progress.epoch + 1}  evaluating {len(self.validation)} validation images")
+        self.display.doing(f"epoch {self.progress.epoch + 1}  evaluating {len(self.data.validation)} validation images")
         with ema.applied() if ema is not None else contextlib.nullcontext():
             try:
-                scores = self.parts.evaluate(self.validation, stop)
+                scores = self.parts.evaluate(self.data.validation, stop)
             except EvaluationError as error:
                 raise self.failure(str(error)) from None
             if scores is not None and self.progress.improved_by(scores) and self.directory.writes:
@@ -204,7 +203,7 @@ class Trainer:
         epoch_end = self.epoch_end_seconds / p.epoch if p.epoch else None
         length = self.budget.correct(p.step, p.batch, p.seconds - self.epoch_end_seconds, epoch_end)
         self.length = RunLength(*self.group.from_first(dataclasses.astuple(length)))
-        self.directory.write_config(self.config(self.length))
+        self.directory.write_config(self.config, self.length)
         self.save()  # a killed run must not repeat steps of the old length under the new one
         self.group.exchange(None, SLOW)  # the files are written
         self.display.lengthen(self.length.total_steps)

@@ -52,7 +52,7 @@ class Run:
         return {
             "model": str(self.record.options["model"]),
             "data": self.record.data_name,
-            "device": self.record.device or "not recorded",
+            "device": self.record.device,
             "parameters": f"{model.parameters:,}",
             "FLOPs an image": short(model.flops),
             "epochs": self.record.length.epochs_after(p.step).strip() + ("" if p.finished else " (not finished)"),

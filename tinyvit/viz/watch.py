@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.files.text import printable
+from tinyvit.training.config import TrainConfig
 from tinyvit.training.display import clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import METRICS, RunDirectory, curve_labels
@@ -49,7 +50,7 @@ def frame(directory: RunDirectory, size: os.terminal_size, colours: bool) -> tup
     record = directory.read_record()
     finished = Progress.read(directory.last).finished  # before the rows, which are whole once it is
     rows = directory.read_metrics()
-    title, _ = curve_labels(record.options, record.data_name)
+    title, _ = curve_labels(TrainConfig(**record.options), record.data_name)
     if not rows:
         return printable(f"{title}: no epoch has ended yet"), finished
     ago = clock(max(0.0, time.time() - (directory.path / METRICS).stat().st_mtime))
