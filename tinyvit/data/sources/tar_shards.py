@@ -2,16 +2,15 @@
 
 What comes before the first dot of a member's name is its key; members of one key belong together. The class of an image
 is what its `.cls` holds, a number or a word; without one, `label` (else `class`) of the object in its `.json`. Classes
-that are numbers are named by the lines of `classes.txt` (or `classnames.txt`) beside the archives, else by the `class`
-beside each `label`, if these are one to one, else by the numbers. Other members are passed over.
+that are numbers are named by the lines of `classes.txt` (or `classnames.txt`) beside the archives, else by the numbers.
+Other members are passed over.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,13 +37,12 @@ LABEL = either(integer(0, 2**31 - 1), text)
 
 @dataclass
 class Shard:
-    """What was found in one archive; `named` are the numbers and words that stood together in `.json` members."""
+    """What was found in one archive: the images, and what was left out."""
 
     names: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     offset: array[int] = field(default_factory=partial(array, "q"))
     size: array[int] = field(default_factory=partial(array, "q"))
-    named: set[tuple[str, str]] = field(default_factory=set)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -54,21 +52,19 @@ def find_in_tar(path: Path, val_fraction: float, seed: int, *, skip_corrupt: boo
     Only the headers of the members and their labels are read. What is wrong with an archive or a member is an error,
     unless `skip_corrupt`. Raises DataError.
     """
-    parts = by_split(path, files_of(path, ".tar"))
     base = path if path.is_dir() else path.parent
-    named: set[tuple[str, str]] = set()
-    rows = {part: read_part(base, files, skip_corrupt, named) for part, files in parts.items()}
-    numbers = sorted({name for part in rows.values() for name in part.classes if name.isdecimal()}, key=int)
-    order = numbers
-    if words := class_names(base, numbers, named):
+    parts = by_split(path, files_of(path, ".tar"))
+    rows = {part: read_part(base, files, skip_corrupt) for part, files in parts.items()}
+    order = sorted({name for part in rows.values() for name in part.classes if name.isdecimal()}, key=int)
+    if order and (words := class_names(base, int(order[-1]))):
         for part in rows.values():
-            part.classes = [words.get(name, name) for name in part.classes]
-        order = [words[number] for number in numbers]
+            part.classes = [words[int(name)] if name.isdecimal() else name for name in part.classes]
+        order = [words[int(number)] for number in order]
     return number_classes(path, rows, order, val_fraction, seed)
 
 
-def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool, named: set[tuple[str, str]]) -> Rows:
-    """The images of all archives of a part, in their order; adds to `named`."""
+def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool) -> Rows:
+    """The images of all archives of a part, in their order."""
     names, classes, skipped = Texts(), list[str](), list[str]()
     archive, offset, size = array("i"), array("q"), array("q")
     for number, shard in enumerate(in_threads(partial(read_shard, skip_corrupt=skip_corrupt), files)):
@@ -78,7 +74,6 @@ def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool, named: set[
         archive.extend([number] * len(shard.names))
         offset += shard.offset
         size += shard.size
-        named |= shard.named
         skipped += shard.skipped
     members = Members(tuple(files), *(np.array(column, np.int64) for column in (archive, offset, size)))
     return Rows(names, classes, members, tuple(skipped))
@@ -87,92 +82,78 @@ def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool, named: set[
 def read_shard(path: Path, skip_corrupt: bool) -> Shard:
     """The images of one archive and their classes. Raises DataError, unless `skip_corrupt`."""
     shard = Shard()
-    images: dict[str, Member] = {}
-    labels: dict[str, str] = {}
-    notes: dict[str, Member] = {}  # the .json of each key
-    others: dict[str, str] = {}  # images whose endings say more, such as 0001.left.jpg
+    groups: dict[str, dict[str, Member]] = {}
 
-    def wrong(what: str, problem: str) -> None:
+    def wrong(what: str, problem: object) -> None:
         if not skip_corrupt:
             raise DataError(f"{path}{what}: {problem}{SKIP_HINT}")
         shard.skipped.append(f"{path}{what} ({problem})")
-
-    def sort(member: Member) -> None:
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, ending = name.partition(".")
-        key, ending = f"{folder}{slash}{stem}", f".{ending.lower()}"
-        if not (stem and dot) or member.kind == "a folder":
-            return
-        if ending not in known_endings() and ending not in (".cls", ".json"):
-            if Path(ending).suffix in known_endings():
-                others[key] = member.name
-            return
-        if member.kind:
-            raise ValueError(f"it is {member.kind}, expected a regular file")
-        if key in (labels if ending == ".cls" else notes if ending == ".json" else images):
-            raise ValueError(f"it is the second {'image' if ending in known_endings() else ending} of {key}")
-        if ending == ".cls":
-            labels[key] = label_of(file, member)
-        elif ending == ".json":
-            notes[key] = member
-        elif member.size > LARGEST_IMAGE:
-            raise ValueError(f"it has {member.size} bytes, at most {LARGEST_IMAGE} are read")
-        else:
-            images[key] = member
 
     with open_regular(path, buffering=4096) as file:
         try:
             for member in read_members(file):
                 try:
-                    sort(member)
+                    sort(member, groups)
                 except ValueError as error:
-                    wrong(f", {member.name}", str(error))
+                    wrong(f", {member.name}", error)
         except ValueError as error:
-            wrong("", str(error))
-        for key, image in images.items():
+            wrong("", error)
+        for key, group in groups.items():
+            image, note = group.get("image"), group.get(".cls") or group.get(".json")
             try:
-                label = labels.pop(key, "") or noted_label(file, notes[key], shard)
-            except KeyError:
-                wrong(f", {image.name}", f"it has no class: expected {key}.cls or {key}.json beside it")
+                label = class_of(file, note) if note else ""
             except ValueError as error:
-                wrong(f", {notes[key].name}", str(error))
+                if note and (image or ".cls" in group):  # a .json alone may say anything
+                    wrong(f", {note.name}", error)
+                continue
+            if not image:
+                named = note or group["view"]
+                wrong(f", {named.name}", f"there is no image {key}.jpg (.png, .webp, …)")
+            elif not label:
+                wrong(f", {image.name}", f"it has no class: expected {key}.cls or {key}.json beside it")
             else:
                 shard.names.append(image.name)
                 shard.classes.append(sys.intern(label))
                 shard.offset.append(image.offset)
                 shard.size.append(image.size)
-        lonely = {key: f"{key}.cls" for key in labels}
-        for key, note in notes.items():
-            if key not in images and has_label(file, note):
-                lonely[key] = note.name
-    for key, name in {**lonely, **others}.items():
-        if key not in images:
-            wrong(f", {name}", f"there is no image {key}.jpg (.png, .webp, …)")
-    if not images and not shard.skipped:
+    if not shard.names and not shard.skipped:
         wrong("", "it has no images with a class beside them, such as 0001.jpg and 0001.cls")
     return shard
 
 
-def label_of(file: BinaryIO, member: Member) -> str:
-    """The class that a `.cls` member holds. Raises ValueError."""
-    return class_word(content_of(file, member, LARGEST_CLS))
+def sort(member: Member, groups: dict[str, dict[str, Member]]) -> None:
+    """Put a member that counts into the group of its key: as "image", ".cls" or ".json", or as "view".
+
+    A view is an image whose ending says more, such as 0001.left.jpg. Raises ValueError.
+    """
+    folder, slash, name = member.name.rpartition("/")
+    stem, dot, ending = name.partition(".")
+    key, ending = f"{folder}{slash}{stem}", f".{ending.lower()}"
+    if ending in known_endings():
+        what = "image"
+    elif ending in (".cls", ".json"):
+        what = ending
+    else:
+        what = "view" if Path(ending).suffix in known_endings() else ""
+    if not (stem and dot and what) or member.kind == "a folder":
+        return
+    if what != "view":
+        if member.kind:
+            raise ValueError(f"it is {member.kind}, expected a regular file")
+        if what in groups.get(key, {}):
+            raise ValueError(f"it is the second {what} of {key}")
+        if what == "image" and member.size > LARGEST_IMAGE:
+            raise ValueError(f"it has {member.size} bytes, at most {LARGEST_IMAGE} are read")
+    groups.setdefault(key, {})[what] = member
 
 
-def noted_label(file: BinaryIO, member: Member, shard: Shard) -> str:
-    """The class that a `.json` member holds; a word beside a number is added to `shard.named`. Raises ValueError."""
+def class_of(file: BinaryIO, member: Member) -> str:
+    """The class that a `.cls` or a `.json` member holds. Raises ValueError."""
+    if member.name.lower().endswith(".cls"):
+        return class_word(content_of(file, member, LARGEST_CLS))
     note = parse_json(content_of(file, member, LARGEST_JSON))
     key = "label" if "label" in note else "class"
-    label = class_word(str(checked(note, {key: LABEL}, required=[key])[key]))
-    if key == "label" and label.isdecimal() and isinstance(word := note.get("class"), str):
-        shard.named.add((label, class_word(word)))
-    return label
-
-
-def has_label(file: BinaryIO, member: Member) -> bool:
-    """Whether a `.json` member holds a class."""
-    with contextlib.suppress(ValueError):
-        return bool(noted_label(file, member, Shard()))
-    return False
+    return class_word(str(checked(note, {key: LABEL}, required=[key])[key]))
 
 
 def content_of(file: BinaryIO, member: Member, most: int) -> str:
@@ -194,13 +175,11 @@ def class_word(content: str) -> str:
     return str(int(word)) if word.isdecimal() else word
 
 
-def class_names(base: Path, numbers: Sequence[str], named: set[tuple[str, str]]) -> Mapping[str, str]:
-    """The names of `numbers`: what a file gives, else what is `named` if that is one to one. Raises DataError."""
+def class_names(base: Path, highest: int) -> Sequence[str]:
+    """The names of the classes from 0 to `highest` at least; none without a file of them. Raises DataError."""
     file = next((base / name for name in NAMES if (base / name).is_file()), None)
-    if file is None or not numbers:
-        words = dict(named)
-        one_to_one = set(words) == set(numbers) and len(named) == len(words) == len(set(words.values()))
-        return words if one_to_one else {}
+    if file is None:
+        return []
     try:
         lines = [line.strip() for line in read_text(file).removeprefix("\ufeff").rstrip().split("\n")]
     except ValueError as error:
@@ -209,6 +188,6 @@ def class_names(base: Path, numbers: Sequence[str], named: set[tuple[str, str]])
     for place, line in enumerate(lines):
         if not line or first.setdefault(line, place) != place:
             raise DataError(f"{file}, line {place + 1} is {line!r}, expected the name of a class, each once")
-    if int(numbers[-1]) >= len(lines):
-        raise DataError(f"{file} names {len(lines)} classes, but there are images of class {numbers[-1]}")
-    return {number: lines[int(number)] for number in numbers}
+    if highest >= len(lines):
+        raise DataError(f"{file} names {len(lines)} classes, but there are images of class {highest}")
+    return lines
