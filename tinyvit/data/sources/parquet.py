@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -126,18 +127,24 @@ class Shard:
             raise DataError('reading parquet files needs pyarrow: pip install "tinyvit[parquet]"') from None
         self.pyarrow = pyarrow
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (self.pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.file} is not a readable parquet file: {one_line(error)}") from None
+
     @cached_property
     def schema(self) -> pyarrow.Schema:
-        def read(file: Path) -> pyarrow.Schema:
-            schema = self.pyarrow.parquet.read_schema(file)
+        with self._reading():
+            schema = self.pyarrow.parquet.read_schema(self.file)
             str(schema)  # decodes all names, of which damaged ones fail here
             return schema
 
-        return self._try(read)
-
     @cached_property
     def metadata(self) -> pyarrow.parquet.FileMetaData:
-        return self._try(self.pyarrow.parquet.read_metadata)
+        with self._reading():
+            return self.pyarrow.parquet.read_metadata(self.file)
 
     @property
     def group_rows(self) -> list[int]:
@@ -148,25 +155,17 @@ class Shard:
     def group_sizes(self) -> list[int]:
         """How many bytes the images of each row group take."""
         name = self.image_column
-
-        def read(_: Path) -> list[int]:
+        with self._reading():
             groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
             columns = [[group.column(c) for c in range(group.num_columns)] for group in groups]
-            return [sum(c.total_uncompressed_size for c in some if belongs(c.path_in_schema)) for some in columns]
-
-        def belongs(path: str) -> bool:
-            return path == name or path.startswith(f"{name}.")
-
-        return self._try(read)
+            return [sum(c.total_uncompressed_size for c in some if f"{c.path_in_schema}.".startswith(f"{name}."))
+                    for some in columns]  # fmt: skip
 
     def group(self, number: int) -> pyarrow.ChunkedArray:
         """The images' bytes in a row group."""
-
-        def read(file: Path) -> pyarrow.ChunkedArray:
-            whole = self.pyarrow.parquet.ParquetFile(file, metadata=self.metadata)
+        with self._reading():
+            whole = self.pyarrow.parquet.ParquetFile(self.file, metadata=self.metadata)
             return self._bytes(whole.read_row_group(number, columns=[self.image_column]).column(0).combine_chunks())
-
-        return self._try(read)
 
     def _bytes(self, column: Any) -> Any:
         """The column itself; of a struct, its bytes."""
@@ -247,18 +246,9 @@ class Shard:
 
         It is read by few rows, and equal values are kept once: a small file can repeat a large one many times.
         """
-
-        def read(file: Path) -> list[Any]:
-            values: list[Any] = []
-            seen: dict[Any, Any] = {}
-            for batch in self.pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, columns=[name]):
+        values: list[Any] = []
+        seen: dict[Any, Any] = {}
+        with self._reading():
+            for batch in self.pyarrow.parquet.ParquetFile(self.file).iter_batches(ROWS, columns=[name]):
                 values += [seen.setdefault(value, value) for value in self._bytes(batch.column(0)).to_pylist()]
-            return values
-
-        return self._try(read)
-
-    def _try(self, read: Callable[[Path], Any]) -> Any:
-        try:
-            return read(self.file)
-        except (self.pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.file} is not a readable parquet file: {one_line(error)}") from None
+        return values
