@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,10 @@ from tinyvit.data.base import Data, DataError, Split, Statistics
 from tinyvit.data.image import read_image
 from tinyvit.data.loader import Loader
 from tinyvit.data.sources.cifar import find_cifar10, load_cifar10
-from tinyvit.data.sources.csv_table import find_in_csv
+from tinyvit.data.sources.csv_table import read_csv
 from tinyvit.data.sources.download import cache_directory, fetch_cifar10
 from tinyvit.data.sources.image_folder import find_in_folder, first_image
-from tinyvit.data.sources.listing import SMALL, Listings, load_listings
+from tinyvit.data.sources.listing import SMALL, Reading, Rows, load_listings, number_classes
 from tinyvit.data.sources.parquet import find_in_parquet, parquet_files
 from tinyvit.data.sources.shapes import load_shapes
 from tinyvit.data.sources.shards import files_of
@@ -28,7 +28,7 @@ __all__ = [
     "Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_image", "resident",
 ]  # fmt: skip
 
-Finder = Callable[[Path, float, int], Listings]
+Finder = Callable[[Path], tuple[dict[str, Rows], Sequence[str]]]  # images by part, and the order of their classes
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -76,16 +76,9 @@ def load_data(
         else:
             path = existing(src)
             kind, find = layout(path, skip_corrupt)
-            data = load_listings(
-                kind,
-                path,
-                find(path, val_fraction, seed),
-                image_size=image_size,
-                skip_corrupt=skip_corrupt,
-                image_transform=image_transform,
-                fit_options=fit_options,
-                statistics=statistics,
-            )
+            names, parts = number_classes(path, *find(path), val_fraction, seed)
+            reading = Reading(image_size, skip_corrupt, image_transform, fit_options or {}, statistics)
+            data = load_listings(kind, path, names, parts, reading)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error
     return data if statistics is None else replace(data, mean=statistics[0], std=statistics[1])
@@ -119,7 +112,7 @@ def existing(src: str | os.PathLike[str]) -> Path:
 def layout(path: Path, skip_corrupt: bool) -> tuple[str, Finder]:
     """What kind of source lies at `path`, and the function that finds its images. Raises DataError for two kinds."""
     if path.suffix.lower() == ".csv" and path.is_file():
-        return "csv", find_in_csv
+        return "csv", read_csv
     finders: dict[str, Finder] = {"parquet": find_in_parquet, "tar": partial(find_in_tar, skip_corrupt=skip_corrupt)}
     if not path.is_dir():
         return (kind := path.suffix.lower().removeprefix(".")), finders[kind]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.image import is_image
-from tinyvit.data.sources.listing import Listings, classes_without, one_of_each, part_of, split_classes
-from tinyvit.data.stored import Listing, Texts
+from tinyvit.data.sources.listing import Rows, one_of_each, part_of
+from tinyvit.data.stored import Texts
 
 
-def find_in_folder(root: Path, val_fraction: float, seed: int) -> Listings:
-    """The images of an image folder; see tinyvit.data.load_data. Raises DataError."""
+def find_in_folder(root: Path) -> tuple[dict[str, Rows], Sequence[str]]:
+    """The images of an image folder by part, and its classes; see tinyvit.data.load_data. Raises DataError."""
     roots = find_parts(root)
     classes = class_folders(roots["train"])
     if len(classes) < 2:
@@ -32,11 +29,10 @@ def find_in_folder(root: Path, val_fraction: float, seed: int) -> Listings:
         parts[part] = list_images(folder, names)
         if not parts[part].files:
             raise DataError(f"the class folders of {folder} have no images that can be recognised")
-    if missing := classes_without(parts["train"], names):
-        raise DataError(f"class folder {roots['train'] / missing[0]} has no images that can be recognised")
-    if len(parts) == 1:
-        return Listings(names, *split_classes(parts["train"], names, val_fraction, seed))
-    return Listings(names, parts["train"], parts.get("test"), parts.get("val"))
+    with_images = set(parts["train"].classes)
+    if missing := [folder for folder in classes if folder.name not in with_images]:
+        raise DataError(f"class folder {missing[0]} has no images that can be recognised")
+    return parts, names
 
 
 def find_parts(root: Path) -> dict[str, Path]:
@@ -76,18 +72,18 @@ def class_folders(folder: Path) -> list[Path]:
     )
 
 
-def list_images(root: Path, names: tuple[str, ...]) -> Listing:
+def list_images(root: Path, names: tuple[str, ...]) -> Rows:
     """The images in and below each class folder, by name; links to folders are not followed."""
-    files, labels = Texts(), array("q")
+    files, classes = Texts(), list[str]()
     others: list[str] = []
-    for label, name in enumerate(names):
+    for name in names:
         for file in sorted(files_below(root, name)):
             if is_image(os.path.join(root, file)):
                 files.append(file)
-                labels.append(label)
+                classes.append(name)
             else:
                 others.append(str(root / file))
-    return Listing(root, files, np.array(labels, dtype=np.int64), no_images=tuple(sorted(others)))
+    return Rows(root, files, classes, no_images=tuple(sorted(others)))
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tinyvit.data.base import Data, DataError, Split, Statistics, mean_and_std, 
 from tinyvit.data.image import fit, open_rgb, opened, to_array, upright_size
 from tinyvit.data.image_transforms import random_resized_crop
 from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_threads, stack
-from tinyvit.data.stored import Listing
+from tinyvit.data.stored import Contents, Listing
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
@@ -65,53 +65,82 @@ def digest_of(path: Path, whole: int = 1 << 16, part: int = 1 << 14) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Listings:
-    """The images of a data set: the names of its classes, and the listing of each part that it has.
+@dataclass
+class Rows:
+    """The images of one part of a data set as a `Listing` has them, but with a word for the class of each."""
 
-    A `test` that is `drawn` from the training images stands for a part that is missing.
+    root: Path
+    files: Sequence[str]
+    classes: Sequence[str]
+    contents: Contents | None = None
+    skipped: tuple[str, ...] = ()
+    no_images: tuple[str, ...] = ()
+
+    def numbered(self, names: Sequence[str]) -> Listing:
+        """The listing with each class as its place in `names`."""
+        index = {name: i for i, name in enumerate(names)}
+        labels = np.fromiter((index[c] for c in self.classes), np.int64, len(self.classes))
+        return Listing(self.root, self.files, labels, self.contents, False, self.no_images, self.skipped)
+
+
+def number_classes(
+    source: Path, parts: Mapping[str, Rows], order: Sequence[str], val_fraction: float, seed: int
+) -> tuple[tuple[str, ...], dict[str, Listing]]:
+    """The names of the classes, and the images of each part: "train" with "val", "test" or both.
+
+    The classes are those of the training images: first those in `order`, then the others by the alphabet. Without
+    other parts, `val_fraction` of each class is drawn as "val". Raises DataError.
     """
+    present = set(parts["train"].classes)
+    names = tuple(dict.fromkeys([*(name for name in order if name in present), *sorted(present)]))
+    if len(names) < 2:
+        found = f"only {names[0]}" if names else "none"
+        raise DataError(f"{source} must hold training images of at least two classes, found {found}")
+    if strangers := sorted({name for rows in parts.values() for name in rows.classes} - present):
+        raise DataError(
+            f"{source}: {strangers[0]!r} is a class of test images that no training image has "
+            f"(they have {', '.join(names)[:200]})"
+        )
+    listings = {part: rows.numbered(names) for part, rows in parts.items()}
+    if len(listings) == 1:
+        listings["train"], listings["val"] = split_classes(listings["train"], names, val_fraction, seed)
+    return names, listings
 
-    names: tuple[str, ...]
-    train: Listing
-    test: Listing | None
-    val: Listing | None = None
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read: arguments of `load_data`."""
+
+    image_size: int | tuple[int, int] | None
+    skip_corrupt: bool
+    transform: ImageTransform | None
+    fit_options: Mapping[str, Any]
+    statistics: Statistics | None
 
 
-def load_listings(
-    kind: str,
-    source: Path,
-    found: Listings,
-    *,
-    image_size: int | tuple[int, int] | None,
-    skip_corrupt: bool,
-    image_transform: ImageTransform | None,
-    fit_options: Mapping[str, Any] | None,
-    statistics: Statistics | None,
-) -> Data:
-    """The labelled images of `source` as a data set; options as in tinyvit.data.load_data.
+def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[str, Listing], reading: Reading) -> Data:
+    """The images of each part of `source` as a data set, its classes called `names`.
 
     `kind` begins the fingerprint. Raises DataError.
     """
-    names, train = found.names, found.train
-    test, val = (found.test, found.val) if found.test is not None else (found.val, None)
-    assert test is not None
-    size = pair((common_size(train, test) or LARGE_SIZE) if image_size is None else image_size)
-    options = fit_options or {}
-    if image_transform is None and max(size) > SMALL:
-        image_transform = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
-    load = partial(load_split, size=size, skip_corrupt=skip_corrupt, fit_options=options, known=statistics)
-    train, train_split, (mean, std) = load(train, transform=image_transform, title="reading train")
-    test, test_split, _ = load(test, transform=None, title="reading test")
-    val_split = None if val is None else load(val, transform=None, title="reading val")[1]
-    if missing := classes_without(train, names):
+    test_name = "test" if "test" in parts else "val"
+    size = reading.image_size
+    size = pair(common_size(parts["train"], parts[test_name]) or LARGE_SIZE if size is None else size)
+    options = reading.fit_options
+    if reading.transform is None and max(size) > SMALL:
+        crop = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
+        reading = replace(reading, transform=crop)
+    in_order = sorted(parts, key=("train", "test", "val").index)
+    read = {part: load_split(part, parts[part], size, reading) for part in in_order}
+    parts, splits = ({part: found[0] for part, found in read.items()}, {part: found[1] for part, found in read.items()})
+    mean, std = read["train"][2]
+    if missing := classes_without(parts["train"], names):
         raise DataError(f"class {missing[0]} of {source} has no readable image to train on")
-    fingerprint = fingerprint_of(names, [part for part in (train, test, val) if part is not None])
-    name = source.resolve().stem if source.is_file() else source.resolve().name
+    fingerprint = fingerprint_of(names, list(parts.values()))
     return Data(
-        name,
-        train_split,
-        test_split,
+        source.resolve().stem if source.is_file() else source.resolve().name,
+        splits["train"],
+        splits[test_name],
         names,
         mean,
         std,
@@ -119,10 +148,10 @@ def load_listings(
         in_chans=3,
         fingerprint=f"{kind}-{fingerprint}",
         fit_options=options,
-        own_test=not test.drawn,
-        test_name="val" if found.test is None or test.drawn else "test",
-        no_images=train.no_images,
-        val=val_split,
+        own_test=not parts[test_name].drawn,
+        test_name=test_name,
+        no_images=parts["train"].no_images,
+        val=splits["val"] if test_name == "test" and "val" in splits else None,
     )
 
 
@@ -188,22 +217,17 @@ def common_size(*listings: Listing) -> tuple[int, int] | None:
 
 
 def load_split(
-    listing: Listing,
-    size: tuple[int, int],
-    skip_corrupt: bool,
-    transform: ImageTransform | None,
-    title: str,
-    fit_options: Mapping[str, Any],
-    known: Statistics | None,
+    part: str, listing: Listing, size: tuple[int, int], reading: Reading
 ) -> tuple[Listing, Split, Statistics]:
-    """The images that can be read, as a split, with their mean and std, or with those that are `known`.
+    """The images that can be read, as a split, with their mean and std, or with those that are known.
 
     Images that training reads like evaluation and that fit in MEMORY are decoded once and kept. Others are decoded
     here too, to find corrupt ones and the mean and std; but of a split of more than SAMPLE images only so
     many, unless corrupt ones are to be skipped. Where mean and std are known, only to skip corrupt ones.
     """
-    if known is not None and not skip_corrupt:
-        return listing, FileSplit(listing, [], size, transform, fit_options), known
+    transform, skip_corrupt = reading.transform if part == "train" else None, reading.skip_corrupt
+    if reading.statistics is not None and not skip_corrupt:
+        return listing, FileSplit(listing, [], size, transform, reading.fit_options), reading.statistics
     count = len(listing)
     keep = transform is None and count * 3 * size[0] * size[1] <= MEMORY
     everything = keep or skip_corrupt or count <= SAMPLE
@@ -213,7 +237,7 @@ def load_split(
     skipped = list(listing.skipped)
 
     def batches() -> Iterator[np.ndarray]:
-        for chunk, pixels, failures in decode(listing, positions, size, title, fit_options):
+        for chunk, pixels, failures in decode(listing, positions, size, f"reading {part}", reading.fit_options):
             if failures and not skip_corrupt:
                 raise DataError(f"{next(iter(failures.values()))}{SKIP_HINT}")
             skipped.extend(map(listing.name, failures))
@@ -229,7 +253,7 @@ def load_split(
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
         return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
-    return listing, FileSplit(listing, skipped, size, transform, fit_options), statistics
+    return listing, FileSplit(listing, skipped, size, transform, reading.fit_options), statistics
 
 
 def decode(

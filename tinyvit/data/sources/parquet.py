@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.csv_table import Rows, number_classes
-from tinyvit.data.sources.listing import Listings
+from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
 from tinyvit.data.stored import Contents
 from tinyvit.files.text import one_line
@@ -34,8 +33,8 @@ def parquet_files(path: Path) -> list[Path]:
     return [file for file in files_of(path, ".parquet") if file.stem != "metadata"]
 
 
-def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
-    """The images of parquet files; see tinyvit.data.load_data.
+def find_in_parquet(path: Path) -> tuple[dict[str, Rows], Sequence[str]]:
+    """The images of parquet files by part, and the order of their classes; see tinyvit.data.load_data.
 
     The images' bytes are kept in memory as they are stored if they take at most KEPT. Others are read when they are
     wanted, a row group for each image: slowly, in a random order. Raises DataError, also without pyarrow.
@@ -50,7 +49,7 @@ def find_in_parquet(path: Path, val_fraction: float, seed: int) -> Listings:
     others = {part: rows for part, rows in read.items() if rows is not None}  # published tests may lack their labels
     if not order and all(name.isdecimal() for name in train.classes):
         order = sorted(set(train.classes), key=int)
-    return number_classes(path, {"train": train, **others}, order, val_fraction, seed)
+    return {"train": train, **others}, order
 
 
 def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
@@ -65,7 +64,7 @@ def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
     names = [f"{s.file.relative_to(base).as_posix()}, row {i}" for s in shards for i in range(len(s.classes))]
     if None in found:
         raise DataError(f"{base / names[found.index(None)]} has no label (it is null or -1)")
-    return Rows(names, classes, contents_of(shards))
+    return Rows(base, names, classes, contents_of(shards))
 
 
 def contents_of(shards: Sequence[Shard]) -> Contents:

@@ -20,8 +20,7 @@ import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.image import known_endings
-from tinyvit.data.sources.csv_table import Rows, number_classes
-from tinyvit.data.sources.listing import Listings
+from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
 from tinyvit.data.splits import SKIP_HINT, in_threads
 from tinyvit.data.stored import Members, Texts
@@ -46,8 +45,8 @@ class Shard:
     skipped: list[str] = field(default_factory=list)
 
 
-def find_in_tar(path: Path, val_fraction: float, seed: int, *, skip_corrupt: bool) -> Listings:
-    """The images of tar archives; see tinyvit.data.load_data.
+def find_in_tar(path: Path, skip_corrupt: bool) -> tuple[dict[str, Rows], Sequence[str]]:
+    """The images of tar archives by part, and the order of their classes; see tinyvit.data.load_data.
 
     Only the headers of the members and their labels are read. What is wrong with an archive or a member is an error,
     unless `skip_corrupt`. Raises DataError.
@@ -60,7 +59,7 @@ def find_in_tar(path: Path, val_fraction: float, seed: int, *, skip_corrupt: boo
         for part in rows.values():
             part.classes = [words[int(name)] if name.isdecimal() else name for name in part.classes]
         order = [words[int(number)] for number in order]
-    return number_classes(path, rows, order, val_fraction, seed)
+    return rows, order
 
 
 def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool) -> Rows:
@@ -76,7 +75,7 @@ def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool) -> Rows:
         size += shard.size
         skipped += shard.skipped
     members = Members(tuple(files), *(np.array(column, np.int64) for column in (archive, offset, size)))
-    return Rows(names, classes, members, tuple(skipped))
+    return Rows(base, names, classes, members, tuple(skipped))
 
 
 def read_shard(path: Path, skip_corrupt: bool) -> Shard:
