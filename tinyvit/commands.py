@@ -77,12 +77,15 @@ def eval_(args: Namespace) -> None:
 
 
 def predict(args: Namespace) -> None:
+    from tinyvit import nn
     from tinyvit.backend.devices import pick_device
+    from tinyvit.backend.memory import drop_pages
     from tinyvit.checkpoints.readers.safetensors import mapped
     from tinyvit.evaluation.classify import image_paths, likeliest, run_on_images
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
     from tinyvit.evaluation.metrics import check_head
     from tinyvit.evaluation.zero_shot import read_labels
+    from tinyvit.models.vit import Block
 
     with mapped():
         checkpoint = opened(args)
@@ -94,7 +97,14 @@ def predict(args: Namespace) -> None:
     if not (args.attention or args.embed or labels):
         check_head(checkpoint)
     model = checkpoint.build(copy=False).to(pick_device(args.device))
-    outputs = run_on_images(model, images, args.precision)
+
+    def drop(module: nn.Module, _: Any) -> None:
+        """Of the mapped weights, hold those of one block at a time."""
+        for p in module.parameters() if isinstance(module, Block) else []:
+            drop_pages(p.data)
+
+    with nn.forward_pre_hook(drop):
+        outputs = run_on_images(model, images, args.precision)
     if args.embed:
         write_features(args.embed, outputs, images, checkpoint, args.checkpoint)
     write_overlays(overlays, images[: len(overlays)], checkpoint, model)

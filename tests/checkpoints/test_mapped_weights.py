@@ -48,15 +48,15 @@ def test_numbers_that_begin_anywhere_in_the_file(tmp_path, spaces):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_predict_copies_no_weights(tmp_path):
-    """It takes less memory that is not a file's than the weights do."""
-    model = tinyvit.create_model("vit_base_patch16_224", num_classes=3, image_size=32, depth=5)
+def test_predict_holds_few_weights_at_a_time(tmp_path):
+    """It takes less memory than the weights do, its libraries and the file's pages included."""
+    model = tinyvit.create_model("vit_base_patch16_224", num_classes=3, image_size=32, depth=7)
     save_file(model.state_dict(), tmp_path / "vit_base_patch16_32.safetensors")
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     program = (
         "import re; from pathlib import Path; from tinyvit import cli;"
         "cli.main(['predict', 'vit_base_patch16_32.safetensors', 'x.png']);"
-        "print(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert int(ran.stdout.split()[-1]) < 100_000, ran.stderr  # KiB; the weights are 141,000
+    assert int(ran.stdout.split()[-1]) < 170_000, ran.stderr  # KiB; the weights are 196,000

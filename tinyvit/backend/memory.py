@@ -1,10 +1,14 @@
-"""Keeping freed memory in the process, so that each step works in the pages of the step before."""
+"""Which memory the process keeps: what is freed, so that each step works in the pages of the step before."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from functools import cache
+from typing import Any
+
+import numpy as np
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -29,3 +33,11 @@ def keep_freed_memory() -> None:
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, _LARGE) or mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT)
     mallopt(_M_TRIM_THRESHOLD, _NEVER)
+
+
+def drop_pages(array: Any) -> None:
+    """If the array is mapped, give back the memory of its file's pages, which lose what was written into them."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array.madvise(mmap.MADV_DONTNEED)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyvit.backend.memory import drop_pages
 from tinyvit.errors import ReportedError
 from tinyvit.files.fields import checked, list_of, number, one_of
 from tinyvit.models.config import ViTConfig
@@ -67,6 +68,7 @@ class Checkpoint:
         for name, array in self.state.items():
             if not np.all(np.isfinite(array)):
                 raise CheckpointError(f"{self.path}: {name} holds values that are not finite")
+            drop_pages(array)
         state = resize_weights(self.state, self.config, config, interpolation)
         with no_init():
             model = VisionTransformer(config)
