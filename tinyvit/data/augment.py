@@ -50,43 +50,37 @@ def flip(images: Array, rng: np.random.Generator) -> Array:
     return mirror(images, rng.random(images.shape[0]) < 0.5)
 
 
+def gather(images: Array, rows: Array, columns: Array) -> Array:
+    """The pixels of (B, C, H, W) at `rows` and `columns`, whole numbers that broadcast to (B, H, W)."""
+    xp = array_namespace(images)
+    batch, channels, height, width = images.shape
+    planes = xp.reshape(count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
+    source = planes + (rows * width + columns)[:, None, :, :]  # (B, C, H, W) into the flat batch
+    return xp.reshape(xp.take(xp.reshape(images, (-1,)), xp.reshape(source, (-1,)), axis=0), images.shape)
+
+
 def pad_and_crop(images: Array, padding: int, rng: np.random.Generator) -> Array:
     """Cut each image of (B, C, H, W) at a random place out of itself padded by reflection with `padding` pixels."""
     if padding >= min(images.shape[2:]):
         raise ValueError(f"padding {padding} given, expected less than the image's {min(images.shape[2:])} pixels")
-    batch, channels, height, width = images.shape
-
     xp = array_namespace(images)
 
     def places(length: int) -> Array:  # source of each row or column: shifted, and reflected at the edges
-        shifts = rng.integers(-padding, padding + 1, size=(batch, 1))
+        shifts = rng.integers(-padding, padding + 1, size=(images.shape[0], 1))
         i = xp.abs(count(length, images) + beside(shifts, images))
         return length - 1 - xp.abs(length - 1 - i)  # (B, length)
 
-    rows, columns = places(height), places(width)
-    planes = xp.reshape(count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
-    source = planes + rows[:, None, :, None] * width + columns[:, None, None, :]  # (B, C, H, W) into the flat batch
-    flat = xp.take(xp.reshape(images, (-1,)), xp.reshape(source, (-1,)), axis=0)
-    return xp.reshape(flat, images.shape)
+    rows, columns = map(places, images.shape[2:])
+    return gather(images, rows[:, :, None], columns[:, None, :])
 
 
-def _boxes(
-    heights: np.ndarray, widths: np.ndarray, images: Array, rng: np.random.Generator
-) -> tuple[Array, np.ndarray]:
-    """Boxes of `heights` x `widths` (B,) around a random pixel, cut off at the edges.
-
-    Returns masks (B, 1, H, W) beside `images`, true inside, and the pixels of each box (B,).
-    """
-
-    def spans(lengths: np.ndarray, total: int) -> tuple[Array, np.ndarray]:  # (B, total), and how many are true
-        start = rng.integers(total, size=len(lengths)) - lengths // 2
-        stop = start + lengths
-        at = count(total, images)
-        inside = (at >= beside(start[:, None], images)) & (at < beside(stop[:, None], images))
-        return inside, np.minimum(stop, total) - np.maximum(start, 0)
-
-    (rows, height), (columns, width) = spans(heights, images.shape[2]), spans(widths, images.shape[3])
-    return (rows[:, :, None] & columns[:, None, :])[:, None, :, :], height * width
+def _boxes(images: Array, *spans: tuple[np.ndarray, np.ndarray]) -> Array:
+    """Masks (B, 1, H, W) beside `images`, true from the first up to the second (B,) row, and so for columns."""
+    rows, columns = (
+        (at >= beside(start[:, None], images)) & (at < beside(stop[:, None], images))
+        for at, (start, stop) in zip((count(n, images) for n in images.shape[2:]), spans, strict=True)
+    )
+    return (rows[:, :, None] & columns[:, None, :])[:, None, :, :]
 
 
 def erase(images: Array, probability: float, rng: np.random.Generator) -> Array:
@@ -104,13 +98,11 @@ def erase(images: Array, probability: float, rng: np.random.Generator) -> Array:
     fits = (heights < height) & (widths < width)
     first = np.arange(batch), np.argmax(fits, axis=1)
     chosen = (rng.random(batch) < probability) & fits[first]
-    masks = []
+    spans = []
     for lengths, total in ((heights[first], height), (widths[first], width)):
         start = np.floor(rng.random(batch) * (total - lengths + 1)).astype(int)
-        at, stop = count(total, images), np.where(chosen, start + lengths, 0)
-        masks.append((at >= beside(start[:, None], images)) & (at < beside(stop[:, None], images)))
-    boxes = (masks[0][:, :, None] & masks[1][:, None, :])[:, None, :, :]
-    return xp.where(boxes, xp.zeros_like(images), images)
+        spans.append((start, np.where(chosen, start + lengths, 0)))
+    return xp.where(_boxes(images, *spans), xp.zeros_like(images), images)
 
 
 def turn_and_zoom(images: Array, degrees: float, zoom: float, rng: np.random.Generator) -> Array:
@@ -120,15 +112,13 @@ def turn_and_zoom(images: Array, degrees: float, zoom: float, rng: np.random.Gen
     other. Pixels are bilinear in the source's, which is reflected at its edges.
     """
     xp = array_namespace(images)
-    batch, channels, height, width = images.shape
+    batch, _, height, width = images.shape
     angle = np.radians(rng.uniform(-degrees, degrees, batch))
     sy, sx = 1 + rng.uniform(-zoom, zoom, (batch, 2)).T
     cos, sin = np.cos(angle), np.sin(angle)
     m = beside(np.stack([cos * sy, sin * sx, -sin * sy, cos * sx]).astype(np.float32)[:, :, None, None], images)
     y, x = (xp.astype(count(n, images), xp.float32) - (n - 1) / 2 for n in (height, width))
     y = y[:, None]
-    planes = xp.reshape(count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
-    flat = xp.reshape(images, (-1,))
 
     def two(at: Array, n: int) -> list[tuple[Array, Array]]:  # the pixels on both sides of a place, and their shares
         low = xp.floor(at)
@@ -139,9 +129,7 @@ def turn_and_zoom(images: Array, degrees: float, zoom: float, rng: np.random.Gen
     result = xp.zeros_like(images)
     for row, up in two(m[0, ...] * y + m[1, ...] * x + (height - 1) / 2, height):
         for column, across in two(m[2, ...] * y + m[3, ...] * x + (width - 1) / 2, width):
-            source = xp.reshape(planes + (row * width + column)[:, None, :, :], (-1,))
-            share = (up * across)[:, None, :, :]
-            result = result + share * xp.reshape(xp.take(flat, source, axis=0), images.shape)
+            result = result + (up * across)[:, None, :, :] * gather(images, row, column)
     return result
 
 
@@ -169,10 +157,14 @@ def cutmix(images: Array, targets: Array, alpha: float, rng: np.random.Generator
     """
     batch, _, height, width = images.shape
     side = np.sqrt(1 - rng.beta(alpha, alpha, size=batch))
-    boxes, areas = _boxes((height * side).astype(int), (width * side).astype(int), images, rng)
-    xp = array_namespace(images)
-    mixed = xp.where(boxes, xp.flip(images, axis=0), images)
-    shares = 1 - areas.astype(np.float32) / (height * width)
+    spans, area = [], 1
+    for total in (height, width):
+        lengths = (total * side).astype(int)
+        start = rng.integers(total, size=batch) - lengths // 2  # around a random pixel, cut off at the edges
+        spans.append((start, start + lengths))
+        area = area * (np.minimum(start + lengths, total) - np.maximum(start, 0))
+    shares = 1 - np.asarray(area, np.float32) / (height * width)
+    mixed = array_namespace(images).where(_boxes(images, *spans), array_namespace(images).flip(images, axis=0), images)
     return mixed, _blend(targets, shares[:, None])
 
 

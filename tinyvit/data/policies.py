@@ -12,7 +12,7 @@ from array_api_compat import array_namespace, device
 
 from tinyvit import kernels
 from tinyvit.backend.arrays import Array
-from tinyvit.data.augment import beside, count, per_image
+from tinyvit.data.augment import beside, count, gather, per_image
 from tinyvit.kernels import reference
 
 GREY = 128
@@ -26,7 +26,7 @@ def warp(images: Array, matrices: np.ndarray) -> Array:
     `matrices` (B, 2, 3) give the source of a place (x, y, 1), as in Pillow: pixels have their centres at halves.
     """
     xp = array_namespace(images)
-    batch, channels, height, width = images.shape
+    height, width = images.shape[2:]
     ys, xs = (xp.astype(count(n, images), xp.float64) + 0.5 for n in (height, width))
     m = beside(matrices, images)
 
@@ -36,9 +36,7 @@ def warp(images: Array, matrices: np.ndarray) -> Array:
         return xp.clip(at, 0, length - 1), (at >= 0) & (at < length)
 
     (x, in_width), (y, in_height) = source(0, width), source(1, height)
-    planes = xp.reshape(count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
-    flat = xp.reshape(planes + (y * width + x)[:, None, :, :], (-1,))
-    moved = xp.reshape(xp.take(xp.reshape(images, (-1,)), flat, axis=0), images.shape)
+    moved = gather(images, y, x)
     return xp.where((in_width & in_height)[:, None, :, :], moved, xp.full_like(moved, GREY))
 
 
