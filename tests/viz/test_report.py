@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import browser
@@ -18,6 +19,7 @@ from tinyvit.cli import main
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.viz import svg
 from tinyvit.viz.report import write_report
+from tinyvit.viz.runs import Run
 
 NAME = "<b>&\"'\x1b[31m"  # of a class
 
@@ -130,6 +132,22 @@ def test_a_hybrid_has_a_report_without_patch_filters(run, tmp_path):
     assert train.returncode == 0, train.stderr
     page = Page(write_report(str(tmp_path / "run"), None, None).read_text(encoding="utf-8")).text
     assert "Patch filters" not in page and "Attention rollout" in page
+
+
+def test_settings_without_effect_are_left_out(run):
+    """The rate that muon's AdamW has would be taken for AdamW's own."""
+    found = Run.read(run / "run0")
+    assert "lr" in found.settings and "adam_lr" not in found.settings
+    with_muon = replace(found.record, options={**found.record.options, "optimizer": "muon"})
+    assert "adam_lr" in replace(found, record=with_muon).settings
+
+
+@pytest.mark.parametrize("length", [1, 5, 18])
+def test_names_of_columns_end_below_the_heading(length):
+    chart = svg.matrix("confusion", np.eye(2, dtype=int), ["x" * length] * 2, "true", "predicted")
+    heading = int(re.search(r'y="(\d+)"[^>]*>predicted', chart)[1])
+    start = int(re.search(r"translate\(\d+ (\d+)\) rotate", chart)[1])
+    assert start - 7 * length > heading, "7 pixels a letter, upwards"
 
 
 def test_compare_shows_what_differs(run, tmp_path):

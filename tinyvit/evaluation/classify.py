@@ -12,12 +12,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinyvit.backend import arrays
-from tinyvit.data import Augment, Loader, Split
+from tinyvit.data import Augment, Split
 from tinyvit.data.image import open_rgb, to_rgb
 from tinyvit.data.splits import in_threads
-from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError
-from tinyvit.execution.inference import predict, predictions
+from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError, outputs_of
+from tinyvit.execution.inference import predict
 from tinyvit.kernels import jit
 from tinyvit.models.inspection import Features
 from tinyvit.models.vit import VisionTransformer
@@ -92,18 +91,9 @@ def run_on_split(model: VisionTransformer, split: Split, transform: Augment, pre
 
     Raises EvaluationError where an output is not finite, DataError where an image cannot be read.
     """
-    loader = Loader(
-        split,
-        BATCH_SIZE,
-        transform=transform,
-        shuffle=False,
-        device=arrays.device_name(model.parameters()[0].data),
-    )
-    batches = (images for images, _ in loader.epoch(0))
-    computed = predictions(Features(model, logits=True), batches, precision=precision)
     with tqdm(total=len(split), desc="images", leave=False, disable=None) as bar:
         outputs = []
-        for output in computed:
+        for output in outputs_of(Features(model, logits=True), split, transform, precision=precision):
             outputs.append(output)
             bar.update(len(output))
     return _separated(model, np.concatenate(outputs))

@@ -8,13 +8,11 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyvit import nn
-from tinyvit.backend import arrays
-from tinyvit.data import Augment, Data, Loader, Split
+from tinyvit.data import Augment, Data, Split
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
-from tinyvit.evaluation.metrics import BATCH_SIZE, share
-from tinyvit.execution.inference import predictions
+from tinyvit.evaluation.metrics import outputs_of, share
 
 
 class FeatureSplit(ArraySplit):
@@ -33,12 +31,9 @@ def with_features(
     """
 
     def features(split: Split) -> FeatureSplit:
-        device = arrays.device_name(body.parameters()[0].data)
         own, _ = share(split, group)
-        loader = Loader(own, BATCH_SIZE, transform=Augment(data.mean, data.std), shuffle=False, device=device)
-        batches = (images for images, _ in loader.epoch(0))
         computed = []
-        for batch in predictions(body, batches, threads or group.threads, precision=precision):
+        for batch in outputs_of(body, own, Augment(data.mean, data.std), threads or group.threads, precision):
             computed.append(batch)
             bar.update(len(batch))
         everyone = [part for parts in group.exchange(computed, SLOW) for part in parts if len(part)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,18 @@ def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
         csv.writer(file).writerows(rows)
 
 
+def outputs_of(
+    model: Module, split: Split, transform: Callable[..., Any], threads: int | None = None, precision: str = "fp32"
+) -> Iterator[np.ndarray]:
+    """What the model gives for all images of a split in their order, by batches; arguments as for `evaluate`."""
+    from tinyvit.data import Loader
+    from tinyvit.execution.inference import predictions
+
+    device = arrays.device_name(model.parameters()[0].data)
+    loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
+    return predictions(model, (images for images, _ in loader.epoch(0)), threads, precision=precision)
+
+
 def evaluate(
     model: Module,
     split: Split,
@@ -144,16 +156,10 @@ def evaluate(
     `transform` is as for `data.Loader`, mostly `Augment(mean, std)`; `threads` and `precision` are as for `predict`.
     Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
-    from tinyvit.data import Loader
-    from tinyvit.execution.inference import predictions
-
     own, mine = share(split, group)
     threads = threads or group.threads
     measured, done, stopped, true = [np.empty((4, 0))], 0, False, labels[mine]
-    device = arrays.device_name(model.parameters()[0].data)
-    loader = Loader(own, BATCH_SIZE, transform=transform, shuffle=False, device=device)
-    batches = (images for images, _ in loader.epoch(0))
-    for outputs in predictions(model, batches, threads, precision=precision):
+    for outputs in outputs_of(model, own, transform, threads, precision):
         if stopped := bool(stop()):
             break
         logits = outputs.astype(np.float64)  # (B, K)

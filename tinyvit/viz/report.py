@@ -33,13 +33,13 @@ MOST_WEIGHTS = 1 << 25  # attention weights of a block that are held at a time
 Section = tuple[str, str, str]  # heading, explanation, HTML
 
 
-def write_report(path: str, source: str | None, out: str | None, device: str = "cpu", precision: str = "fp32") -> Path:
+def write_report(path: str, source: str | None, out: str | Path | None, device: str = "cpu") -> Path:
     """Write the report on the run or checkpoint at `path`, and return where it is.
 
     Args:
         source: the data set whose test images are measured; a run's own if None, none for a checkpoint.
         out: the page; report.html in the run, or NAME-report.html beside the checkpoint, if None.
-        device, precision: as for `predict`.
+        device: as for `nn.Module.to`.
 
     Raises:
         CheckpointError, DataError, EvaluationError, UsageError, OSError: each with a message of one line.
@@ -55,7 +55,7 @@ def write_report(path: str, source: str | None, out: str | None, device: str = "
     measured = source or (run.record.options["data"] if run is not None else None)
     if measured:
         try:
-            sections += _measured(checkpoint, model, measured, precision)
+            sections += _measured(checkpoint, model, measured)
         except DataError as error:
             if source:
                 raise
@@ -88,12 +88,12 @@ def _about(checkpoint: Checkpoint, run: Run | None) -> Iterator[Section]:
         )
 
 
-def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, precision: str) -> Iterator[Section]:
+def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str) -> Iterator[Section]:
     """What the model does with the test images of a data set."""
     data = data_for(checkpoint, source)
     split, names = data.test, checkpoint.class_names
     labels = labels_for(checkpoint, split.labels, data.class_names)
-    outputs = run_on_split(model, split, Augment(*checkpoint.preprocessing.statistics), precision)
+    outputs = run_on_split(model, split, Augment(*checkpoint.preprocessing.statistics))
     p, predicted = outputs.probabilities, outputs.probabilities.argmax(axis=1)
     hit, confidence = predicted == labels, p.max(axis=1)
     what = f"{len(labels)} {data.test_name} images of {data.name}"

@@ -41,9 +41,10 @@ class Run:
     @property
     def settings(self) -> dict[str, str]:
         """The options that decide the result, as text; those that were not chosen are left out."""
-        options = self.record.options.items()
-        return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in options
-                if name not in _NOT_SETTINGS and v not in (None, 0.0, False, "none")}  # fmt: skip
+        options = self.record.options
+        left_out = _NOT_SETTINGS if options["optimizer"] == "muon" else (*_NOT_SETTINGS, "adam_lr")
+        return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in options.items()
+                if name not in left_out and v not in (None, 0.0, False, "none")}  # fmt: skip
 
     def facts(self) -> dict[str, str]:
         """What was trained on what, how long, how fast and how well: text by heading."""

@@ -165,7 +165,7 @@ def legend(names: Sequence[str]) -> str:
 def matrix(name: str, counts: np.ndarray, names: Sequence[str], rows: str, columns: str) -> str:
     """A square matrix of counts (K, K) as cells, darker for a larger share of their row, with the counts in them."""
     cell, size = 34, len(counts)
-    left = 20 + 7 * min(18, max(map(len, names)))
+    left = 34 + 7 * min(18, max(map(len, names)))  # room for the names, and above them for what the columns are
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     short = [label(n if len(n) <= 18 else f"{n[:17]}…") for n in names]
     marks = [f'<text x="{left + size * cell / 2}" y="14" text-anchor="middle">{label(columns)}</text>']
