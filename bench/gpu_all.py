@@ -122,7 +122,7 @@ def problems(log: Path) -> list[str]:
     """What a part says of its failures: pytest's lines of them, else what it printed last."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
-    return list(dict.fromkeys(failed)) or lines[-3:]
+    return list(dict.fromkeys(failed)) or lines[-5:]
 
 
 def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:

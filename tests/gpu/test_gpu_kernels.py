@@ -66,6 +66,21 @@ def test_attention_of_large_logits(table, xp, rng, name):
     check_kernel(table[reference.qkv_attention], xp, "qkv_attention", dtype(name), [qkv], limit=0.1, num_heads=1)
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("n", [65, 197])
+def test_attention_sums_the_columns_of_its_gradient(table, xp, rng, name, n):
+    qkv, dy = (xp.asarray(rng.standard_normal((5, n, width * 64)).astype(dtype(name))) for width in (9, 3))
+    _, vjp = table[reference.qkv_attention].run(xp, qkv, num_heads=3, needs=(True,))
+    token = kernels.notes.set({})
+    try:
+        (dqkv,) = vjp(dy)
+        noted, sums = kernels.notes.get()["sums"]
+    finally:
+        kernels.notes.reset(token)
+    assert noted is dqkv
+    assert difference(sums, arrays.to_numpy(dqkv).astype(np.float64).sum(axis=(0, 1))) < LIMITS[name]
+
+
 HOPPER = [  # B, N, D of two heads; of 600 heads each has one block
     (3, 128, 64), (3, 145, 64), (3, 197, 64), (300, 130, 64), (3, 257, 64), (3, 577, 64), (3, 1025, 64), (3, 197, 32),
     (3, 257, 80), (3, 577, 128),

@@ -14,7 +14,9 @@ import pytest
 from cuda_checks import TOLERANCE, both, check, draw
 from cuda_sim import SCALARS, decode, encode, error, guarded
 
+from tinyvit import functional as F
 from tinyvit.backend import cuda_graph
+from tinyvit.engine.tensor import Tensor, grad
 from tinyvit.kernels import cuda, reference
 from tinyvit.kernels.cuda import attention, attention_sm90a
 
@@ -74,6 +76,41 @@ def test_attention_with_dropout(folder, scalar, n, queries):
     qkv, kept = rng.standard_normal((2, n, 3 * 2 * 16)), rng.random((2, 2, queries or n, n)) > 0.3
     params = {"num_heads": 2, "queries": queries, "dropout_mask": kept / 0.7}
     check(folder, "qkv_attention", scalar, [qkv], params)
+
+
+@pytest.mark.parametrize(
+    "scalar, n, queries, dim, limit",
+    [("bf16", 65, 65, 64, 163), ("f16", 17, 1, 40, 163), ("float", 33, 33, 72, 163), ("bf16", 96, 96, 64, 50),
+     ("f16", 3, 3, 8, 163)],
+)  # fmt: skip
+def test_sums_of_the_gradient_of_attention(folder, scalar, n, queries, dim, limit):
+    """Those of what is written, for each sample; over several portions of keys, too."""
+    qkv, dy = (encode(draw(n, (2, rows, width * dim)), scalar) for rows, width in ((n, 3 * 2), (queries, 2)))
+    settings = cuda.NULL, 2, queries, np.float32(1 / math.sqrt(dim))
+    with cuda_sim.device(folder, 1, shared_limit=limit << 10) as xp:
+        y, log = attention.mma_forward(xp, guarded(qkv), *settings, True)
+        saved = guarded(y), guarded(dy), guarded(log)
+        dqkv, sums = attention.mma_backward(xp, guarded(qkv), *settings, *saved, True)
+        assert attention.mma_backward(xp, guarded(qkv), *settings, *saved, False)[1] is cuda.NULL
+    assert error(sums.astype(np.float64), decode(dqkv).sum(axis=1)) < 1e-6
+
+
+def test_the_bias_before_attention_takes_those_sums(folder, monkeypatch):
+    launched, tensors = [], [draw(i, shape).astype(np.float32) for i, shape in enumerate([(3, 5, 8), (48, 8), 48])]
+
+    def gradients():
+        x, weight, bias = (Tensor(a, requires_grad=True) for a in tensors)
+        y = F.qkv_attention(F.linear(x, weight, bias), num_heads=2)
+        return grad(y, [x, weight, bias], draw(7, y.shape).astype(np.float32))
+
+    expected = gradients()
+    with cuda_sim.everything_on_device(folder):
+        kernel = cuda.kernel
+        monkeypatch.setattr(cuda, "kernel", lambda file, name, **c: launched.append(name) or kernel(file, name, **c))
+        actual = gradients()
+    assert launched[-2:] == ["attention_backward", "sum_partials"]
+    for ours, right in zip(actual, expected, strict=True):
+        assert error(ours.astype(np.float64), right.astype(np.float64)) < 2e-6
 
 
 @pytest.mark.parametrize("negative", [False, True])
@@ -155,11 +192,13 @@ def test_the_gradient_of_attention_on_hopper(folder, scalar, n, queries, dim):
         with cuda_sim.device(folder, seed, **HOPPER) as xp:
             _, log = attention_sm90a.forward(xp, guarded(qkv), *settings, True)
             given = guarded(encode(y, scalar)), guarded(dy), guarded(log)
-            results.append(attention_sm90a.backward(xp, guarded(qkv), *settings, *given))
+            results.append(attention_sm90a.backward(xp, guarded(qkv), *settings, *given, True))
+    (dqkv, sums), again = results
     for part in range(3):  # of q, k and v
-        ours, exact = (x.reshape(n, 3, -1)[:, part] for x in (decode(results[0]), right))
+        ours, exact = (x.reshape(n, 3, -1)[:, part] for x in (decode(dqkv), right))
         assert error(ours, exact) < TOLERANCE[scalar] / 2
-    assert np.array_equal(*results)
+    assert error(sums.astype(np.float64), decode(dqkv).sum(axis=1)) < 1e-6
+    assert all(np.array_equal(*pair) for pair in zip((dqkv, sums), again, strict=True))
 
 
 @pytest.fixture

@@ -210,3 +210,34 @@ DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, i
         }
     }
 }
+
+// The sums over the n rows of dq, of dk and of dv, which this block has written from `dq` on, into `sums`: three times D,
+// as far apart as in a row. `memory` holds 3 CHUNK floats for each of the block's threads.
+DEVICE void write_sums(float* sums, const T* dq, int heads, int n, unsigned char* memory) {
+    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks), height = THREADS / lanes;
+    const int lane = threadIdx.x % lanes;
+    float* scratch = reinterpret_cast<float*>(memory) + threadIdx.x / lanes * 3 * D;
+    float sum[3][CHUNK] = {};
+    __syncthreads();  // the gradients are written, and nobody needs the memory any more
+    if (lane < chunks) {
+#pragma unroll 2
+        for (int row = threadIdx.x / lanes; row < n; row += height)
+#pragma unroll
+            for (int part = 0; part < 3; part++) {  // not by `load`, which might move before the stores
+                const T* from = dq + (3 * row + part) * heads * D + lane * CHUNK;
+                const Vector<T, CHUNK> v = *reinterpret_cast<const Vector<T, CHUNK>*>(from);
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++) sum[part][i] += v[i];
+            }
+#pragma unroll
+        for (int i = 0; i < 3 * CHUNK; i++)
+            scratch[i / CHUNK * D + lane * CHUNK + i % CHUNK] = sum[i / CHUNK][i % CHUNK];
+    }
+    __syncthreads();
+    scratch = reinterpret_cast<float*>(memory);
+    for (int i = threadIdx.x; i < 3 * D; i += THREADS) {
+        float total = 0.0f;
+        for (int row = 0; row < height; row++) total += scratch[row * 3 * D + i];
+        sums[i / D * heads * D + i % D] = total;
+    }
+}

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinyvit import kernels
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import attention_sm90a
+from tinyvit.kernels.cuda.linear import note_sums, sum_partials
 
 
 def covers_attention(
@@ -61,7 +63,11 @@ def qkv_attention(
     def vjp(dy: Array) -> tuple[Array]:
         dy = cuda.ready(_with_dim(xp, dy, own_dim, dim))
         hopper = attention_sm90a.takes(xp, qkv, *settings[:3], mma_forward, mma_backward)
-        dqkv = (attention_sm90a.backward if hopper else mma_backward)(xp, qkv, *settings, y, dy, row_log)
+        with_sums = dim == own_dim and kernels.notes.get() is not None  # for the bias of the layer that made qkv
+        backward = attention_sm90a.backward if hopper else mma_backward
+        dqkv, sums = backward(xp, qkv, *settings, y, dy, row_log, with_sums)
+        if with_sums:
+            note_sums(dqkv, *sum_partials(xp, sums, dqkv.dtype))
         return (_with_dim(xp, dqkv, dim, own_dim),)
 
     return _with_dim(xp, y, dim, own_dim), vjp
@@ -93,8 +99,9 @@ def mma_backward(
     y: Array,
     dy: Array,
     row_log: Array,
-) -> Array:
-    """The gradient of qkv."""
+    with_sums: bool,
+) -> tuple[Array, Any]:
+    """The gradient of qkv, and the sums of its columns for each sample (B, 3 H D), or NULL."""
     batch, n, width = qkv.shape
     dim = width // (3 * num_heads)
     plan = backward_tiling(n, queries, dim, qkv.dtype.itemsize, dropout=factors is not cuda.NULL)
@@ -102,10 +109,11 @@ def mma_backward(
     constants, portions, shared = plan
     dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
     dq_sum = xp.empty((batch, num_heads, queries, dim), dtype=xp.float32) if portions > 1 else cuda.NULL
+    sums = xp.empty((batch, width), dtype=xp.float32) if with_sums else cuda.NULL
     backward = cuda.kernel("attention_backward", "attention_backward", **_variant(qkv, factors, dim), **constants)
-    arguments = (qkv, factors, y, dy, row_log, dqkv, dq_sum, *map(np.int32, (num_heads, n, queries)), scale)
+    arguments = (qkv, factors, y, dy, row_log, dqkv, dq_sum, sums, *map(np.int32, (num_heads, n, queries)), scale)
     backward((batch * num_heads,), (32 * constants["WARPS"],), arguments, shared_mem=shared)
-    return dqkv
+    return dqkv, sums
 
 
 def _variant(qkv: Array, factors: Any, dim: int) -> dict[str, Any]:

@@ -26,11 +26,11 @@ constexpr int SCORES_STRIDE = QUERIES + 8;
 
 // grid: heads of all samples; shared memory: 2 WARPS * ROWS + 4 QUERIES rows of STRIDE and WARPS * ROWS of
 // SCORES_STRIDE numbers, and 2 floats for each of Q rows rounded up to 16. dqkv (B, N, 3, H, D); dq_sum (B, H, Q, D)
-// fp32, scratch, is only touched if N > WARPS * ROWS.
+// fp32, scratch, is only touched if N > WARPS * ROWS. sums (B, 3, H, D) fp32, of dqkv over each sample's tokens, may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     attention_backward(const T* __restrict__ qkv, const T* __restrict__ dropout_mask, const T* __restrict__ y,
                        const T* __restrict__ dy, const float* __restrict__ row_log, T* __restrict__ dqkv,
-                       float* dq_sum, int heads, int n, int n_queries, float scale) {
+                       float* dq_sum, float* sums, int heads, int n, int n_queries, float scale) {
     DYNAMIC_SHARED(memory);
     const int warp = warp_index();
     constexpr int portion = WARPS * ROWS;  // keys at a time
@@ -196,4 +196,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         write(dk, scale, dq + heads * D);
         write(dv, 1.0f, dq + 2 * heads * D);
     }
+    if (sums) write_sums(sums + (sample * 3 * heads + head) * D, dq, heads, n, memory);
 }

@@ -46,10 +46,11 @@ DEVICE void pin_all(float (&c)[count]) {
 
 // grid: heads of all samples; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, and 2 floats for each
 // of Q rows rounded up to 64. dqkv (B, N, 3, H, D); dq_sum (B, H, Q rounded up to 64, D) fp32 is only touched if N > KEYS.
+// sums (B, 3, H, D) fp32, of dqkv over each sample's tokens, may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_backward_sm90a(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
-                             const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, int heads, int n,
-                             int n_queries, float scale) {
+                             const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums,
+                             int heads, int n, int n_queries, float scale) {
     DYNAMIC_SHARED(memory);
     unsigned char* keys = memory;
     unsigned char* values = keys + KEY_PANEL;
@@ -202,4 +203,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     }
     cp_async_wait<0>();
+    if (sums) write_sums(sums + (sample * 3 * heads + head) * D, dq, heads, n, memory);
 }

@@ -69,11 +69,12 @@ def _agrees(
     try:
         results = other(*arguments, True)
         if other_backward:
-            saved = results[0], draw(1, queries, heads * dim), results[1]
-            pairs = [(backward(*arguments, *saved), other_backward(*arguments, *saved))]
+            saved = results[0], draw(1, queries, heads * dim), results[1], True
+            pairs = [*zip(backward(*arguments, *saved), other_backward(*arguments, *saved), (2e-2, 2e-2), strict=True)]
         else:  # with a head divided among blocks, and with all its queries in one
-            pairs = [p for many in (heads, MANY) for p in zip(forward(*arguments, True, many), results, strict=True)]
-        problems = [problem for pair in pairs if (problem := _problem(xp, *pair))]
+            found = [forward(*arguments, True, many) for many in (heads, MANY)]
+            pairs = [triple for ours in found for triple in zip(ours, results, (2e-2, 1e-4), strict=True)]
+        problems = [problem for triple in pairs if (problem := _problem(xp, *triple))]
     except Exception as error:  # the compiler, or the device, refuses it
         problems = [f"{type(error).__name__}: {error}".splitlines()[0]]
     if problems:
@@ -86,9 +87,8 @@ def _agrees(
     return not problems
 
 
-def _problem(xp: Any, ours: Array, other: Array) -> str | None:
+def _problem(xp: Any, ours: Array, other: Array, limit: float) -> str | None:
     """What is wrong if they differ by more than rounding; NaN is, too."""
-    limit = 2e-2 if ours.dtype.itemsize == 2 else 1e-4
     difference = _difference(xp, ours, other)
     return None if difference < limit else f"it differs by {difference:.1e}, more than {limit:.0e}"
 
@@ -116,20 +116,21 @@ def forward(
 
 
 def backward(
-    xp: Any, qkv: Array, factors: Any, num_heads: int, queries: int, scale: np.float32, *saved: Array
-) -> Array:
+    xp: Any, qkv: Array, factors: Any, num_heads: int, queries: int, scale: np.float32, *saved: Any
+) -> tuple[Array, Any]:
     """What `attention.mma_backward` gives."""
-    y, dy, row_log = saved
+    y, dy, row_log, with_sums = saved
     batch, n, width = qkv.shape
     dim = width // (3 * num_heads)
     dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
     dq_sum = xp.empty((batch, num_heads, 64 * math.ceil(queries / 64), dim), dtype=xp.float32)
     name, warps = "attention_backward_sm90a", 8
     variant = {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "WARPS": warps}
-    arguments = (qkv, y, dy, row_log, dqkv, dq_sum, *map(np.int32, (num_heads, n, queries)), scale)
+    sums = xp.empty((batch, width), dtype=xp.float32) if with_sums else cuda.NULL
+    arguments = (qkv, y, dy, row_log, dqkv, dq_sum, sums, *map(np.int32, (num_heads, n, queries)), scale)
     kernel = cuda.kernel(name, name, **variant)
     kernel((batch * num_heads,), (32 * warps,), arguments, shared_mem=_backward_shared(queries))
-    return dqkv
+    return dqkv, sums
 
 
 def _backward_shared(queries: int) -> int:

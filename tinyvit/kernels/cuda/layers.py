@@ -70,7 +70,9 @@ def _width(x: Array) -> int:
 
 
 def covers_cross_entropy(logits: Array, *, labels: Array, **_: Any) -> bool:
-    return bool(cuda.scalar(logits.dtype)) and labels.dtype == (logits.dtype if labels.ndim == 2 else np.int64)
+    return bool(cuda.scalar(logits.dtype) and logits.size) and labels.dtype == (
+        logits.dtype if labels.ndim == 2 else np.int64
+    )
 
 
 def cross_entropy(
