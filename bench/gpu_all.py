@@ -3,9 +3,9 @@
     python bench/gpu_all.py --json DIR --minutes 15            # results come into DIR as they are made
     python bench/gpu_all.py --json DIR --minutes 15 --data CIFAR10 --only compile kernels-norms times
 
-First comes attention for Hopper by itself: unless its tests pass, the other parts leave it out. Then kernels are
-compiled, in as many processes as there are cores, into a cache that all parts share. Their tests follow in groups, so
-that a kernel that ends its process leaves no more than its group unknown, then tests of whole steps, times of steps
+First comes attention for Hopper by itself: if it hangs or ends its process, the other parts leave it out. Then kernels
+are compiled, in as many processes as there are cores, into a cache that all parts share. Their tests follow in groups,
+so that a kernel that ends its process leaves no more than its group unknown, then tests of whole steps, times of steps
 beside PyTorch, of kernels and of attention, and the recipes for CIFAR-10. Each part is a command with a time limit of
 its own: one that fails, hangs or is not started leaves the others alone. DIR/PART.txt is what it printed, DIR/PART.json
 its figures, DIR/gpu_all.json what became of each, and what failed and why.
@@ -19,6 +19,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,11 +119,16 @@ def run(part: Part, folder: Path, seconds: float) -> str:
     return "done" if status == 0 else f"failed: exit status {status}"
 
 
-def problems(log: Path) -> list[str]:
-    """What a part says of its failures: pytest's lines of them, else what it printed last."""
+def conclusion(log: Path, done: bool) -> list[str]:
+    """The last line of a part that is done; of another one pytest's lines of what failed, else its last lines."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
-    return list(dict.fromkeys(failed)) or lines[-5:]
+    return lines[-1:] if done else list(dict.fromkeys(failed)) or lines[-5:]
+
+
+def _breaks(log: Path) -> bool:
+    """Whether a test has left its process without a GPU; results that differ are found before a kernel is used."""
+    return bool(re.search("CUDA(Runtime|Driver)Error|crashed while running", log.read_text(errors="replace")))
 
 
 def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
@@ -135,12 +141,12 @@ def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
         took = round(time.monotonic() - start, 1)
         records.append({"part": part.name, "became": became, "seconds": took, "command": " ".join(part.command)})
         print(f"{part.name:17} {took:7.1f} s  {became}", flush=True)
-        if became not in ("done", NOT_STARTED):
-            records[-1]["problems"] = problems(folder / f"{part.name}.txt")
-            print(*(f"    {line}" for line in records[-1]["problems"][:MOST_SHOWN]), sep="\n", flush=True)
-        if part.name == HOPPER and became != "done":
-            os.environ["TINYVIT_WGMMA"] = "0"
-            print("    the other parts run without attention for Hopper (TINYVIT_WGMMA=0)", flush=True)
+        if became != NOT_STARTED:
+            records[-1]["conclusion"] = conclusion(folder / f"{part.name}.txt", became == "done")
+            print(*(f"    {line}" for line in records[-1]["conclusion"][:MOST_SHOWN]), sep="\n", flush=True)
+            if part.name == HOPPER and (became.startswith("ended") or _breaks(folder / f"{part.name}.txt")):
+                os.environ["TINYVIT_WGMMA"] = "0"
+                print("    the other parts run without attention for Hopper (TINYVIT_WGMMA=0)", flush=True)
         with atomic.atomic_write(folder / "gpu_all.json") as file:
             file.write_text(json.dumps(records, indent=1))
     return records
@@ -197,8 +203,10 @@ def main(arguments: list[str] | None = None) -> None:
         compile_all()
     if args.json is None:
         parser.exit(2, "gpu_all: error: expected --json DIR\n")
-    folder = args.json.resolve()
-    table = parts(folder, args.data)
+    if args.data != "cifar10" and not Path(args.data).exists():
+        parser.exit(2, f"gpu_all: error: expected --data cifar10 or a directory, got {args.data}\n")
+    folder = args.json.resolve()  # parts run elsewhere
+    table = parts(folder, args.data if args.data == "cifar10" else str(Path(args.data).resolve()))
     if unknown := set(args.only or ()) - {part.name for part in table}:
         names = ", ".join(part.name for part in table)
         parser.exit(2, f"gpu_all: error: expected parts among {names}, got {', '.join(sorted(unknown))}\n")
@@ -209,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, cache in (("CUPY_CACHE_DIR", "kernels"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
         os.environ.setdefault(name, str(folder / cache))
-    os.environ["PYTHONUNBUFFERED"] = "1"  # what a part printed is there when it is killed
+    os.environ |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "200"}  # all that a part printed is there, and not cut off
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     wanted = [part for part in table if args.only is None or part.name in args.only]
     records = run_all(wanted, folder, 60 * args.minutes)

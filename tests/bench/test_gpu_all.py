@@ -105,7 +105,7 @@ def test_every_test_of_a_kernel_is_in_one_group(tmp_path):
 def test_without_attention_for_hopper_the_others_leave_it_out(tmp_path, monkeypatch, capsys):
     """What failed and why is shown, and stands in the record."""
     monkeypatch.setenv("TINYVIT_WGMMA", "1")
-    log = "FAILED tests/gpu/x.py::test_a[1] - assert 0.5 < 0.01"
+    log = "FAILED tests/gpu/x.py::test_a[1] - cupy.CUDARuntimeError: cudaErrorIllegalAddress"
     shows = "import os; print(os.environ['TINYVIT_WGMMA'])"
     wanted = [
         python("before", shows),
@@ -113,10 +113,12 @@ def test_without_attention_for_hopper_the_others_leave_it_out(tmp_path, monkeypa
         python("after", shows),
         python("raises", "1 / 0"),
     ]
+    (tmp_path / "log").write_text("FAILED tests/gpu/x.py::test_a[1] - assert 0.5 < 0.01")
+    assert not gpu_all._breaks(tmp_path / "log")  # the other parts find out themselves
     records = gpu_all.run_all(wanted, tmp_path, 60.0)
     assert [(tmp_path / f"{name}.txt").read_text().strip() for name in ("before", "after")] == ["1", "0"]
-    assert [r.get("problems") for r in records[:3]] == [None, [log], None]
-    assert records[3]["problems"][-1] == "ZeroDivisionError: division by zero"
+    assert [record["conclusion"] for record in records[:3]] == [["1"], [log], ["0"]]
+    assert records[3]["conclusion"][-1] == "ZeroDivisionError: division by zero"
     shown = capsys.readouterr().out
     assert log in shown and "division by zero" in shown and "TINYVIT_WGMMA=0" in shown
 
@@ -130,7 +132,11 @@ def test_the_jobs_that_compile_do_run(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments, problem",
-    [([], "expected --json DIR"), (["--json", "x", "--only", "test"], "expected parts among kernels-hopper, compile,")],
+    [
+        ([], "expected --json DIR"),
+        (["--json", "x", "--data", "nowhere"], "expected --data cifar10 or a directory"),
+        (["--json", "x", "--only", "test"], "expected parts among kernels-hopper, compile,"),
+    ],
 )
 def test_bad_usage_is_one_line(arguments, problem, capsys):
     with pytest.raises(SystemExit) as stopped:

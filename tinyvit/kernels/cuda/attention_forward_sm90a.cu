@@ -11,7 +11,7 @@
 // multiprocessor. N is rounded up to 8 for the scores and to 16 for the results: 197 to 200 and 208.
 //
 // Compile for sm_90a with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16, up to 128), TOKENS (N), KEYS (a multiple of
-// 16, up to 128), STAGES (at most ceil(N / KEYS), at least 3 if fewer), WARPGROUPS and RESIDENT (the number of blocks
+// 16, up to 64), STAGES (at most ceil(N / KEYS), at least 3 if fewer), WARPGROUPS and RESIDENT (the number of blocks
 // that shall fit on a multiprocessor, which limits their registers).
 #include "warpgroup.cuh"
 
@@ -26,7 +26,7 @@ constexpr int LAST = (N - (CHUNKS - 1) * KEYS + 7) / 8 * 8;  // keys of the last
 constexpr bool RING = STAGES < CHUNKS;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-static_assert(KEYS % 16 == 0 && KEYS <= 128 && D % 16 == 0 && D <= 128, "what wgmma takes");
+static_assert(KEYS % 16 == 0 && KEYS <= 64 && D % 16 == 0 && D <= 128, "what wgmma takes");
 static_assert(CHUNKS > 1 && STAGES <= CHUNKS, "the first chunk is a whole one");
 static_assert(STAGES >= 3 || !RING, "a chunk to compute with, the one before it, and a next one");
 
@@ -80,8 +80,8 @@ DEVICE void exponentials(float (&score)[keys / 2], float exponent, float (&highe
     }
 }
 
-// grid: heads of all samples * blocks_per_head; shared memory: STAGES stages, or as much as N tokens rounded up to 16 take. out (B, Q, H, D); row_log (B, H, Q), the base-2 logarithm of each row's sum of
-// exponentials, may be null.
+// grid: heads of all samples * blocks_per_head; shared memory: STAGES stages, or as much as N tokens rounded up to 16
+// take. out (B, Q, H, D); row_log (B, H, Q), the base-2 logarithm of each row's sum of exponentials, may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     attention_forward_sm90a(const T* __restrict__ qkv, T* __restrict__ out, float* __restrict__ row_log, int heads,
                             int n_queries, int blocks_per_head, float scale) {

@@ -1,9 +1,10 @@
 // Products of a warpgroup (four warps, 128 threads) on Hopper's tensor cores: wgmma, which only sm_90a has.
 //
-// c (64 x n) += a (64 x 16) b (16 x n), n a multiple of 8. Warp w of the four holds rows 16 w ... 16 w + 15 of c and a,
-// each 8 columns of c and each 16 of a as in mma.sync's m16n8k16 (attention.cuh). b lies in shared memory, as a panel of
-// rows of 128 bytes, that is of 64 numbers, whose 16-byte chunks are permuted: chunk c of row r lies at place c ^ (r % 8),
-// so that neither reading rows nor reading columns meets one bank twice. A panel begins at a multiple of 1024 bytes.
+// c (64 x n) += a (64 x 16) b (16 x n), n a multiple of 8 up to 64 (hardware has up to 256). Warp w of the four holds rows
+// 16 w ... 16 w + 15 of c and a, each 8 columns of c and each 16 of a as in mma.sync's m16n8k16 (attention.cuh). b lies in
+// shared memory, as a panel of rows of 128 bytes, that is of 64 numbers, whose 16-byte chunks are permuted: chunk c of row
+// r lies at place c ^ (r % 8), so that neither reading rows nor reading columns meets one bank twice. A panel begins at a
+// multiple of 1024 bytes.
 // Rows of b are either its columns (`by_rows` = false: c = a b^T, 16 numbers of each row) or its k (`by_rows` = true).
 //
 // The products run by themselves. wgmma_fence comes before the first one of several, after registers of theirs were
@@ -51,22 +52,6 @@ struct Wgmma;
 #define REGISTERS_56 REGISTERS_48, "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27])
 #define PLACES_64 PLACES_56 "," "%28,%29,%30,%31"
 #define REGISTERS_64 REGISTERS_56, "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])
-#define PLACES_72 PLACES_64 "," "%32,%33,%34,%35"
-#define REGISTERS_72 REGISTERS_64, "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35])
-#define PLACES_80 PLACES_72 "," "%36,%37,%38,%39"
-#define REGISTERS_80 REGISTERS_72, "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39])
-#define PLACES_88 PLACES_80 "," "%40,%41,%42,%43"
-#define REGISTERS_88 REGISTERS_80, "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43])
-#define PLACES_96 PLACES_88 "," "%44,%45,%46,%47"
-#define REGISTERS_96 REGISTERS_88, "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47])
-#define PLACES_104 PLACES_96 "," "%48,%49,%50,%51"
-#define REGISTERS_104 REGISTERS_96, "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51])
-#define PLACES_112 PLACES_104 "," "%52,%53,%54,%55"
-#define REGISTERS_112 REGISTERS_104, "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55])
-#define PLACES_120 PLACES_112 "," "%56,%57,%58,%59"
-#define REGISTERS_120 REGISTERS_112, "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59])
-#define PLACES_128 PLACES_120 "," "%60,%61,%62,%63"
-#define REGISTERS_128 REGISTERS_120, "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])
 
 #define WGMMA_TYPE(scalar, type, n, a0, a1, a2, a3, b, sum, order)                                                     \
     template <bool by_rows>                                                                                            \
@@ -89,14 +74,6 @@ WGMMA(40, 20, 21, 22, 23, 24, 25, 26)
 WGMMA(48, 24, 25, 26, 27, 28, 29, 30)
 WGMMA(56, 28, 29, 30, 31, 32, 33, 34)
 WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
-WGMMA(72, 36, 37, 38, 39, 40, 41, 42)
-WGMMA(80, 40, 41, 42, 43, 44, 45, 46)
-WGMMA(88, 44, 45, 46, 47, 48, 49, 50)
-WGMMA(96, 48, 49, 50, 51, 52, 53, 54)
-WGMMA(104, 52, 53, 54, 55, 56, 57, 58)
-WGMMA(112, 56, 57, 58, 59, 60, 61, 62)
-WGMMA(120, 60, 61, 62, 63, 64, 65, 66)
-WGMMA(128, 64, 65, 66, 67, 68, 69, 70)
 #endif
 
 // c = a b, plus c if `add`: a in this thread's four registers, b from `panel` on, whose next 8 rows lie 1024 bytes on.
