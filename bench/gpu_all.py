@@ -123,7 +123,7 @@ def conclusion(log: Path, done: bool) -> list[str]:
     """The last line of a part that is done; of another one pytest's lines of what failed, else its last lines."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED ", "ERROR ")) and "::" in line]
-    return lines[-1:] if done else list(dict.fromkeys(failed)) or lines[-5:]
+    return [lines[-1].strip("= ")] if done and lines else list(dict.fromkeys(failed)) or lines[-5:]
 
 
 def _breaks(log: Path) -> bool:
