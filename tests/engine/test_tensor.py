@@ -1,6 +1,7 @@
 """The engine: the tape, backward, grad, and what they promise about memory, sharing, threads and errors."""
 
 import itertools
+import math
 import subprocess
 import sys
 import threading
@@ -424,8 +425,8 @@ print(seconds, *heavy & {name.partition(".")[0] for name in sys.modules})
 
 def test_importing_is_light():
     """Under 0.3 s (of the processor: other tests run beside this one), and nothing heavy comes along."""
-    seconds = []
-    for _ in range(3):
+    seconds = [math.inf]
+    while len(seconds) < 4 and min(seconds) >= 0.3:
         out = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
         took, *heavy = out.stdout.split()
         assert heavy == []

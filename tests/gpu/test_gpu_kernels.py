@@ -11,12 +11,14 @@ import warnings
 
 import numpy as np
 import pytest
-from on_gpu import DTYPES, LIMITS, Poisoned, check_kernel, difference, dtype
+from on_gpu import DTYPES, HAS_GPU, LIMITS, Poisoned, check_kernel, difference, dtype
 
 from tinyvit import kernels
 from tinyvit.backend import arrays, random
 from tinyvit.kernels import reference
 
+if not HAS_GPU:
+    pytest.skip("CuPy finds no GPU", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
 

@@ -11,7 +11,7 @@ import weakref
 
 import numpy as np
 import pytest
-from on_gpu import PRECISIONS, difference
+from on_gpu import HAS_GPU, PRECISIONS, difference
 
 import tinyvit
 from tinyvit import optim
@@ -20,6 +20,8 @@ from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
 from tinyvit.kernels.cuda import cublas
 
+if not HAS_GPU:
+    pytest.skip("CuPy finds no GPU", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 
 SMALL = {"depth": 3, "num_classes": 10}

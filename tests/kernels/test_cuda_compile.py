@@ -76,7 +76,7 @@ INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarc
 
 def attention_variants() -> list[tuple[str, dict]]:
     """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
-    shapes = [("bf16", 64, n, dropout) for n in (50, 65, 197, 577) for dropout in (0, 1)]
+    shapes = [("bf16", 64, n, dropout) for n, dropout in ((50, 1), (65, 0), (197, 0), (197, 1), (577, 0))]
     shapes += [("f16", 80, 197, 1), ("bf16", 128, 197, 0), ("float", 64, 197, 0)]
     found = []
     for scalar, dim, n, dropout in shapes:
@@ -133,7 +133,8 @@ def test_every_source_is_compiled():
 
 def cases() -> Iterator[Any]:
     for file, constants in variants():
-        for architecture in ("sm_90a",) if file.endswith("_sm90a") else ARCHITECTURES:
+        both = ARCHITECTURES if file.startswith("attention") else ARCHITECTURES[:1]  # the others need few registers
+        for architecture in ("sm_90a",) if file.endswith("_sm90a") else both:
             name = "-".join(map(str, (architecture, file, *constants.values())))
             yield pytest.param(file, constants, architecture, id=name)
 

@@ -7,6 +7,7 @@ import torch
 from optimizing import STEPS, error, model_of, parameter
 
 from tinyvit import optim
+from tinyvit.engine.tensor import Tensor
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-5)])
@@ -47,6 +48,11 @@ def test_ema_does_not_follow_a_step_that_was_skipped(xp, skipped, expected):
     model.p.data = xp.full(3, 8.0, dtype=xp.float32)
     ema.update(None if skipped is None else xp.asarray(skipped, dtype=xp.float64))
     assert np.array_equal(ema.state_dict()["p"], np.full(3, expected, np.float32))
+
+
+def test_what_is_frozen_is_not_averaged():
+    model = model_of(p=parameter(np.zeros(3)), frozen=Tensor(np.zeros(2)))
+    assert list(optim.EMA(model, 0.5).state_dict()) == ["p"]
 
 
 def test_ema_is_applied_within_its_context_only():

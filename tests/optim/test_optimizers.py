@@ -53,7 +53,7 @@ def hyper_parameters(draw, name):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("small_blocks")
 @given(data=st.data())
-def test_fifty_steps_agree_with_torch(name, dtype, tolerance, data):
+def test_steps_agree_with_torch(name, dtype, tolerance, data):
     """Two groups, a schedule, gradients that are missing now and then, any memory layout. torch computes in float64."""
     ours, theirs, fixed = CASES[name]
     options = fixed | hyper_parameters(data.draw, name)

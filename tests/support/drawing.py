@@ -35,10 +35,9 @@ if importlib.util.find_spec("jax"):
     jax = importlib.import_module("jax")
     jax.config.update("jax_enable_x64", True)
     LIBRARIES["jax"] = jax.numpy
-needs_jax = pytest.mark.skipif("jax" not in LIBRARIES, reason="JAX is not installed")
-BACKENDS = ["numpy", "array_api_strict", "torch", pytest.param("cupy", marks=needs_gpu)]
-WITH_JAX = [*BACKENDS, pytest.param("jax", marks=needs_jax)]  # for few small tests: JAX compiles for each shape
-
+MARKS = {"cupy": needs_gpu}
+BACKENDS = [pytest.param(name, marks=MARKS[name]) if name in MARKS else name for name in LIBRARIES if name != "jax"]
+WITH_JAX = [*BACKENDS, *(["jax"] if "jax" in LIBRARIES else [])]  # for few small tests: JAX compiles for each shape
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
@@ -58,13 +57,11 @@ def kernel_table(backend: str, jit: bool = False) -> dict[str, Callable]:
 def versions(name: str) -> list[Any]:
     """Every version of an operation, as (library, "reference", "kernel" or "jit") parameters of a test."""
     found = []
-    for backend in ("numpy", "array_api_strict", "torch", "cupy"):
-        if backend not in LIBRARIES:
-            found.append(pytest.param(backend, "reference", id=f"{name}-{backend}", marks=needs_gpu))
-            continue
-        found.append(pytest.param(backend, "reference", id=f"{name}-{backend}"))
+    for backend in (name for name in LIBRARIES if name != "jax"):
+        marks = MARKS.get(backend, ())
+        found.append(pytest.param(backend, "reference", id=f"{name}-{backend}", marks=marks))
         if name in kernel_table(backend):
-            found.append(pytest.param(backend, "kernel", id=f"{name}-{backend}-kernel"))
+            found.append(pytest.param(backend, "kernel", id=f"{name}-{backend}-kernel", marks=marks))
         if backend == "numpy" and HAS_NUMBA and name in kernel_table(backend, jit=True):
             found.append(pytest.param(backend, "jit", id=f"{name}-{backend}-jit"))
     return found

@@ -27,7 +27,7 @@ from drawing import (
     values,
     versions,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyvit.backend import arrays
@@ -134,6 +134,7 @@ def checks_of(module: ModuleType, cases: dict[str, Callable]) -> tuple[Callable,
         agrees_with_torch(find_version(module, name, backend, version), cases[name](data.draw), backend, data.draw)
 
     @every_version
+    @settings(max_examples=8)
     @given(data=st.data())
     def gives_the_same(name: str, backend: str, version: str, data: Any) -> None:
         function = find_version(module, name, backend, version)

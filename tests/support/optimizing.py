@@ -6,7 +6,7 @@ import numpy as np
 
 from tinyvit.engine.tensor import Tensor
 
-STEPS = 50
+STEPS = 20
 
 
 def parameter(x):
