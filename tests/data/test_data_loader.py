@@ -80,10 +80,11 @@ def test_epochs_and_seeds_differ():
     assert len({tuple(order) for order in orders}) == 4
 
 
-def test_batches_of_an_epoch_get_different_random_numbers():
+def test_the_batches_of_all_epochs_and_seeds_get_different_random_numbers():
     blank = ArraySplit(np.zeros((64, 1, 2, 2), np.uint8), np.zeros(64, np.int64), [])
-    images = [images for images, _ in batches(Loader(blank, 8, transform=with_noise), 0)]
-    assert len({array.tobytes() for array in images}) == 8
+    loaders = [Loader(blank, 8, transform=with_noise, seed=seed) for seed in (0, 1)]
+    images = [images for loader in loaders for epoch in (0, 1) for images, _ in batches(loader, epoch)]
+    assert len({array.tobytes() for array in images}) == len(images) == 32
 
 
 def test_random_reads_are_for_training_only():

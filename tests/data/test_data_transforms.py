@@ -94,6 +94,13 @@ def test_mixup_blends_whole_images_and_cutmix_pastes_boxes():
     assert set(np.unique(pasted)) == {0, 1} and (pasted.min(axis=(2, 3)) != pasted.max(axis=(2, 3))).any()
 
 
+def test_a_batch_is_mixed_in_one_of_two_ways_evenly():
+    augment = Augment((0.0,) * 4, (1 / 255,) * 4, mixup=1.0, cutmix=1.0, num_classes=4)
+    images = one_channel_each(4).astype(np.uint8)
+    pasted = [augment(images, np.arange(4), np.random.default_rng(seed))[0] for seed in range(100)]
+    assert 35 < sum(np.array_equal(x, np.round(x)) for x in pasted) < 65  # blended images are between 0 and 1
+
+
 def test_one_hot():
     assert one_hot(np.array([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
 

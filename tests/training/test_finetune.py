@@ -35,6 +35,7 @@ def beit_layer(name, num_layers):
 
 
 @pytest.mark.parametrize("overrides", [{}, {"distilled": True}, {"representation_size": 8}, {"depth": 12},
+                                       {"global_pool": "seq", "class_token": False},
                                        {"global_pool": "avg", "reg_tokens": 2, "init_values": 0.1}])  # fmt: skip
 def test_layers_are_numbered_as_in_beit(overrides):
     net = model(**overrides)
