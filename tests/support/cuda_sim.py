@@ -239,9 +239,10 @@ def build(folder: Path, file: str, constants: tuple[tuple[str, Any], ...]) -> Pa
     main = f'#include "{file}.cu"\n' + "".join(f"EXPORT({name})\n" for name in names)
     defines = [f"-D{key}={value}" for key, value in constants]
     shim = _compile(folder / "shim.o", (SHIM / "shim.cpp").read_text(), "-O2", "-c")
-    _compile(folder / "headers.h.gch", '#include "export.h"\n', "-O1", "-x", "c++-header")  # which takes a quarter
+    headers = folder / "headers.h"  # compiled once, for they take half of the time
+    _compile(folder / "headers.h.gch", '#include "export.h"\n', "-O1", "-x", "c++-header")
     label = "-".join([file, *(f"{key}={value}" for key, value in constants)])
-    return _compile(folder / f"{label}.so", main, "-O1", "-include", str(folder / "headers.h"), "-shared", str(shim), *defines)
+    return _compile(folder / f"{label}.so", main, "-O1", "-include", str(headers), "-shared", str(shim), *defines)
 
 
 def _compile(result: Path, source: str, *options: str) -> Path:
