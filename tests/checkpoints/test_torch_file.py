@@ -313,8 +313,8 @@ def test_damaged_numbers_are_noticed(tmp_path):
     assert "x cannot be read: Bad CRC-32 for file 'a/data/0'" in refusal(path)
 
 
-def stored(tensor_arguments, data=bytes(16)):
-    """An archive with one tensor `x`, rebuilt from these arguments after its storage of 4 floats."""
+def stored(tensor_arguments, data=bytes(16), view=()):
+    """An archive with one tensor `x`, rebuilt from these arguments after its storage of 4 floats, or a view of that."""
 
     class Storage:
         pass
@@ -325,7 +325,7 @@ def stored(tensor_arguments, data=bytes(16)):
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, thing):
-            return ("storage", torch.FloatStorage, "0", "cpu", 4) if isinstance(thing, Storage) else None
+            return ("storage", torch.FloatStorage, "0", "cpu", 4, *view) if isinstance(thing, Storage) else None
 
     stream = io.BytesIO()
     Pickler(stream, 2).dump({"x": Tensor()})
@@ -361,6 +361,13 @@ def test_tensors_that_reach_beyond_their_storage(tmp_path, arguments, problem):
     assert read_weights(path)["x"].tolist() == [[0.0, 0.0], [0.0, 0.0]], "the fixture itself must be readable"
     path.write_bytes(stored(arguments))
     assert problem in refusal(path)
+
+
+def test_a_view_of_a_storage_begins_where_it_says(tmp_path):
+    """As in old files."""
+    data = np.arange(4, dtype="<f4").tobytes()
+    (tmp_path / "a.pth").write_bytes(stored((1, (2,), (1,), False, HOOKS), data, [("view", 1, 3)]))
+    assert read_weights(tmp_path / "a.pth")["x"].tolist() == [2.0, 3.0]
 
 
 def test_only_the_weights_are_read(tmp_path, monkeypatch):

@@ -123,6 +123,16 @@ def test_no_damage_leads_to_another_error(small, tmp_path_factory, data):
 # --- what a file is ---------------------------------------------------------------------------------------------
 
 
+def test_damaged_numbers_of_an_npz_are_noticed(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, w=np.full(50, 1.5, np.float32))
+    content = path.read_bytes()
+    place = content.index(np.float32(1.5).tobytes() * 50)
+    path.write_bytes(content[: place + 9] + b"\x01" + content[place + 10 :])
+    with pytest.raises(CheckpointError, match=r"not a readable \.npz file: Bad CRC-32"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize("name", ["a", "a.safetensors", "a.pth", "a.bin", "a.npz", "model.safetensors", "a.txt"])
 def test_content_counts_and_not_the_name(tmp_path, name):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)

@@ -12,6 +12,8 @@ from running import COMMAND, NANO, assert_one_line_error, environment, tinyvit
 from runs import KEYS, OPTIONS, assert_same_run, metrics, progress
 from safetensors.numpy import load_file
 
+from tinyvit.evaluation.metrics import Scores
+from tinyvit.training.progress import Progress
 from tinyvit.training.run import train
 from tinyvit.training.trainer import Trainer, TrainError
 
@@ -140,3 +142,11 @@ def test_training_works_outside_the_main_thread(images, tmp_path):
     thread.start()
     thread.join(60)
     assert metrics(tmp_path / "run")[0]["epoch"] == 1
+
+
+def test_between_equal_accuracies_the_loss_decides():
+    def scores(loss):
+        return Scores(("a", "b"), np.array([0, 0]), np.array([[0.0, 1.0], [loss, loss], [0, 1], [1, 1]]))
+
+    progress = Progress(best_accuracy=0.5, best_loss=1.0, best_epoch=1)
+    assert [progress.improved_by(scores(loss)) for loss in (0.9, 1.0, 1.1)] == [True, False, False]
