@@ -107,7 +107,7 @@ def predict(args: Namespace) -> None:
         outputs = run_on_images(model, images, args.precision)
     if args.embed:
         write_features(args.embed, outputs, images, checkpoint, args.checkpoint)
-    write_overlays(overlays, images[: len(overlays)], checkpoint, model)
+    write_overlays(overlays, images[: len(overlays)], model)
 
     names = labels.names if labels else checkpoint.class_names
     probabilities = labels.probabilities(outputs) if labels else outputs.probabilities
@@ -237,13 +237,9 @@ def known_model(name: str) -> str:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print JSON; what the encoding of standard output lacks is written as JSON's own escapes."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value, indent=2)
-    print(text)
+    """Print JSON; where standard output is not UTF-8, with JSON's own escapes."""
+    encoding = (sys.stdout.encoding or "utf-8").lower().replace("-", "")
+    print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinyvit.errors import UsageError
-from tinyvit.evaluation.classify import Outputs, model_input
+from tinyvit.evaluation.classify import Outputs
 from tinyvit.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -66,18 +66,13 @@ def overlay_paths(directory: Path, images: Sequence[str]) -> list[Path]:
     return paths
 
 
-def write_overlays(
-    paths: Sequence[Path], images: Sequence[str], checkpoint: Checkpoint, model: VisionTransformer
-) -> None:
+def write_overlays(paths: Sequence[Path], images: Sequence[str], model: VisionTransformer) -> None:
     """Each image beside its attention rollout as a PNG image, each whole or not at all."""
-    from tinyvit.data.image import open_rgb, seen_part
-    from tinyvit.evaluation.heatmap import beside as draw_beside
-    from tinyvit.models.inspection import rollout
+    from tinyvit.data.image import open_rgb
+    from tinyvit.evaluation.heatmap import rollout_beside
 
     for path, image in zip(paths, images, strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        original = open_rgb(image)
-        part = seen_part((original.height, original.width), model.config.image_size, **checkpoint.preprocessing.fit)
-        drawn = draw_beside(original, rollout(model, model_input(model, original))[0], part)
+        drawn = rollout_beside(model, open_rgb(image))[1]
         with atomic_write(path) as beside:
             drawn.save(beside, format="png")

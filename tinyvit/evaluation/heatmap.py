@@ -8,6 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tinyvit.data.image import seen_part
+from tinyvit.evaluation.classify import model_input
+from tinyvit.models.inspection import rollout
+from tinyvit.models.vit import VisionTransformer
+
 # Stops of a colour map from black over violet and red to pale yellow, each lighter than the one before.
 STOPS = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 SMALL = 256  # pixels: the side to which smaller images are enlarged
@@ -58,6 +63,14 @@ def beside(image: Image.Image, heat: np.ndarray, part: tuple[tuple[float, float]
     text.text((left, 0), f"{heat.max():.2%}", "black", font)
     text.text((left, height), f"{heat.min():.2%}", "black", font, anchor="ld")
     return canvas
+
+
+def rollout_beside(model: VisionTransformer, image: Image.Image) -> tuple[np.ndarray, Image.Image]:
+    """Attention rollout (rows, columns) of an RGB image, and the image beside it; errors as `classify`."""
+    heat = rollout(model, model_input(model, image))[0]
+    assert model.preprocessing is not None  # model_input used it
+    part = seen_part((image.height, image.width), model.config.image_size, **model.preprocessing.fit)
+    return heat, beside(image, heat, part)
 
 
 def coloured(heat: np.ndarray, low: float, high: float, scale: int) -> Image.Image:

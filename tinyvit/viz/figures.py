@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tinyvit.data.image import seen_part
 from tinyvit.evaluation.classify import ImageLike, likeliest, model_input, rgb, run_on_images
-from tinyvit.evaluation.heatmap import beside, coloured, grid
+from tinyvit.evaluation.heatmap import coloured, grid, rollout_beside
 from tinyvit.evaluation.metrics import confusion_counts
-from tinyvit.models import inspection
 from tinyvit.models.vit import VisionTransformer
 from tinyvit.viz import measures, svg
 from tinyvit.viz.runs import Run
@@ -122,12 +120,8 @@ def heads_picture(data: np.ndarray) -> Figure:
 
 def rollout(model: VisionTransformer, image: ImageLike) -> Figure:
     """The image beside attention rollout over it; data (rows, columns) as `inspection.rollout`."""
-    original = rgb(image)
-    data = inspection.rollout(model, model_input(model, original))[0]
-    preprocessing = model.preprocessing
-    assert preprocessing is not None  # model_input used it
-    part = seen_part((original.height, original.width), model.config.image_size, **preprocessing.fit)
-    return _raster(data, beside(original, data, part), "an image, and attention rollout over it", photo=True)
+    data, picture = rollout_beside(model, rgb(image))
+    return _raster(data, picture, "an image, and attention rollout over it", photo=True)
 
 
 def predictions(model: VisionTransformer, images: ImageLike | Sequence[ImageLike], top: int = 3) -> Figure:

@@ -40,17 +40,14 @@ def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing]) -> str:
             return digest_of(listing.root / listing.files[i])
         return hashlib.sha256(listing.contents.read(i)).hexdigest()
 
-    digest = hashlib.sha256(f"({names!r}".encode())
+    digest = hashlib.sha256(repr(names).encode())
     for part in parts:
+        digest.update(f"{len(part)} images".encode())
         read = np.zeros(len(part), bool)
         read[sampled(len(part))] = True
         marks = in_threads(partial(mark, part), np.flatnonzero(read))
-        digest.update(b", [")
         for i, (file, label) in enumerate(zip(part.files, part.labels, strict=True)):
-            identity = (file, int(label), next(marks) if read[i] else "")
-            digest.update(f"{', ' if i else ''}{identity!r}".encode())
-        digest.update(b"]")
-    digest.update(b")")
+            digest.update(repr((file, int(label), next(marks) if read[i] else "")).encode())
     return digest.hexdigest()[:16]
 
 
