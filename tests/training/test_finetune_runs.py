@@ -252,7 +252,7 @@ def test_a_failed_run_on_features_leaves_its_best_weights(trained, tmp_path, mon
 def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
     options = ["--freeze", "all-but-head", "--lr", 0.01, "--ema", 0.5]
     printed = finetune(trained, tmp_path / "a", *options, epochs=6)
-    assert "computing the features of 90 images once" in printed
+    assert "computing the features of 90 images once" in printed and ", 195 of them learn)" in printed
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
     scores = json.loads(
@@ -301,7 +301,7 @@ def test_patience_ends_a_run_that_gets_no_better(trained, tmp_path):
     rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 3 and "stopping early: 2 epochs without a better validation accuracy" in printed
     again = tinyvit("train", "--out", tmp_path / "a", "--resume")
-    assert "is finished: its 3 epochs are done" in again.stdout
+    assert "is finished, after 24 steps: nothing was changed" in again.stdout
     printed = finetune(trained, tmp_path / "b", "--patience", 50, epochs=2)
     assert "stopping early" not in printed
 

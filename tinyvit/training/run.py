@@ -288,9 +288,10 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     if options.epochs is not None and options.epochs != record.options["epochs"]:
         length = length.with_total(options.epochs * length.steps_per_epoch)
         progress.finished = progress.step >= length.total_steps
+    finished = f"{directory.path} is finished, after {progress.step} steps: nothing was changed"
     same_source = options.data == record.options["data"]
     if progress.finished and same_source:  # the images of a finished run are not needed
-        display.line(f"{directory.path} is finished: its {progress.epoch} epochs are done, nothing was changed")
+        display.line(finished)
         return progress
     checkpoint = None
     if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
@@ -303,7 +304,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
             f"{directory.path} was started with the data set {record.data_name}, not {other}: choose another --out"
         )
     if progress.finished:
-        display.line(f"{directory.path} is finished: its {progress.epoch} epochs are done, nothing was changed")
+        display.line(finished)
         return progress
     with directory.locked():
         directory.remove_leftovers()
@@ -411,7 +412,7 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
 def parameters(model: VisionTransformer) -> str:
     """The number of parameters, and how many of them learn if not all do."""
     learning = sum(p.size for p in model.parameters() if p.requires_grad)
-    some = "" if learning == model.num_parameters() else f", {learning / 1e6:.2g} M of them learn"
+    some = "" if learning == model.num_parameters() else f", {learning:,} of them learn"
     return f"{model.num_parameters() / 1e6:.2f} M parameters{some}"
 
 
