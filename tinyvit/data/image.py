@@ -49,6 +49,8 @@ class StoredImage:
 
 
 Source = str | os.PathLike[str] | BinaryIO | StoredImage
+Size = tuple[int, int]
+Span = tuple[float, float]
 
 
 @contextlib.contextmanager
@@ -206,21 +208,14 @@ def to_8_bits(grey: np.ndarray, whites: Sequence[float]) -> np.ndarray:
     return np.rint(np.maximum(grey, 0) * (255 / white)).astype(np.uint8)
 
 
-def fit(
-    image: Image.Image,
-    size: tuple[int, int],
-    *,
-    crop_pct: float | None = None,
-    crop_mode: str = "center",
-    interpolation: str = "bicubic",
-) -> Image.Image:
+def fit(image: Image.Image, size: Size, *, interpolation: str = "bicubic", **crop: Any) -> Image.Image:
     """Resize and centre-crop an RGB image to `size` (height, width), as read_image describes."""
-    larger = size_before_crop(size, crop_pct, crop_mode)
-    resized = (resize if crop_mode == "squash" else resize_to_cover)(image, larger, interpolation)
+    larger = size_before_crop(size, **crop)
+    resized = (resize if crop.get("crop_mode") == "squash" else resize_to_cover)(image, larger, interpolation)
     return centre_crop(resized, size)
 
 
-def size_before_crop(size: tuple[int, int], crop_pct: float | None, crop_mode: str) -> tuple[int, int]:
+def size_before_crop(size: Size, crop_pct: float | None = None, crop_mode: str = "center") -> Size:
     """The size that an image is resized to (or to cover), before the middle `size` is cut out. Raises DataError."""
     if crop_mode not in ("center", "squash"):
         raise DataError(f"crop mode {crop_mode!r} given, expected 'center' or 'squash'")
@@ -231,24 +226,17 @@ def size_before_crop(size: tuple[int, int], crop_pct: float | None, crop_mode: s
     return int(size[0] / crop_pct), int(size[1] / crop_pct)
 
 
-def seen_part(
-    stored_size: tuple[int, int],
-    size: tuple[int, int],
-    *,
-    crop_pct: float | None = None,
-    crop_mode: str = "center",
-    interpolation: str = "bicubic",
-) -> tuple[tuple[float, float], tuple[float, float]]:
+def seen_part(stored_size: Size, size: Size, *, interpolation: str = "", **crop: Any) -> tuple[Span, Span]:
     """Where in an image of `stored_size` (height, width) lies what `fit` keeps of it, given the same arguments.
 
     Returns:
         (top, bottom) and (left, right) in the image's pixels.
     """
-    larger = size_before_crop(size, crop_pct, crop_mode)
-    trimmed = stored_size if crop_mode == "squash" else trimmed_size(*stored_size)
-    resized = larger if crop_mode == "squash" else covering_size(*trimmed, larger)
+    larger, squash = size_before_crop(size, **crop), crop.get("crop_mode") == "squash"
+    trimmed = stored_size if squash else trimmed_size(*stored_size)
+    resized = larger if squash else covering_size(*trimmed, larger)
 
-    def span(whole: int, trimmed: int, resized: int, kept: int) -> tuple[float, float]:
+    def span(whole: int, trimmed: int, resized: int, kept: int) -> Span:
         start, scale = margin(resized, kept), trimmed / resized
         return margin(whole, trimmed) + scale * start, margin(whole, trimmed) + scale * (start + kept)
 

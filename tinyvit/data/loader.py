@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy as np
 from tinyvit.backend import arrays, devices
 from tinyvit.data.augment import mirror
 from tinyvit.data.base import Split
+from tinyvit.data.splits import in_threads
 from tinyvit.distributed import ALONE, Group
 
 AHEAD = 2  # batches prepared beyond the one in the caller's hands
@@ -80,18 +80,8 @@ class Loader:
         if self.shuffle:
             np.random.default_rng([ORDER, self.seed, epoch]).shuffle(order)
         order = np.repeat(order, self.repeats)[: len(order)]
-
-        pending: deque[Future[tuple[Any, Any]]] = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="tinyvit-loader") as pool:
-            try:
-                for number in range(first_batch, len(self)):
-                    pending.append(pool.submit(self._batch, order, epoch, number))
-                    if len(pending) > AHEAD:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        numbers = range(first_batch, len(self))
+        yield from in_threads(partial(self._batch, order, epoch), numbers, threads=1, ahead=AHEAD)
 
     def _batch(self, order: np.ndarray, epoch: int, number: int) -> tuple[Any, Any]:
         rng = np.random.default_rng([BATCH, self.seed, epoch, number])

@@ -184,14 +184,21 @@ def stack(images: Iterable[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.empty((3, *size), np.uint8), *images])[1:]
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map(work, items)` with the calls spread over the cores: results in order, few of them waiting at a time."""
+def in_threads(
+    work: Callable[[T], R], items: Iterable[T], threads: int | None = None, ahead: int | None = None
+) -> Iterator[R]:
+    """`map(work, items)` with the calls spread over `threads`, one a core unless said otherwise.
+
+    Results come in order, and at most `ahead` of them, twice the cores, wait for the caller. One who stops early leaves
+    no thread behind.
+    """
+    waiting = 2 * available_cores() if ahead is None else ahead
     pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(available_cores()) as pool:
+    with ThreadPoolExecutor(threads or available_cores(), thread_name_prefix="tinyvit-loader") as pool:
         try:
             for item in items:
                 pending.append(pool.submit(work, item))
-                if len(pending) > 2 * available_cores():
+                if len(pending) > waiting:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
