@@ -105,6 +105,13 @@ def test_made_up_names_are_nobodys_classes(trained, tmp_path, names):
         (["--layer-decay", "1.5"], 2, "at most 1"),
         (["--head-lr", "0"], 2, "--head-lr: expected a number above 0"),
         (["--head-init", "ones"], 2, "expected zeros or normal"),
+        (["--no-augment", "--erasing", "0.2"], 2, "--erasing 0.2 varies training images, and --no-augment leaves"),
+        (
+            ["--freeze", "all-but-head", "--flip", "alternate"],
+            2,
+            "--freeze all-but-head, unless with --augment, leaves",
+        ),
+        (["--adam-lr", "0.01"], 2, "--adam-lr 0.01 is for --optimizer muon"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(trained, tmp_path, options, status, named):

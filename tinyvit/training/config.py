@@ -116,6 +116,8 @@ def option(default: Any, parse: Callable[[str], Any], meaning: str, metavar: str
 RATES = {"adamw": (1e-3, 0.05), "muon": (0.02, 0.02), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
 # Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
 EPOCHS, SHAPES_EPOCHS = 20, 4
+# Options that --no-augment leaves without effect.
+VARIATIONS = ("policy", "erasing", "rotate", "zoom", "flip")
 # The share that is held out of data without a test part.
 VAL_FRACTION = 0.1
 
@@ -292,6 +294,13 @@ def check_pairs(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{flag(name)} {given[name]} and --init {init} exclude each other: weights bring their model")
     if freeze is not None and not init:
         raise UsageError(f"--freeze {freeze} keeps weights of --init, and there is none")
+    chosen = [name for name, value in given.items() if value not in (None, FIELDS[name].default)]
+    augment = freeze != ALL_BUT_HEAD if options.get("augment") is None else options["augment"]
+    if not augment and (idle := [name for name in chosen if name in VARIATIONS]):
+        off = "--no-augment" if given.get("augment") is False else f"--freeze {freeze}, unless with --augment,"
+        raise UsageError(f"{shown(idle[0], given[idle[0]])} varies training images, and {off} leaves them as they are")
+    if "adam_lr" in chosen and options.get("optimizer") != "muon":
+        raise UsageError(f"--adam-lr {given['adam_lr']} is for --optimizer muon; for others the rate is --lr")
     mean, std = options.get("mean"), options.get("std")
     if (mean is None) != (std is None) or (mean and std and mean.count(",") != std.count(",")):
         raise UsageError(f"--mean and --std go together, with a value for each channel, got {mean} and {std}")
