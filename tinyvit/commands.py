@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvit.distributed import init
+from tinyvit.files.atomic import check_output
 from tinyvit.files.text import aligned, printable
 from tinyvit.training.config import FIELDS, UsageError, height_and_width, merge, nearest, read_toml
 
@@ -42,6 +43,8 @@ def eval_(args: Namespace) -> None:
     group = init()
     if args.probe and args.split not in (None, "test"):
         raise UsageError(f"--probe learns from the training split, expected --split test, got {args.split}")
+    for option in ("confusion", "predictions"):
+        check_output(f"--{option}", getattr(args, option))
     checkpoint = opened(args)
     model = checkpoint.build(copy=False).to(group.device(args.device))
     data = metrics.data_for(checkpoint, args.data, args.skip_corrupt)

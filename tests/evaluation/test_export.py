@@ -177,7 +177,7 @@ def test_an_image_is_decoded_for_the_model_and_for_the_drawing(home, tmp_path, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--embed", "DIR"], "--embed DIR is a directory, expected the name of an .npz file"),
+        (["--embed", "DIR"], "--embed DIR is a directory, expected the name of a file"),
         (["--embed", "DIR/f.txt"], "--embed DIR/f.txt: expected a name that ends in .npz"),
         (["--embed", "DIR/no/f.npz"], "--embed DIR/no/f.npz: there is no directory DIR/no"),
         (["--attention", "DIR/file"], "--attention DIR/file is a file, expected a directory"),
@@ -189,6 +189,13 @@ def test_bad_outputs_are_refused_before_any_work(home, tmp_path, capsys, options
     assert main(["predict", str(home / "run"), str(home / "photo.jpg"), *options]) == 2
     assert capsys.readouterr() == ("", f"tinyvit: error: {message.replace('DIR', str(tmp_path))}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("option", ["--confusion", "--predictions"])
+def test_tables_of_eval_are_refused_before_any_work(home, tmp_path, capsys, option):
+    for path, message in ((tmp_path, " is a directory"), (tmp_path / "no" / "c.csv", ": there is no directory")):
+        assert main(["eval", str(home / "run"), "--data", "no/such/data", option, str(path)]) == 2
+        assert f"{option} {path}{message}" in capsys.readouterr().err
 
 
 def test_features_do_not_replace_the_model(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.classify import Outputs
-from tinyvit.files.atomic import atomic_write
+from tinyvit.files.atomic import atomic_write, check_output
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
@@ -19,14 +19,11 @@ if TYPE_CHECKING:
 
 def check_features_path(path: Path, checkpoint: Path) -> None:
     """Refuse a path where no .npz file of features can be, or where the model is. Raises UsageError."""
-    if path.is_dir():
-        raise UsageError(f"--embed {path} is a directory, expected the name of an .npz file")
+    check_output("--embed", path)
     if path.suffix.lower() != ".npz":
         raise UsageError(f"--embed {path}: expected a name that ends in .npz")
     if path.exists() and checkpoint.exists() and path.samefile(checkpoint):
         raise UsageError(f"--embed {path} would overwrite the model")
-    if not path.parent.is_dir():
-        raise UsageError(f"--embed {path}: there is no directory {path.parent}")
 
 
 def write_features(path: Path, outputs: Outputs, images: Sequence[str], checkpoint: Checkpoint, model: str) -> None:

@@ -8,6 +8,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tinyvit.errors import UsageError
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a path that an option gives for a file where no file can be, before work is done for it.
+
+    Raises UsageError; None is no path.
+    """
+    if path is not None and path.is_dir():
+        raise UsageError(f"{option} {path} is a directory, expected the name of a file")
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no directory {path.parent}")
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:

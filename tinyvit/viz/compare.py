@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyvit.errors import UsageError
-from tinyvit.files.atomic import write_text
+from tinyvit.files.atomic import check_output, write_text
 from tinyvit.viz.figures import curve_charts
 from tinyvit.viz.page import facts, page
 from tinyvit.viz.runs import Run
@@ -36,8 +36,7 @@ def rows(runs: dict[str, Run]) -> dict[str, dict[str, str]]:
 
 def write_comparison(runs: dict[str, Run], out: Path) -> None:
     """The same as a page, with the validation curves of all runs in one chart."""
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no directory {out.parent}")
+    check_output("--out", out)
     curves = curve_charts({name: run.rows for name, run in runs.items()}, parts=("validation",))
     sections = [
         ("Runs", "Facts, then the settings in which the runs differ.", facts(rows(runs))),

@@ -12,11 +12,10 @@ from tinyvit.checkpoints.checkpoint import LAST, Checkpoint
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Augment, DataError, Split
 from tinyvit.data.augment import normalise
-from tinyvit.errors import UsageError
 from tinyvit.evaluation.classify import Outputs, run_on_split
 from tinyvit.evaluation.heatmap import beside
 from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, labels_for, ranks
-from tinyvit.files.atomic import write_text
+from tinyvit.files.atomic import check_output, write_text
 from tinyvit.models import inspection
 from tinyvit.models.summary import short, summarise
 from tinyvit.models.vit import VisionTransformer
@@ -45,8 +44,7 @@ def write_report(path: str, source: str | None, out: str | Path | None, device: 
         CheckpointError, DataError, EvaluationError, UsageError, OSError: each with a message of one line.
     """
     target = Path(out) if out else _usual_place(Path(path))
-    if not target.parent.is_dir():
-        raise UsageError(f"--out {target}: there is no directory {target.parent}")
+    check_output("--out", target)
     checkpoint = open_checkpoint(path)
     check_head(checkpoint)
     run = Run.read(path) if (Path(path) / LAST).exists() else None
