@@ -240,6 +240,15 @@ def test_heads_by_name(name, dim, heads):
         assert count_heads(WeightFiles(name, {}), {}, name, dim) == heads
 
 
+def test_a_number_in_a_name_is_no_size():
+    """Though there is a "cct_2" of that width."""
+    from tinyvit.checkpoints.formats.timm import count_heads
+    from tinyvit.checkpoints.readers.weight_files import WeightFiles
+
+    with pytest.warns(UserWarning, match="2 are assumed"):
+        assert count_heads(WeightFiles("epoch_2.pth", {}), {}, "epoch_2.pth", 128) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "act"),
     [
@@ -297,6 +306,8 @@ def test_preprocessing_of_a_bare_state_dict(plain, tmp_path):
     for name in ("deit_nano_patch8_32.safetensors", "vit_nano_patch8_32.mae.safetensors"):
         save_file(state, tmp_path / name)
         assert load_model(tmp_path / name, num_heads=2).preprocessing.mean == IMAGENET
+    save_file(state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"][:, :1]}, tmp_path / "deit_1.pth")
+    assert load_model(tmp_path / "deit_1.pth", num_heads=2).preprocessing.mean == (0.5,)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -384,6 +395,7 @@ def refusal(path, **overrides):
         (shapes(), "vit_base_patch16_rpn_224", "norms behind attention and MLP (rpn)"),
         (shapes(positions=20), "", "20 position embeddings do not fit a square of patches and 1 other tokens"),
         (shapes(blocks=0), "", "there is no blocks.0.mlp.fc2.weight"),
+        (shapes(extra={"blocks.0.attn.q_bias": (WIDTH,)}), "", "its weights describe no model of ours: there is no"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats import google, huggingface, huggingface_writing, timm
+from tinyvit.checkpoints.formats import google, huggingface, huggingface_writing, timm, timm_writing
 from tinyvit.checkpoints.native_file import write_checkpoint
 from tinyvit.checkpoints.readers.weight_files import read_weight_files
 
 LAYOUTS: dict[str, ModuleType] = {"huggingface": huggingface, "timm": timm, "google": google}
 WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "tinyvit": write_checkpoint,
-    "timm": timm.write,
+    "timm": timm_writing.write,
     "huggingface": huggingface_writing.write,
 }
 

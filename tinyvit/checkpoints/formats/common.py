@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.files.atomic import atomic_write, new_directory, write_text
 from tinyvit.models.resnet import MOST_STAGES
 
 MOST_CLASSES = 1_000_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@contextlib.contextmanager
+def refusing(problem: str) -> Iterator[None]:
+    """Raise CheckpointError, with the problem and its reason, for what reading strange files can raise."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{problem}: {reason(error)}") from None
 
 
 def renamed(files: WeightFiles, our_name: Callable[[str], str]) -> dict[str, np.ndarray]:
@@ -80,6 +91,11 @@ def square_grid(patches: int) -> tuple[int, int]:
 def without_null(values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` without those that are null, which mean the same as none."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def count_blocks(state: Mapping[str, np.ndarray]) -> int:
+    """The model's depth. Raises ValueError for a number of too many digits."""
+    return 1 + max((int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))), default=0)
 
 
 def count_classes(state: Mapping[str, np.ndarray], name: str) -> int:

@@ -20,15 +20,16 @@ import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
 from tinyvit.checkpoints.formats.common import (
+    count_blocks,
     count_classes,
     mlp_ratio,
     names_of_classes,
     pack_qkv,
+    refusing,
     renamed,
     resnet_layers,
     stem,
 )
-from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
@@ -84,7 +85,7 @@ def read(files: WeightFiles) -> Checkpoint:
     """The model of an .npz file; its config follows from names and shapes. Raises CheckpointError."""
     if found := next((name for name in files.arrays if "MAPHead_" in name), None):
         raise CheckpointError(f"{files.path}: the model has attention pooling ({found}), which is not supported")
-    try:
+    with refusing(f"{files.path}: its weights describe no model of ours"):
         unstack(files)
         state = renamed(files, our_name)
         if resnet_layers(state) == ():  # a stem without stages has no name of its own
@@ -92,8 +93,6 @@ def read(files: WeightFiles) -> Checkpoint:
         config = read_config(state, files)
         for name in state:
             state[name] = ours(name, state[name])
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{files.path}: its weights describe no model of ours: {reason(error)}") from None
     pack_qkv(state)
     crop: dict[str, Any] = {"crop_pct": 1.0, "crop_mode": "squash"}
     if config.pos_embed == "sincos2d":
@@ -159,7 +158,7 @@ def read_config(state: dict[str, np.ndarray], files: WeightFiles) -> ViTConfig:
         in_chans=in_chans,
         num_classes=count_classes(state, "head.bias"),
         embed_dim=embed_dim,
-        depth=1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=0),
+        depth=count_blocks(state),
         num_heads=state["blocks.0.attn.query.weight"].shape[1],
         mlp_ratio=mlp_ratio(state["blocks.0.mlp.fc1.weight"].shape[1], embed_dim),
         representation_size=len(state["pre_logits.fc.bias"]) if "pre_logits.fc.bias" in state else None,

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
-from tinyvit.checkpoints.formats.common import count_classes, mlp_ratio, pack_qkv, renamed, square_grid
+from tinyvit.checkpoints.formats.common import (
+    count_blocks,
+    count_classes,
+    mlp_ratio,
+    pack_qkv,
+    refusing,
+    renamed,
+    square_grid,
+)
 from tinyvit.checkpoints.formats.huggingface_families import (
     CLIP,
     DEIT,
@@ -33,7 +41,6 @@ from tinyvit.checkpoints.formats.huggingface_families import (
 from tinyvit.checkpoints.formats.huggingface_names import UNUSED, our_name
 from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preprocessing
 from tinyvit.checkpoints.native_file import SIMILARITY
-from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
 from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, optional, text
 from tinyvit.models.config import ViTConfig
@@ -94,7 +101,7 @@ def read(files: WeightFiles) -> Checkpoint:
         del files.arrays[name]
     projects = any(name.endswith("visual_projection.weight") for name in files.arrays)
     state = renamed(files, our_name)
-    try:
+    with refusing(f"{files.path}: its {CONFIG} describes no model of ours"):
         model_type = checked(files.config, {"model_type": one_of(*FAMILIES)}, required=["model_type"])["model_type"]
         vision = files.config.get("vision_config")
         given = checked({**files.config, **(vision if isinstance(vision, dict) else {})}, SETTINGS)
@@ -106,8 +113,6 @@ def read(files: WeightFiles) -> Checkpoint:
         pooling = arrange(state, given, family, headed, projects)
         config = read_config(state, given, family, pooling)
         check_shape(config, given)
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{files.path}: its {CONFIG} describes no model of ours: {reason(error)}") from None
     names = given.get("id2label")
     if projects:
         state["head.bias"], names = np.zeros(config.num_classes, np.float32), None
@@ -238,7 +243,7 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
         in_chans=in_chans,
         num_classes=count_classes(state, "head.weight"),
         embed_dim=embed_dim,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        depth=count_blocks(state),
         num_heads=given.get("num_attention_heads", family.heads),
         mlp_ratio=mlp_ratio(hidden, embed_dim),
         swiglu=swiglu,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError, checked_preprocessing
-from tinyvit.checkpoints.formats.common import without_null
-from tinyvit.checkpoints.readers.common import reason
+from tinyvit.checkpoints.checkpoint import Checkpoint, checked_preprocessing
+from tinyvit.checkpoints.formats.common import refusing, without_null
 from tinyvit.checkpoints.readers.weight_files import PREPROCESSOR, WeightFiles
 from tinyvit.files.fields import boolean, checked, integer, list_of, number, one_of, optional
 from tinyvit.models.config import ViTConfig
@@ -46,7 +45,7 @@ def read_preprocessing(files: WeightFiles, config: ViTConfig, usual: Preprocessi
     """
     if usual and not files.preprocessor and len(usual.mean) == config.in_chans:
         return usual
-    try:
+    with refusing(f"{files.path}: its {PREPROCESSOR} cannot be followed"):
         given = checked(without_null(files.preprocessor), FIELDS)
         mean, std = (given.get(f"image_{name}", (0.5,) * config.in_chans) for name in ("mean", "std"))
         if not given.get("do_normalize", True):
@@ -63,8 +62,6 @@ def read_preprocessing(files: WeightFiles, config: ViTConfig, usual: Preprocessi
             "interpolation": RESAMPLE[given.get("resample", 2)],
         }
         return checked_preprocessing(found, config.in_chans)
-    except ValueError as error:
-        raise CheckpointError(f"{files.path}: its {PREPROCESSOR} cannot be followed: {reason(error)}") from None
 
 
 def write_preprocessing(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -6,66 +6,41 @@ hub directory, from a model's name in the file name, or from what timm does by d
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import PREPROCESSING, Checkpoint, CheckpointError, checked_preprocessing
+from tinyvit.checkpoints.formats import timm_names
 from tinyvit.checkpoints.formats.common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    count_blocks,
     count_classes,
     mlp_ratio,
     names_of_classes,
     pack_qkv,
+    refusing,
     renamed,
     resnet_layers,
     stem,
     without_null,
-    write_directory,
 )
-from tinyvit.checkpoints.native_file import write_checkpoint
-from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
 from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, text
-from tinyvit.models import registry, resnet
+from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.preprocessing import Preprocessing
 
+Size = tuple[int, int]  # height and width
 PATCHES = "patch_embed.proj.weight"
 PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 HEAD_WIDTH = 64  # of an attention head in nearly all published models
-NAMED_HEADS = (  # what a model's name says, its width, and its heads where they are not HEAD_WIDTH wide
-    ("giant_", 1408, 16),  # Zhai et al. 2021, arXiv:2106.04560, table 2
-    ("gigantic_", 1664, 16),
-    ("so400m_", 1152, 16),
-    ("giantopt_", 1536, 16),
-    ("base_patch16_gap_", 768, 16),
-    ("huge_plus_", 1280, 20),
-    ("vit_pe_", 1536, 16),
-    ("vit_7b_", 4096, 32),
-    *(("aimv2_", 128 * heads, heads) for heads in (8, 12, 16, 24)),
-)
-# Models to which timm gives the tanh GELU by their names alone.
-TANH_NAMES = re.compile(r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_(gap_)?512")
 LAYER_SCALE = 1e-5  # its usual start value
 NORM_EPS, LARGE_NORM_EPS = 1e-6, 1e-5
-ROPES = (  # what a model's name says of its rotary positions: the kind, and the grid of patches they were trained on
-    (r"dinov3|lingbot", "dinov3", None),
-    (r"vit_pe_core_base", "pe", 14),
-    (r"vit_pe_core_(tiny|small|large)", "pe", 24),
-    (r"vit_pe_", "pe", 32),
-    (r"_rope_mixed", "mixed", None),
-    (r"_rope_reg\d", "eva", 16),
-    (r"_rope_", "axial", None),
-    (r"eva02_", "eva", 16),
-)
 UNSUPPORTED = {  # parts of timm's other models, and what they are
     "rel_pos": "relative positions",
     "relative_position": "relative positions",
@@ -75,23 +50,9 @@ UNSUPPORTED = {  # parts of timm's other models, and what they are
     "in_proj.": "attention and MLP side by side",
     "decoder_": "a decoder",
 }
-UNSUPPORTED_NAMES = {  # models that their weights do not tell apart from ours
-    "_rpn_": "its norms behind attention and MLP (rpn)",
-    "eva02_enormous": "its norms behind attention and MLP",
-    "sapiens2": "fewer keys than queries",
-    "vit_pe_core": "attention pooling of the class token, too",
-    "test_vit3": "attention pooling of the register tokens, too",
-}
 RESNET = re.compile(  # the parts of the ResNet that ours is, with stages or without
     r"patch_embed\.backbone\.((stem\.)?(conv|norm)|stages\.\d+\.blocks\.\d+\.(downsample\.(conv|norm)|(conv|norm)[123]))\.\w+"
 )
-# The stages of blocks that timm has models with, and one of those models each: it takes all but these from model_args.
-HYBRIDS = {
-    layers: name
-    for name in reversed(registry.list_models())
-    if (layers := registry.model_config(name).resnet_layers) is not None
-}
-IMAGENET_FAMILIES = re.compile(r"deit|dino|mae(?![a-z])")  # trained with ImageNet's mean and std, the others with 0.5
 UNUSED = ("mask_token",)  # of pre-training by masked images
 
 
@@ -127,24 +88,26 @@ def read(files: WeightFiles) -> Checkpoint:
     for unused in [name for name in files.arrays if name in UNUSED]:
         del files.arrays[unused]
     state = renamed(files, our_name)
-    try:
-        pack(state)
+    with refusing(f"{files.path}: its {CONFIG} cannot be followed"):
         card = read_card(files.config)
-    except ValueError as error:
-        raise CheckpointError(f"{files.path}: its {CONFIG} cannot be followed: {reason(error)}") from None
     name = card.get("architecture", files.path.name)[:255]
-    if part := unsupported_part(state, name):
+    said = timm_names.facts(name)
+    if part := unsupported_part(state) or said.get("unsupported"):
         raise CheckpointError(f"{files.path}: the model has {part}, which is not supported")
-    try:
-        config = read_config(state, card, name, files)
-    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{files.path}: its weights describe no model of ours: {reason(error)}") from None
+    with refusing(f"{files.path}: its weights describe no model of ours"):
+        pack(state)
+        config = read_config(state, {**said, **card}, name, files)
+    with refusing(f"{files.path}: its {CONFIG} cannot be followed"):
+        imagenet = config.in_chans == 3 and (config.distilled or said.get("imagenet"))
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.5,) * config.in_chans,) * 2
+        usual = {"mean": mean, "std": std, "crop_pct": 0.9 if max(config.image_size) < 384 else 1.0}
+        preprocessing = checked_preprocessing({**usual, **card}, config.in_chans)
     return Checkpoint(
         path=files.path,
         config=config,
         state=state,
         class_names=names_of_classes(labels(card), config.num_classes),
-        preprocessing=read_preprocessing(files.path, card, name, config),
+        preprocessing=preprocessing,
     )
 
 
@@ -180,7 +143,7 @@ def pack(state: dict[str, np.ndarray]) -> None:
         state["pos_embed"] = positions[:, 1:]
 
 
-def unsupported_part(state: dict[str, np.ndarray], name: str) -> str | None:
+def unsupported_part(state: Mapping[str, np.ndarray]) -> str | None:
     """A part of the model that ours do not have."""
     for part, what in UNSUPPORTED.items():
         if found := next((key for key in state if key.startswith(part) or f".{part}" in key), None):
@@ -189,7 +152,7 @@ def unsupported_part(state: dict[str, np.ndarray], name: str) -> str | None:
         return f"a convolutional stem of another kind ({found})"
     if "norm.weight" in state and "fc_norm.weight" in state:
         return "layer norms before and after pooling (norm, fc_norm)"
-    return next((what for part, what in UNSUPPORTED_NAMES.items() if part in name), None)
+    return None
 
 
 def read_card(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,12 +172,11 @@ def labels(card: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, files: WeightFiles) -> ViTConfig:
-    """The config of the model. Raises KeyError, IndexError, TypeError or ValueError."""
+    """The config of the model; `card` also has what its name says. Raises KeyError, IndexError or ValueError."""
     embed_dim, in_chans, *patch = state[PATCHES].shape
     layers, stride = resnet_layers(state), 1
     if layers is not None:
         in_chans, stride = stem(state).shape[1], resnet.stride(layers)
-    blocks = {int(key.split(".")[1]) for key in state if re.match(r"blocks\.\d+\.", key)}
 
     def has(part: str) -> bool:
         """Whether a block has such a weight."""
@@ -222,15 +184,17 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
 
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
     swiglu = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden
-    rope, rope_grid = find_rope(state, name)
-    after = "fc_norm.weight" in state
-    norm_first = card.get("fc_norm") is False and card.get("global_pool") == "avg"
+    rope = card.get("rope", "mixed" if has(".rope.freqs") else None)
+    if rope is None and "pos_embed" not in state:
+        raise ValueError("it has no position embeddings, and its name none that is known: name the file as its model")
+    after, pool = "fc_norm.weight" in state, card.get("global_pool", "")
+    norm_first = card.get("fc_norm") is False and pool == "avg"
     if rope in ("dinov3", "pe") and not after:  # these have a mean behind their norm
-        norm_first = card.get("global_pool", "token" if "lingbot" in name else "avg") == "avg"
+        norm_first = card.get("global_pool", card.get("usual_pool", "avg")) == "avg"
     mean = after or norm_first or "cls_token" not in state
     pooling = "map" if "attn_pool.latent" in state else "avg" if mean else "token"
-    if card.get("global_pool", "") not in ("", pooling):
-        raise ValueError(f"global_pool is {card['global_pool']!r}, but the norm is that of {pooling!r}")
+    if pool not in ("", pooling):
+        raise ValueError(f"global_pool is {pool!r}, but the norm is that of {pooling!r}")
     pre_logits = state.get("pre_logits.fc.weight")
     fields: dict[str, Any] = dict(
         patch_size=tuple(patch),
@@ -238,7 +202,7 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
         in_chans=in_chans,
         num_classes=count_classes(state, "head.weight"),
         embed_dim=embed_dim,
-        depth=max(blocks, default=0) + 1,
+        depth=count_blocks(state),
         num_heads=count_heads(files, card, name, embed_dim),
         mlp_ratio=mlp_ratio(hidden, embed_dim),
         swiglu=swiglu,
@@ -249,7 +213,7 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
         global_pool=pooling,
         fc_norm=False if pooling == "avg" and not after else None,
         rope=rope,
-        rope_grid=rope_grid,
+        rope_grid=card.get("rope_grid"),
         norm="layer_norm" if has(".norm1.bias") else "rms_norm",
         embed_norm="patch_embed.norm.weight" in state,
         pre_norm="norm_pre.weight" in state,
@@ -258,50 +222,32 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
         qk_norm=has(".attn.q_norm."),
         scale_attn_norm=has(".attn.norm."),
         scale_mlp_norm=has(".mlp.norm."),
-        act="gelu" if swiglu else card.get("act_layer", find_act(name)),
+        act="gelu" if swiglu else card.get("act_layer", "gelu"),
         init_values=LAYER_SCALE if has(".gamma") else None,
         representation_size=None if pre_logits is None else len(pre_logits),
     )
     large = fields["pre_norm"] or fields["embed_norm"] or rope == "dinov3" or (fields["scale_attn_norm"] and not rope)
     fields["norm_eps"] = card.get("norm_eps", LARGE_NORM_EPS if large else NORM_EPS)  # timm itself cannot say
+    known = pairs(card.get("img_size"), (card.get("input_size") or [None])[1:], *timm_names.image_sizes(name))
+    given = pairs(files.overrides.get("image_size"))
     if "pos_embed" not in state:
-        known = [*pairs(files.overrides.get("image_size")), *image_sizes(card, name), (224, 224)]
-        return ViTConfig(**fields, pos_embed="none", image_size=known[0])
+        return ViTConfig(**fields, pos_embed="none", image_size=[*given, *known, (224, 224)][0])
     prefix = sum(fields[key] for key in ("class_token", "reg_tokens", "distilled"))
-    grid = find_grid(state["pos_embed"].shape[1], prefix, tuple(patch), stride, image_sizes(card, name), files)
-    return ViTConfig(**fields, **grid)
-
-
-def find_act(name: str) -> str:
-    """The activation that timm gives a model by its name."""
-    return "quick_gelu" if "quickgelu" in name else "gelu_tanh" if TANH_NAMES.search(name) else "gelu"
-
-
-def find_rope(state: Mapping[str, np.ndarray], name: str) -> tuple[str | None, tuple[int, int] | None]:
-    """The kind of rotary positions and the grid that they were trained on. Raises ValueError where nothing says it."""
-    for part, kind, side in ROPES:
-        if re.search(part, name):
-            return kind, None if side is None else (side, side)
-    if any(key.endswith(".rope.freqs") for key in state):
-        return "mixed", None
-    if "pos_embed" not in state:
-        raise ValueError("it has no position embeddings, and its name none that is known: name the file as its model")
-    return None, None
+    grid, sure = find_grid(state["pos_embed"].shape[1], prefix, (patch[0], patch[1]), stride, known, given)
+    config = ViTConfig(**fields, **grid)
+    if not sure:
+        rows, columns = config.grid_size
+        taken = f"{rows * columns} position embeddings are taken for {rows}x{columns} patches without a class token"
+        warnings.warn(f"{files.path}: {taken}: give image_size if that is wrong", stacklevel=2)
+    return config
 
 
 def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: int) -> int:
     """How many heads: from the config, else from a model's name (or size) in `name`, else from the width, warned of."""
     if "num_heads" in card:
         return card["num_heads"]
-    for part, width, heads in NAMED_HEADS:
-        if part in name and width == embed_dim:
-            return heads
-    models = registry.list_models()
-    by_name = [model for model in models if model in name]
-    by_size = [model for model in models if re.search(rf"(?<![a-z]){model.split('_')[1]}(?![a-z])", name)]
-    for config in map(registry.model_config, by_name + by_size):
-        if config.embed_dim == embed_dim:
-            return config.num_heads
+    if (known := timm_names.heads(name, embed_dim)) is not None:
+        return known
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
     if "num_heads" not in files.overrides:
         warnings.warn(
@@ -313,144 +259,34 @@ def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: 
 
 
 def find_grid(
-    embedded: int, prefix: int, patch: tuple[int, int], stride: int, known: list[tuple[int, int]], files: WeightFiles
-) -> dict[str, Any]:
-    """image_size, trim_image and no_embed_class for `embedded` position embeddings.
+    embedded: int, prefix: int, patch: tuple[int, int], stride: int, known: list[Size], given: list[Size]
+) -> tuple[dict[str, Any], bool]:
+    """image_size, trim_image and no_embed_class for `embedded` position embeddings, and whether that is sure.
 
-    They are of patches alone, or of `prefix` other tokens, too. The sizes in `known` are preferred, then a square of
-    patches. `stride` is that of the ResNet before the patches, 1 without one. Raises ValueError when nothing fits.
+    They are of patches alone, or of `prefix` other tokens, too. The sizes in `known` are preferred, then those in
+    `given`, then a square of patches. `stride` is that of the ResNet before the patches, 1 without one. Raises
+    ValueError when nothing fits.
     """
 
-    given = pairs(files.overrides.get("image_size"))
-
-    def square(patches: int) -> tuple[int, int]:
+    def square(patches: int) -> Size:
         side = math.isqrt(max(patches, 0)) * stride
         return side * patch[0], side * patch[1]
 
     tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in known]
-    tries += [*((size, False) for size in given), (square(embedded - prefix), False)]
-    for (height, width), no_embed_class in [*tries, (square(embedded), True)]:
+    tries += [*((size, False) for size in given), (square(embedded - prefix), False), (square(embedded), True)]
+    for (height, width), no_embed_class in tries:
         features = -(-height // stride), -(-width // stride)  # rounded up
         rows, columns = features[0] // patch[0], features[1] // patch[1]
         count = rows * columns + (0 if no_embed_class else prefix)
         trim = (rows * patch[0], columns * patch[1]) != features
         if rows and count == embedded and not (trim and stride > 1):
-            if no_embed_class and prefix and (height, width) not in [*known, *given]:
-                taken = f"{embedded} position embeddings are taken for {rows}x{columns} patches without a class token"
-                warnings.warn(f"{files.path}: {taken}: give image_size if that is wrong", stacklevel=2)
-            no_embed_class = no_embed_class and prefix > 0
-            return {"image_size": (height, width), "no_embed_class": no_embed_class, "trim_image": trim}
+            without = no_embed_class and prefix > 0
+            found = {"image_size": (height, width), "no_embed_class": without, "trim_image": trim}
+            return found, not without or (height, width) in [*known, *given]
     raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
 
 
-def image_sizes(card: dict[str, Any], name: str) -> list[tuple[int, int]]:
-    """Image sizes in the config and in the name."""
-    in_name = map(int, re.findall(r"(?:patch|_[sp])\d+_(?:\w+_)?(\d{2,4})(?!\d)", name))
-    return pairs(card.get("img_size"), (card.get("input_size") or [None])[1:], *in_name)
-
-
-def pairs(*sizes: Any) -> list[tuple[int, int]]:
+def pairs(*sizes: Any) -> list[Size]:
     """Sizes as (height, width), without those that are None or of another form."""
     both = [(size, size) if isinstance(size, int) else tuple(size or ()) for size in sizes]
     return [pair for pair in both if len(pair) == 2]
-
-
-def read_preprocessing(path: Path, card: dict[str, Any], name: str, config: ViTConfig) -> Preprocessing:
-    """What the config says, else timm's usual values. Raises CheckpointError."""
-    imagenet = config.distilled or IMAGENET_FAMILIES.search(name)
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.5,) * config.in_chans,) * 2
-    usual = {"mean": mean, "std": std, "crop_pct": 0.9 if max(config.image_size) < 384 else 1.0}
-    try:
-        return checked_preprocessing({**usual, **card}, config.in_chans)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its {CONFIG} cannot be followed: {reason(error)}") from None
-
-
-# Settings that are written where they differ from timm's, and those for which a config.json has no place.
-PARTS = {
-    "pre_norm": False, "final_norm": True, "proj_bias": True, "qk_norm": False, "scale_attn_norm": False,
-    "scale_mlp_norm": False,
-}  # fmt: skip
-NOT_IN_CARDS = {"swiglu": False, "norm": "layer_norm", "embed_norm": False, "rope": None}
-
-# --- writing --------------------------------------------------------------------------------------------------
-
-
-def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a hub directory, or with a name ending in .safetensors the state dict in one file.
-
-    `timm.create_model("local-dir:PATH", pretrained=True)` opens the directory. Raises CheckpointError for a part that
-    timm's models do not have; warns of an epsilon that they do not take.
-    """
-    config = checkpoint.config
-    if config.representation_size:
-        raise CheckpointError(f"{path}: timm's models have no layer between pooling and head (pre_logits)")
-    theirs = LARGE_NORM_EPS if config.pre_norm else NORM_EPS
-    if config.norm_eps != theirs:
-        warnings.warn(f"timm's layer norms have epsilon {theirs:g}, this model's {config.norm_eps:g}", stacklevel=2)
-    if path.suffix == ".safetensors":
-        write_checkpoint(
-            checkpoint, path
-        )  # our names are timm's; what they cannot say goes into metadata, for us alone
-    elif config.conv_chans is not None or config.global_pool == "seq":
-        raise CheckpointError(
-            f"{path}: timm has no model with a convolutional tokenizer or sequence pooling; write a .safetensors file"
-        )
-    elif config.resnet_layers is not None and (config.resnet_layers not in HYBRIDS or config.distilled):
-        stages = f"stages of {config.resnet_layers} blocks before its patches"
-        what = "a distilled hybrid" if config.distilled else stages
-        raise CheckpointError(f"{path}: timm has no model with {what}; write a .safetensors file")
-    elif part := next((name for name, usual in NOT_IN_CARDS.items() if getattr(config, name) != usual), None):
-        raise CheckpointError(f"{path}: timm's config.json cannot say {part}; write a .safetensors file")
-    else:
-        write_directory(path, checkpoint.state, {CONFIG: json.dumps(write_card(checkpoint), indent=2)})
-
-
-def write_card(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A hub directory's config.json. model_args makes any architecture the model at hand."""
-    from tinyvit.data.image import usual_crop
-
-    c, p = checkpoint.config, checkpoint.preprocessing
-    architecture, first = "vit_base_patch16_224", "patch_embed.proj"
-    if c.resnet_layers is not None:
-        architecture = HYBRIDS[c.resnet_layers]
-        first = "patch_embed.backbone.stem.conv" if c.resnet_layers else "patch_embed.backbone.conv"
-    elif c.pre_norm:  # for its epsilon
-        architecture = "vit_base_patch16_clip_224"
-    model_args = {
-        "img_size": list(c.image_size),
-        "patch_size": list(c.patch_size),
-        "in_chans": c.in_chans,
-        "embed_dim": c.embed_dim,
-        "depth": c.depth,
-        "num_heads": c.num_heads,
-        "mlp_ratio": c.mlp_ratio,
-        "qkv_bias": c.qkv_bias,
-        "class_token": c.class_token,
-        "global_pool": c.global_pool,
-        "act_layer": c.act,
-        "no_embed_class": c.no_embed_class,
-        "reg_tokens": c.reg_tokens,
-    }
-    model_args |= {name: getattr(c, name) for name, usual in PARTS.items() if getattr(c, name) != usual}
-    model_args |= {name: getattr(c, name) for name in ("init_values", "fc_norm") if getattr(c, name) is not None}
-    return {
-        "architecture": "deit_base_distilled_patch16_224" if c.distilled else architecture,
-        "num_classes": c.num_classes,
-        "num_features": c.embed_dim,
-        "global_pool": c.global_pool,
-        "model_args": model_args,
-        "norm_eps": c.norm_eps,
-        "label_names": list(checkpoint.class_names),
-        "pretrained_cfg": {
-            "input_size": [c.in_chans, *c.image_size],
-            "mean": list(p.mean),
-            "std": list(p.std),
-            "crop_pct": usual_crop(c.image_size) if p.crop_pct is None else p.crop_pct,
-            "crop_mode": p.crop_mode,
-            "interpolation": p.interpolation,
-            "num_classes": c.num_classes,
-            "first_conv": first,
-            "classifier": ["head", "head_dist"] if c.distilled else "head",
-        },
-    }
