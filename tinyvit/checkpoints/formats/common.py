@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
+from tinyvit.checkpoints.native_file import write_safetensors
 from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import WeightFiles
-from tinyvit.files.atomic import atomic_write, new_directory, write_text
+from tinyvit.files.atomic import new_directory, write_text
 from tinyvit.models.resnet import MOST_STAGES
 
+Size = tuple[int, int]  # height and width
 MOST_CLASSES = 1_000_000
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -80,12 +82,37 @@ def mlp_ratio(hidden: int, dim: int) -> float:
     return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
 
 
-def square_grid(patches: int) -> tuple[int, int]:
-    """Rows and columns of a square of patches. Raises ValueError for another number."""
-    side = math.isqrt(max(patches, 0))
-    if side * side != patches or not side:
-        raise ValueError(f"{patches} position embeddings of patches make no square")
-    return side, side
+def find_grid(
+    embedded: int,
+    prefix: int,
+    patch: tuple[int, int],
+    stride: int = 1,
+    known: Sequence[Size] = (),
+    given: Sequence[Size] = (),
+) -> tuple[dict[str, Any], bool]:
+    """image_size, trim_image and no_embed_class for `embedded` position embeddings, and whether that is sure.
+
+    They are of patches alone, or of `prefix` other tokens, too. The sizes in `known` are preferred, then those in
+    `given`, then a square of patches. `stride` is that of the ResNet before the patches, 1 without one. Raises
+    ValueError when nothing fits.
+    """
+
+    def square(patches: int) -> Size:
+        side = math.isqrt(max(patches, 0)) * stride
+        return side * patch[0], side * patch[1]
+
+    tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in known]
+    tries += [*((size, False) for size in given), (square(embedded - prefix), False), (square(embedded), True)]
+    for (height, width), no_embed_class in tries:
+        features = -(-height // stride), -(-width // stride)  # rounded up
+        rows, columns = features[0] // patch[0], features[1] // patch[1]
+        count = rows * columns + (0 if no_embed_class else prefix)
+        trim = (rows * patch[0], columns * patch[1]) != features
+        if rows and count == embedded and not (trim and stride > 1):
+            without = no_embed_class and prefix > 0
+            found = {"image_size": (height, width), "no_embed_class": without, "trim_image": trim}
+            return found, not without or (height, width) in [*known, *given]
+    raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
 
 
 def without_null(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,18 +138,9 @@ def names_of_classes(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     return names if len(names) == count else tuple(map(str, range(count)))
 
 
-def write_weights(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file as torch's libraries expect it, whole or not at all."""
-    from safetensors.numpy import save
-
-    contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
-    with atomic_write(path) as beside:
-        beside.write_bytes(save(contiguous, metadata={"format": "pt"}))
-
-
 def write_directory(path: Path, weights: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> None:
     """Write model.safetensors and text files into the new directory `path`, all or nothing."""
     with new_directory(path) as beside:
-        write_weights(beside / "model.safetensors", weights)
+        write_safetensors(beside / "model.safetensors", weights, {"format": "pt"})  # as torch's libraries expect it
         for name, text in texts.items():
             write_text(beside / name, text + "\n")

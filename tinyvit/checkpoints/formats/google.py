@@ -11,7 +11,6 @@ position embeddings in the file it has sines and cosines (Beyer et al. 2022, arX
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -22,6 +21,7 @@ from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
 from tinyvit.checkpoints.formats.common import (
     count_blocks,
     count_classes,
+    find_grid,
     mlp_ratio,
     names_of_classes,
     pack_qkv,
@@ -142,10 +142,7 @@ def read_config(state: dict[str, np.ndarray], files: WeightFiles) -> ViTConfig:
         in_chans, stride = stem(state).shape[2], resnet.stride(layers)
     token = "cls_token" in state
     if token or "pos_embed" in state:
-        side, no_embed_class = find_grid(state["pos_embed"].shape[1], token)
-        grid: dict[str, Any] = dict(
-            image_size=(side * height * stride, side * width * stride), no_embed_class=no_embed_class
-        )
+        grid, _ = find_grid(state["pos_embed"].shape[1], int(token), (height, width), stride)
     else:
         grid = dict(image_size=files.overrides.get("image_size", 224), pos_embed="sincos2d")
     return ViTConfig(
@@ -163,16 +160,6 @@ def read_config(state: dict[str, np.ndarray], files: WeightFiles) -> ViTConfig:
         mlp_ratio=mlp_ratio(state["blocks.0.mlp.fc1.weight"].shape[1], embed_dim),
         representation_size=len(state["pre_logits.fc.bias"]) if "pre_logits.fc.bias" in state else None,
     )
-
-
-def find_grid(embedded: int, token: bool) -> tuple[int, bool]:
-    """The side of a square of patches, and whether a class token has no position embedding. Raises ValueError."""
-    for prefix in (1, 0) if token else (0,):
-        side = math.isqrt(max(embedded - prefix, 0))
-        if side and side * side == embedded - prefix:
-            return side, token and not prefix
-    tokens = "patches and a class token" if token else "patches"
-    raise ValueError(f"{embedded} position embeddings do not fit a square of {tokens}")
 
 
 def ours(name: str, array: np.ndarray) -> np.ndarray:

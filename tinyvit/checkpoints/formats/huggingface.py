@@ -18,25 +18,15 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
+from tinyvit.checkpoints.formats import huggingface_families as hf
 from tinyvit.checkpoints.formats.common import (
     count_blocks,
     count_classes,
+    find_grid,
     mlp_ratio,
     pack_qkv,
     refusing,
     renamed,
-    square_grid,
-)
-from tinyvit.checkpoints.formats.huggingface_families import (
-    CLIP,
-    DEIT,
-    DINOV2,
-    DINOV3,
-    FAMILIES,
-    SIGLIP,
-    VIT,
-    WITH_REGISTERS,
-    Family,
 )
 from tinyvit.checkpoints.formats.huggingface_names import UNUSED, our_name
 from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preprocessing
@@ -102,10 +92,10 @@ def read(files: WeightFiles) -> Checkpoint:
     projects = any(name.endswith("visual_projection.weight") for name in files.arrays)
     state = renamed(files, our_name)
     with refusing(f"{files.path}: its {CONFIG} describes no model of ours"):
-        model_type = checked(files.config, {"model_type": one_of(*FAMILIES)}, required=["model_type"])["model_type"]
+        model_type = checked(files.config, {"model_type": one_of(*hf.FAMILIES)}, required=["model_type"])["model_type"]
         vision = files.config.get("vision_config")
         given = checked({**files.config, **(vision if isinstance(vision, dict) else {})}, SETTINGS)
-        similarity, family = read_similarity(scale, bias), FAMILIES[model_type]
+        similarity, family = read_similarity(scale, bias), hf.FAMILIES[model_type]
         headed = next((name for name in given.get("architectures") or () if name.endswith(HEADS)), "")
         wanted = given.get("id2label") != {} and files.overrides.get("num_classes") != 0
         if headed and wanted and "head.weight" not in state:
@@ -128,16 +118,8 @@ def read(files: WeightFiles) -> Checkpoint:
 
 def check_shape(config: ViTConfig, given: Mapping[str, Any]) -> None:
     """Raises ValueError where config.json says another shape than the weights, of which some may then be missing."""
-    found = {
-        "num_hidden_layers": config.depth,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.mlp_dim,
-        "num_channels": config.in_chans,
-        "patch_size": config.patch_size,
-        "image_size": config.image_size,
-        "num_register_tokens": config.reg_tokens,
-    }
-    for name, value in found.items():
+    for name, ours in (hf.SHAPE | {"num_register_tokens": "reg_tokens"}).items():
+        value = getattr(config, ours)
         said = given.get(name, value)
         if (said, said) != value and said != value:
             raise ValueError(f"{name} is {said}, and {value} by the weights")
@@ -167,7 +149,9 @@ def class_names(path: Path, names: dict[str, Any], count: int) -> tuple[str, ...
     )
 
 
-def arrange(state: dict[str, np.ndarray], given: Mapping[str, Any], family: Family, headed: str, projects: bool) -> str:
+def arrange(
+    state: dict[str, np.ndarray], given: Mapping[str, Any], family: hf.Family, headed: str, projects: bool
+) -> str:
     """Give the renamed weights our shapes, in place; the pooling of the model.
 
     Args:
@@ -179,7 +163,7 @@ def arrange(state: dict[str, np.ndarray], given: Mapping[str, Any], family: Fami
 
     Raises KeyError or ValueError.
     """
-    if family is DINOV3 and not given.get("key_bias", False):
+    if family is hf.DINOV3 and not given.get("key_bias", False):
         for name in [name for name in state if name.endswith(".attn.query.bias")]:
             state.setdefault(name.replace(".query.", ".key."), np.zeros_like(state[name]))
     pack_qkv(state)
@@ -204,22 +188,22 @@ def arrange(state: dict[str, np.ndarray], given: Mapping[str, Any], family: Fami
         del state[name]  # a classifier does not read them; Transformers, too, passes over a pooler then
     if "dist_token" in state and "head_dist.weight" not in state and not headed.endswith("WithTeacher"):
         state["reg_token"] = state.pop("dist_token")
-    if family is CLIP:  # its classifier reads tokens that are not normalised
+    if family is hf.CLIP:  # its classifier reads tokens that are not normalised
         del state["norm.weight"], state["norm.bias"]
-    elif family in (DINOV2, WITH_REGISTERS):  # theirs reads the class token and the mean
+    elif family in hf.BOTH_DINOV2:  # theirs reads the class token and the mean
         token, mean = np.split(state["head.weight"], 2, axis=1)
         if token.any() and mean.any():
             raise ValueError("its classifier reads the class token and the mean of the patches side by side")
         state["head.weight"] = mean if mean.any() else token
         return "avg" if mean.any() else "token"
-    return "token" if family in (VIT, DEIT) else "avg"
+    return "token" if family in (hf.VIT, hf.DEIT) else "avg"
 
 
-def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: Family, pooling: str) -> ViTConfig:
+def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: hf.Family, pooling: str) -> ViTConfig:
     """Our config. Raises KeyError, IndexError, TypeError or ValueError."""
     embed_dim, in_chans, *patch = state["patch_embed.proj.weight"].shape
     hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
-    swiglu, rope = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden, family is DINOV3
+    swiglu, rope = len(state["blocks.0.mlp.fc1.weight"]) == 2 * hidden, family is hf.DINOV3
     act = given.get("hidden_act", family.act)
     if (act in SILU) != swiglu and not (swiglu and not rope):  # DINOv2's gated MLPs pass over it
         raise ValueError(f"hidden_act is {act!r} {'in' if swiglu else 'outside'} gated MLPs")
@@ -227,14 +211,12 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
     if pooler is not None and given.get("pooler_act", "tanh") != "tanh":
         raise ValueError(f"pooler_act is {given['pooler_act']!r}, expected tanh")
     registers, distilled = state["reg_token"].shape[1] if "reg_token" in state else 0, "dist_token" in state
-    class_token, no_embed_class = family is not SIGLIP, family is WITH_REGISTERS and registers > 0
+    class_token, no_embed_class = family is not hf.SIGLIP, family is hf.WITH_REGISTERS and registers > 0
     said = given.get("image_size", 224)
     size = (said, said) if isinstance(said, int) else said
     if not rope:
         patches = state["pos_embed"].shape[1] - (0 if no_embed_class else class_token + distilled + registers)
-        if (size[0] // patch[0]) * (size[1] // patch[1]) != patches:
-            rows, columns = square_grid(patches)
-            size = (rows * patch[0], columns * patch[1])
+        size = find_grid(patches, 0, (patch[0], patch[1]), known=[size])[0]["image_size"]
     dropout = given.get("hidden_dropout_prob", 0.0)
     return ViTConfig(
         image_size=size,
@@ -258,9 +240,9 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
         fc_norm=False if pooling == "avg" else None,
         act="gelu" if swiglu else ACTIVATIONS[act],
         norm_eps=given.get("layer_norm_eps", family.eps),
-        init_values=1.0 if family in (DINOV2, WITH_REGISTERS, DINOV3) else None,
-        pre_norm=family is CLIP,
-        final_norm=not (family is CLIP and pooling == "avg"),
+        init_values=1.0 if family in (*hf.BOTH_DINOV2, hf.DINOV3) else None,
+        pre_norm=family is hf.CLIP,
+        final_norm=not (family is hf.CLIP and pooling == "avg"),
         representation_size=None if pooler is None else len(pooler),
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,

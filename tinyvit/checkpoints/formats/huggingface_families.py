@@ -86,5 +86,10 @@ SIGLIP = Family(
     TOWER | {"class_token": (False,), "pre_norm": (False,), "final_norm": (True,)},
     act="gelu_pytorch_tanh", usual=Preprocessing((0.5,) * 3, (0.5,) * 3, crop_pct=1.0),
 )  # fmt: skip
+BOTH_DINOV2 = (DINOV2, WITH_REGISTERS)
+SHAPE = {  # what config.json calls settings that the weights show, too
+    "image_size": "image_size", "patch_size": "patch_size", "num_channels": "in_chans", "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth", "intermediate_size": "mlp_dim",
+}  # fmt: skip
 FAMILIES = {family.model_type: family for family in (VIT, DEIT, CLIP, SIGLIP, DINOV2, WITH_REGISTERS, DINOV3)}
 FAMILIES |= {"vit_mae": VIT, "clip": CLIP, "siglip": SIGLIP}  # which are read, not written

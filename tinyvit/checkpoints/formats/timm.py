@@ -6,7 +6,6 @@ hub directory, from a model's name in the file name, or from what timm does by d
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -19,8 +18,10 @@ from tinyvit.checkpoints.formats import timm_names
 from tinyvit.checkpoints.formats.common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Size,
     count_blocks,
     count_classes,
+    find_grid,
     mlp_ratio,
     names_of_classes,
     pack_qkv,
@@ -35,7 +36,6 @@ from tinyvit.files.fields import boolean, checked, either, integer, list_of, num
 from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
 
-Size = tuple[int, int]  # height and width
 PATCHES = "patch_embed.proj.weight"
 PROJECTIONS = {"q": "query", "k": "key", "v": "value"}
 HEAD_WIDTH = 64  # of an attention head in nearly all published models
@@ -256,34 +256,6 @@ def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: 
             stacklevel=2,
         )
     return heads
-
-
-def find_grid(
-    embedded: int, prefix: int, patch: tuple[int, int], stride: int, known: list[Size], given: list[Size]
-) -> tuple[dict[str, Any], bool]:
-    """image_size, trim_image and no_embed_class for `embedded` position embeddings, and whether that is sure.
-
-    They are of patches alone, or of `prefix` other tokens, too. The sizes in `known` are preferred, then those in
-    `given`, then a square of patches. `stride` is that of the ResNet before the patches, 1 without one. Raises
-    ValueError when nothing fits.
-    """
-
-    def square(patches: int) -> Size:
-        side = math.isqrt(max(patches, 0)) * stride
-        return side * patch[0], side * patch[1]
-
-    tries = [(size, no_embed_class) for no_embed_class in (False, True) for size in known]
-    tries += [*((size, False) for size in given), (square(embedded - prefix), False), (square(embedded), True)]
-    for (height, width), no_embed_class in tries:
-        features = -(-height // stride), -(-width // stride)  # rounded up
-        rows, columns = features[0] // patch[0], features[1] // patch[1]
-        count = rows * columns + (0 if no_embed_class else prefix)
-        trim = (rows * patch[0], columns * patch[1]) != features
-        if rows and count == embedded and not (trim and stride > 1):
-            without = no_embed_class and prefix > 0
-            found = {"image_size": (height, width), "no_embed_class": without, "trim_image": trim}
-            return found, not without or (height, width) in [*known, *given]
-    raise ValueError(f"{embedded} position embeddings do not fit a square of patches and {prefix} other tokens")
 
 
 def pairs(*sizes: Any) -> list[Size]:
