@@ -53,10 +53,15 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metada
 
     Raises OSError when the file cannot be written (a full disk, a missing directory).
     """
+    write_safetensors(path, tensors, {**FORMAT, KEY: json.dumps(metadata)})
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], strings: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; `strings` are its metadata."""
     from safetensors.numpy import save as serialise
 
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-    content = serialise(contiguous, metadata={**FORMAT, KEY: json.dumps(metadata)})
+    content = serialise(contiguous, metadata=strings)
     with atomic_write(path) as beside:  # not save_file, which leaves files of its own beside when it is killed
         beside.write_bytes(content)
 

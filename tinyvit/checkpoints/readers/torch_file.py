@@ -45,11 +45,7 @@ STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
     "ByteStorage": "U8", "BoolStorage": "BOOL", "UntypedStorage": "U8",
 }  # fmt: skip
-TYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
+TYPES = {"bfloat16": "BF16"} | {dtype.name: code for code, dtype in DTYPES.items() if code != "BF16"}
 # Names of the standard library that stand for values. Others can do something: a file that names them is refused.
 VALUES = re.compile(
     r"argparse\.Namespace|pathlib\.(\w+\.)?\w*Path|collections\.\w+|datetime\.\w+|decimal\.Decimal|fractions\.Fraction"

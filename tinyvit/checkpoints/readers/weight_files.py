@@ -28,9 +28,9 @@ TORCH = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 ENDINGS = (".safetensors", ".npz", *TORCH)
 AVERAGED = ("state_dict_ema", "model_ema")
 NESTED = (*AVERAGED, "state_dict", "model")  # keys of the weights in a checkpoint, in timm's order
-# What torch's wrappers add to names: data parallelism and torch.compile at the front, the others also inside.
-FRONT = re.compile(r"^((module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
-INSIDE = re.compile(r"(?<=\.)((_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+# What torch's wrappers add to names: data parallelism at the front, the others also inside.
+INSIDE = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPERS = re.compile(rf"^((module|{INSIDE})\.)+|(?<=\.)(({INSIDE})\.)+")
 BACKBONE = "backbone."  # before every name when the model is a part of another
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
@@ -83,17 +83,13 @@ def find_weights(folder: Path) -> Path:
 def read_weights(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a file, or of the files that an index names, without what wrappers add to their names."""
     arrays = read_shards(path) if path.suffix == ".json" else read_file(path)
-    names = {name: without_wrappers(name) for name in arrays}
+    names = {name: WRAPPERS.sub("", name) for name in arrays}
     names = {name: plain for name, plain in names.items() if plain != COUNTER}
     if names and all(plain.startswith(BACKBONE) for plain in names.values()):
         names = {name: plain.removeprefix(BACKBONE) for name, plain in names.items()}
     if len(set(names.values())) < len(names):
         raise CheckpointError(f"{path}: two of its tensors have the same name but for what wrappers add (module., …)")
     return {plain: arrays.pop(name) for name, plain in names.items()}
-
-
-def without_wrappers(name: str) -> str:
-    return INSIDE.sub("", FRONT.sub("", name))
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
