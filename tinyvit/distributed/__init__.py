@@ -1,8 +1,8 @@
 """Several processes that train one model: MPI or TCP between them, NCCL between their GPUs.
 
 A launcher starts them, one for each GPU or for each share of the cores: `mpiexec -n 4 python train.py`,
-`srun --mpi=pmi2 --ntasks-per-node 4 --gpus-per-task 1 python train.py` or `torchrun --nproc-per-node 4 train.py`. Each
-of them says
+`srun -K --mpi=pmi2 --ntasks-per-node 4 --gpus-per-task 1 python train.py` or `torchrun --nproc-per-node 4 train.py`.
+Each of them says
 
     group = distributed.init()
     with group.together():  # an error of one ends all, within a minute
