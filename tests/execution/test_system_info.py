@@ -74,7 +74,7 @@ def test_each_fault_is_named_with_its_remedy(changes, words):
     for word in words:
         assert word in finding
     assert finding in one_line(machine) and finding in as_table(machine)
-    assert "\n" not in one_line(machine)
+    assert "\n" not in one_line(machine) and finding not in one_line(machine, alone=False)
 
 
 def test_settings_that_cost_nothing_are_shown_but_not_blamed():

@@ -161,10 +161,10 @@ def cpu_kernels(environment: Mapping[str, str]) -> str:
     return f'NumPy\'s; with numba (pip install "tinyvit[jit]") {gain}'
 
 
-def one_line(info: SystemInfo) -> str:
-    """For a training log: what computes, and how many findings there are."""
+def one_line(info: SystemInfo, alone: bool = True) -> str:
+    """For a training log: what computes, and the findings; not for a process that shares the machine on purpose."""
     blas = info.blas or {"library": "unknown BLAS", "core_type": ""}
-    said = slowdowns(info)
+    said = slowdowns(info) if alone else []
     rest = f"; slower than it could be: {'; '.join(said)}" if said else ""
     return f"{info.usable} cores, {blas['library']} {blas['core_type'] or ''}".rstrip() + rest
 

@@ -399,9 +399,9 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
         display.line(f"weights of {options.init}, {head}")
     like = parts.step.parameters[0].data
     on_host = arrays.on_host(like)
-    if parts.step.group.size > 1:
+    if not (alone := parts.step.group.size == 1):
         display.line(parts.step.group.describe(options.batch_size or 0, parts.step.threads if on_host else None))
-    where = system_info.one_line(system_info.collect()) if on_host else devices.describe_device(like)
+    where = system_info.one_line(system_info.collect(), alone) if on_host else devices.describe_device(like)
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
         display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")
