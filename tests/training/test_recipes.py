@@ -20,11 +20,12 @@ def test_a_recipe_is_made_of_options(name):
     assert name in tinyvit("recipes").stdout
 
 
-def test_cifar_10_without_a_choice_gets_the_best_recipe_of_the_device():
-    for device, name in BEST.items():
-        assert best_recipe({"data": "cifar10", "lr": 0.1}, on_gpu=device == "cuda") == name
-        assert read_recipe(name).options["data"] == "cifar10"
-    for given in ({"data": "shapes"}, {}, {"data": "cifar10", "model": "m"}, {"data": "cifar10", "recipe": "finetune"}):
+def test_a_run_without_a_choice_gets_the_best_recipe_for_its_data_and_device():
+    for (data, device), name in BEST.items():
+        assert best_recipe({"data": data, "lr": 0.1}, on_gpu=device == "cuda") == name
+        assert read_recipe(name).options["data"] == data
+    assert best_recipe({}, on_gpu=False) == best_recipe({"model": "m"}, on_gpu=False) == "shapes"
+    for given in ({"data": "mine"}, {"init": "w"}, {"data": "cifar10", "model": "m"}, {"recipe": "finetune"}):
         assert best_recipe(given, on_gpu=False) is None
 
 
@@ -72,4 +73,4 @@ def test_keras_s_recipe_trains_on_images_of_any_size(tmp_path):
 
 def test_an_unknown_recipe_is_refused(tmp_path):
     result = tinyvit("train", "--recipe", "keras", "--out", tmp_path / "run")
-    assert ", finetune or keras-cifar10, got 'keras'" in assert_one_line_error(result, 2)
+    assert ", keras-cifar10 or shapes, got 'keras'" in assert_one_line_error(result, 2)

@@ -114,8 +114,8 @@ def option(default: Any, parse: Callable[[str], Any], meaning: str, metavar: str
 
 # The learning rate and weight decay that suit each optimizer.
 RATES = {"adamw": (1e-3, 0.05), "muon": (0.02, 0.02), "adam": (1e-3, 0.0), "sgd": (0.05, 5e-4)}
-# Passes over the data unless said otherwise; the shapes are many, and meant for a first look.
-EPOCHS, SHAPES_EPOCHS = 20, 4
+# Passes over the data unless said otherwise.
+EPOCHS = 20
 # Options that --no-augment leaves without effect.
 VARIATIONS = ("policy", "erasing", "rotate", "zoom", "flip")
 # The share that is held out of data without a test part.
@@ -149,7 +149,7 @@ class TrainConfig:
         None, positive, "highest learning rate of the head (default: --lr's); the schedule scales both alike"
     )
     out: str | None = option(None, str, "the run directory (default: runs/DATA-MODEL)", "RUN", free=True)
-    epochs: int | None = option(None, whole(1), f"passes over the data (default: {EPOCHS}, for shapes {SHAPES_EPOCHS})")
+    epochs: int | None = option(None, whole(1), f"passes over the data (default: {EPOCHS})")
     minutes: float | None = option(None, positive, "end after this time, evaluation and saving included", "M")
     batch_size: int | None = option(None, whole(1), "images per step (default: 64, less for few images)", "B")
     lr: float | None = option(None, positive, "highest learning rate (default: 0.001, with sgd 0.05, with muon 0.02)")

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 FILES = {path.stem: path for path in sorted(Path(__file__).with_suffix("").glob("*.toml"))}
-# What `--data cifar10` without a model runs: the most accurate recipe for the device.
-BEST = {"cpu": "cifar10-cpu-30min", "cuda": "cifar10-gpu-1min"}
+# What runs that choose no recipe get, by data and device.
+BEST = {
+    ("shapes", "cpu"): "shapes",
+    ("cifar10", "cpu"): "cifar10-cpu-30min",
+    ("cifar10", "cuda"): "cifar10-gpu-1min",
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ def read_recipe(name: str) -> Recipe:
 
 
 def best_recipe(given: Mapping[str, Any], on_gpu: bool) -> str | None:
-    """The recipe for options that leave the choice open: those of CIFAR-10 without a recipe, a model or weights."""
-    if given.get("data") != "cifar10" or any(given.get(name) for name in ("recipe", "model", "init")):
+    """The recipe for options without one, and without weights; one that has a model is for runs that choose none."""
+    name = BEST.get((given.get("data", "shapes"), "cuda" if on_gpu else "cpu"))
+    if name is None or given.get("recipe") or given.get("init"):
         return None
-    return BEST["cuda" if on_gpu else "cpu"]
+    return None if given.get("model") and "model" in read_recipe(name).options else name

@@ -36,7 +36,6 @@ from tinyvit.training.config import (
     ALL_BUT_HEAD,
     EPOCHS,
     RATES,
-    SHAPES_EPOCHS,
     VAL_FRACTION,
     TrainConfig,
     channel_values,
@@ -79,10 +78,10 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
     with Display(shown=group.leads) as display:
         if resume and given.get("out"):
             return resume_run(RunDirectory(given["out"], group.leads), given, display, group)
-        if recipe := best_recipe(given, on_gpu=pick_device(given.get("device", "auto")) != "cpu"):
-            given = {**given, "recipe": recipe}
-        check_pairs(given)
-        options = TrainConfig(**with_recipe(given))
+        recipe = best_recipe(given, on_gpu=pick_device(given.get("device", "auto")) != "cpu")
+        chosen = {**given, "recipe": recipe} if recipe else given
+        check_pairs(chosen)
+        options = TrainConfig(**with_recipe(chosen))
         if options.out and not resume:
             RunDirectory(options.out, group.leads).check_unused()
         check_log(options.log)
@@ -192,9 +191,7 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     small = max(data.image_size) <= SMALL
     default_model = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
     model = options.model or (Path(options.init).resolve().stem if options.init else default_model)
-    epochs = options.epochs
-    if epochs is None and options.minutes is None:
-        epochs = SHAPES_EPOCHS if options.data == "shapes" else EPOCHS
+    epochs = EPOCHS if options.epochs is None and options.minutes is None else options.epochs
     images = len(data.train)
     batch_size = options.batch_size or min(64, math.ceil(images / 8))
     if batch_size > images:
