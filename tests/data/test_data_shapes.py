@@ -19,7 +19,7 @@ def shapes():
 
 def test_sizes_and_labels(shapes):
     assert shapes.class_names == CLASSES and len(set(CLASSES)) == 10
-    assert (shapes.image_size, shapes.in_chans, len(shapes.train), len(shapes.test)) == ((32, 32), 3, 10_000, 2_000)
+    assert (shapes.image_size, shapes.in_chans, len(shapes.train), len(shapes.test)) == ((32, 32), 3, 8_000, 2_000)
     for split in (shapes.train, shapes.test):
         assert np.bincount(split.labels).tolist() == [len(split) // 10] * 10
         assert split.labels.dtype == np.int64

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tinyvit.data.base import Data, in_batches, mean_and_std, pair
 from tinyvit.data.splits import ArraySplit, in_threads
 
-TRAIN, TEST = 10_000, 2_000
+TRAIN, TEST = 8_000, 2_000
 CHUNK = 200  # images drawn at a time: what they need fits in a core's cache
 STROKES = 2  # behind the shape
 
@@ -79,7 +79,7 @@ CLASSES = tuple(shape.__name__ for shape in SHAPES)
 
 
 def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0) -> Data:
-    """10,000 training images drawn from `seed` and the same 2,000 test images every time, 32x32 by default."""
+    """8,000 training images drawn from `seed` and the same 2,000 test images every time, 32x32 by default."""
     size = pair(32 if image_size is None else image_size)
     train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed])), [])
     test = ArraySplit(*draw(TEST, size, np.random.default_rng([1])), [])
