@@ -70,7 +70,7 @@ SETTINGS = {  # of config.json, or of its vision_config
     "intermediate_size": integer(1, 1 << 20),
     "num_register_tokens": integer(0, 65536),
     "qkv_bias": boolean,
-    "key_bias": boolean,
+    **dict.fromkeys(("query_bias", "key_bias", "vision_use_head"), boolean),
     "rope_theta": number(100, 100),
     "layer_norm_eps": number(0, 1),
     "hidden_dropout_prob": number(0, 1),
@@ -183,6 +183,8 @@ def arrange(
             positions = positions[:, 1:]
         state["pos_embed"] = positions
     if "head.weight" not in state or projects:
+        if family is hf.SIGLIP and given.get("vision_use_head", True) and "attn_pool.latent" not in state:
+            raise ValueError("its attention pooling (vision_use_head) is missing")
         return "map" if "attn_pool.latent" in state else "token" if "cls_token" in state else "avg"
     for name in [name for name in state if name.startswith(("attn_pool.", "pre_logits."))]:
         del state[name]  # a classifier does not read them; Transformers, too, passes over a pooler then
@@ -229,7 +231,7 @@ def read_config(state: Mapping[str, np.ndarray], given: dict[str, Any], family: 
         num_heads=given.get("num_attention_heads", family.heads),
         mlp_ratio=mlp_ratio(hidden, embed_dim),
         swiglu=swiglu,
-        qkv_bias=any(".attn.qkv.bias" in name for name in state) if rope else given.get("qkv_bias", True),
+        qkv_bias=given.get("query_bias" if rope else "qkv_bias", True),
         class_token=class_token,
         reg_tokens=registers,
         distilled=distilled,
