@@ -157,7 +157,7 @@ def random_images(channels, height, width):
 
 def assert_equal(found, expected):
     assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()  # 1.01e-5 with OpenBLAS on one thread
 
 
 # --- reading: each gives a path, images, the library's outputs, and what load_model needs to be told ----------------

@@ -236,13 +236,13 @@ def kernel_names(source: str) -> list[str]:
 def build(folder: Path, file: str, constants: tuple[tuple[str, Any], ...]) -> Path:
     """FILE.cu compiled for the CPU."""
     names = kernel_names((cuda.FOLDER / f"{file}.cu").read_text())
-    main = f'#include "{file}.cu"\n' + "".join(f"EXPORT({name})\n" for name in names)
-    defines = [f"-D{key}={value}" for key, value in constants]
+    main = "".join(f"#define {key} {value}\n" for key, value in constants) + f'#include "{file}.cu"\n'
+    main += "".join(f"EXPORT({name})\n" for name in names)
     shim = _compile(folder / "shim.o", (SHIM / "shim.cpp").read_text(), "-O2", "-c")
     headers = folder / "headers.h"  # compiled once, for they take half of the time
     _compile(folder / "headers.h.gch", '#include "export.h"\n', "-O1", "-x", "c++-header")
     label = "-".join([file, *(f"{key}={value}" for key, value in constants)])
-    return _compile(folder / f"{label}.so", main, "-O1", "-include", str(headers), "-shared", str(shim), *defines)
+    return _compile(folder / f"{label}.so", main, "-O1", "-include", str(headers), "-shared", str(shim))
 
 
 def _compile(result: Path, source: str, *options: str) -> Path:
