@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,6 +51,13 @@ if "TINYVIT_TEST_THREADS" in os.environ:
 # first curves of a process are drawn; tests of drawing call `curves_png.__wrapped__`.
 run_directory.curves_png = once(run_directory.curves_png)
 os.fsync = lambda descriptor: None
+
+
+# Of a fresh checkout numba compiles for half a minute while the tests are collected. The first two workers begin with
+# one half each, and find the other in numba's cache.
+half = {"gw0": "loops", "gw1": "image_loops"}.get(os.environ.get("PYTEST_XDIST_WORKER", ""))
+if half and importlib.util.find_spec("numba"):
+    importlib.import_module(f"tinyvit.kernels.jit.{half}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
