@@ -11,7 +11,7 @@ TYPE_CHECKING = False  # what type checkers take for true; importing `typing` wo
 if TYPE_CHECKING:
     from typing import Any
 
-    from tinyvit import data, functional, nn, optim, viz
+    from tinyvit import data, distributed, functional, nn, optim, viz
     from tinyvit.checkpoints.loading import load_model
     from tinyvit.checkpoints.native_file import save_model
     from tinyvit.data import load_data
@@ -26,13 +26,20 @@ if TYPE_CHECKING:
     from tinyvit.models.vit import VisionTransformer
 
 __all__ = [
-    "Tensor", "TrainStep", "ViTConfig", "VisionTransformer", "classify", "concat", "create_model", "data", "functional",
-    "grad", "list_models", "load_data", "load_model", "model_config", "nn", "no_grad", "ops", "optim", "predict",
-    "save_model",
-    "stack", "viz", "where",
+    "Tensor", "TrainStep", "ViTConfig", "VisionTransformer", "classify", "concat", "create_model", "data",
+    "distributed", "functional", "grad", "list_models", "load_data", "load_model", "model_config", "nn", "no_grad",
+    "ops", "optim", "predict", "save_model", "stack", "viz", "where",
 ]  # fmt: skip
 
-_MODULES = {"data": "data", "functional": "functional", "nn": "nn", "ops": "engine.ops", "optim": "optim", "viz": "viz"}
+_MODULES = {
+    "data": "data",
+    "distributed": "distributed",
+    "functional": "functional",
+    "nn": "nn",
+    "ops": "engine.ops",
+    "optim": "optim",
+    "viz": "viz",
+}
 _NAMES = {
     "checkpoints.loading": ("load_model",),
     "checkpoints.native_file": ("save_model",),

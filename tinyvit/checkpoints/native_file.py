@@ -61,9 +61,18 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, np.nda
     from safetensors.numpy import save as serialise
 
     contiguous = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
-    content = serialise(contiguous, metadata=strings)
-    with atomic_write(path) as beside:  # not save_file, which leaves files of its own beside when it is killed
-        beside.write_bytes(content)
+    content = memoryview(serialise(contiguous, metadata=strings))
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(bytes(content[8:start]))
+    header["__metadata__"] = dict(sorted(strings.items()))  # the library writes them in another order in each process
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with (
+        atomic_write(path) as beside,
+        open(beside, "wb") as file,
+    ):  # not save_file, which leaves files when it is killed
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(content[start:])
 
 
 def is_ours(path: Path) -> bool:

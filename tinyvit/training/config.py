@@ -132,7 +132,7 @@ class TrainConfig:
     data: str = option(
         "shapes",
         str,
-        "shapes, cifar10, a directory of images, tar shards or parquet files, a .csv, .parquet or .tar",
+        "shapes, cifar10, a directory of images, tar shards or parquet files, a .csv (path,label), .parquet or .tar",
         "SRC",
         free=True,
     )
@@ -150,8 +150,10 @@ class TrainConfig:
     )
     out: str | None = option(None, str, "the run directory (default: runs/DATA-MODEL)", "RUN", free=True)
     epochs: int | None = option(None, whole(1), f"passes over the data (default: {EPOCHS})")
-    minutes: float | None = option(None, positive, "end after this time, evaluation and saving included", "M")
-    batch_size: int | None = option(None, whole(1), "images per step (default: 64, less for few images)", "B")
+    minutes: float | None = option(None, positive, "end after this time, reading, evaluation and saving included", "M")
+    batch_size: int | None = option(
+        None, whole(1), "images per step, of all processes together (default: 64, less for few images)", "B"
+    )
     lr: float | None = option(None, positive, "highest learning rate (default: 0.001, with sgd 0.05, with muon 0.02)")
     adam_lr: float = option(2e-3, positive, "with muon, the highest learning rate of all but hidden matrices")
     weight_decay: float | None = option(
@@ -195,7 +197,9 @@ class TrainConfig:
     seed: int = option(0, whole(0), "decides every random choice", "S")
     device: str = option("auto", device, "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
     precision: str = option("fp32", one_of(*PRECISIONS), "of the arithmetic; weights are kept in fp32")
-    threads: int | None = option(None, whole(1), "threads that share a batch (default: one a core)", free=True)
+    threads: int | None = option(
+        None, whole(1), "threads that share a batch, or a process's part of it (default: one a core)", free=True
+    )
     image_size: int | str | None = option(
         None, image_size, "side, or height and width, of the images (default: the data's or the model's)"
     )
