@@ -12,7 +12,7 @@ from tinyvit.data import Augment, Data, Split
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
-from tinyvit.evaluation.metrics import outputs_of, share
+from tinyvit.evaluation.metrics import in_step, outputs_of, share
 
 
 class FeatureSplit(ArraySplit):
@@ -33,7 +33,8 @@ def with_features(
     def features(split: Split) -> FeatureSplit:
         own, _ = share(split, group)
         computed = []
-        for batch in outputs_of(body, own, Augment(data.mean, data.std), threads or group.threads, precision):
+        outputs = outputs_of(body, own, Augment(data.mean, data.std), threads or group.threads, precision)
+        for batch in in_step(outputs, len(split), group):
             computed.append(batch)
             bar.update(len(batch))
         everyone = [part for parts in group.exchange(computed, SLOW) for part in parts if len(part)]

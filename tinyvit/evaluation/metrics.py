@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.distributed import ALONE, Group
-from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, UsageError
 from tinyvit.files.atomic import atomic_write
 
@@ -158,19 +158,15 @@ def evaluate(
     """
     own, mine = share(split, group)
     threads = threads or group.threads
-    measured, done, stopped, true = [np.empty((4, 0))], 0, False, labels[mine]
-    for outputs in outputs_of(model, own, transform, threads, precision):
-        if stopped := bool(stop()):
-            break
+    measured, done, true = [np.empty((4, 0))], 0, labels[mine]
+    for outputs in in_step(outputs_of(model, own, transform, threads, precision), len(split), group, stop):
         logits = outputs.astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
         measured.append(measure(logits, true[done : done + len(logits)]))
         done += len(logits)
-    found = group.exchange(None if stopped else np.concatenate(measured, axis=1), SLOW)
-    if any(part is None for part in found):
-        return None
-    return Scores(tuple(class_names), labels, np.concatenate(found, axis=1))
+    found = np.concatenate(group.exchange(np.concatenate(measured, axis=1)), axis=1)
+    return Scores(tuple(class_names), labels, found) if found.shape[1] == len(labels) else None
 
 
 def evaluate_parts(
@@ -194,6 +190,19 @@ def share(split: Split, group: Group) -> tuple[Split, slice]:
         return split, slice(None)
     first, last = group.part(len(split))
     return split.take(np.arange(first, last)), slice(first, last)
+
+
+def in_step(
+    outputs: Iterator[np.ndarray], images: int, group: Group, stop: Callable[[], Any] = lambda: False
+) -> Iterator[np.ndarray]:
+    """`outputs` of the batches of this process's share of so many `images`, until `stop()` is true in one process.
+
+    Before each batch the processes wait for each other, so that one that hangs is noticed.
+    """
+    for _ in range(0, -(-images // group.size), BATCH_SIZE):
+        if any(group.exchange(bool(stop()))):
+            return
+        yield from itertools.islice(outputs, 1)
 
 
 def measure(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
