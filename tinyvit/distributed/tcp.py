@@ -25,6 +25,7 @@ from tinyvit.distributed.group import DistributedError, Failed
 from tinyvit.distributed.processes import FAILURE
 
 HELLO = struct.Struct("<8sIIH")  # MAGIC, rank, size, port
+PLACES = struct.Struct("<8sI")  # MAGIC, bytes of JSON
 MAGIC = b"tinyvit1"
 HEADER = struct.Struct("<IQ")  # of a message: tag, bytes
 GREETING = 5.0  # seconds that whoever connects has for HELLO
@@ -121,6 +122,7 @@ def _meet(rank: int, size: int, address: str, port: int, end: float) -> dict[int
         found[0] = _connect(address, port, end, f"rank {rank} cannot reach rank 0")
         listens_on = found[0].getsockname()[0], 0
     with _listen(*listens_on, size) as listener:
+        place = f"{listens_on[0]}:{listener.getsockname()[1]}"
         hello = HELLO.pack(MAGIC, rank, size, listener.getsockname()[1])
         for other in range(rank):
             if other:
@@ -128,13 +130,16 @@ def _meet(rank: int, size: int, address: str, port: int, end: float) -> dict[int
             found[other].sendall(hello)
             if not other:
                 found[0].settimeout(max(0.1, end - time.monotonic()) + GREETING)  # rank 0 is to give up first
-                places = dict(enumerate(_places(rank, found[0]), 1))
+                places = dict(enumerate(_places(rank, found[0], f"{address}:{port}"), 1))
         while missing := set(range(rank + 1, size)) - found.keys():
-            listener.settimeout(max(0.1, end - time.monotonic()))
             try:
+                if (left := end - time.monotonic()) <= 0:  # strangers may come all the time
+                    raise TimeoutError
+                listener.settimeout(left)
                 connection, (host, *_) = listener.accept()
             except TimeoutError:
-                raise DistributedError(f"rank {min(missing)} of {size} has not come to {address}:{port}") from None
+                problem = f"rank {min(missing)} of {size} has not come to rank {rank} at {place}"
+                raise DistributedError(problem) from None
             connection.settimeout(GREETING)
             try:
                 magic, other, its_size, its_port = HELLO.unpack(_exactly(connection, HELLO.size))
@@ -149,20 +154,22 @@ def _meet(rank: int, size: int, address: str, port: int, end: float) -> dict[int
     if rank == 0:
         text = json.dumps([places[other] for other in range(1, size)]).encode()
         for connection in found.values():
-            connection.sendall(HEADER.pack(0, len(text)) + text)
+            connection.sendall(PLACES.pack(MAGIC, len(text)) + text)
     return found
 
 
-def _places(rank: int, first: socket.socket) -> list[tuple[str, int]]:
+def _places(rank: int, first: socket.socket, place: str) -> list[tuple[str, int]]:
     """Where the ranks from 1 on listen, as rank 0 says."""
     try:
-        _, length = HEADER.unpack(_exactly(first, HEADER.size))
-        return json.loads(_exactly(first, length))
+        magic, length = PLACES.unpack(_exactly(first, PLACES.size))
+        if magic == MAGIC:
+            return json.loads(_exactly(first, length))
     except TimeoutError:
-        host, port, *_ = first.getpeername()
-        raise DistributedError(f"rank {rank} has no answer from rank 0 at {host}:{port}") from None
+        magic = b""
     except (OSError, EOFError):
         raise Failed("rank 0: gave up") from None
+    what = "an answer of another program" if magic else "no answer from rank 0"
+    raise DistributedError(f"rank {rank} has {what} at {place}")
 
 
 def _listen(address: str, port: int, size: int) -> socket.socket:
