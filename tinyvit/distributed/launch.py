@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 
-from tinyvit.distributed.group import ALONE, DistributedError, Failed, Group
+from tinyvit.distributed.group import ALONE, DistributedError, Group
 
 # Where launchers say how many processes there are, and which one this is: MPICH and Slurm's PMI, Open MPI, Slurm's
 # steps; and torchrun and its like, which also say where rank 0 is.
@@ -15,6 +16,7 @@ MPI_VARIABLES = {
     "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
 }
 TORCHRUN_VARIABLES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+HEAD_START = 3.0  # seconds for the error of rank 0
 AGENT_DISTANCE = 100  # from MASTER_PORT to rank 0's port where torchrun's agent listens on MASTER_PORT itself
 
 
@@ -30,7 +32,7 @@ def init() -> Group:
     Raises:
         DistributedError: the variables contradict each other; mpi4py or an MPI library is missing, or MPI does not see
             the processes of the launcher; the others cannot be reached.
-        Failed: the same in a process that is not the first, which says why.
+        Failed: rank 0 gave up, and says why.
     """
     name, size, rank = launched()
     if size <= 1:
@@ -41,7 +43,7 @@ def init() -> Group:
 def launched() -> tuple[str, int, int]:
     """The variable that says how many processes a launcher started, their number, and which this is.
 
-    Without a launcher they are "", 1 and 0. Raises DistributedError, Failed.
+    Without a launcher they are "", 1 and 0. Raises DistributedError.
     """
     env = os.environ
     name = next((name for name in MPI_VARIABLES if env.get(name, "").isdecimal()), "")
@@ -67,8 +69,10 @@ def _number(name: str) -> int:
 
 
 def _refusal(rank: int, problem: str) -> Exception:
-    """What to raise for a problem that all processes find, of which one should speak."""
-    return Failed(f"rank 0: {problem}") if rank else DistributedError(problem)
+    """What to raise for a problem that all processes may find: if rank 0 does, its launcher ends the others first."""
+    if rank:
+        time.sleep(HEAD_START)
+    return DistributedError(problem)
 
 
 def _by_mpi(name: str, size: int, rank: int) -> Group:
