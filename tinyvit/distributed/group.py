@@ -91,11 +91,10 @@ class Group:
         """Refuse to go on unless all processes gave the same. Raises DistributedError, which names what differs."""
         everyone = self.exchange(dict(what), SLOW)
         for rank, others in enumerate(everyone):
-            if differing := [name for name, value in everyone[0].items() if others.get(name) != value]:
-                name = differing[0]
-                raise DistributedError(
-                    f"rank {rank} has another {name} than rank 0: {others.get(name)!r} and {everyone[0][name]!r}"
-                )
+            for name in everyone[0] | others:
+                mine, first = others.get(name), everyone[0].get(name)
+                if mine != first:
+                    raise DistributedError(f"rank {rank} has another {name} than rank 0: {mine!r} and {first!r}")
 
     def from_first(self, value: Any, patience: float | None = None) -> Any:
         """The value that rank 0 gave."""

@@ -75,6 +75,8 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
     """
     started = time.monotonic() if started is None else started
     group = init()
+    asked = {flag(name): str(value) for name, value in given.items()}
+    group.same({"version of tinyvit": __version__, "--resume": resume, **asked})
     with Display(shown=group.leads) as display:
         if resume and given.get("out"):
             return resume_run(RunDirectory(given["out"], group.leads), given, display, group)
@@ -267,7 +269,7 @@ def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: C
     for name, array in sorted(checkpoint.state.items()) if checkpoint is not None and group.size > 1 else ():
         weights = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), weights))
     given = {flag(name): value for name, value in dataclasses.asdict(options).items()}
-    group.same({"version of tinyvit": __version__, **given, "data set": data.fingerprint, "weights to begin": weights})
+    group.same({**given, "data set": data.fingerprint, "weights to begin": weights})
     if (batch := options.batch_size or 0) < group.size:
         raise UsageError(f"--batch-size {batch} is less than one image for each of {group.size} processes")
 
@@ -280,6 +282,7 @@ def usual_shards(options: TrainConfig, group: Group) -> int:
 def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Display, group: Group) -> Progress:
     """Continue the run in `directory`, whose record decides everything that `given` may not change."""
     record, progress = directory.read_record(), Progress.read(directory.last)
+    group.same({f"{directory.last} (its step and seconds)": [progress.step, progress.seconds]})
     options, length = resumed_options(directory, record, given), record.length
     check_log(options.log)
     if options.epochs is not None and options.epochs != record.options["epochs"]:
