@@ -1,5 +1,6 @@
 """What the processes of the tests run: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments`."""
 
+import dataclasses
 import os
 import signal
 import sys
@@ -81,6 +82,9 @@ def main(fault, arguments):
         break_step(lambda: os.kill(os.getpid(), signal.SIGINT), save_slowly)
     elif fault == "version" and rank == 1:
         run.__version__ = "0.0"
+    elif fault == "checkpoint" and rank == 1:  # as where machines have run directories of their own
+        read = run.Progress.read
+        run.Progress.read = lambda path: dataclasses.replace(read(path), step=7)
     return cli.main(arguments)
 
 

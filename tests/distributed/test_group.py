@@ -15,7 +15,7 @@ from tinyvit import cli
 from tinyvit.backend import parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
-from tinyvit.distributed import ALONE, DistributedError, Failed, Group, launch, processes, reduction
+from tinyvit.distributed import ALONE, DistributedError, Group, launch, processes, reduction
 from tinyvit.evaluation.metrics import evaluate
 from tinyvit.training import run
 from tinyvit.training.config import TrainConfig
@@ -125,7 +125,8 @@ def test_missing_mpi_and_other_launchers_are_named(variables, monkeypatch):
     with pytest.raises(DistributedError, match=r"needs MPI: pip install .tinyvit\[mpi\]"):
         launch.init.__wrapped__()
     variables(PMI_RANK=3)
-    with pytest.raises(Failed, match=r"rank 0: .*needs MPI"):
+    monkeypatch.setattr(launch, "HEAD_START", 0)
+    with pytest.raises(DistributedError, match="needs MPI"):
         launch.init.__wrapped__()
 
 
@@ -168,6 +169,8 @@ def test_what_differs_between_processes_is_named(monkeypatch):
     group.same({"--lr": 1.0, "--seed": 9})
     with pytest.raises(DistributedError, match="rank 1 has another --seed than rank 0: 9 and 0"):
         group.same({"--lr": 1.0, "--seed": 0})
+    with pytest.raises(DistributedError, match="rank 1 has another --seed than rank 0: 9 and None"):
+        group.same({"--lr": 1.0})
 
 
 def test_an_evaluation_shares_images_however_few():
@@ -177,21 +180,25 @@ def test_an_evaluation_shares_images_however_few():
     split, model = ArraySplit(images, labels, []), tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
     given, all_gave = {}, threading.Barrier(5)
 
-    def scores(rank):
-        def exchange(value, patience):
+    def scores(rank, stop=lambda: False):
+        def exchange(value):
             given[rank] = value
             all_gave.wait(30)
-            return [given[r] for r in range(5)]
+            found = [given[r] for r in range(5)]
+            all_gave.wait(30)
+            return found
 
         group = rank_of(rank, 5)
         group.exchange = exchange
-        return evaluate(model, split, labels, ("a", "b", "c"), Augment((0.5,) * 3, (0.2,) * 3), group=group)
+        classes, scaling = ("a", "b", "c"), Augment((0.5,) * 3, (0.2,) * 3)
+        return evaluate(model, split, labels, classes, scaling, stop=stop, group=group)
 
     whole = evaluate(model, split, labels, ("a", "b", "c"), Augment((0.5,) * 3, (0.2,) * 3))
     with ThreadPoolExecutor(5) as pool:
         for found in pool.map(scores, range(5)):
             assert found.accuracy == whole.accuracy and found.loss == pytest.approx(whole.loss)
             assert list(found.predicted) == list(whole.predicted)
+        assert set(pool.map(scores, range(5), [lambda: False] * 4 + [lambda: True])) == {None}
 
 
 def test_rank_0_finds_mean_and_std_for_all(tmp_path, monkeypatch):

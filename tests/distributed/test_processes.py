@@ -128,6 +128,8 @@ def test_another_number_of_processes_resumes(images, alone, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "a batch has 3 shards in place of 2: rounding will differ" in result.stdout
     assert progress(out / "last.safetensors")["finished"] and len(metrics(out)) == 3
+    result = together(2, "checkpoint", "train", "--out", out, "--resume")
+    assert re.search(r"rank 1 has another \S+last.safetensors .* than rank 0: \[7, ", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize(

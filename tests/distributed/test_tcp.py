@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from tinyvit.distributed import DistributedError, Failed, processes, tcp
+from tinyvit.errors import Stopped
 
 HOME = "127.0.0.1"
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
@@ -105,6 +106,27 @@ def test_a_process_that_ends_is_noticed_after_what_it_sent(monkeypatch):
     assert first.gone == {1} and len(first.take(1, 1)) == 800_000
 
 
+def test_errors_are_told_whatever_their_letters_and_stops_are_not(monkeypatch):
+    monkeypatch.setattr(tcp.signal, "alarm", lambda seconds: None)
+    with ThreadPoolExecutor(2) as pool:
+        groups = list(pool.map(processes.Processes, meet(0, 1)))
+
+        def together(group, error):
+            with pytest.raises(type(error), match=str(error)), group.together():
+                if group.rank:
+                    raise error
+                group.exchange(None)
+
+        second = pool.submit(together, groups[1], ValueError("\udcff.png"))
+        together(groups[0], Failed(r"rank 1 .*: ValueError: \\udcff.png"))
+        second.result()
+    with pytest.raises(Stopped), groups[1].together():
+        raise Stopped(2, "run")
+    groups[1].send(b"", 0, processes.VALUE)
+    until(lambda: groups[0]._transport.take(1, processes.VALUE) is not None)
+    assert groups[0]._transport.take(1, processes.FAILURE) is None
+
+
 def test_those_who_do_not_meet_say_why(monkeypatch):
     monkeypatch.setattr(tcp, "GREETING", 1.0)
     with socket.create_server((HOME, 0)) as taken:
@@ -113,10 +135,15 @@ def test_those_who_do_not_meet_say_why(monkeypatch):
         assert error.startswith(f"DistributedError: cannot listen on {HOME}:{port}: Address already in use")
         (error,) = meet(1, size=2, port=port, patience=0.3)
         assert error.startswith("DistributedError: rank 1 has no answer from rank 0 at 127.0.0.1:")
+        with ThreadPoolExecutor(1) as pool:
+            meeting = pool.submit(meet, 1, size=2, port=port)
+            taken.accept()[0].close()  # which the last one left
+            taken.accept()[0].sendall(b"HTTP/1.0 400 Bad request\r\n")
+            assert meeting.result() == [f"DistributedError: rank 1 has an answer of another program at {HOME}:{port}"]
     (error,) = meet(1, size=2, patience=0.3)
     assert error.startswith("DistributedError: rank 1 cannot reach rank 0 at 127.0.0.1:")
     first, second = meet(0, 1, size=3, patience=0.5)
-    assert first.startswith("DistributedError: rank 2 of 3 has not come to 127.0.0.1:")
+    assert first.startswith("DistributedError: rank 2 of 3 has not come to rank 0 at 127.0.0.1:")
     assert second.startswith("Failed: rank 0")
     first, *others = meet(0, 1, 1)
     assert first == "DistributedError: rank 1 of 3 came, expected rank 2 of 3"

@@ -20,6 +20,7 @@ import numpy as np
 from tinyvit.backend import arrays, parallel
 from tinyvit.distributed.group import DistributedError, Failed, Group
 from tinyvit.distributed.reduction import Reduction
+from tinyvit.errors import Stopped
 
 PATIENCE = 50.0  # seconds that a process may keep the others waiting in a step
 END, END_OF_HANGING = 50, 5  # seconds that a process has to end once it has failed; once another hangs or is gone
@@ -117,6 +118,8 @@ class Processes(Group):
                 if not self.leads:
                     warnings.simplefilter("ignore")
                 yield
+        except Stopped:  # all have agreed to stop, and saved
+            raise
         except Failed:
             self._end_within(END)
             raise
@@ -136,7 +139,8 @@ class Processes(Group):
 
     def _says_why(self, reason: str) -> bool:
         """Tell the others that this process cannot go on. Returns whether it is the first of those that cannot."""
-        self._told = [self.send(reason.encode(), rank, FAILURE) for rank in self._others]
+        words = reason.encode(errors="backslashreplace")  # names of files may be no UTF-8
+        self._told = [self.send(words, rank, FAILURE) for rank in self._others]
         end = time.monotonic() + GRACE
         while time.monotonic() < end and len(self._failures) < self.size - 1:
             self._look_for_failures()
