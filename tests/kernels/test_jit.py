@@ -27,7 +27,7 @@ import tinyvit
 from tinyvit import kernels, optim
 from tinyvit.backend.arrays import numpy_namespace as xp
 from tinyvit.kernels import reference
-from tinyvit.kernels.jit import compiling, image_loops, layers, loops
+from tinyvit.kernels.jit import compiling, image_loops, layers, loops, vectors
 
 OPERATIONS = kernels._merged("cpu", "jit")
 GRID = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)])
@@ -131,6 +131,19 @@ def test_adamw_follows_the_reference_in_float64(order):
         assert OPERATIONS[reference.adamw](xp, *arrays, step=step, **settings)[0] is arrays[0]
         reference.adamw(xp, *wide, step=step, **settings)
         assert max(np.abs(a - b).max() for a, b in zip(arrays, wide, strict=True)) < 2e-6
+
+
+@given(data=st.data())
+def test_small_products_agree_with_numpy_s_and_write_nothing_else(data):
+    """In blocks, or where there are too few rows or columns by OpenBLAS: matrices are parts of larger ones."""
+    m, n, k = (data.draw(st.integers(1, most)) for most in (40, 40, 20))
+    turned = data.draw(st.booleans())
+    a, b, c = noise(*((k, m + 3) if turned else (m, k + 3))), noise(k, n + 2, seed=1), noise(m, n + 5, seed=2)
+    before, left = c.copy(), a[:, :m].T if turned else a[:, :k]
+    places = [x for matrix in (a, b, c) for x in (matrix.ctypes.data, matrix.shape[1])]
+    vectors.small_product(layers.SGEMM, turned, m, n, k, *places)
+    assert np.abs(c[:, :n] - left.astype(np.float64) @ b[:, :n]).max() < 1e-5
+    assert np.array_equal(c[:, n:], before[:, n:])
 
 
 @given(data=st.data())

@@ -20,8 +20,8 @@ BLOCK = 1 << 18  # elements of the sums and the products of tiles at a time: mea
 _POINTS = np.array([0.0, 0.75, -0.75, 1.5, -1.5])  # and infinity
 
 
-def _factors() -> list[Array]:
-    """Of a kernel (36, 9), and along one axis an image's (6, 6), the outputs' (4, 6), a gradient's (6, 6, the last 0).
+def _factors() -> tuple[Array, Array, Array]:
+    """Of a kernel (36, 9), and along one axis an image's (6, 6) and the outputs' (4, 6).
 
     Toom-Cook: the kernel's polynomial and the outputs' one at each point, and by the transposed of the interpolation
     the image's, whose coefficients are those of a polynomial that is 0 at all other points.
@@ -31,11 +31,10 @@ def _factors() -> list[Array]:
     kernel = np.vstack([np.vander(_POINTS, 3, increasing=True) / scale[:, None], [0, 0, 1]])
     image = np.vstack([np.append(np.poly(q)[::-1], 0) for q in others] + [np.poly(_POINTS)[::-1]])
     outputs = np.hstack([np.vander(_POINTS, 4, increasing=True).T, [[0], [0], [0], [1]]])
-    gradient = np.hstack([outputs.T, np.zeros((6, 2))])
-    return [np.ascontiguousarray(x, np.float32) for x in (np.kron(kernel, kernel), image, outputs, gradient)]
+    return np.kron(kernel, kernel).astype(np.float32), image, outputs
 
 
-_OF_KERNEL, _OF_IMAGE, _OF_OUTPUTS, _OF_GRADIENT = _factors()
+_OF_KERNEL, OF_IMAGE, OF_OUTPUTS = _factors()
 
 
 @functools.cache
@@ -77,18 +76,18 @@ def _conv2d_by_tiles(x: Array, weight: Array, padding: Padding, needs: tuple[boo
     tiles = -(-rows // 4) * -(-columns // 4)
     block = max(1, BLOCK // (36 * tiles * (channels + outputs)))
     y = np.empty((batch, rows, columns, outputs), np.float32)
-    _loops().winograd(images, _transformed(kernel), y, _OF_IMAGE, _OF_OUTPUTS, top, left, block, SGEMM)
+    _loops().winograd(images, _transformed(kernel), y, top, left, block, SGEMM)
 
     def vjp(dy: Array) -> tuple[Array | None, Array | None]:
         dy, dx, dweight = _images(dy), None, None
         if needs[0]:  # a convolution with the kernel turned round
             turned = _transformed(kernel[::-1, ::-1].swapaxes(2, 3))
             dx = np.empty(images.shape, np.float32)
-            _loops().winograd(dy, turned, dx, _OF_IMAGE, _OF_OUTPUTS, 2 - top, 2 - left, block, SGEMM)
+            _loops().winograd(dy, turned, dx, 2 - top, 2 - left, block, SGEMM)
             dx = dx.transpose(0, 3, 1, 2)
         if needs[1]:
             sums = np.zeros((36, channels, outputs), np.float32)
-            _loops().winograd_of_kernel(images, dy, sums, _OF_IMAGE, _OF_GRADIENT, top, left, block, SGEMM)
+            _loops().winograd_of_kernel(images, dy, sums, top, left, block, SGEMM)
             dkernel = (_OF_KERNEL.T @ sums.reshape(36, -1)).reshape(3, 3, channels, outputs)
             dweight = dkernel.transpose(3, 2, 0, 1)
         return dx, dweight

@@ -12,6 +12,8 @@ import numpy as np
 from numba import int32, int64, njit, types, uint8
 
 from tinyvit.kernels.jit.compiling import compiled, maximum, product, read, written
+from tinyvit.kernels.jit.convolution import OF_IMAGE, OF_OUTPUTS
+from tinyvit.kernels.jit.vectors import small_product, transform
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
@@ -19,141 +21,101 @@ f = np.float32
 ZERO, ONE = f(0.0), f(1.0)
 _bytes = types.Array(uint8, 4, "C")
 
-
-@njit(inline="always")  # a call passes eight arrays on the stack, which takes as long as a short row
-def _combine(factors, a, b, c, d, e, f, out):
-    """The sum of six rows, each times its factor."""
-    fa, fb, fc, fd, fe, ff = factors[0], factors[1], factors[2], factors[3], factors[4], factors[5]
-    for k in range(len(out)):
-        out[k] = fa * a[k] + fb * b[k] + fc * c[k] + fd * d[k] + fe * e[k] + ff * f[k]
+sums_of_image, outputs_of_products = transform(OF_IMAGE), transform(OF_OUTPUTS)
+sums_of_gradient = transform(OF_OUTPUTS.T)
 
 
-@compiled(read(3), int64, int64, written(3))
-def _spread(image, top, left, spread):
-    """The image (H, W, C) with zeros around it, every fourth column side by side: (4, rows, columns / 4 times C)."""
-    height, width, channels = image.shape
-    for row in range(spread.shape[1]):
-        i = row - top
-        for phase in range(4):
-            out = spread[phase, row]
-            for number in range(len(out) // channels):
-                j = 4 * number + phase - left
-                here = out[number * channels : (number + 1) * channels]
-                if 0 <= i < height and 0 <= j < width:
-                    pixel = image[i, j]
-                    for c in range(channels):
-                        here[c] = pixel[c]
-                else:
-                    here[:] = ZERO
+@njit(error_model="numpy")
+def _places(images, first, size, row, column, outside, places):
+    """The addresses of size x size pixels of an image from (row, column) on into `places`: `outside` where it has none.
 
-
-@compiled(read(3), int64, read(2), written(2), written(2), int64)
-def _sums(x, channels, factors, lines, out, at):
-    """The 36 sums of each tile of an image that was `_spread`, into columns `at` and on of `out` (36, tiles times C).
-
-    `factors` (6, 6) of the sums along an axis; `lines` (4, as long as the image's) is scratch space.
+    The image's first pixel is at `first`; `images` (B, H, W, C).
     """
-    length = x.shape[2] - channels
-    for row in range(0, x.shape[1] - 2, 4):
-        for i in range(6):
-            for j in range(4):
-                y = x[j]
-                _combine(
-                    factors[i], y[row], y[row + 1], y[row + 2], y[row + 3], y[row + 4], y[row + 5], lines[j]
-                )  # fmt: skip
-            for j in range(6):
-                _combine(
-                    factors[j], lines[0], lines[1], lines[2], lines[3], lines[0, channels:], lines[1, channels:],
-                    out[6 * i + j, at : at + length],
-                )  # fmt: skip
-        at += length
+    height, width, channels = images.shape[1:]
+    for i in range(size):
+        for j in range(size):
+            r, c = row + i, column + j
+            inside = 0 <= r < height and 0 <= c < width
+            places[size * i + j] = first + 4 * channels * (r * width + c) if inside else outside
 
 
-@compiled(read(2), int64, read(2), written(2), written(3))
-def _outputs(products, at, factors, lines, y):
-    """The image y (R, S, O) of each tile's 36 products, in columns `at` and on; `lines` (6, O times tiles in a row)."""
-    rows, columns, outputs = y.shape
-    length = lines.shape[1]
-    for row in range(rows):
-        for j in range(6):
-            _combine(
-                factors[row % 4], products[j, at:], products[6 + j, at:], products[12 + j, at:], products[18 + j, at:],
-                products[24 + j, at:], products[30 + j, at:], lines[j],
-            )  # fmt: skip
-        for column in range(columns):
-            o = column // 4 * outputs
-            _combine(
-                factors[column % 4], lines[0, o:], lines[1, o:], lines[2, o:], lines[3, o:], lines[4, o:], lines[5, o:],
-                y[row, column],
-            )  # fmt: skip
-        if row % 4 == 3:
-            at += length
+@njit(error_model="numpy")
+def _tile_sums(images, start, tiles, each, size, top, left, across, sums):
+    """The 36 sums of each tile of some images into `sums` (36, tiles, C): of 6 x 6 pixels, of a gradient's 4 x 4."""
+    channels, plane = images.shape[3], 4 * sums.shape[1]
+    zeros, pixels, out = np.zeros(channels, np.float32), np.empty(36, np.int64), np.empty(36, np.int64)
+    for tile in range(tiles):
+        image, place = divmod(tile, each)
+        first = images[start + image].ctypes.data
+        row, column = 4 * (place // across) - top, 4 * (place % across) - left
+        _places(images, first, size, row, column, zeros.ctypes.data, pixels)
+        for k in range(36):
+            out[k] = sums.ctypes.data + k * plane + 4 * channels * tile
+        if size == 6:
+            sums_of_image(pixels.ctypes.data, out.ctypes.data, channels)
+        else:
+            sums_of_gradient(pixels.ctypes.data, out.ctypes.data, channels)
 
 
-@compiled(read(4), read(3), written(4), read(2), read(2), *(int64,) * 4)
-def winograd(x, kernel, y, of_image, of_outputs, top, left, block, sgemm):
+@compiled(read(4), read(3), written(4), *(int64,) * 4)
+def winograd(x, kernel, y, top, left, block, sgemm):
     """x (B, H, W, C) convolved with `kernel` (36, C, O) into y (B, R, S, O), so many images at once as `block` says."""
     batch, rows, columns, outputs = y.shape
     channels = x.shape[3]
     down, across = (rows + 3) // 4, (columns + 3) // 4
-    tiles = down * across
-    spread = np.empty((4, 4 * down + 2, (across + 1) * channels), np.float32)
-    lines = np.empty((4, (across + 1) * channels), np.float32)
-    sums = np.empty((36, block * tiles * channels), np.float32)
-    products = np.empty((36, block * tiles * outputs), np.float32)
-    product_lines = np.empty((6, across * outputs), np.float32)
+    nowhere, pixels, places = np.empty(outputs, np.float32), np.empty(16, np.int64), np.empty(36, np.int64)
     for start in range(0, batch, block):
         count = min(block, batch - start)
-        for i in range(count):
-            _spread(x[start + i], top, left, spread)
-            _sums(spread, channels, of_image, lines, sums, i * tiles * channels)
+        tiles = count * down * across
+        sums = np.empty((36, tiles * channels + 16), np.float32)  # by 16 more, so that 36 lines share the first cache
+        products = np.empty((36, tiles * outputs + 16), np.float32)
+        _tile_sums(x, start, tiles, down * across, 6, top, left, across, sums)
         for k in range(36):
-            product(
-                sgemm, False, False, count * tiles, outputs, channels, ONE, sums[k].ctypes.data, channels,
-                kernel[k].ctypes.data, outputs, ZERO, products[k].ctypes.data, outputs,
+            small_product(
+                sgemm, False, tiles, outputs, channels, sums[k].ctypes.data, channels,
+                kernel[k].ctypes.data, outputs, products[k].ctypes.data, outputs,
             )  # fmt: skip
-        for i in range(count):
-            _outputs(products, i * tiles * outputs, of_outputs, product_lines, y[start + i])
+        for tile in range(tiles):
+            image, place = divmod(tile, down * across)
+            first = y[start + image].ctypes.data
+            _places(y, first, 4, 4 * (place // across), 4 * (place % across), nowhere.ctypes.data, pixels)
+            for k in range(36):
+                places[k] = products[k].ctypes.data + 4 * outputs * tile
+            outputs_of_products(places.ctypes.data, pixels.ctypes.data, outputs)
 
 
-@compiled(read(4), read(4), written(3), read(2), read(2), *(int64,) * 4)
-def winograd_of_kernel(x, dy, dkernel, of_image, of_gradient, top, left, block, sgemm):
+@compiled(read(4), read(4), written(3), *(int64,) * 4)
+def winograd_of_kernel(x, dy, dkernel, top, left, block, sgemm):
     """Add the gradient of `winograd`'s kernel to `dkernel` (36, C, O)."""
     batch, rows, columns, outputs = dy.shape
     channels = x.shape[3]
     down, across = (rows + 3) // 4, (columns + 3) // 4
-    tiles = down * across
-    spread = np.empty((4, 4 * down + 2, (across + 1) * channels), np.float32)
-    dspread = np.empty((4, 4 * down + 2, (across + 1) * outputs), np.float32)
-    lines = np.empty((4, (across + 1) * channels), np.float32)
-    dlines = np.empty((4, (across + 1) * outputs), np.float32)
-    sums = np.empty((36, block * tiles * channels), np.float32)
-    dsums = np.empty((36, block * tiles * outputs), np.float32)
     for start in range(0, batch, block):
         count = min(block, batch - start)
-        for i in range(count):
-            _spread(x[start + i], top, left, spread)
-            _sums(spread, channels, of_image, lines, sums, i * tiles * channels)
-            _spread(dy[start + i], 0, 0, dspread)
-            _sums(dspread, outputs, of_gradient, dlines, dsums, i * tiles * outputs)
+        tiles = count * down * across
+        sums = np.empty((36, tiles * channels + 16), np.float32)
+        dsums = np.empty((36, tiles * outputs + 16), np.float32)
+        _tile_sums(x, start, tiles, down * across, 6, top, left, across, sums)
+        _tile_sums(dy, start, tiles, down * across, 4, 0, 0, across, dsums)
         for k in range(36):
             product(
-                sgemm, True, False, channels, outputs, count * tiles, ONE, sums[k].ctypes.data, channels,
+                sgemm, True, False, channels, outputs, tiles, ONE, sums[k].ctypes.data, channels,
                 dsums[k].ctypes.data, outputs, ONE, dkernel[k].ctypes.data, outputs,
             )  # fmt: skip
 
 
-@compiled(read(3), written(5), *(int64,) * 4)
-def _columns(planes, out, down, right, top, left):
-    """What all windows see at each place of the kernel: planes (C, H, W) -> out (C, h, w, R, S)."""
+@compiled(read(3), written(2), *(int64,) * 8)
+def _columns(planes, out, rows, columns, kernel_height, kernel_width, down, right, top, left):
+    """What all windows see at each place of the kernel: planes (C, H, W) -> the first columns of out (C h w, R S)."""
     channels, height, width = planes.shape
     for channel in range(channels):
-        for i in range(out.shape[1]):
-            for j in range(out.shape[2]):
+        for i in range(kernel_height):
+            for j in range(kernel_width):
+                places = out[(channel * kernel_height + i) * kernel_width + j]
                 first = max(0, -((j - left) // right))  # the first window whose place is in the image
-                stop = max(first, min(out.shape[4], (width - 1 - j + left) // right + 1))
-                for r in range(out.shape[3]):
-                    row, line = r * down + i - top, out[channel, i, j, r]
+                stop = max(first, min(columns, (width - 1 - j + left) // right + 1))
+                for r in range(rows):
+                    row, line = r * down + i - top, places[r * columns : (r + 1) * columns]
                     if 0 <= row < height and first < stop:
                         source = planes[channel, row, first * right + j - left :]
                         line[:first] = ZERO
@@ -173,12 +135,12 @@ def _columns(planes, out, down, right, top, left):
 def convolve(x, kernel, y, height, width, down, right, top, left, sgemm):
     """x (B, C, H, W) convolved with `kernel` (C h w, O) into y (B, R, S, O)."""
     batch, rows, columns, outputs = y.shape
-    seen = np.empty((x.shape[1], height, width, rows, columns), np.float32)
+    seen = np.empty((len(kernel), rows * columns + 16), np.float32)
     for b in range(batch):
-        _columns(x[b], seen, down, right, top, left)
-        product(
-            sgemm, True, False, rows * columns, outputs, len(kernel), ONE, seen.ctypes.data, rows * columns,
-            kernel.ctypes.data, outputs, ZERO, y[b].ctypes.data, outputs,
+        _columns(x[b], seen, rows, columns, height, width, down, right, top, left)
+        small_product(
+            sgemm, True, rows * columns, outputs, len(kernel), seen.ctypes.data, seen.shape[1],
+            kernel.ctypes.data, outputs, y[b].ctypes.data, outputs,
         )  # fmt: skip
 
 
@@ -186,13 +148,14 @@ def convolve(x, kernel, y, height, width, down, right, top, left, sgemm):
 def convolve_of_kernel(x, dy, dkernel, height, width, down, right, top, left, sgemm):
     """Add the gradient of `convolve`'s kernel to `dkernel`."""
     batch, rows, columns, outputs = dy.shape
-    seen = np.empty((x.shape[1], height, width, rows, columns), np.float32)
+    seen, part = np.empty((len(dkernel), rows * columns + 16), np.float32), np.empty_like(dkernel)
     for b in range(batch):
-        _columns(x[b], seen, down, right, top, left)
-        product(
-            sgemm, False, False, len(dkernel), outputs, rows * columns, ONE, seen.ctypes.data, rows * columns,
-            dy[b].ctypes.data, outputs, ONE, dkernel.ctypes.data, outputs,
+        _columns(x[b], seen, rows, columns, height, width, down, right, top, left)
+        small_product(
+            sgemm, False, len(dkernel), outputs, rows * columns, seen.ctypes.data, seen.shape[1],
+            dy[b].ctypes.data, outputs, part.ctypes.data, outputs,
         )  # fmt: skip
+        dkernel += part
 
 
 @compiled(read(4), written(4), _bytes, *(int64,) * 6)
