@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tinyvit._version import __version__
 from tinyvit.distributed import init
 from tinyvit.files.atomic import check_output
 from tinyvit.files.text import aligned, printable
@@ -48,6 +49,10 @@ def eval_(args: Namespace) -> None:
     checkpoint = opened(args)
     model = checkpoint.build(copy=False).to(group.device(args.device))
     data = metrics.data_for(checkpoint, args.data, args.skip_corrupt)
+    if group.size > 1:
+        asked = {name: str(value) for name, value in vars(args).items() if name not in ("run", "parser", "started")}
+        versions = {"version of tinyvit": __version__, "data set": data.fingerprint}
+        group.same({**versions, **asked, "checksum of weights": checkpoint.checksum()})
     if args.probe:
         parts = {data.test_name: data.test}
         scores, setting = probe(args.probe, checkpoint, model, data, args.precision, group)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 
 import tinyvit
-from tinyvit import cli, data, distributed, execution, optim
+from tinyvit import cli, commands, data, distributed, execution, optim
 from tinyvit.data import Augment
 from tinyvit.distributed import processes, tcp
 from tinyvit.training import run
@@ -85,6 +85,15 @@ def main(fault, arguments):
     elif fault == "checkpoint" and rank == 1:  # as where machines have run directories of their own
         read = run.Progress.read
         run.Progress.read = lambda path: dataclasses.replace(read(path), step=7)
+    elif fault == "weights" and rank == 1:
+        opened = commands.opened
+
+        def changed(args):
+            checkpoint = opened(args)
+            checkpoint.state["norm.bias"] = checkpoint.state["norm.bias"] + 1
+            return checkpoint
+
+        commands.opened = changed
     return cli.main(arguments)
 
 

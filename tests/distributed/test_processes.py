@@ -113,6 +113,11 @@ def test_evaluation_shares_the_images(images, alone):
     assert one == two
 
 
+def test_an_evaluation_of_different_weights_is_refused(images, alone):
+    result = together(2, "weights", "eval", alone, "--data", images, launcher="variables")
+    assert "rank 1 has another checksum of weights than rank 0: " in assert_one_line_error(result, 1)
+
+
 def test_an_interrupt_of_one_process_stops_all_however_long_saving_takes(images, tmp_path):
     out = tmp_path / "run"
     result = together(2, "interrupt", "train", "--data", images, "--out", out, "--threads", 1, *OPTIONS)

@@ -32,7 +32,6 @@ def init() -> Group:
     Raises:
         DistributedError: the variables contradict each other; mpi4py or an MPI library is missing, or MPI does not see
             the processes of the launcher; the others cannot be reached.
-        Failed: rank 0 gave up, and says why.
     """
     name, size, rank = launched()
     if size <= 1:

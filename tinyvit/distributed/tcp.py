@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.distributed.group import DistributedError, Failed
+from tinyvit.distributed.group import DistributedError
 from tinyvit.distributed.processes import FAILURE
 
 HELLO = struct.Struct("<8sIIH")  # MAGIC, rank, size, port
@@ -39,7 +39,6 @@ class TCPTransport:
 
     Raises:
         DistributedError: the address is not there, or a process does not come within `patience` seconds.
-        Failed: rank 0 gave up.
     """
 
     def __init__(self, rank: int, size: int, address: str, port: int, patience: float) -> None:
@@ -167,7 +166,7 @@ def _places(rank: int, first: socket.socket, place: str) -> list[tuple[str, int]
     except TimeoutError:
         magic = b""
     except (OSError, EOFError):
-        raise Failed("rank 0: gave up") from None
+        raise DistributedError(f"rank {rank} was turned away at {place}: rank 0 gave up, or it is not there") from None
     what = "an answer of another program" if magic else "no answer from rank 0"
     raise DistributedError(f"rank {rank} has {what} at {place}")
 

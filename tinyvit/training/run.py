@@ -6,7 +6,6 @@ import dataclasses
 import math
 import platform
 import time
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -265,9 +264,7 @@ def start_run(
 
 def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> None:
     """Refuse processes that would train something else than the others. Raises DistributedError, UsageError."""
-    weights = 0
-    for name, array in sorted(checkpoint.state.items()) if checkpoint is not None and group.size > 1 else ():
-        weights = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), weights))
+    weights = checkpoint.checksum() if checkpoint is not None and group.size > 1 else None
     given = {flag(name): value for name, value in dataclasses.asdict(options).items()}
     group.same({**given, "data set": data.fingerprint, "weights to begin": weights})
     if (batch := options.batch_size or 0) < group.size:
