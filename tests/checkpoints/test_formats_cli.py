@@ -127,6 +127,10 @@ def test_errors_and_warnings_are_one_line(checkpoint, images, tmp_path):
     image = next((images / "test" / "blue").iterdir())
     message = assert_one_line_error(tinyvit("convert", checkpoint, tmp_path, "--to", "timm"), 1)
     assert "exists already" in message
+    message = assert_one_line_error(tinyvit("convert", checkpoint, tmp_path / "x.pth", "--to", "timm"), 1)
+    assert "x.pth: expected a new directory, or a file that ends in .safetensors" in message
+    message = assert_one_line_error(tinyvit("convert", "vit_tiny_patch16_224", tmp_path / "x", "--to", "timm"), 1)
+    assert message.endswith("no such run or checkpoint; it names a model, and weights are wanted")
     message = assert_one_line_error(tinyvit("convert", checkpoint, tmp_path / "x", "--to", "keras"), 2)
     assert "expected tinyvit, timm or huggingface" in message
     message = assert_one_line_error(tinyvit("predict", tmp_path, image), 1)

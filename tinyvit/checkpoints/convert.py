@@ -27,6 +27,8 @@ def convert(src: Path, dst: Path, to: str, *, num_heads: int | None = None) -> N
         raise ValueError(f"unknown layout {to!r}, expected one of {', '.join(WRITERS)}")
     if dst.exists():
         raise CheckpointError(f"{dst}: exists already, choose another name")
+    if dst.suffix in (".pth", ".pt", ".bin", ".ckpt", ".npz"):
+        raise CheckpointError(f"{dst}: expected a new directory, or a file that ends in .safetensors")
     checkpoint = open_checkpoint(src, num_heads=num_heads)
     checkpoint.build(copy=False)  # complete, finite, and of the right shapes
     WRITERS[to](checkpoint, dst)

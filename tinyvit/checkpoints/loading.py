@@ -13,6 +13,7 @@ from tinyvit.checkpoints.formats import read_other
 from tinyvit.checkpoints.native_file import is_ours, read_checkpoint
 from tinyvit.checkpoints.readers.common import open_weights
 from tinyvit.checkpoints.readers.safetensors import looks_like_safetensors
+from tinyvit.models.registry import list_models
 from tinyvit.models.vit import VisionTransformer
 
 MOST_PATCHES = 1 << 18  # rotary positions are computed: no weight shows how many there are
@@ -37,7 +38,8 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
         run_file = find_run_file(path)
         checkpoint = read_other(path, overrides) if run_file is None else read_checkpoint(run_file)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such run or checkpoint") from None
+        named = "; it names a model, and weights are wanted" if str(path) in list_models() else ""
+        raise CheckpointError(f"{path}: there is no such run or checkpoint{named}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     check_sizes(checkpoint)
