@@ -50,9 +50,9 @@ def eval_(args: Namespace) -> None:
     model = checkpoint.build(copy=False).to(group.device(args.device))
     data = metrics.data_for(checkpoint, args.data, args.skip_corrupt)
     if group.size > 1:
-        asked = {name: str(value) for name, value in vars(args).items() if name not in ("run", "parser", "started")}
-        versions = {"version of tinyvit": __version__, "data set": data.fingerprint}
-        group.same({**versions, **asked, "checksum of weights": checkpoint.checksum()})
+        asked = {f"--{name}": getattr(args, name) for name in ("split", "probe", "precision")}
+        used = {"data set": data.fingerprint, "checksum of weights": checkpoint.checksum()}
+        group.same({"version of tinyvit": __version__, **asked, **used})
     if args.probe:
         parts = {data.test_name: data.test}
         scores, setting = probe(args.probe, checkpoint, model, data, args.precision, group)

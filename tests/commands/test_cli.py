@@ -210,6 +210,7 @@ BAD_USAGE = [
     (["trian"], "invalid choice: 'trian'"),
     (["--verbose"], "--verbose"),
     (["train", "--epoch", "3"], "train does not know --epoch; did you mean --epochs?"),
+    (["train", "--opt", "sgd"], "train does not know --opt; did you mean --optimizer?"),
     (["train", "stray"], "train does not know stray"),
     (["train", "--epochs"], "--epochs: expected one argument"),
     (["train", "--epochs", "0"], "--epochs: expected a whole number of at least 1, got '0'"),

@@ -230,8 +230,9 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the known word most like `word`, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1)
+    """ "; did you mean X?" for the known word that begins with `word` or is most like it, or nothing."""
+    known = list(known)
+    found = [other for other in known if other.startswith(word)] or difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
