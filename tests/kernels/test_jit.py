@@ -133,6 +133,16 @@ def test_adamw_follows_the_reference_in_float64(order):
         assert max(np.abs(a - b).max() for a, b in zip(arrays, wide, strict=True)) < 2e-6
 
 
+def test_what_was_compiled_before_a_file_changed_is_forgotten(tmp_path):
+    (tmp_path / "__pycache__").mkdir()
+    files = [tmp_path / name for name in ("a.py", "b.py", "__pycache__/a.old.nbi", "__pycache__/a.new.nbi")]
+    for file, time in zip(files, (100, 300, 200, 400), strict=True):
+        file.touch()
+        os.utime(file, (time, time))
+    compiling._forget_older(tmp_path)
+    assert [file.exists() for file in files] == [True, True, False, True]
+
+
 @given(data=st.data())
 def test_small_products_agree_with_numpy_s_and_write_nothing_else(data):
     """In blocks, or where there are too few rows or columns by OpenBLAS: matrices are parts of larger ones."""

@@ -1,13 +1,11 @@
-"""What compiles the loops, and what they call that Python does not have.
-
-numba looks for changes only in the file of a function that it has cached: what changes here shows after `__pycache__`
-beside this file is gone.
-"""
+"""What compiles the loops, and what they call that Python does not have."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
@@ -18,6 +16,21 @@ from numba.extending import intrinsic
 from tinyvit.distributed.launch import launched
 
 # mypy: disable-error-code="no-untyped-def"
+
+
+def _forget_older(directory: Path) -> None:
+    """Remove the indices of numba's cache that are older than a source file of `directory`.
+
+    numba itself looks only at the file of the cached function, not at those of what it calls.
+    """
+    newest = max(file.stat().st_mtime for file in directory.glob("*.py"))
+    for index in (directory / "__pycache__").glob("*.nbi"):
+        with contextlib.suppress(OSError):  # another process removes it, too, or none may
+            if index.stat().st_mtime < newest:
+                index.unlink()
+
+
+_forget_older(Path(__file__).parent)
 
 
 class _Announce(event.Listener):
