@@ -1,8 +1,10 @@
 """What the processes of the tests run: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments`."""
 
+import ctypes
 import dataclasses
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -11,7 +13,7 @@ import numpy as np
 import tinyvit
 from tinyvit import cli, commands, data, distributed, execution, optim
 from tinyvit.data import Augment
-from tinyvit.distributed import processes, tcp
+from tinyvit.distributed import launch, processes
 from tinyvit.training import run
 
 # Batches that divide and do not, several shards a process, weighted classes, parts of a shard.
@@ -58,24 +60,37 @@ def fail():
 
 
 def save_slowly():
-    """From here on saving takes longer than a process waits in a step."""
+    """From here on saving takes longer than a process waits in a step, and half of that time Python stands still."""
     original = run.RunDirectory.save
 
     def save(self, *arguments):
-        time.sleep(processes.PATIENCE + 1)
+        ctypes.PyDLL(None).usleep(int(5e5 * processes.PATIENCE))
+        time.sleep(processes.PATIENCE)
         original(self, *arguments)
 
     run.RunDirectory.save = save
 
 
+def stop():
+    subprocess.Popen(["sh", "-c", f"sleep 5; kill -KILL {os.getpid()}"])  # when the test has seen enough
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def main(fault, arguments):
-    if fault in ("hang", "interrupt"):
-        processes.PATIENCE, tcp.LAST_WORDS = 2.0, 1
+    if fault in ("hang", "interrupt", "stop"):
+        processes.PATIENCE, processes.BEAT, processes.LAST_WORDS, processes.END_OF_HANGING = 2.0, 0.2, 1, 3
+    if fault == "lack":
+        launch.HEAD_START = 0.5
+        sys.modules |= {"mpi4py": None} if os.environ["PMI_RANK"] == "1" else {}
+        return cli.main(arguments)
     rank = distributed.init().rank
     if fault == "kill":
         break_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
     elif fault == "hang":
         break_step(lambda: time.sleep(1000))
+    elif fault == "stop":
+        run.load, run.load_in_turn = lambda *_: time.sleep(1000), (run.load_in_turn, lambda *_: stop())[rank]
     elif fault == "error":
         break_step(fail)
     elif fault == "interrupt":

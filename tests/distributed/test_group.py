@@ -119,6 +119,7 @@ def test_commands_that_share_nothing_need_no_launcher(variables, capsys):
 
 def test_missing_mpi_and_other_launchers_are_named(variables, monkeypatch):
     variables(PMI_SIZE=4)
+    monkeypatch.setattr(launch.atexit, "register", lambda *arguments: None)
     with pytest.raises(DistributedError, match=r"PMI_SIZE says that 4 processes .* MPI sees 1"):
         launch.init.__wrapped__()
     monkeypatch.setitem(__import__("sys").modules, "mpi4py", None)

@@ -142,6 +142,9 @@ def test_another_number_of_processes_resumes(images, alone, tmp_path):
     [
         ("hang", "mpiexec", "no answer for 2 s from rank 1 (process"),
         ("hang", "variables", "no answer for 2 s from rank 1 (process"),
+        ("stop", "mpiexec", "no sign of life for 2 s from rank 1 (process"),
+        ("stop", "variables", "no sign of life for 2 s from rank 1 (process"),
+        ("lack", "mpiexec", "PMI_SIZE says that 2 processes train together, which needs MPI: pip install"),
         ("error", "mpiexec", "a planted fault"),
         ("error", "variables", "a planted fault"),
         ("version", "variables", "rank 1 has another version of tinyvit than rank 0: '0.0' and"),

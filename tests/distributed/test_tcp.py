@@ -1,8 +1,11 @@
 """Messages over TCP between threads, and what processes exchange."""
 
+import contextlib
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,7 +78,7 @@ def test_messages_arrive_whole_and_in_order_and_then_nobody_listens():
             receiving = transports[j].receive(found := np.empty_like(expected), i, tag)
             until(receiving.Test)
             assert found.tobytes() == expected.tobytes()
-        assert transports[j].take(i, 0) is None
+        assert transports[j].take(i, 0) is None and i in transports[j].heard
     assert all(until(request.Test) for request in requests)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOME, port))
@@ -95,19 +98,65 @@ def test_strangers_do_not_disturb(monkeypatch):
     assert until(lambda: second.take(0, 7)) == b"hello"
 
 
-def test_a_process_that_ends_is_noticed_after_what_it_sent(monkeypatch):
-    connections = []
-    meeting = tcp._meet
-    monkeypatch.setattr(tcp, "_meet", lambda *given: (connections.append(found := meeting(*given)), found)[1])
+@pytest.fixture
+def connections(monkeypatch):
+    """Those of each transport, by rank of the other."""
+    found, meeting = {}, tcp._meet
+    monkeypatch.setattr(tcp, "_meet", lambda rank, *given: found.setdefault(rank, meeting(rank, *given)))
+    return found
+
+
+def test_a_process_that_ends_is_noticed_after_what_it_sent(connections):
     first, second = meet(0, 1)
     until(second.send(np.ones(100_000), 0, 1).Test)
-    next(found[0] for found in connections if 0 in found).shutdown(socket.SHUT_RDWR)
+    connections[1][0].shutdown(socket.SHUT_RDWR)
     until(lambda: first.gone)
-    assert first.gone == {1} and len(first.take(1, 1)) == 800_000
+    assert first.gone == {1: "ended before the others"} and len(first.take(1, 1)) == 800_000
 
 
-def test_errors_are_told_whatever_their_letters_and_stops_are_not(monkeypatch):
-    monkeypatch.setattr(tcp.signal, "alarm", lambda seconds: None)
+def test_an_error_in_a_thread_that_carries_messages_is_told():
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(processes.Processes, meet(0, 1))
+    second._transport._outgoing[0].put((processes.VALUE, SimpleNamespace(nbytes=1 << 62), None))
+    for group, error in ((first, "rank 1 .*: MemoryError"), (second, "rank 0 .*: TypeError")):
+        with pytest.raises(DistributedError, match=error.replace("*", "* cannot be heard or told any more")):
+            group.exchange(None, 5)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_busy_process_is_interrupted_where_another_is_gone_that_has_not_left(leaves, connections, monkeypatch):
+    monkeypatch.setattr(processes, "BEAT", 0.02)
+    monkeypatch.setattr(processes.Processes, "_end_within", lambda self, seconds: None)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(processes.Processes, meet(0, 1))
+        here = threading.Event()
+
+        def together():
+            with second.together():
+                until(lambda: second._silent[0] >= 0)
+                here.set()
+                if leaves:
+                    return
+                connections[1][0].shutdown(socket.SHUT_RDWR)
+                until(lambda: second._transport.gone)
+
+        pool.submit(together)
+        with contextlib.ExitStack() as expected:
+            if not leaves:
+                expected.enter_context(pytest.raises(DistributedError, match=r"rank 1 .* ended before the others"))
+            with first.together():
+                assert here.wait(20)
+                if leaves:
+                    until(lambda: first._silent[1] < 0)
+                    connections[1][0].shutdown(socket.SHUT_RDWR)
+                    until(lambda: first._transport.gone)
+                    time.sleep(10 * processes.BEAT)
+                else:
+                    time.sleep(20)
+                    pytest.fail("was not interrupted")
+
+
+def test_errors_are_told_whatever_their_letters_and_stops_are_not():
     with ThreadPoolExecutor(2) as pool:
         groups = list(pool.map(processes.Processes, meet(0, 1)))
 

@@ -5,7 +5,7 @@ A launcher starts them, one for each GPU or for each share of the cores: `mpiexe
 Each of them says
 
     group = distributed.init()
-    with group.together():  # an error of one ends all, within a minute
+    with group.together():  # an error of one ends all within a minute, and so does one that stands still
         loader = data.Loader(..., batch_size=512, group=group)  # the whole batch's size
         step = TrainStep(model.to(group.device("auto")), ..., group=group)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tinyvit.errors import ReportedError
 
-SLOW = 1800.0  # seconds to wait for a process that reads data or writes files
+SLOW = 1800.0  # seconds to wait for a process that reads data or writes files, as long as it gives signs of life
 
 
 class DistributedError(ReportedError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import time
 from functools import cache
 
@@ -88,6 +90,7 @@ def _by_mpi(name: str, size: int, rank: int) -> Group:
                 "the mpiexec of the MPI library that mpi4py uses, or with srun --mpi=pmi2"
             )
     if problem:
+        atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # MPICH's mpiexec else leaves the others in MPI_Init
         raise _refusal(rank, f"{name} says that {size} processes train together{problem}")
     from tinyvit.distributed.mpi import MPITransport
     from tinyvit.distributed.processes import Processes

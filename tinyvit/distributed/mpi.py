@@ -15,7 +15,9 @@ class MPITransport:
 
         self._mpi, self._comm = MPI, communicator
         self.rank, self.size = communicator.rank, communicator.size
-        self.gone: set[int] = set()  # MPI does not say
+        self.gone: dict[int, str] = {}  # MPI does not say
+        self.heard: set[int] = set()  # nor this
+        self.threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
     def send(self, data: Any, rank: int, tag: int) -> Any:
         return self._comm.Isend(data if isinstance(data, np.ndarray) else [data, self._mpi.BYTE], rank, tag)

@@ -23,11 +23,13 @@ from tinyvit.distributed.reduction import Reduction
 from tinyvit.errors import Stopped
 
 PATIENCE = 50.0  # seconds that a process may keep the others waiting in a step
+BEAT = 2.0  # seconds between two signs of life; a process that gives none within PATIENCE is lost
 END, END_OF_HANGING = 50, 5  # seconds that a process has to end once it has failed; once another hangs or is gone
+LAST_WORDS = 8.0  # seconds that a process goes on for after another has failed: it may hang, with none to end it
 GRACE = 1.0  # seconds in which several processes may fail for the same reason
 SPIN = 2e-4  # seconds of waiting without a pause, which a short answer takes
 PAUSE = 1e-4  # seconds between two looks after that: a waiting process should leave its core to others
-VALUE, FAILURE = 30_000, 30_001  # tags; those below belong to the buckets of a reduction
+VALUE, FAILURE, ALIVE = 30_000, 30_001, 30_002  # tags; those below belong to the buckets of a reduction
 
 
 class Transport(Protocol):
@@ -35,12 +37,16 @@ class Transport(Protocol):
 
     Attributes:
         rank, size: which of how many processes this is.
-        gone: the ranks from which nothing will come any more, as far as the transport notices.
+        gone: the ranks from which nothing will come any more, as far as the transport notices, and why.
+        heard: those of which a part of a message has come, as far as the transport notices; for the caller to clear.
+        threaded: whether several threads may call the methods at the same time.
     """
 
     rank: int
     size: int
-    gone: set[int]
+    gone: dict[int, str]
+    heard: set[int]
+    threaded: bool
 
     def send(self, data: Any, rank: int, tag: int) -> Any:
         """Begin to send bytes or an array, which must not change until `Test()` of the result is true."""
@@ -52,10 +58,15 @@ class Transport(Protocol):
         """A message of any length, None if there is none."""
 
 
+class _Interrupted(BaseException):
+    """Raised wherever the main thread is; no Exception, which those who read files would take for a broken one."""
+
+
 class Processes(Group):
     """All processes that `transport` connects.
 
-    Waiting is done by looking for messages, so that a process that is gone can be named.
+    Waiting is done by looking for messages, so that a process that is gone can be named. Within `together` each
+    process tells the others that it is alive, from a thread: one that is stopped, or whose machine is gone, does not.
     """
 
     def __init__(self, transport: Transport, local_rank: int | None = None) -> None:
@@ -63,6 +74,8 @@ class Processes(Group):
         self.send, self.receive = transport.send, transport.receive
         self._others = [rank for rank in range(self.size) if rank != self.rank]
         self._failures: dict[int, str] = {}
+        self._lost = ""  # what became of a process that cannot say it itself
+        self._silent = dict.fromkeys(self._others, -math.inf)  # beats without a sign of life, of those `together`
         self._names = [f"rank {rank}" for rank in range(self.size)]
         host, cores, quota = platform.node(), sorted(_affinity()), parallel.cgroup_cores(Path("/sys/fs/cgroup"))
         name = f"rank {self.rank} (process {os.getpid()} on {host})"
@@ -93,28 +106,31 @@ class Processes(Group):
         begun = time.monotonic()
         patience = PATIENCE if patience is None else patience
         while True:
-            gone = set(self._transport.gone)  # before the last look at what they sent
+            gone = dict(self._transport.gone)  # before the last look at what they sent
             if not (ranks := missing()):
                 return
             waited = time.monotonic() - begun
             if waited < SPIN:
                 continue
             self._look_for_failures()
-            if self._failures:
-                raise Failed(self._failure())
-            if ended := ranks & gone:
-                raise DistributedError(f"{self._named(ended)} ended before the others")
+            if ended := ranks & gone.keys():
+                self._lost = f"{self._names[min(ended)]} {gone[min(ended)]}"
+            self._raise_if_broken()
             if waited > patience:
-                raise DistributedError(f"no answer for {waited:.0f} s from {self._named(ranks)}")
+                names = ", ".join(self._names[rank] for rank in sorted(ranks))
+                raise DistributedError(f"no answer for {waited:.0f} s from {names}")
             time.sleep(PAUSE)
 
-    def _named(self, ranks: set[int]) -> str:
-        return ", ".join(self._names[rank] for rank in sorted(ranks))
+    def _raise_if_broken(self) -> None:
+        if self._failures:
+            raise Failed(self._failure())
+        if self._lost:
+            raise DistributedError(self._lost)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._watching():
                 if not self.leads:
                     warnings.simplefilter("ignore")
                 yield
@@ -128,6 +144,57 @@ class Processes(Group):
             if not self._says_why(f"{type(error).__name__}: {error}"):
                 raise Failed(self._failure()) from None
             raise
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Meanwhile a thread gives signs of life, and interrupts the main thread once another process cannot go on."""
+        left = threading.Event()
+
+        def interrupt(*_: Any) -> None:
+            if not left.is_set():
+                raise _Interrupted
+
+        main = hasattr(signal, "pthread_kill") and threading.current_thread() is threading.main_thread()
+        watch = threading.Thread(target=self._watch, args=[left, threading.get_ident() if main else None], daemon=True)
+        before = signal.signal(signal.SIGALRM, interrupt) if main else None
+        if self._transport.threaded:
+            watch.start()
+        try:
+            yield
+        except _Interrupted:
+            self._raise_if_broken()
+        finally:
+            left.set()
+            if self._transport.threaded:
+                watch.join()
+                self._told = [self.send(b"left", rank, ALIVE) for rank in self._others]
+            if main:
+                signal.signal(signal.SIGALRM, before)
+
+    def _watch(self, left: threading.Event, main: int | None) -> None:
+        beats: dict[int, Any] = {}
+        while True:
+            gone = dict(self._transport.gone)  # before the last look at what they sent
+            for rank in self._others:
+                if rank not in beats or beats[rank].Test():
+                    beats[rank] = self.send(b"", rank, ALIVE)
+                self._silent[rank] += 1  # not the time, as this process may have been stopped meanwhile
+                if rank in self._transport.heard:  # signs of life may come behind a large message
+                    self._transport.heard.remove(rank)
+                    self._silent[rank] = min(self._silent[rank], 0)
+                while (message := self._transport.take(rank, ALIVE)) is not None:
+                    self._silent[rank] = -math.inf if message else 0
+                if rank in gone and self._silent[rank] >= 0:
+                    self._lost = f"{self._names[rank]} {gone[rank]}"
+                elif self._silent[rank] * BEAT > PATIENCE:
+                    self._lost = f"no sign of life for {PATIENCE:.0f} s from {self._names[rank]}"
+            self._look_for_failures()
+            if main is not None and (self._failures or self._lost):
+                signal.pthread_kill(main, signal.SIGALRM)
+                if self._failures and not left.wait(LAST_WORDS):
+                    os._exit(1)
+            if left.wait(BEAT):
+                return
 
     def _end_within(self, seconds: int) -> None:
         """Let the system end this process, and so its launcher all others: MPI's own end waits for those that hang."""

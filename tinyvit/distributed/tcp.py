@@ -11,25 +11,24 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import signal
 import socket
 import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from tinyvit.distributed.group import DistributedError
-from tinyvit.distributed.processes import FAILURE
 
 HELLO = struct.Struct("<8sIIH")  # MAGIC, rank, size, port
 PLACES = struct.Struct("<8sI")  # MAGIC, bytes of JSON
 MAGIC = b"tinyvit1"
 HEADER = struct.Struct("<IQ")  # of a message: tag, bytes
 GREETING = 5.0  # seconds that whoever connects has for HELLO
-LAST_WORDS = 8  # seconds that a process goes on for after another has failed: if it hangs, there may be none to end it
 
 
 class TCPTransport:
@@ -41,9 +40,12 @@ class TCPTransport:
         DistributedError: the address is not there, or a process does not come within `patience` seconds.
     """
 
+    threaded = True
+
     def __init__(self, rank: int, size: int, address: str, port: int, patience: float) -> None:
         self.rank, self.size = rank, size
-        self.gone: set[int] = set()
+        self.gone: dict[int, str] = {}
+        self.heard: set[int] = set()
         self._arrived: dict[tuple[int, int], deque[bytearray]] = {}
         self._outgoing: dict[int, queue.SimpleQueue[tuple[int, Any, _Sent]]] = {}
         for other, connection in _meet(rank, size, address, port, time.monotonic() + patience).items():
@@ -51,7 +53,7 @@ class TCPTransport:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._outgoing[other] = queue.SimpleQueue()
             for work in (self._read, self._write):
-                threading.Thread(target=work, args=(other, connection), daemon=True).start()
+                threading.Thread(target=self._carry, args=(work, other, connection), daemon=True).start()
 
     def send(self, data: Any, rank: int, tag: int) -> _Sent:
         sent = _Sent()
@@ -63,25 +65,31 @@ class TCPTransport:
         return _Receiving(self, array, rank, tag)
 
     def take(self, rank: int, tag: int) -> bytearray | None:
-        arrived = self._arrived.get((rank, tag))
-        return arrived.popleft() if arrived else None
+        with contextlib.suppress(KeyError, IndexError):
+            return self._arrived[rank, tag].popleft()
+        return None
+
+    def _carry(self, work: Callable[[int, socket.socket], None], rank: int, connection: socket.socket) -> None:
+        try:
+            work(rank, connection)
+        except (OSError, EOFError):
+            if work == self._read:  # what came before has been read
+                self.gone[rank] = "ended before the others"
+        except Exception as error:
+            self.gone[rank] = f"cannot be heard or told any more: {type(error).__name__}: {error}"
 
     def _write(self, rank: int, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # which `_read` notices, too
-            while True:
-                tag, data, sent = self._outgoing[rank].get()
-                connection.sendall(HEADER.pack(tag, data.nbytes))
-                connection.sendall(data)
-                sent.done = True
+        while True:
+            tag, data, sent = self._outgoing[rank].get()
+            connection.sendall(HEADER.pack(tag, data.nbytes))
+            connection.sendall(data)
+            sent.done = True
 
     def _read(self, rank: int, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError):
-            while True:
-                tag, size = HEADER.unpack(_exactly(connection, HEADER.size))
-                self._arrived.setdefault((rank, tag), deque()).append(_exactly(connection, size))
-                if tag == FAILURE and hasattr(signal, "alarm"):
-                    signal.alarm(LAST_WORDS)
-        self.gone.add(rank)
+        heard = partial(self.heard.add, rank)
+        while True:
+            tag, size = HEADER.unpack(_exactly(connection, HEADER.size))
+            self._arrived.setdefault((rank, tag), deque()).append(_exactly(connection, size, heard))
 
 
 class _Sent:
@@ -102,13 +110,14 @@ class _Receiving:
         return True
 
 
-def _exactly(connection: socket.socket, size: int) -> bytearray:
-    """The next `size` bytes. Raises EOFError."""
+def _exactly(connection: socket.socket, size: int, heard: Callable[[], None] = lambda: None) -> bytearray:
+    """The next `size` bytes, of which each part that comes is `heard`. Raises EOFError."""
     data = bytearray(size)
     view = memoryview(data)
     while view:
         if not (count := connection.recv_into(view)):
             raise EOFError
+        heard()
         view = view[count:]
     return data
 
