@@ -157,15 +157,18 @@ class Processes(Group):
         main = hasattr(signal, "pthread_kill") and threading.current_thread() is threading.main_thread()
         watch = threading.Thread(target=self._watch, args=[left, threading.get_ident() if main else None], daemon=True)
         before = signal.signal(signal.SIGALRM, interrupt) if main else None
-        if self._transport.threaded:
-            watch.start()
         try:
-            yield
+            try:
+                if self._transport.threaded:
+                    watch.start()
+                yield
+            finally:
+                left.set()
         except _Interrupted:
+            left.set()  # if it came just before
             self._raise_if_broken()
         finally:
-            left.set()
-            if self._transport.threaded:
+            if watch.ident is not None:
                 watch.join()
                 self._told = [self.send(b"left", rank, ALIVE) for rank in self._others]
             if main:
