@@ -18,6 +18,7 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.kernels import bf16
 from tinyvit.kernels.cuda import cublas
 from tinyvit.nn import Buffer, Module, Parameter
 
@@ -53,6 +54,8 @@ class Precision:
         if name == "tf32":
             _check_tf32(like)
             return
+        if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and bf16.available():
+            return
         try:
             self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
         except TypeError as error:
@@ -61,14 +64,15 @@ class Precision:
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
         """Within this context, in this thread, products are computed in this precision."""
-        token = cublas.tf32.set(self.name == "tf32")
+        tf32, in_bf16 = cublas.tf32.set(self.name == "tf32"), bf16.rounds.set(self.name == "bf16" and self.dtype is None)
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
             with np.errstate(**quiet):
                 yield
         finally:
-            cublas.tf32.reset(token)
+            cublas.tf32.reset(tf32)
+            bf16.rounds.reset(in_bf16)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

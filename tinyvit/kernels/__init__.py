@@ -1,7 +1,7 @@
 """The operations' arithmetic: a reference for any array library, and faster kernels for NumPy and CuPy.
 
-A kernel has the signature of the reference operation that it replaces. `cpu/table.py`, `jit/table.py` (with numba) and
-`cuda/table.py` list the kernels of a library by their reference operations, each with the arguments that it covers.
+A kernel has the signature of the reference operation that it replaces. `cpu/table.py`, `jit/table.py` (with numba),
+`bf16/table.py` (in that precision) and `cuda/table.py` list the kernels of a library by their reference operations, each with the arguments that it covers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tinyvit.kernels import jit
+from tinyvit.kernels import bf16, jit
 
 # What the kernels of one backward pass tell each other; None outside of one.
 notes: ContextVar[dict[str, Any] | None] = ContextVar("tinyvit_notes", default=None)
@@ -39,12 +39,14 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 
     What its kernel does not cover runs through `op`.
     """
-    return _fastest(xp, jit.worth_it()).get(op, op)
+    return _fastest(xp, jit.worth_it(), bf16.rounds.get()).get(op, op)
 
 
 @functools.cache
-def _fastest(xp: ModuleType, with_jit: bool = True) -> dict[Callable[..., Any], Callable[..., Any]]:
+def _fastest(xp: ModuleType, with_jit: bool = True, with_bf16: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each reference operation that has a kernel for `xp`, what to run in its place."""
+    if xp.__name__ == _NUMPY and with_bf16:
+        return _merged("cpu", "jit", "bf16")
     if xp.__name__ == _NUMPY and with_jit and jit.wanted():
         try:
             return _merged("cpu", "jit")

@@ -30,12 +30,12 @@ SGEMM = _find_sgemm()
 contiguous = np.ascontiguousarray
 
 
-def _rows(x: Array) -> Array:
+def rows_of(x: Array) -> Array:
     return contiguous(x).reshape(-1, x.shape[-1])
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    rows, nothing = _rows(x), np.empty((0, len(weight)), x.dtype)
+    rows, nothing = rows_of(x), np.empty((0, len(weight)), x.dtype)
     y = _add_linear(nothing, rows, weight, bias)
     return y.reshape(*x.shape[:-1], len(weight)), linear_vjp(x.shape, rows, weight, needs)
 
@@ -43,8 +43,8 @@ def linear(xp: Any, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, 
 def add_linear(
     xp: Any, residual: Array, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    rows = _rows(x)
-    y = _add_linear(_rows(residual), rows, weight, bias)
+    rows = rows_of(x)
+    y = _add_linear(rows_of(residual), rows, weight, bias)
     vjp = linear_vjp(x.shape, rows, weight, needs[1:])
     return y.reshape(residual.shape), lambda dy: (dy, *vjp(dy))
 
@@ -55,34 +55,38 @@ def _add_linear(residual: Array, rows: Array, weight: Array, bias: Array) -> Arr
     return y
 
 
-def linear_gelu(
-    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
+def _product(x: Array, weight: Array, bias: None, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     rows = x.reshape(-1, x.shape[-1])
-    y = rows @ weight.T
+    return rows @ weight.T, linear_vjp(x.shape, rows, weight, needs)
+
+
+def linear_gelu(
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...], product: Any = _product
+) -> tuple[Array, VJP]:
+    y, product_vjp = product(x, weight, None, needs)
     slope = np.empty((len(y) if True in needs else 0, len(weight)), y.dtype)
     loops.bias_gelu(y, contiguous(bias), slope, approximate == "tanh")
-    product_vjp = linear_vjp(x.shape, rows, weight, needs)
+    shape = x.shape
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dhidden, dbias = np.empty_like(slope), np.zeros_like(bias)
-        loops.multiply_and_sum(_rows(dy), slope, dhidden, dbias)
+        loops.multiply_and_sum(rows_of(dy), slope, dhidden, dbias)
         return product_vjp(dhidden, dbias)
 
-    return y.reshape(*x.shape[:-1], len(weight)), vjp
+    return y.reshape(*shape[:-1], len(weight)), vjp
 
 
 def layer_norm(
     xp: Any, x: Array, weight: Array, bias: Array, *, eps: float, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    rows, weight = _rows(x), contiguous(weight)
+    rows, weight = rows_of(x), contiguous(weight)
     y, moments = np.empty_like(rows), np.empty((len(rows), 2), x.dtype)
     loops.layer_norm(rows, weight, contiguous(bias), eps, y, moments)
 
     def vjp(dy: Array) -> tuple[Array, Array, Array]:
         dx = np.empty_like(rows)
         dweight, dbias = np.zeros((2, len(weight)), dy.dtype)
-        loops.layer_norm_vjp(_rows(dy), rows, weight, moments, dx, dweight, dbias)
+        loops.layer_norm_vjp(rows_of(dy), rows, weight, moments, dx, dweight, dbias)
         return dx.reshape(x.shape), dweight, dbias
 
     return y.reshape(x.shape), vjp
