@@ -5,6 +5,8 @@ a step or predictions they are rounded to 16 bits, and the model runs on the rou
 float32; layer norm, softmax and the loss are computed in it. Gradients update the master weights, so that an update
 far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
 loss is scaled to keep small gradients above zero.
+
+On a CPU that multiplies bfloat16 (AVX512-BF16, with numba) bf16 rounds the operands of linear layers alone.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ class Precision:
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
         """Within this context, in this thread, products are computed in this precision."""
-        tf32, in_bf16 = cublas.tf32.set(self.name == "tf32"), bf16.rounds.set(self.name == "bf16" and self.dtype is None)
+        tf32, in_bf16 = (
+            cublas.tf32.set(self.name == "tf32"),
+            bf16.rounds.set(self.name == "bf16" and self.dtype is None),
+        )
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:

@@ -1,7 +1,8 @@
 """The operations' arithmetic: a reference for any array library, and faster kernels for NumPy and CuPy.
 
 A kernel has the signature of the reference operation that it replaces. `cpu/table.py`, `jit/table.py` (with numba),
-`bf16/table.py` (in that precision) and `cuda/table.py` list the kernels of a library by their reference operations, each with the arguments that it covers.
+`bf16/table.py` (in that precision) and `cuda/table.py` list the kernels of a library by their reference operations,
+each with the arguments that it covers.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 
 
 @functools.cache
-def _fastest(xp: ModuleType, with_jit: bool = True, with_bf16: bool = False) -> dict[Callable[..., Any], Callable[..., Any]]:
+def _fastest(
+    xp: ModuleType, with_jit: bool = True, with_bf16: bool = False
+) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each reference operation that has a kernel for `xp`, what to run in its place."""
     if xp.__name__ == _NUMPY and with_bf16:
         return _merged("cpu", "jit", "bf16")

@@ -1,9 +1,9 @@
 """Products of matrices whose entries are rounded to bfloat16, with sums in float32: AVX512-BF16's VDPBF16PS.
 
-That instruction adds to each of 16 sums the products of two pairs, so two neighbours along the inner dimension, a pair,
-lie side by side in 32 bits. A packed matrix (N, K) is a list of panels of PANEL rows: (panels, pairs, PANEL) pairs, with
-zeros where a panel or a pair is not full. The block of results that fills the registers takes TILE rows of one matrix,
-whose pairs it repeats in a register, and one panel of the other.
+It adds to each of 16 sums the products of two pairs, so two neighbours along the inner dimension, a pair, lie side by
+side in 32 bits. A packed matrix (N, K) is a list of panels of PANEL rows: (panels, pairs, PANEL) pairs, with zeros
+where a panel or a pair is not full. The block of results that fills the registers takes TILE rows of one matrix, whose
+pairs it repeats in a register, and one panel of the other.
 """
 
 from __future__ import annotations

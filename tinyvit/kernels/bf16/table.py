@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +87,12 @@ def add_linear(
     return np.add(y, residual, out=y), lambda dy: (dy, *vjp(dy))
 
 
+def linear_gelu(
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    return layers.gelu_of(x.shape, *_product(x, weight, None, needs), bias, approximate, needs)
+
+
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
     return x.dtype == weight.dtype == np.float32 and x.size > 0 and weight.size > 0
 
@@ -95,5 +100,5 @@ def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
 KERNELS = {
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **_: _covers(*inputs)),
-    reference.linear_gelu: Kernel(functools.partial(layers.linear_gelu, product=_product), _covers),
+    reference.linear_gelu: Kernel(linear_gelu, _covers),
 }

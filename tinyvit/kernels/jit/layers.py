@@ -55,25 +55,26 @@ def _add_linear(residual: Array, rows: Array, weight: Array, bias: Array) -> Arr
     return y
 
 
-def _product(x: Array, weight: Array, bias: None, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows @ weight.T, linear_vjp(x.shape, rows, weight, needs)
-
-
 def linear_gelu(
-    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...], product: Any = _product
+    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    y, product_vjp = product(x, weight, None, needs)
-    slope = np.empty((len(y) if True in needs else 0, len(weight)), y.dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return gelu_of(x.shape, rows @ weight.T, linear_vjp(x.shape, rows, weight, needs), bias, approximate, needs)
+
+
+def gelu_of(
+    shape: tuple[int, ...], y: Array, product_vjp: VJP, bias: Array, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    """gelu(y + bias), in the place of y (R, O), for the product y of x of this shape."""
+    slope = np.empty((len(y) if True in needs else 0, y.shape[1]), y.dtype)
     loops.bias_gelu(y, contiguous(bias), slope, approximate == "tanh")
-    shape = x.shape
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dhidden, dbias = np.empty_like(slope), np.zeros_like(bias)
         loops.multiply_and_sum(rows_of(dy), slope, dhidden, dbias)
         return product_vjp(dhidden, dbias)
 
-    return y.reshape(*shape[:-1], len(weight)), vjp
+    return y.reshape(*shape[:-1], y.shape[1]), vjp
 
 
 def layer_norm(

@@ -1,0 +1,74 @@
+"""Linear layers that round their operands to bfloat16, on processors that multiply it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("numba")
+
+from tinyvit import TrainStep, create_model, optim, predict
+from tinyvit import kernels as all_kernels
+from tinyvit.kernels import bf16, reference
+
+
+@pytest.fixture(scope="module", autouse=True)
+def switched_on():
+    """The processor decides here, not the environment's TINYVIT_JIT."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYVIT_JIT", "1")
+        bf16.available.cache_clear()
+        all_kernels._fastest.cache_clear()
+        if not bf16.available():
+            bf16.available.cache_clear()
+            pytest.skip("this processor has no AVX512-BF16")
+        yield
+    bf16.available.cache_clear()
+    all_kernels._fastest.cache_clear()
+
+
+def rounded(x):
+    return torch.tensor(x).bfloat16().double()
+
+
+def near(got, expected):
+    """To float32's rounding of sums."""
+    return np.abs(got - expected.numpy()).max() <= 3e-6 * max(1e-30, float(expected.abs().max()))
+
+
+sizes = st.one_of(st.integers(1, 70), st.sampled_from([391, 515, 1030]))
+
+
+@given(st.integers(1, 70), sizes, sizes, st.booleans(), st.integers(0, 99))
+def test_products_are_those_of_rounded_operands(rows, inner, outer, biased, seed):
+    rng = np.random.default_rng(seed)
+    x, weight, bias, dy, residual = (
+        rng.standard_normal(s, np.float32)
+        for s in ((1, rows, inner), (outer, inner), outer, (1, rows, outer), (1, rows, outer))
+    )
+    table = all_kernels._merged("cpu", "jit", "bf16")
+    bias = bias if biased else None
+    X, W, D = (rounded(a) for a in (x[0], weight, dy[0]))
+    shift = torch.tensor(bias).double() if biased else 0.0
+    y, vjp = table[reference.linear](None, x, weight, bias, needs=(True, True, biased))
+    dx, dweight, dbias = vjp(dy)
+    assert near(y[0], X @ W.T + shift) and near(dx[0], D @ W) and near(dweight, D.T @ X)
+    assert dbias is None if not biased else near(dbias, torch.tensor(dy[0]).double().sum(0))
+    y, vjp = table[reference.add_linear](None, residual, x, weight, bias, needs=(True, True, False, False))
+    same, dx, dweight, dbias = vjp(dy)
+    assert near(y[0], torch.tensor(residual[0]).double() + X @ W.T + shift) and same is dy and near(dx[0], D @ W)
+    assert dweight is None and dbias is None
+
+
+def test_a_step_and_predictions_are_float32_s_to_bfloat16_s_rounding():
+    def losses(precision):
+        model = create_model("vit_nano_patch8_32", num_classes=5)
+        step = TrainStep(model, optim.AdamW(model.parameters(), lr=3e-3), precision=precision)
+        rng = np.random.default_rng(0)
+        x, y = rng.standard_normal((40, 3, 32, 32), np.float32), rng.integers(0, 5, 40)
+        return np.array([float(step(x, y)) for _ in range(20)]), predict(model, x, precision=precision)
+
+    (expected, scores), (got, ours) = losses("fp32"), losses("bf16")
+    assert 0 < np.abs(got - expected).max() < 0.02 and expected[-1] < 0.8 * expected[0]
+    assert ours.dtype == np.float32 and 0 < np.linalg.norm(ours - scores) < 0.05 * np.linalg.norm(scores)
