@@ -1,6 +1,7 @@
 """Messages over TCP between threads, and what processes exchange."""
 
 import contextlib
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,14 @@ HOME = "127.0.0.1"
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 leaves |= arrays(st.sampled_from(["<f4", "<f2", "<i8", "u1", "?"]), array_shapes(min_dims=0, min_side=0))
 values = st.recursive(leaves, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3))
+
+
+@pytest.fixture(autouse=True)
+def no_alarm(monkeypatch):
+    """A failed group lets the system end its process a little later: here that is pytest's."""
+    monkeypatch.setattr(processes.Processes, "_end_within", lambda self, seconds: None)
+    yield
+    assert signal.alarm(0) == 0
 
 
 def free_port():
@@ -126,7 +135,6 @@ def test_an_error_in_a_thread_that_carries_messages_is_told():
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_busy_process_is_interrupted_where_another_is_gone_that_has_not_left(leaves, connections, monkeypatch):
     monkeypatch.setattr(processes, "BEAT", 0.02)
-    monkeypatch.setattr(processes.Processes, "_end_within", lambda self, seconds: None)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(processes.Processes, meet(0, 1))
         seen = threading.Event()
