@@ -52,19 +52,22 @@ class Peer:
         return float(self.step())
 
 
-def tinyvit_peer(model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str = "cpu") -> Peer:
+def tinyvit_peer(
+    model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str = "cpu", *, bf16: bool = False
+) -> Peer:
     model.to(device)
     move = devices.mover(device)
     images, labels = move(images), move(labels)
-    precision = {} if device == "cpu" else {"precision": "bf16"}
+    precision = {"precision": "bf16"} if bf16 or device != "cpu" else {}
     optimizer = tinyvit.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)
     step = tinyvit.TrainStep(model, optimizer, **precision)
 
     def gradients() -> tuple[float, dict[str, np.ndarray]]:
         names, parameters = zip(*model.named_parameters(), strict=True)
         part = slice(None if device == "cpu" else CHECKED)
-        loss = tinyvit.functional.cross_entropy(model(images[part]), labels[part])
-        found = map(arrays.to_numpy, tinyvit.grad(loss, parameters))
+        with step.precision.products():
+            loss = tinyvit.functional.cross_entropy(model(images[part]), labels[part])
+            found = map(arrays.to_numpy, tinyvit.grad(loss, parameters))
         return float(loss), dict(zip(names, found, strict=True))
 
     @functools.cache

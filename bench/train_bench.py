@@ -60,6 +60,7 @@ def peer_of(module: str, function: str, **options: bool) -> Callable[..., peers.
 
 PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, builder)
     "tinyvit": (None, peers.tinyvit_peer),
+    "tinyvit bf16": (None, peer_of("peers", "tinyvit_peer", bf16=True)),
     "torch": ("torch", peer_of("peers_torch", "torch_peer")),
     "torch.compile": ("torch", peer_of("peers_torch", "torch_peer", compiled=True)),
     "torch bf16": ("torch", peer_of("peers_torch", "torch_peer", bf16=True)),
@@ -70,7 +71,7 @@ PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, bui
     "OpenVINO bf16": ("openvino", peer_of("peers_runtimes", "openvino_peer", bf16=True)),
 }
 ONLY_INFER = {"torch oneDNN", "ONNX Runtime", "OpenVINO", "OpenVINO bf16"}
-CPU_ONLY = {"torch bf16", *ONLY_INFER}  # on a GPU all torch is in bfloat16
+CPU_ONLY = {"tinyvit bf16", "torch bf16", *ONLY_INFER}  # on a GPU both are in bfloat16 anyway
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
 UNCOUNTED = 0.3  # seconds of steps before each that is counted: after a pause short ones take up to twice their time

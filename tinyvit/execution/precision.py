@@ -6,7 +6,8 @@ float32; layer norm, softmax and the loss are computed in it. Gradients update t
 far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
 loss is scaled to keep small gradients above zero.
 
-On a CPU that multiplies bfloat16 (AVX512-BF16, with numba) bf16 rounds the operands of linear layers alone.
+On a CPU that multiplies bfloat16 (AVX512-BF16, with numba) bf16 rounds the operands of linear layers alone. Weights and
+activations stay in float32.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Precision:
     Args:
         name: "fp32" for that of the weights; "tf32" for the same with the operands of products rounded to TF32 (10
             bits of mantissa, float32's range; NVIDIA GPUs of compute capability 8.0 and later); "bf16" or "fp16" for
-            weights rounded to 16 bits.
+            weights rounded to 16 bits, on some CPUs for rounded operands of linear layers (see above).
         weights: the model's, float32 unless the name is "fp32".
 
     Raises:
@@ -66,10 +67,8 @@ class Precision:
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
         """Within this context, in this thread, products are computed in this precision."""
-        tf32, in_bf16 = (
-            cublas.tf32.set(self.name == "tf32"),
-            bf16.rounds.set(self.name == "bf16" and self.dtype is None),
-        )
+        tf32 = cublas.tf32.set(self.name == "tf32")
+        rounds = bf16.rounds.set(self.name == "bf16" and self.dtype is None)
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
@@ -77,7 +76,7 @@ class Precision:
                 yield
         finally:
             cublas.tf32.reset(tf32)
-            bf16.rounds.reset(in_bf16)
+            bf16.rounds.reset(rounds)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

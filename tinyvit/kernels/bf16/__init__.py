@@ -6,6 +6,7 @@ It takes AVX512-BF16 and numba. Weights, activations and sums stay in float32, a
 from __future__ import annotations
 
 import functools
+import importlib
 from contextvars import ContextVar
 
 from tinyvit.kernels import jit
@@ -19,6 +20,10 @@ def available() -> bool:
     """Whether this processor and this installation can."""
     if not jit.wanted():
         return False
-    from llvmlite import binding
+    try:
+        from llvmlite import binding
 
-    return bool(binding.get_host_cpu_features().get("avx512bf16"))
+        found = binding.get_host_cpu_features().get("avx512bf16", False)
+        return found and bool(importlib.import_module("tinyvit.kernels.bf16.table"))
+    except (ImportError, RuntimeError):  # numba takes a while to follow NumPy; a processor that LLVM does not know
+        return False

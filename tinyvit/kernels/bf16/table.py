@@ -76,7 +76,7 @@ def _product(x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    y, vjp = _product(x, weight, bias, (*needs, False)[:3])
+    y, vjp = _product(x, weight, bias, needs)
     return y.reshape(*x.shape[:-1], len(weight)), vjp
 
 
