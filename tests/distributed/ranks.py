@@ -90,7 +90,7 @@ def main(fault, arguments):
     elif fault == "hang":
         break_step(lambda: time.sleep(1000))
     elif fault == "stop":
-        run.load, run.load_in_turn = lambda *_: time.sleep(1000), (run.load_in_turn, lambda *_: stop())[rank]
+        run.load = (lambda *_: time.sleep(1000), lambda *_: stop())[rank]
     elif fault == "error":
         break_step(fail)
     elif fault == "interrupt":

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import count_decoded, make_images
 
 import tinyvit
 from tinyvit import cli
@@ -17,9 +16,6 @@ from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, DistributedError, Group, launch, processes, reduction
 from tinyvit.evaluation.metrics import evaluate
-from tinyvit.training import run
-from tinyvit.training.config import TrainConfig
-from tinyvit.training.display import Display
 
 
 def rank_of(rank, size):
@@ -200,19 +196,3 @@ def test_an_evaluation_shares_images_however_few():
             assert found.accuracy == whole.accuracy and found.loss == pytest.approx(whole.loss)
             assert list(found.predicted) == list(whole.predicted)
         assert set(pool.map(scores, range(5), [lambda: False] * 4 + [lambda: True])) == {None}
-
-
-def test_rank_0_finds_mean_and_std_for_all(tmp_path, monkeypatch):
-    """And each process decodes the validation images that it evaluates."""
-    options = TrainConfig(data=str(make_images(tmp_path / "images", train=4, test=2, size=96)), image_size=80)
-    first, second, told = rank_of(0, 2), rank_of(1, 2), []
-    second.local_rank = 1
-    first.exchange = lambda value, patience: [value, told.append(processes.pack(value))]
-    second.exchange = lambda value, patience: [processes.unpack(told.pop(0))]
-    with Display(shown=False) as display:
-        whole = run.load_in_turn(options, None, display, first)
-        opened = count_decoded(monkeypatch)
-        part = run.load_in_turn(options, None, display, second)
-    assert len(opened) == 3
-    assert [getattr(part, x) for x in ("mean", "std", "fingerprint")] == [whole.mean, whole.std, whole.fingerprint]
-    assert part.validation.read(np.arange(3, 6)).tobytes() == whole.validation.read(np.arange(3, 6)).tobytes()

@@ -23,6 +23,7 @@ from tinyvit.data.sources.shapes import load_shapes
 from tinyvit.data.sources.shards import files_of
 from tinyvit.data.sources.tar_shards import find_in_tar
 from tinyvit.data.splits import ImageTransform, resident
+from tinyvit.distributed.group import ALONE, Group
 
 __all__ = [
     "Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_image", "resident",
@@ -44,6 +45,7 @@ def load_data(
     image_transform: ImageTransform | None = None,
     fit_options: Mapping[str, Any] | None = None,
     statistics: Statistics | None = None,
+    group: Group = ALONE,
 ) -> Data:
     """The data set that `src` names.
 
@@ -66,7 +68,8 @@ def load_data(
     `fit_options` as its arguments. An unreadable image is an error, unless `skip_corrupt`:
     then it is left out and listed in the split's `skipped`. Who reads images only once, with a mean and std that are
     known, gives these as `statistics`: images of folders and tables are then decoded when they are read and not
-    before (but with `skip_corrupt`). Raises DataError with a one-line message.
+    before (but with `skip_corrupt`). The processes of a `group`, which all have to call this with the same arguments,
+    share the decoding. Raises DataError with a one-line message.
     """
     try:
         if src == "shapes":
@@ -77,7 +80,7 @@ def load_data(
             path = existing(src)
             kind, find = layout(path, skip_corrupt)
             names, parts = number_classes(path, *find(path), val_fraction, seed)
-            reading = Reading(image_size, skip_corrupt, image_transform, fit_options or {}, statistics)
+            reading = Reading(image_size, skip_corrupt, image_transform, fit_options or {}, statistics, group)
             data = load_listings(kind, path, names, parts, reading)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error

@@ -88,18 +88,20 @@ def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def mean_and_std(batches: Iterable[np.ndarray]) -> Statistics:
-    """Mean and population standard deviation per channel, in units of 0..1, of uint8 batches (B, C, H, W).
+def channel_sums(batch: np.ndarray) -> np.ndarray:
+    """Of the values of each channel of a uint8 batch (B, C, H, W) the count, sum and sum of squares, (3, C) int64."""
+    values = np.moveaxis(batch, 1, 0).reshape(batch.shape[1], -1)  # (C, B*H*W)
+    squares = (values.astype(np.uint16) ** 2).sum(axis=1, dtype=np.int64)
+    return np.stack([np.full(len(values), values.shape[1]), values.sum(axis=1, dtype=np.int64), squares])
+
+
+def mean_and_std(sums: Iterable[np.ndarray]) -> Statistics:
+    """Mean and population standard deviation per channel, in units of 0..1, from the `channel_sums` of all batches.
 
     Sums are exact integers, so neither the batch size nor the order matters. A channel that never varies gets
     the standard deviation 1, so that dividing by it is harmless.
     """
-    count, total, squares = 0, np.zeros(1, np.int64), np.zeros(1, np.int64)
-    for batch in batches:
-        values = np.moveaxis(batch, 1, 0).reshape(batch.shape[1], -1)  # (C, B*H*W)
-        count += values.shape[1]
-        total = total + values.sum(axis=1, dtype=np.int64)
-        squares = squares + (values.astype(np.uint16) ** 2).sum(axis=1, dtype=np.int64)
+    count, total, squares = sum(sums, np.zeros((3, 1), np.int64))
     mean = total / (255 * count)
     variance = squares / (255**2 * count) - mean**2
     constant = count * squares == total * total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
@@ -17,6 +17,7 @@ from tinyvit.backend.parallel import available_cores
 from tinyvit.data.base import Data, DataError, Split
 from tinyvit.data.image import fit, open_rgb, to_array
 from tinyvit.data.stored import Listing
+from tinyvit.distributed.group import SLOW, Group
 
 RESIDENT_SHARE = 0.25  # of a device's free memory, which a split may take for the whole run; the steps need the rest
 
@@ -204,3 +205,13 @@ def in_threads(
                 yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def in_processes(work: Callable[[T], R], items: Sequence[T], group: Group, threads: int | None = None) -> Iterator[R]:
+    """`in_threads(work, items, threads)`, each item worked on by one process of `group`, the results given to all.
+
+    Every process has to ask for all results, which are what `Group.exchange` takes.
+    """
+    mine = in_threads(work, items[group.rank :: group.size], threads or group.threads)
+    for start in range(0, len(items), group.size):
+        yield from group.exchange(next(mine, None), SLOW)[: len(items) - start]

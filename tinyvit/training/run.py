@@ -17,10 +17,9 @@ from tinyvit.backend import arrays, devices, parallel
 from tinyvit.backend.devices import pick_device
 from tinyvit.checkpoints.checkpoint import Checkpoint, describe
 from tinyvit.checkpoints.loading import open_checkpoint
-from tinyvit.data import Data, load_data, resident
-from tinyvit.data.base import Statistics
+from tinyvit.data import Data, cifar10_batches, load_data, resident
 from tinyvit.data.sources.listing import SMALL
-from tinyvit.data.splits import ArraySplit, FileSplit, hold_out
+from tinyvit.data.splits import hold_out
 from tinyvit.distributed import Group, init
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
@@ -90,7 +89,7 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
             pick_device(options.device)  # before data are fetched for it
         checkpoint = None if options.init is None else open_checkpoint(options.init, num_heads=options.num_heads)
         check_model(options, checkpoint)
-        data = load_in_turn(options, checkpoint, display, group)
+        data = load(options, checkpoint, display, group)
         options = complete(options, data)
         assert options.out is not None
         if resume:  # the run has its default name
@@ -121,13 +120,13 @@ def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
     config.replace(image_size=wanted_size(options, checkpoint), **model_settings(options))
 
 
-def load(
-    options: TrainConfig, checkpoint: Checkpoint | None, display: Display, found: Statistics | None = None
-) -> Data:
-    """The data set, prepared as for the options and the checkpoint. Raises DataError, UsageError.
-
-    `found` are the mean and std of the training images where another process has found them.
-    """
+def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display, group: Group) -> Data:
+    """The data set, prepared as for the options and the checkpoint. Raises DataError, UsageError."""
+    for first in (group.leads, group.local_rank == 0):  # one process of each machine; some may share a directory
+        if first and options.data == "cifar10":
+            display.doing("looking for CIFAR-10")
+            cifar10_batches(options.data, None)
+        group.exchange(None, SLOW)
     display.doing(f"reading {options.data}")
     statistics = None if checkpoint is None else checkpoint.preprocessing.statistics
     if options.mean is not None and options.std is not None:
@@ -139,7 +138,8 @@ def load(
         seed=options.seed,
         skip_corrupt=options.skip_corrupt,
         fit_options=None if checkpoint is None else checkpoint.preprocessing.fit,
-        statistics=statistics if reuses_features(options) else found,
+        statistics=statistics if reuses_features(options) else None,
+        group=group,
     )
     if options.val_fraction is not None and data.val is not None:
         raise UsageError(
@@ -153,38 +153,6 @@ def load(
     if len(statistics[0]) != data.in_chans:
         raise UsageError(f"--mean and --std have {len(statistics[0])} values, the images {data.in_chans} channels")
     return dataclasses.replace(data, mean=statistics[0], std=statistics[1])
-
-
-def load_in_turn(options: TrainConfig, checkpoint: Checkpoint | None, display: Display, group: Group) -> Data:
-    """`load`, first by rank 0, then in one process of each machine, as these may download the data.
-
-    Of images that are decoded whenever training reads them rank 0 finds the mean and std for all.
-    """
-    data, found = load(options, checkpoint, display) if group.leads else None, None
-    if data is not None and isinstance(data.train, FileSplit):
-        found = data.mean, data.std, isinstance(data.validation, ArraySplit)
-    found = group.from_first(found, SLOW)
-    if group.local_rank:
-        group.exchange(None, SLOW)
-    if data is None:
-        data = load(options, checkpoint, display, found and (tuple(found[0]), tuple(found[1])))
-        if found and found[2]:
-            data = with_part_of_validation(data, group)
-    if not group.local_rank:
-        group.exchange(None, SLOW)
-    return data
-
-
-def with_part_of_validation(data: Data, group: Group) -> Data:
-    """`data` with those validation images in memory that this process evaluates; the others are undefined."""
-    split = data.validation
-    if not isinstance(split, FileSplit):
-        return data
-    mine = slice(*group.part(len(split)))
-    images = np.empty((len(split), 3, *split.size), np.uint8)  # of which memory is taken when it is written to
-    images[mine] = split.read(np.arange(len(split))[mine])
-    kept = ArraySplit(images, split.labels, split.skipped)
-    return dataclasses.replace(data, test=kept) if data.val is None else dataclasses.replace(data, val=kept)
 
 
 def complete(options: TrainConfig, data: Data) -> TrainConfig:
@@ -293,7 +261,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     checkpoint = None
     if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
         checkpoint = open_checkpoint(directory.last)
-    data = load_in_turn(options, checkpoint, display, group)
+    data = load(options, checkpoint, display, group)
     check_together(group, options, data, checkpoint)
     if record.fingerprint != data.fingerprint:
         other = f"{data.name}, which holds other images" if data.name == record.data_name else data.name

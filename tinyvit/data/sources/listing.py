@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tinyvit.data.base import Data, DataError, Split, Statistics, mean_and_std, pair
+from tinyvit.data.base import Data, DataError, Split, Statistics, channel_sums, mean_and_std, pair
 from tinyvit.data.image import fit, open_rgb, opened, to_array, upright_size
 from tinyvit.data.image_transforms import random_resized_crop
-from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_threads, stack
+from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_processes, stack
 from tinyvit.data.stored import Contents, Listing
+from tinyvit.distributed.group import Group
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
 MEMORY = 1 << 30  # bytes; a split that fits is decoded once and kept
 SAMPLE = 20_000  # images of a larger split that are decoded beforehand, for the mean and std
 CHUNK = 1 << 20  # bytes that a thread decodes at a time
+FILES = 256  # files of which a thread reads a part at a time
 
 
 def sampled(count: int) -> np.ndarray:
@@ -32,20 +36,34 @@ def sampled(count: int) -> np.ndarray:
     return np.arange(count) if count <= SAMPLE else np.linspace(0, count - 1, SAMPLE).astype(int)
 
 
-def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing]) -> str:
+def digest_of_list(parts: Mapping[str, Listing]) -> str:
+    """A digest of the images' names and classes, which does not read them."""
+    digest = hashlib.sha256()
+    for part, listing in parts.items():
+        digest.update(repr((part, len(listing), listing.labels.tolist())).encode())
+        digest.update("\0".join(listing.files).encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def chunks(positions: np.ndarray, length: int) -> list[np.ndarray]:
+    """`positions` in parts of `length`, of which the last may be shorter."""
+    return [positions[start : start + length] for start in range(0, len(positions), length)]
+
+
+def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], group: Group) -> str:
     """A digest of the classes and of each image's name, class and bytes; of many images, the bytes of SAMPLE."""
 
-    def mark(listing: Listing, i: int) -> str:
+    def mark(listing: Listing, positions: np.ndarray) -> list[str]:
         if listing.contents is None:
-            return digest_of(listing.root / listing.files[i])
-        return hashlib.sha256(listing.contents.read(i)).hexdigest()
+            return [digest_of(listing.root / listing.files[i]) for i in positions]
+        return [hashlib.sha256(listing.contents.read(i)).hexdigest() for i in positions]
 
     digest = hashlib.sha256(repr(names).encode())
     for part in parts:
         digest.update(f"{len(part)} images".encode())
         read = np.zeros(len(part), bool)
         read[sampled(len(part))] = True
-        marks = in_threads(partial(mark, part), np.flatnonzero(read))
+        marks = chain.from_iterable(in_processes(partial(mark, part), chunks(np.flatnonzero(read), FILES), group))
         for i, (file, label) in enumerate(zip(part.files, part.labels, strict=True)):
             digest.update(repr((file, int(label), next(marks) if read[i] else "")).encode())
     return digest.hexdigest()[:16]
@@ -113,6 +131,7 @@ class Reading:
     transform: ImageTransform | None
     fit_options: Mapping[str, Any]
     statistics: Statistics | None
+    group: Group
 
 
 def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[str, Listing], reading: Reading) -> Data:
@@ -121,8 +140,10 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     `kind` begins the fingerprint. Raises DataError.
     """
     test_name = "test" if "test" in parts else "val"
-    size = reading.image_size
-    size = pair(common_size(parts["train"], parts[test_name]) or LARGE_SIZE if size is None else size)
+    size, group = reading.image_size, reading.group
+    if group.size > 1:
+        group.same({f"list of the images in {source}": digest_of_list(parts)})
+    size = pair(common_size([parts["train"], parts[test_name]], group) or LARGE_SIZE if size is None else size)
     options = reading.fit_options
     if reading.transform is None and max(size) > SMALL:
         crop = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
@@ -133,7 +154,7 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     mean, std = read["train"][2]
     if missing := classes_without(parts["train"], names):
         raise DataError(f"class {missing[0]} of {source} has no readable image to train on")
-    fingerprint = fingerprint_of(names, list(parts.values()))
+    fingerprint = fingerprint_of(names, list(parts.values()), group)
     return Data(
         source.resolve().stem if source.is_file() else source.resolve().name,
         splits["train"],
@@ -197,20 +218,29 @@ def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float,
     return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True, skipped=())
 
 
-def common_size(*listings: Listing) -> tuple[int, int] | None:
+def common_size(listings: Sequence[Listing], group: Group) -> tuple[int, int] | None:
     """(height, width) shared by all readable images, if they do and it is small."""
-    found = None
+
+    def differ(sizes: set[tuple[int, int]]) -> bool:
+        return len(sizes) > 1 or any(max(size) > SMALL for size in sizes)
+
+    def sizes_of(listing: Listing, positions: np.ndarray) -> list[tuple[int, int]]:
+        sizes: set[tuple[int, int]] = set()
+        for i in positions:
+            with contextlib.suppress(Exception), opened(listing.image(i)) as image:  # reported when it is decoded
+                sizes.add(upright_size(image))
+            if differ(sizes):
+                break
+        return list(sizes)
+
+    sizes: set[tuple[int, int]] = set()
     for listing in listings:
-        for i in range(len(listing)):
-            try:
-                with opened(listing.image(i)) as image:
-                    size = upright_size(image)
-            except Exception:  # unreadable: reported when it is decoded
-                continue
-            if max(size) > SMALL or size != (found or size):
+        parts = chunks(np.arange(len(listing)), FILES)
+        for some in in_processes(partial(sizes_of, listing), parts, group, threads=1):  # more hinder each other
+            sizes |= {(height, width) for height, width in some}
+            if differ(sizes):
                 return None
-            found = size
-    return found
+    return next(iter(sizes), None)
 
 
 def load_split(
@@ -233,19 +263,20 @@ def load_split(
     readable: list[int] = []
     skipped = list(listing.skipped)
 
-    def batches() -> Iterator[np.ndarray]:
-        for chunk, pixels, failures in decode(listing, positions, size, f"reading {part}", reading.fit_options):
+    def sums() -> Iterator[np.ndarray]:
+        for chunk, (pixels, totals, failures) in decode(part, listing, positions, size, keep, reading):
             if failures and not skip_corrupt:
-                raise DataError(f"{next(iter(failures.values()))}{SKIP_HINT}")
-            skipped.extend(map(listing.name, failures))
+                raise DataError(f"{failures[0][1]}{SKIP_HINT}")
+            unreadable = [i for i, _ in failures]
+            skipped.extend(map(listing.name, unreadable))
             if keep:
                 images[len(readable) : len(readable) + len(pixels)] = pixels
-            readable.extend(i for i in chunk if i not in failures)
-            yield pixels
+            readable.extend(np.setdiff1d(chunk, unreadable))
+            yield totals
         if not readable:
             raise DataError(f"none of the {count} images of {listing.root} can be read")
 
-    statistics = mean_and_std(batches())
+    statistics = mean_and_std(sums())
     if everything:
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
@@ -254,22 +285,27 @@ def load_split(
 
 
 def decode(
-    listing: Listing, positions: np.ndarray, size: tuple[int, int], title: str, fit_options: Mapping[str, Any]
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, DataError]]]:
-    """Decode images in threads: chunks of positions, the readable ones' pixels (n, 3, H, W), the others' errors."""
+    part: str, listing: Listing, positions: np.ndarray, size: tuple[int, int], keep: bool, reading: Reading
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """Decode images in threads, each process of the group its share: chunks of positions, and what is at each.
 
-    def work(chunk: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, DataError]]:
-        images, failures = [], {}
+    That are the pixels (n, 3, H, W) of the readable images, if they are to be kept, their `channel_sums`, and the
+    positions of the others, each with its error.
+    """
+
+    def work(chunk: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, list[tuple[int, str]]]:
+        images, failures = [], list[tuple[int, str]]()
         for i in chunk:
             try:
-                images.append(to_array(fit(open_rgb(listing.image(i)), size, **fit_options)))
+                images.append(to_array(fit(open_rgb(listing.image(i)), size, **reading.fit_options)))
             except DataError as error:
-                failures[i] = error
-        return chunk, stack(images, size), failures
+                failures.append((int(i), str(error)))
+        pixels = stack(images, size)
+        return pixels if keep else None, channel_sums(pixels), failures
 
-    step = max(1, CHUNK // (3 * size[0] * size[1]))
-    chunks = [positions[start : start + step] for start in range(0, len(positions), step)]
-    with tqdm(total=len(positions), desc=title, unit="image", leave=False, disable=None) as bar:
-        for result in in_threads(work, chunks):
-            yield result
-            bar.update(len(result[0]))
+    parts = chunks(positions, max(1, CHUNK // (3 * size[0] * size[1])))
+    shown = None if reading.group.leads else True  # None: where it is a terminal
+    with tqdm(total=len(positions), desc=f"reading {part}", unit="image", leave=False, disable=shown) as bar:
+        for chunk, found in zip(parts, in_processes(work, parts, reading.group), strict=True):
+            yield chunk, found
+            bar.update(len(chunk))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from tinyvit.data.base import Data, in_batches, mean_and_std, pair
+from tinyvit.data.base import Data, channel_sums, in_batches, mean_and_std, pair
 from tinyvit.data.splits import ArraySplit, in_threads
 
 TRAIN, TEST = 8_000, 2_000
@@ -83,7 +83,7 @@ def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0) 
     size = pair(32 if image_size is None else image_size)
     train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed])), [])
     test = ArraySplit(*draw(TEST, size, np.random.default_rng([1])), [])
-    mean, std = mean_and_std(in_batches(train.images))
+    mean, std = mean_and_std(map(channel_sums, in_batches(train.images)))
     return Data("shapes", train, test, CLASSES, mean, std, size, 3, f"shapes-2-{seed}", {"crop_pct": 1.0})
 
 
