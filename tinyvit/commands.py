@@ -37,6 +37,7 @@ def train(args: Namespace) -> None:
 
 
 def eval_(args: Namespace) -> None:
+    from tinyvit.backend import arrays
     from tinyvit.data.splits import image_names
     from tinyvit.evaluation import metrics
     from tinyvit.evaluation.probe import probe
@@ -51,7 +52,7 @@ def eval_(args: Namespace) -> None:
     data = metrics.data_for(checkpoint, args.data, args.skip_corrupt)
     if group.size > 1:
         asked = {f"--{name}": getattr(args, name) for name in ("split", "probe", "precision")}
-        used = {"data set": data.fingerprint, "checksum of weights": checkpoint.checksum()}
+        used = {"data set": data.fingerprint, "checksum of the weights": arrays.checksum(checkpoint.state)}
         group.same({"version of tinyvit": __version__, **asked, **used})
     if args.probe:
         parts = {data.test_name: data.test}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyvit
-from tinyvit import cli
+from tinyvit import cli, optim
 from tinyvit.backend import parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
@@ -196,3 +196,14 @@ def test_an_evaluation_shares_images_however_few():
             assert found.accuracy == whole.accuracy and found.loss == pytest.approx(whole.loss)
             assert list(found.predicted) == list(whole.predicted)
         assert set(pool.map(scores, range(5), [lambda: False] * 4 + [lambda: True])) == {None}
+
+
+@pytest.mark.parametrize("what", ["checksum of the weights", "set of instructions", "version of numba", "BLAS"])
+def test_a_step_refuses_processes_that_would_not_keep_equal_weights(what, monkeypatch):
+    """Other weights at the start, or another last bit in an update."""
+    group = rank_of(0, 2)
+    model = tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
+    step = tinyvit.TrainStep(model, optim.SGD(model.parameters(), lr=0.1), group=group)
+    monkeypatch.setattr(group, "exchange", lambda value, patience: [value, {**value, what: "other"}])
+    with pytest.raises(DistributedError, match=f"rank 1 has another {what} than rank 0: 'other' and "):
+        step(np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, int))

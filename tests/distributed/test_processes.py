@@ -115,7 +115,7 @@ def test_evaluation_shares_the_images(images, alone):
 
 def test_an_evaluation_of_different_weights_is_refused(images, alone):
     result = together(2, "weights", "eval", alone, "--data", images, launcher="variables")
-    assert "rank 1 has another checksum of weights than rank 0: " in assert_one_line_error(result, 1)
+    assert "rank 1 has another checksum of the weights than rank 0: " in assert_one_line_error(result, 1)
 
 
 def test_an_interrupt_of_one_process_stops_all_however_long_saving_takes(images, tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -179,6 +180,14 @@ def device_name(x: Array) -> Any:
     if on_host(x):
         return "cpu"
     return f"cuda:{x.device.id}" if is_cupy(x) else namespace(x)
+
+
+def checksum(state: Mapping[str, np.ndarray]) -> int:
+    """A CRC-32 of arrays and their names."""
+    found = 0
+    for name, array in sorted(state.items()):
+        found = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), found))
+    return found
 
 
 def on_device_of(x: Array) -> AbstractContextManager:

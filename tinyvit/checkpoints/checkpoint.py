@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,13 +50,6 @@ class Checkpoint:
     split: dict[str, Any] = dataclasses.field(default_factory=dict)
     names_known: bool = True
     similarity: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def checksum(self) -> int:
-        """A CRC-32 of the weights and their names."""
-        found = 0
-        for name, array in sorted(self.state.items()):
-            found = zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(name.encode(), found))
-        return found
 
     def build(self, *, interpolation: str = "bicubic", copy: bool = True, **overrides: Any) -> VisionTransformer:
         """The model with its weights, in eval mode.

@@ -6,7 +6,8 @@ Each of them says
 
     group = distributed.init()
     with group.together():  # an error of one ends all within a minute, and so does one that stands still
-        loader = data.Loader(..., batch_size=512, group=group)  # the whole batch's size
+        found = data.load_data(..., group=group)  # each decodes its share of the images, and has all of them
+        loader = data.Loader(found.train, batch_size=512, ..., group=group)  # the whole batch's size
         step = TrainStep(model.to(group.device("auto")), ..., group=group)
 
 and writes files where `group.leads`. `tinyvit train` and `tinyvit eval` do so. MPI, TCP and NCCL open connections

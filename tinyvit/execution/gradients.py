@@ -13,6 +13,7 @@ from tinyvit.backend import arrays, parallel, random
 from tinyvit.distributed import Group
 from tinyvit.distributed.reduction import sum_in_order
 from tinyvit.engine.tensor import Array, Tensor, grad
+from tinyvit.execution import system_info
 from tinyvit.execution.precision import LossScale, Precision
 from tinyvit.kernels import cuda
 
@@ -62,16 +63,23 @@ class BatchGradient:
         self.class_weights = None if class_weights is None else arrays.convert(arrays.as_array(class_weights), like)
         self.part = _Part(0, 0, 0)
         self._reductions: dict[int, Any] = {}  # by the number of shards
+        self._compared = False
 
     def place(self, labels: Array) -> Array:
         """Note which part of a batch this process has.
 
-        Returns the labels that class weights need: those of all processes.
+        Returns the labels that class weights need: those of all processes. Raises DistributedError where these would
+        not keep equal weights.
         """
         count = labels.shape[0]
         if self.group.size == 1:
             self.part = _Part(0, count, count)
             return labels
+        if not self._compared:  # in the first step, as weights may be loaded after this was made
+            state = self.model.state_dict()
+            weights = {"checksum of the weights": arrays.checksum(state)}
+            self.group.same(weights | (system_info.arithmetic() if arrays.on_host(labels) else {}))
+            self._compared = True
         everyone = self.group.exchange(count if self.class_weights is None else arrays.to_numpy(labels))
         counts = everyone if self.class_weights is None else [len(x) for x in everyone]
         first = sum(counts[: self.group.rank])

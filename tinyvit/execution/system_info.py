@@ -70,8 +70,6 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
     name, flags = processor()
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     meminfo = _field(_read("/proc/meminfo"), "MemTotal").split()
-    blas = next((b for b in threadpool_info() if b["user_api"] == "blas" and "numpy" in b["filepath"]), None)
-    blas = blas or next((b for b in threadpool_info() if b["user_api"] == "blas"), None)
     return SystemInfo(
         versions={"tinyvit": __version__, "python": platform.python_version(), "numpy": np.__version__}
         | {name: _version(name) for name in ("array-api-compat", "pillow", "safetensors", "matplotlib", "numba")}
@@ -85,13 +83,7 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
         affinity=affinity,
         quota=parallel.cgroup_cores(Path("/sys/fs/cgroup")),
         usable=parallel.available_cores(),
-        blas=blas
-        and {
-            "library": blas["internal_api"],
-            "version": blas["version"],
-            "core_type": blas.get("architecture"),
-            "threads": blas["num_threads"],
-        },
+        blas=numpy_blas(),
         kernels=cpu_kernels(environment),
         settings={k: v for k, v in sorted(environment.items()) if k.startswith(_SETTINGS)},
         memory_gib=round(int(meminfo[0]) / 2**20, 1) if meminfo else None,
@@ -137,6 +129,29 @@ def slowdowns(info: SystemInfo) -> list[str]:
     if info.quota is not None and info.quota < info.affinity:
         out.append(f"the cgroup grants {info.quota} of {info.affinity} cores: raise the container's --cpus")
     return out
+
+
+def numpy_blas() -> dict[str, Any] | None:
+    """What multiplies matrices for NumPy, as in `SystemInfo.blas`."""
+    found = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    blas = next((library for library in found if "numpy" in library["filepath"]), found[0] if found else None)
+    return blas and {
+        "library": blas["internal_api"],
+        "version": blas["version"],
+        "core_type": blas.get("architecture"),
+        "threads": blas["num_threads"],
+    }
+
+
+def arithmetic() -> dict[str, Any]:
+    """What decides the last bits of results on a CPU."""
+    blas = numpy_blas() or {}
+    return {
+        "set of instructions": instruction_sets(processor()[1]),
+        "version of NumPy": np.__version__,
+        "version of numba": _version("numba") if jit.wanted() else None,
+        "BLAS": [blas.get(name) for name in ("library", "version", "core_type")],
+    }
 
 
 def processor() -> tuple[str, list[str]]:

@@ -201,7 +201,7 @@ def start_run(
     assert options.out is not None and options.batch_size is not None
     directory = RunDirectory(options.out, group.leads)
     directory.check_unused()
-    check_together(group, options, data, checkpoint)
+    check_together(group, options, data)
     steps_per_epoch = len(data.train) // options.batch_size
     length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
     data = on_device(options, data, checkpoint, display, group)
@@ -230,11 +230,13 @@ def start_run(
         return finish(trainer, options.log)
 
 
-def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> None:
-    """Refuse processes that would train something else than the others. Raises DistributedError, UsageError."""
-    weights = checkpoint.checksum() if checkpoint is not None and group.size > 1 else None
+def check_together(group: Group, options: TrainConfig, data: Data) -> None:
+    """Refuse processes that would train something else than the others. Raises DistributedError, UsageError.
+
+    Their weights are compared in the first step.
+    """
     given = {flag(name): value for name, value in dataclasses.asdict(options).items()}
-    group.same({**given, "data set": data.fingerprint, "weights to begin": weights})
+    group.same({**given, "data set": data.fingerprint})
     if (batch := options.batch_size or 0) < group.size:
         raise UsageError(f"--batch-size {batch} is less than one image for each of {group.size} processes")
 
@@ -262,7 +264,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
         checkpoint = open_checkpoint(directory.last)
     data = load(options, checkpoint, display, group)
-    check_together(group, options, data, checkpoint)
+    check_together(group, options, data)
     if record.fingerprint != data.fingerprint:
         other = f"{data.name}, which holds other images" if data.name == record.data_name else data.name
         raise UsageError(
