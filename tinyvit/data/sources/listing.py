@@ -124,7 +124,7 @@ def number_classes(
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: arguments of `load_data`."""
+    """How images are read: arguments of `load_data`, and in how many threads: one for small ones, None for all."""
 
     image_size: int | tuple[int, int] | None
     skip_corrupt: bool
@@ -132,6 +132,7 @@ class Reading:
     fit_options: Mapping[str, Any]
     statistics: Statistics | None
     group: Group
+    threads: int | None = None
 
 
 def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[str, Listing], reading: Reading) -> Data:
@@ -143,7 +144,10 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     size, group = reading.image_size, reading.group
     if group.size > 1:
         group.same({f"list of the images in {source}": digest_of_list(parts)})
-    size = pair(common_size([parts["train"], parts[test_name]], group) or LARGE_SIZE if size is None else size)
+    if size is None:
+        common = common_size([parts["train"], parts[test_name]], group)
+        size, reading = common or LARGE_SIZE, replace(reading, threads=1 if common else None)
+    size = pair(size)
     options = reading.fit_options
     if reading.transform is None and max(size) > SMALL:
         crop = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
@@ -236,7 +240,7 @@ def common_size(listings: Sequence[Listing], group: Group) -> tuple[int, int] | 
     sizes: set[tuple[int, int]] = set()
     for listing in listings:
         parts = chunks(np.arange(len(listing)), FILES)
-        for some in in_processes(partial(sizes_of, listing), parts, group, threads=1):  # more hinder each other
+        for some in in_processes(partial(sizes_of, listing), parts, group, threads=1):  # more wait for Python's lock
             sizes |= {(height, width) for height, width in some}
             if differ(sizes):
                 return None
@@ -306,6 +310,6 @@ def decode(
     parts = chunks(positions, max(1, CHUNK // (3 * size[0] * size[1])))
     shown = None if reading.group.leads else True  # None: where it is a terminal
     with tqdm(total=len(positions), desc=f"reading {part}", unit="image", leave=False, disable=shown) as bar:
-        for chunk, found in zip(parts, in_processes(work, parts, reading.group), strict=True):
+        for chunk, found in zip(parts, in_processes(work, parts, reading.group, reading.threads), strict=True):
             yield chunk, found
             bar.update(len(chunk))
