@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from running import NANO, assert_one_line_error, make_images, tinyvit
 from runs import OPTIONS, snapshot
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.training.config import FIELDS, channel_values
+from tinyvit.training.config import FIELDS, UsageError, channel_values
+from tinyvit.training.run import train
 from tinyvit.training.run_directory import RunDirectory
 
 
@@ -22,12 +24,19 @@ def test_a_run_is_never_overwritten(unbroken, images, tmp_path):
     assert str(out) in message and "--resume" in message and "--out" in message
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("In the beginning")
-    for other in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.txt"):
+    for name in ("thesis", "thesis/chapter1.txt", "thesis/chapter1.txt/a/b"):
+        other = tmp_path / name
         message = assert_one_line_error(tinyvit("train", "--data", images, "--out", other, *NANO), 2)
-        assert str(other) in message
+        assert str(other).removesuffix("/a/b") in message
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "In the beginning"
     assert len(list((tmp_path / "thesis").iterdir())) == 1
     assert snapshot(out) == before
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_images_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    with pytest.raises(UsageError, match=f"{tmp_path} cannot be written to: choose another --out"):
+        train({"data": str(tmp_path / "missing"), "out": str(tmp_path / "some" / "run")})
 
 
 def test_the_default_directory_is_named_after_data_and_model_and_kept(images, tmp_path):

@@ -78,6 +78,18 @@ def test_a_terminal_is_drawn_on_until_the_run_ends(run, monkeypatch, capsys, no_
     assert (set(re.findall(r"\x1b\[\d*m", second)) == set()) == no_colour
 
 
+def test_a_terminal_waits_for_a_run_to_begin(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("time.sleep", lambda seconds: run.rename(tmp_path / "later"))
+    try:
+        assert main(["watch", str(tmp_path / "later")]) == 0
+    finally:
+        (tmp_path / "later").rename(run)
+    _, first, second = capsys.readouterr().out.split(CLEAR)
+    assert first.split() == f"waiting for a run to begin in {tmp_path / 'later'}".split() and "finished" in second
+
+
 def test_what_cannot_be_watched(run, tmp_path):
     assert "there is no last.safetensors" in assert_one_line_error(tinyvit("watch", tmp_path), 1)
     metrics = run / "metrics.jsonl"

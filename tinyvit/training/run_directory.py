@@ -69,13 +69,16 @@ class RunDirectory:
         self._drawn = time.monotonic()
 
     def check_unused(self) -> None:
-        """Refuse to start a run where something else is. Raises UsageError."""
+        """Refuse to start a run where something else is, or where nothing can be written. Raises UsageError."""
         if not self.writes:
             return
         if self.last.exists():
             raise UsageError(f"{self.path} holds a run: continue it with --resume, or choose another --out")
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file: choose another --out")
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            raise UsageError(f"{nearest} is a file: choose another --out")
+        if not os.access(nearest, os.W_OK):
+            raise UsageError(f"{nearest} cannot be written to: choose another --out")
         if self.path.is_dir() and not all(self._may_replace(name) for name in os.listdir(self.path)):
             raise UsageError(f"{self.path} is not empty and holds no run: choose another --out")
 

@@ -28,6 +28,8 @@ CLEAR = "\x1b[H\x1b[2J"
 def watch(path: Path) -> None:
     """Draw until the run is finished or Ctrl-C comes; only once where standard output is no terminal.
 
+    In a terminal a run may also begin meanwhile.
+
     Raises:
         CheckpointError: there is no run, or its files are damaged.
     """
@@ -36,7 +38,10 @@ def watch(path: Path) -> None:
     colours = live and not os.environ.get("NO_COLOR")
     try:
         while True:
-            text, finished = frame(directory, shutil.get_terminal_size(), colours)
+            if live and not directory.last.exists():
+                text, finished = printable(f"waiting for a run to begin in {path}"), False
+            else:
+                text, finished = frame(directory, shutil.get_terminal_size(), colours)
             print(f"{CLEAR}{text}" if live else text, flush=True)
             if finished or not live:
                 return
