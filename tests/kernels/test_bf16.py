@@ -1,5 +1,8 @@
 """Linear layers that round their operands to bfloat16, on processors that multiply it."""
 
+import importlib
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +29,11 @@ def switched_on():
         yield
     bf16.available.cache_clear()
     all_kernels._fastest.cache_clear()
+
+
+def test_kernels_take_what_their_references_take():
+    for op, kernel in importlib.import_module("tinyvit.kernels.bf16.table").KERNELS.items():
+        assert [*inspect.signature(kernel.run).parameters] == [*inspect.signature(op).parameters]
 
 
 def rounded(x):

@@ -146,14 +146,22 @@ def test_what_was_compiled_before_a_file_changed_is_forgotten(tmp_path):
 @given(data=st.data())
 def test_small_products_agree_with_numpy_s_and_write_nothing_else(data):
     """In blocks, or where there are too few rows or columns by OpenBLAS: matrices are parts of larger ones."""
-    m, n, k = (data.draw(st.integers(1, most)) for most in (40, 40, 20))
-    turned = data.draw(st.booleans())
-    a, b, c = noise(*((k, m + 3) if turned else (m, k + 3))), noise(k, n + 2, seed=1), noise(m, n + 5, seed=2)
-    before, left = c.copy(), a[:, :m].T if turned else a[:, :k]
+    m, n, k = (data.draw(st.integers(1, most)) for most in (40, 70, 20))
+    kind, beta = data.draw(st.sampled_from(["A B", "A^T B", "A B^T"])), data.draw(st.sampled_from([0, 0, 0.5]))
+    a = noise(*((k, m + 3) if kind == "A^T B" else (m, k + 3)))
+    b = noise(*((n, k + 2) if kind == "A B^T" else (k, n + 2)), seed=1)
+    c, scratch = noise(m, n + 5, seed=2), noise(k * n + 7)
+    before, room = c.copy(), scratch.copy()
     places = [x for matrix in (a, b, c) for x in (matrix.ctypes.data, matrix.shape[1])]
-    vectors.small_product(layers.SGEMM, turned, m, n, k, *places)
-    assert np.abs(c[:, :n] - left.astype(np.float64) @ b[:, :n]).max() < 1e-5
-    assert np.array_equal(c[:, n:], before[:, n:])
+    if kind == "A B^T":
+        beta = 0
+        vectors.small_product_of_transposed(layers.SGEMM, m, n, k, *places, scratch.ctypes.data)
+    else:
+        vectors.small_product(layers.SGEMM, kind == "A^T B", m, n, k, *places[:4], beta, *places[4:])
+    left = a[:, :m].T if kind == "A^T B" else a[:, :k]
+    right = b[:, :k].T if kind == "A B^T" else b[:, :n]
+    assert np.abs(c[:, :n] - left.astype(np.float64) @ right - beta * before[:, :n]).max() < 1e-5
+    assert np.array_equal(c[:, n:], before[:, n:]) and np.array_equal(scratch[k * n :], room[k * n :])
 
 
 @given(data=st.data())

@@ -73,7 +73,7 @@ def winograd(x, kernel, y, top, left, block, sgemm):
         for k in range(36):
             small_product(
                 sgemm, False, tiles, outputs, channels, sums[k].ctypes.data, channels,
-                kernel[k].ctypes.data, outputs, products[k].ctypes.data, outputs,
+                kernel[k].ctypes.data, outputs, ZERO, products[k].ctypes.data, outputs,
             )  # fmt: skip
         for tile in range(tiles):
             image, place = divmod(tile, down * across)
@@ -140,7 +140,7 @@ def convolve(x, kernel, y, height, width, down, right, top, left, sgemm):
         _columns(x[b], seen, rows, columns, height, width, down, right, top, left)
         small_product(
             sgemm, True, rows * columns, outputs, len(kernel), seen.ctypes.data, seen.shape[1],
-            kernel.ctypes.data, outputs, y[b].ctypes.data, outputs,
+            kernel.ctypes.data, outputs, ZERO, y[b].ctypes.data, outputs,
         )  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def convolve_of_kernel(x, dy, dkernel, height, width, down, right, top, left, sg
         _columns(x[b], seen, rows, columns, height, width, down, right, top, left)
         small_product(
             sgemm, False, len(dkernel), outputs, rows * columns, seen.ctypes.data, seen.shape[1],
-            dy[b].ctypes.data, outputs, part.ctypes.data, outputs,
+            dy[b].ctypes.data, outputs, ZERO, part.ctypes.data, outputs,
         )  # fmt: skip
         dkernel += part
 

@@ -109,7 +109,7 @@ def qkv_attention(
     tile = math.ceil(queries / math.ceil(queries * n / BLOCK))  # tiles of about one size
     y = np.empty((batch, queries, width // 3), qkv.dtype)
     weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
-    loops.attention(qkv, y, weights, num_heads, tile, SGEMM)
+    loops.attention(qkv, y, weights.reshape(-1), num_heads, tile, SGEMM)
 
     def vjp(dy: Array) -> tuple[Array]:
         dqkv, scratch = np.empty_like(qkv), np.empty((tile, n), qkv.dtype)

@@ -22,6 +22,7 @@ from tinyvit.kernels.jit.compiling import (
     read,
     written,
 )  # fmt: skip
+from tinyvit.kernels.jit.vectors import small_product, small_product_of_transposed
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
@@ -175,30 +176,46 @@ def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-@compiled(written(1), reorder=True)
-def _softmax(row):
-    highest = row[0]
-    for j in range(len(row)):
-        highest = maximum(highest, row[j])
-    total = ZERO
-    for j in range(len(row)):
-        row[j] = exp(row[j] - highest)
-        total += row[j]
-    share = ONE / total
-    for j in range(len(row)):
-        row[j] *= share
+@compiled(written(1))
+def _exp_of(x):
+    for j in range(len(x)):
+        x[j] = exp(x[j])
 
 
-@compiled(read(3), written(3), written(4), int64, int64, int64)
+@compiled(written(1), int64, float32, reorder=True)
+def _softmax(scores, columns, scale):
+    """The softmax of each row of scale * scores (R * columns,) in its place; `scale` is positive.
+
+    The exponentials are one loop over all rows, as the end of a loop is not vectorised.
+    """
+    for start in range(0, len(scores), columns):
+        row = scores[start : start + columns]
+        highest = row[0]
+        for j in range(columns):
+            highest = maximum(highest, row[j])
+        for j in range(columns):
+            row[j] = (row[j] - highest) * scale
+    _exp_of(scores)
+    for start in range(0, len(scores), columns):
+        row, total = scores[start : start + columns], ZERO
+        for j in range(columns):
+            total += row[j]
+        share = ONE / total
+        for j in range(columns):
+            row[j] *= share
+
+
+@compiled(read(3), written(3), written(1), int64, int64, int64)
 def attention(qkv, y, weights, heads, tile, sgemm):
     """qkv (B, N, 3 H D) -> y (B, Q, H D), so many queries at a time that their scores stay in the cache.
 
-    `weights` is (B, H, Q, N) to keep them, or (1, 1, tile, N), which every tile uses.
+    `weights` has room for B H Q N numbers to keep them, or for tile N, which every tile uses.
     """
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
-    scale = f(1.0 / math.sqrt(dim))
+    scale, keys = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
+    kept = len(weights) == batch * heads * queries * n
     for b in range(batch):
         for h in range(heads):
             q = qkv.ctypes.data + 4 * (b * n * width + h * dim)
@@ -206,13 +223,12 @@ def attention(qkv, y, weights, heads, tile, sgemm):
             out = y.ctypes.data + 4 * (b * queries * model + h * dim)
             for start in range(0, queries, tile):
                 rows = min(tile, queries - start)
-                place = weights[b % weights.shape[0], h % weights.shape[1]]
-                w = place[start : start + rows] if len(place) == queries else place[:rows]
-                at = w.ctypes.data
-                product(sgemm, False, True, rows, n, dim, scale, q + 4 * start * width, width, k, width, ZERO, at, n)
-                for i in range(rows):
-                    _softmax(w[i])
-                product(sgemm, False, False, rows, dim, n, ONE, at, n, v, width, ZERO, out + 4 * start * model, model)
+                first = ((b * heads + h) * queries + start) * n if kept else 0
+                w = weights[first : first + rows * n]
+                row, at = q + 4 * start * width, w.ctypes.data
+                small_product_of_transposed(sgemm, rows, n, dim, row, width, k, width, at, n, keys.ctypes.data)
+                _softmax(w, n, scale)
+                small_product(sgemm, False, rows, dim, n, at, n, v, width, ZERO, out + 4 * start * model, model)
 
 
 @compiled(read(3), read(3), read(3), read(4), written(3), written(2), int64, int64, reorder=True)
@@ -221,7 +237,7 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
     dim, tile, ds = model // heads, len(scratch), scratch.ctypes.data
-    scale = f(1.0 / math.sqrt(dim))
+    scale, values = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
     for b in range(batch):
         for h in range(heads):
             here = 4 * (b * n * width + h * dim)
@@ -231,17 +247,18 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
                 rows = min(tile, queries - start)
                 w = weights[b, h, start : start + rows]
                 dout = dy.ctypes.data + 4 * ((b * queries + start) * model + h * dim)
-                product(sgemm, False, True, rows, n, dim, ONE, dout, model, v, width, ZERO, ds, n)
+                small_product_of_transposed(sgemm, rows, n, dim, dout, model, v, width, ds, n, values.ctypes.data)
                 for i in range(rows):
                     along = ZERO  # the sum of weights times their gradients is that of outputs times theirs
-                    for j in range(h * dim, (h + 1) * dim):
-                        along += dy[b, start + i, j] * y[b, start + i, j]
+                    row, drow = y[b, start + i, h * dim :], dy[b, start + i, h * dim :]
+                    for j in range(dim):
+                        along += drow[j] * row[j]
                     for j in range(n):
-                        scratch[i, j] = w[i, j] * (scratch[i, j] - along)
-                row, beta = 4 * start * width, ONE if start else ZERO
-                product(sgemm, False, False, rows, dim, n, scale, ds, n, k, width, ZERO, dq + row, width)
-                product(sgemm, True, False, n, dim, rows, scale, ds, n, q + row, width, beta, dk, width)
-                product(sgemm, True, False, n, dim, rows, ONE, w.ctypes.data, n, dout, model, beta, dv, width)
+                        scratch[i, j] = w[i, j] * (scratch[i, j] - along) * scale
+                first, beta = 4 * start * width, ONE if start else ZERO
+                small_product(sgemm, False, rows, dim, n, ds, n, k, width, ZERO, dq + first, width)
+                small_product(sgemm, True, n, dim, rows, ds, n, q + first, width, beta, dk, width)
+                small_product(sgemm, True, n, dim, rows, w.ctypes.data, n, dout, model, beta, dv, width)
 
 
 # --- AdamW ------------------------------------------------------------------------------------------------------------
