@@ -49,7 +49,7 @@ def eval_(args: Namespace) -> None:
         check_output(f"--{option}", getattr(args, option))
     checkpoint = opened(args)
     model = checkpoint.build(copy=False).to(group.device(args.device))
-    data = metrics.data_for(checkpoint, args.data, args.skip_corrupt)
+    data = metrics.data_for(checkpoint, args.data, args.skip_corrupt, group)
     if group.size > 1:
         asked = {f"--{name}": getattr(args, name) for name in ("split", "probe", "precision")}
         used = {"data set": data.fingerprint, "checksum of the weights": arrays.checksum(checkpoint.state)}

@@ -19,7 +19,7 @@ from tinyvit.checkpoints.checkpoint import LONGEST_MESSAGE, CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model
 from tinyvit.checkpoints.readers.safetensors import read_safetensors
-from tinyvit.checkpoints.readers.weight_files import read_weights
+from tinyvit.checkpoints.readers.weight_files import read_shards, read_weights
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -292,3 +292,13 @@ def test_loading_holds_the_weights_once(large, name):
     result = subprocess.run([sys.executable, "-c", MEASURE, large / name], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert 0.9 < float(result.stdout) < 1.3, "the peak of memory, in multiples of the weights"
+
+
+def test_the_index_says_which_of_two_shards_counts(tmp_path):
+    weights = {name: np.full(3, i, np.float32) for i, name in enumerate(("weight", "bias"))}
+    save_file(weights, tmp_path / "1.safetensors")
+    save_file({name: weight + 9 for name, weight in weights.items()}, tmp_path / "2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"weight": "1.safetensors", "bias": "2.safetensors"}}))
+    found = read_shards(index)
+    assert {name: array[0] for name, array in found.items()} == {"weight": 0, "bias": 10}

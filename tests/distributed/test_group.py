@@ -198,12 +198,17 @@ def test_an_evaluation_shares_images_however_few():
         assert set(pool.map(scores, range(5), [lambda: False] * 4 + [lambda: True])) == {None}
 
 
-@pytest.mark.parametrize("what", ["checksum of the weights", "set of instructions", "version of numba", "BLAS"])
+@pytest.mark.parametrize("what", ["checksum of the weights", "set of instructions", "kind of bf16", "BLAS"])
 def test_a_step_refuses_processes_that_would_not_keep_equal_weights(what, monkeypatch):
     """Other weights at the start, or another last bit in an update."""
     group = rank_of(0, 2)
     model = tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
     step = tinyvit.TrainStep(model, optim.SGD(model.parameters(), lr=0.1), group=group)
-    monkeypatch.setattr(group, "exchange", lambda value, patience: [value, {**value, what: "other"}])
+
+    def exchange(value, patience):
+        assert what in value
+        return [value, {**value, what: "other"}]
+
+    monkeypatch.setattr(group, "exchange", exchange)
     with pytest.raises(DistributedError, match=f"rank 1 has another {what} than rank 0: 'other' and "):
         step(np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, int))

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from running import count_decoded, make_images
+from PIL import Image
+from running import make_images
 
 from tinyvit.data import DataError, load_data
 from tinyvit.data.sources import listing
@@ -56,25 +57,39 @@ def contents(data):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("size", [20, 96])
 def test_each_has_what_one_alone_would_have(size, count, tmp_path, monkeypatch):
-    """Small images are kept, large ones read again; each is decoded once by one of all."""
+    """Small images are kept, large ones read again; each is decoded by one of all."""
     monkeypatch.setattr(listing, "FILES", 3)
-    monkeypatch.setattr(listing, "CHUNK", 3 * 20 * 20)
+    monkeypatch.setattr(listing, "CHUNK", 4 * 3 * 20 * 20)
     folder = make_images(tmp_path / "images", train=5, test=2, size=size)
     (broken := next(folder.glob("train/*/*"))).write_bytes(b"none")
-    opened = count_decoded(monkeypatch)
+    decoded, open_rgb = [], listing.open_rgb
+    monkeypatch.setattr(listing, "open_rgb", lambda image: (decoded.append(image), open_rgb(image))[1])
     alone = contents(load_data(folder, skip_corrupt=True))
-    once = len(opened)
+    once = sorted(decoded)
     found = in_ranks(count, lambda group: contents(load_data(folder, skip_corrupt=True, group=group)))
-    assert all(each == alone for each in found)
-    assert size > listing.SMALL or len(opened) == 2 * once  # of large ones, sizes are looked for ahead
+    assert all(each == alone for each in found) and sorted(decoded) == sorted(2 * once)
     errors = in_ranks(count, lambda group: load_data(folder, group=group))
     assert all(isinstance(error, DataError) and str(broken) in str(error) for error in errors)
 
 
-def test_images_that_a_single_process_has_are_noticed(tmp_path):
-    folders = [make_images(tmp_path / str(rank) / "images", train=2 + rank, test=1) for rank in range(2)]
-    errors = in_ranks(2, lambda group: load_data(folders[group.rank], group=group))
-    assert all("rank 1 has another list of the images in" in str(error) for error in errors)
+def test_images_that_differ_between_processes_are_noticed(tmp_path):
+    """They lie at other paths, as on machines with disks of their own: other names and other ways to read them at once,
+    other pixels by the fingerprint."""
+    folders = [make_images(tmp_path / str(rank) / "images", train=2, test=1) for rank in range(2)]
+    options = [{}, {}]
+
+    def read(group):
+        return load_data(folders[group.rank], group=group, **options[group.rank])
+
+    whole = load_data(folders[0]).fingerprint
+    assert [data.fingerprint for data in in_ranks(2, read)] == 2 * [whole]
+    image = next(folders[1].glob("train/*/*"))
+    Image.open(image).transpose(Image.Transpose.ROTATE_90).save(image)
+    assert [data.fingerprint == whole for data in in_ranks(2, read)] == [True, False]
+    options[1] = dict(image_size=16)
+    assert all("rank 1 has another way to read images than rank 0: " in str(error) for error in in_ranks(2, read))
+    image.unlink()
+    assert all("rank 1 has another list of images than rank 0: " in str(error) for error in in_ranks(2, read))
 
 
 def test_cifar10_is_looked_for_by_one_process_before_the_others(monkeypatch):

@@ -103,8 +103,10 @@ def test_scores_of_thousands_do_not_overflow():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["layer_norm", "qkv_attention", "linear", "linear_gelu"])
-def test_what_is_not_finite_shows_where_the_reference_shows_it(name, bad):
-    x = noise(2, 5, 12)
+@pytest.mark.parametrize("tokens", [5, 17])
+def test_what_is_not_finite_shows_where_the_reference_shows_it(name, bad, tokens):
+    """Attention over 17 tokens with heads of 16 is multiplied in blocks."""
+    x = noise(2, tokens, 12 if tokens == 5 or name != "qkv_attention" else 96)
     x[1, 2, 3] = bad
     weight, bias = noise(8, 12, seed=1), noise(8, seed=2)
     inputs, parameters = {
@@ -158,6 +160,10 @@ def test_small_products_agree_with_numpy_s_and_write_nothing_else(data):
         vectors.small_product_of_transposed(layers.SGEMM, m, n, k, *places, scratch.ctypes.data)
     else:
         vectors.small_product(layers.SGEMM, kind == "A^T B", m, n, k, *places[:4], beta, *places[4:])
+        if beta == 0 and m >= vectors._ROWS and n >= vectors._COLUMNS:  # with AVX-512, too
+            right = c.copy()
+            vectors._in_blocks(kind == "A^T B", m, n, k, *places)
+            assert np.abs(c - right).max() < 1e-5
     left = a[:, :m].T if kind == "A^T B" else a[:, :k]
     right = b[:, :k].T if kind == "A B^T" else b[:, :n]
     assert np.abs(c[:, :n] - left.astype(np.float64) @ right - beta * before[:, :n]).max() < 1e-5

@@ -34,7 +34,7 @@ def test_a_run_is_never_overwritten(unbroken, images, tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_images_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path or not mode & os.W_OK)
     with pytest.raises(UsageError, match=f"{tmp_path} cannot be written to: choose another --out"):
         train({"data": str(tmp_path / "missing"), "out": str(tmp_path / "some" / "run")})
 

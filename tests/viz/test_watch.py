@@ -90,6 +90,13 @@ def test_a_terminal_waits_for_a_run_to_begin(run, tmp_path, monkeypatch, capsys)
     assert first.split() == f"waiting for a run to begin in {tmp_path / 'later'}".split() and "finished" in second
 
 
+def test_a_terminal_does_not_wait_for_a_file_to_become_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["watch", str(tmp_path / "model.safetensors")]) == 1
+    assert "there is no last.safetensors" in capsys.readouterr().err
+
+
 def test_what_cannot_be_watched(run, tmp_path):
     assert "there is no last.safetensors" in assert_one_line_error(tinyvit("watch", tmp_path), 1)
     metrics = run / "metrics.jsonl"

@@ -210,8 +210,8 @@ def in_threads(
 def in_processes(work: Callable[[T], R], items: Sequence[T], group: Group, threads: int | None = None) -> Iterator[R]:
     """`in_threads(work, items, threads)`, each item worked on by one process of `group`, the results given to all.
 
-    Every process has to ask for all results, which are what `Group.exchange` takes.
+    Every process has to ask for all results, or stop at the same one. They are what `Group.exchange` takes.
     """
-    mine = in_threads(work, items[group.rank :: group.size], threads or group.threads)
+    mine = in_threads(work, items[group.rank :: group.size], threads)
     for start in range(0, len(items), group.size):
         yield from group.exchange(next(mine, None), SLOW)[: len(items) - start]

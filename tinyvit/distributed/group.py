@@ -78,7 +78,7 @@ class Group:
         """The values that all processes gave, by rank. Every process has to call it.
 
         Args:
-            value: numbers, strings, None and NumPy arrays, in lists and dicts; small. Tuples come as lists.
+            value: numbers, strings, None and NumPy arrays, in lists and dicts, a few MB at most. Tuples come as lists.
             patience: seconds to wait for a process, if longer than usual.
 
         Raises:

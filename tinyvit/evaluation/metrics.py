@@ -239,7 +239,7 @@ def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
     return {name: data.parts[name]}
 
 
-def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) -> Data:
+def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False, group: Group = ALONE) -> Data:
     """A data set (see `data.load_data`), prepared for a checkpoint and divided as in its run.
 
     Raises DataError, and EvaluationError where the model takes images of other channels.
@@ -252,6 +252,7 @@ def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False) ->
         skip_corrupt=skip_corrupt,
         fit_options=checkpoint.preprocessing.fit,
         statistics=checkpoint.preprocessing.statistics,
+        group=group,
         **checkpoint.split,
     )
     if data.in_chans != (channels := checkpoint.config.in_chans):

@@ -68,8 +68,8 @@ class BatchGradient:
     def place(self, labels: Array) -> Array:
         """Note which part of a batch this process has.
 
-        Returns the labels that class weights need: those of all processes. Raises DistributedError where these would
-        not keep equal weights.
+        Returns the labels that class weights need: those of all processes. Raises DistributedError where these have
+        other weights, or round differently.
         """
         count = labels.shape[0]
         if self.group.size == 1:
@@ -78,7 +78,7 @@ class BatchGradient:
         if not self._compared:  # in the first step, as weights may be loaded after this was made
             state = self.model.state_dict()
             weights = {"checksum of the weights": arrays.checksum(state)}
-            self.group.same(weights | (system_info.arithmetic() if arrays.on_host(labels) else {}))
+            self.group.same(weights | (system_info.arithmetic(self.precision.name) if arrays.on_host(labels) else {}))
             self._compared = True
         everyone = self.group.exchange(count if self.class_weights is None else arrays.to_numpy(labels))
         counts = everyone if self.class_weights is None else [len(x) for x in everyone]

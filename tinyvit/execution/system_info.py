@@ -22,6 +22,7 @@ _AVX512_CORES = {"skylakex", "cooperlake", "sapphirerapids", "zen4", "zen5"}
 _AVX2_CORES = {"haswell", "zen", "excavator"}
 _INSTRUCTIONS = {"fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
 _INSTRUCTIONS |= {"asimd", "asimdhp", "bf16", "i8mm", "sve"}  # ARM's
+_OF_FLOAT32 = {"fma", "avx2", "avx512f", "asimd", "sve"}  # that compilers use for it
 _SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_")
 
 
@@ -143,11 +144,12 @@ def numpy_blas() -> dict[str, Any] | None:
     }
 
 
-def arithmetic() -> dict[str, Any]:
+def arithmetic(precision: str) -> dict[str, Any]:
     """What decides the last bits of results on a CPU."""
     blas = numpy_blas() or {}
     return {
-        "set of instructions": instruction_sets(processor()[1]),
+        "set of instructions": sorted(_OF_FLOAT32.intersection(processor()[1])),
+        "kind of bf16": "rounded operands" if precision == "bf16" and bf16.available() else None,
         "version of NumPy": np.__version__,
         "version of numba": _version("numba") if jit.wanted() else None,
         "BLAS": [blas.get(name) for name in ("library", "version", "core_type")],

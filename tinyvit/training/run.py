@@ -201,7 +201,7 @@ def start_run(
     assert options.out is not None and options.batch_size is not None
     directory = RunDirectory(options.out, group.leads)
     directory.check_unused()
-    check_together(group, options, data)
+    check_together(group, options, data, checkpoint)
     steps_per_epoch = len(data.train) // options.batch_size
     length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
     data = on_device(options, data, checkpoint, display, group)
@@ -230,13 +230,15 @@ def start_run(
         return finish(trainer, options.log)
 
 
-def check_together(group: Group, options: TrainConfig, data: Data) -> None:
-    """Refuse processes that would train something else than the others. Raises DistributedError, UsageError.
-
-    Their weights are compared in the first step.
-    """
+def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> None:
+    """Refuse processes that would train something else than the others. Raises DistributedError, UsageError."""
     given = {flag(name): value for name, value in dataclasses.asdict(options).items()}
-    group.same({**given, "data set": data.fingerprint})
+    given["data set"] = data.fingerprint
+    if group.size > 1 and checkpoint is not None:
+        given["checksum of the weights"] = arrays.checksum(checkpoint.state)
+    if group.size > 1 and pick_device(options.device) == "cpu":
+        given |= system_info.arithmetic(options.precision)
+    group.same(given)
     if (batch := options.batch_size or 0) < group.size:
         raise UsageError(f"--batch-size {batch} is less than one image for each of {group.size} processes")
 
@@ -264,7 +266,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     if options.init is not None:  # the original weights may be gone; the run's own are those of the same model
         checkpoint = open_checkpoint(directory.last)
     data = load(options, checkpoint, display, group)
-    check_together(group, options, data)
+    check_together(group, options, data, checkpoint)
     if record.fingerprint != data.fingerprint:
         other = f"{data.name}, which holds other images" if data.name == record.data_name else data.name
         raise UsageError(

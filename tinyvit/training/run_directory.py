@@ -74,10 +74,10 @@ class RunDirectory:
             return
         if self.last.exists():
             raise UsageError(f"{self.path} holds a run: continue it with --resume, or choose another --out")
-        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        nearest = next(path for path in (self.path, *self.path.absolute().parents, Path()) if os.path.lexists(path))
         if not nearest.is_dir():
-            raise UsageError(f"{nearest} is a file: choose another --out")
-        if not os.access(nearest, os.W_OK):
+            raise UsageError(f"{nearest} is no directory: choose another --out")
+        if not os.access(nearest, os.W_OK | os.X_OK):
             raise UsageError(f"{nearest} cannot be written to: choose another --out")
         if self.path.is_dir() and not all(self._may_replace(name) for name in os.listdir(self.path)):
             raise UsageError(f"{self.path} is not empty and holds no run: choose another --out")

@@ -31,14 +31,14 @@ def watch(path: Path) -> None:
     In a terminal a run may also begin meanwhile.
 
     Raises:
-        CheckpointError: there is no run, or its files are damaged.
+        CheckpointError: its files are damaged; without a terminal also where there is no run.
     """
     directory = RunDirectory(path)
     live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     colours = live and not os.environ.get("NO_COLOR")
     try:
         while True:
-            if live and not directory.last.exists():
+            if live and not path.is_file() and not directory.last.exists():
                 text, finished = printable(f"waiting for a run to begin in {path}"), False
             else:
                 text, finished = frame(directory, shutil.get_terminal_size(), colours)

@@ -126,9 +126,7 @@ def read_shards(index: Path) -> dict[str, np.ndarray]:
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index}: it names {name}, which is missing")
         found = read_file(index.parent / name)
-        if twice := sorted(arrays.keys() & found.keys()):
-            raise CheckpointError(f"{index}: {name} and another of its files both hold {twice[0]}")
-        arrays |= found
+        arrays |= {key: array for key, array in found.items() if places.get(key, name) == name}
     if lost := sorted(name for name in places if name not in arrays):
         raise CheckpointError(f"{index}: its files lack {', '.join(lost[:3])}{' …' if lost[3:] else ''}")
     return arrays

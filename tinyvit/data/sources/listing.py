@@ -19,9 +19,18 @@ from tqdm import tqdm
 from tinyvit.data.base import Data, DataError, Split, Statistics, channel_sums, mean_and_std, pair
 from tinyvit.data.image import fit, open_rgb, opened, to_array, upright_size
 from tinyvit.data.image_transforms import random_resized_crop
-from tinyvit.data.splits import SKIP_HINT, ArraySplit, FileSplit, ImageTransform, draw_share, in_processes, stack
+from tinyvit.data.splits import (
+    SKIP_HINT,
+    ArraySplit,
+    FileSplit,
+    ImageTransform,
+    draw_share,
+    in_processes,
+    in_threads,
+    stack,
+)
 from tinyvit.data.stored import Contents, Listing
-from tinyvit.distributed.group import Group
+from tinyvit.distributed.group import ALONE, Group
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
@@ -50,7 +59,7 @@ def chunks(positions: np.ndarray, length: int) -> list[np.ndarray]:
     return [positions[start : start + length] for start in range(0, len(positions), length)]
 
 
-def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], group: Group) -> str:
+def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], threads: int | None) -> str:
     """A digest of the classes and of each image's name, class and bytes; of many images, the bytes of SAMPLE."""
 
     def mark(listing: Listing, positions: np.ndarray) -> list[str]:
@@ -63,7 +72,7 @@ def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], group: Grou
         digest.update(f"{len(part)} images".encode())
         read = np.zeros(len(part), bool)
         read[sampled(len(part))] = True
-        marks = chain.from_iterable(in_processes(partial(mark, part), chunks(np.flatnonzero(read), FILES), group))
+        marks = chain.from_iterable(in_threads(partial(mark, part), chunks(np.flatnonzero(read), FILES), threads))
         for i, (file, label) in enumerate(zip(part.files, part.labels, strict=True)):
             digest.update(repr((file, int(label), next(marks) if read[i] else "")).encode())
     return digest.hexdigest()[:16]
@@ -124,7 +133,7 @@ def number_classes(
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read: arguments of `load_data`, and in how many threads: one for small ones, None for all."""
+    """How images are read: arguments of `load_data`."""
 
     image_size: int | tuple[int, int] | None
     skip_corrupt: bool
@@ -132,7 +141,6 @@ class Reading:
     fit_options: Mapping[str, Any]
     statistics: Statistics | None
     group: Group
-    threads: int | None = None
 
 
 def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[str, Listing], reading: Reading) -> Data:
@@ -142,11 +150,11 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     """
     test_name = "test" if "test" in parts else "val"
     size, group = reading.image_size, reading.group
-    if group.size > 1:
-        group.same({f"list of the images in {source}": digest_of_list(parts)})
+    if group.size > 1:  # before they share the reading, which they have to do in step
+        asked = (size, reading.skip_corrupt, reading.fit_options, reading.statistics, reading.transform is None)
+        group.same({"list of images": digest_of_list(parts), "way to read images": repr(asked)})
     if size is None:
-        common = common_size([parts["train"], parts[test_name]], group)
-        size, reading = common or LARGE_SIZE, replace(reading, threads=1 if common else None)
+        size = common_size([parts["train"], parts[test_name]], group) or LARGE_SIZE
     size = pair(size)
     options = reading.fit_options
     if reading.transform is None and max(size) > SMALL:
@@ -158,7 +166,7 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     mean, std = read["train"][2]
     if missing := classes_without(parts["train"], names):
         raise DataError(f"class {missing[0]} of {source} has no readable image to train on")
-    fingerprint = fingerprint_of(names, list(parts.values()), group)
+    fingerprint = fingerprint_of(names, list(parts.values()), group.threads)
     return Data(
         source.resolve().stem if source.is_file() else source.resolve().name,
         splits["train"],
@@ -240,7 +248,7 @@ def common_size(listings: Sequence[Listing], group: Group) -> tuple[int, int] | 
     sizes: set[tuple[int, int]] = set()
     for listing in listings:
         parts = chunks(np.arange(len(listing)), FILES)
-        for some in in_processes(partial(sizes_of, listing), parts, group, threads=1):  # more wait for Python's lock
+        for some in in_processes(partial(sizes_of, listing), parts, group, threads=1):
             sizes |= {(height, width) for height, width in some}
             if differ(sizes):
                 return None
@@ -293,9 +301,12 @@ def decode(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """Decode images in threads, each process of the group its share: chunks of positions, and what is at each.
 
-    That are the pixels (n, 3, H, W) of the readable images, if they are to be kept, their `channel_sums`, and the
+    These are the pixels (n, 3, H, W) of the readable images, if they are to be kept, their `channel_sums`, and the
     positions of the others, each with its error.
     """
+
+    # Pillow holds Python's lock for nearly all of a small file: one thread is faster than two.
+    threads = 1 if common_size([listing.take(positions[:1])], ALONE) else reading.group.threads
 
     def work(chunk: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, list[tuple[int, str]]]:
         images, failures = [], list[tuple[int, str]]()
@@ -310,6 +321,6 @@ def decode(
     parts = chunks(positions, max(1, CHUNK // (3 * size[0] * size[1])))
     shown = None if reading.group.leads else True  # None: where it is a terminal
     with tqdm(total=len(positions), desc=f"reading {part}", unit="image", leave=False, disable=shown) as bar:
-        for chunk, found in zip(parts, in_processes(work, parts, reading.group, reading.threads), strict=True):
+        for chunk, found in zip(parts, in_processes(work, parts, reading.group, threads), strict=True):
             yield chunk, found
             bar.update(len(chunk))

@@ -1,7 +1,8 @@
 """The layers' loops: each goes through memory once, and without Python's lock.
 
 Only sums are reordered (`reorder`), so that infinities and NaN go where they go in NumPy; multiplying and adding may be
-one instruction everywhere. Products of matrices are NumPy's own BLAS, called by the address of its `cblas_sgemm`.
+one instruction everywhere. Products of matrices are NumPy's own BLAS, called by the address of its `cblas_sgemm`, but
+for attention's small ones (see `vectors`).
 """
 
 from __future__ import annotations
@@ -176,12 +177,6 @@ def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-@compiled(written(1))
-def _exp_of(x):
-    for j in range(len(x)):
-        x[j] = exp(x[j])
-
-
 @compiled(written(1), int64, float32, reorder=True)
 def _softmax(scores, columns, scale):
     """The softmax of each row of scale * scores (R * columns,) in its place; `scale` is positive.
@@ -195,7 +190,8 @@ def _softmax(scores, columns, scale):
             highest = maximum(highest, row[j])
         for j in range(columns):
             row[j] = (row[j] - highest) * scale
-    _exp_of(scores)
+    for j in range(len(scores)):
+        scores[j] = exp(scores[j])
     for start in range(0, len(scores), columns):
         row, total = scores[start : start + columns], ZERO
         for j in range(columns):
@@ -214,7 +210,7 @@ def attention(qkv, y, weights, heads, tile, sgemm):
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
-    scale, keys = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
+    scale, turned = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
     kept = len(weights) == batch * heads * queries * n
     for b in range(batch):
         for h in range(heads):
@@ -225,8 +221,8 @@ def attention(qkv, y, weights, heads, tile, sgemm):
                 rows = min(tile, queries - start)
                 first = ((b * heads + h) * queries + start) * n if kept else 0
                 w = weights[first : first + rows * n]
-                row, at = q + 4 * start * width, w.ctypes.data
-                small_product_of_transposed(sgemm, rows, n, dim, row, width, k, width, at, n, keys.ctypes.data)
+                query, at = q + 4 * start * width, w.ctypes.data
+                small_product_of_transposed(sgemm, rows, n, dim, query, width, k, width, at, n, turned.ctypes.data)
                 _softmax(w, n, scale)
                 small_product(sgemm, False, rows, dim, n, at, n, v, width, ZERO, out + 4 * start * model, model)
 
@@ -237,7 +233,7 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
     dim, tile, ds = model // heads, len(scratch), scratch.ctypes.data
-    scale, values = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
+    scale, turned = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
     for b in range(batch):
         for h in range(heads):
             here = 4 * (b * n * width + h * dim)
@@ -247,7 +243,7 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
                 rows = min(tile, queries - start)
                 w = weights[b, h, start : start + rows]
                 dout = dy.ctypes.data + 4 * ((b * queries + start) * model + h * dim)
-                small_product_of_transposed(sgemm, rows, n, dim, dout, model, v, width, ds, n, values.ctypes.data)
+                small_product_of_transposed(sgemm, rows, n, dim, dout, model, v, width, ds, n, turned.ctypes.data)
                 for i in range(rows):
                     along = ZERO  # the sum of weights times their gradients is that of outputs times theirs
                     row, drow = y[b, start + i, h * dim :], dy[b, start + i, h * dim :]

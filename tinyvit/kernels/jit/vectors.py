@@ -158,13 +158,9 @@ def _transpose(x, x_row, rows, columns, y):
             _square(x + 4 * (i * x_row + j), x_row, y + 4 * (j * rows + i), rows)
 
 
-@compiled(int64, boolean, *(int64,) * 7, float32, *(int64,) * 2)
-def small_product(sgemm, transpose_a, m, n, k, a, lda, b, ldb, beta, c, ldc):
-    """C = A B + beta C or A^T B + beta C, as `product` does it: where beta is 0 and the product small, in blocks that
-    overlap at the ends, where OpenBLAS copies A and B."""
-    if m < _ROWS or n < _COLUMNS or m * n * k > _SMALL or beta != 0:
-        product(sgemm, transpose_a, False, m, n, k, float32(1), a, lda, b, ldb, beta, c, ldc)
-        return
+@compiled(boolean, *(int64,) * 9)
+def _in_blocks(transpose_a, m, n, k, a, lda, b, ldb, c, ldc):
+    """C = A B or A^T B for m >= _ROWS and n >= _COLUMNS, in blocks that overlap at the ends."""
     a_row, a_step = (1, lda) if transpose_a else (lda, 1)
     for right in range(0, n, _COLUMNS):
         narrow = n - right <= _COLUMNS // 2
@@ -178,11 +174,20 @@ def small_product(sgemm, transpose_a, m, n, k, a, lda, b, ldb, beta, c, ldc):
                 _block(rows, a_row, a_step, columns, ldb, place, ldc, k)
 
 
-@compiled(int64, *(int64,) * 10)
+@compiled(int64, boolean, *(int64,) * 7, float32, *(int64,) * 2)
+def small_product(sgemm, transpose_a, m, n, k, a, lda, b, ldb, beta, c, ldc):
+    """C = A B + beta C or A^T B + beta C, as `product` does it; small ones without OpenBLAS, which copies A and B."""
+    if m < _ROWS or n < _COLUMNS or m * n * k > _SMALL or beta != 0:
+        product(sgemm, transpose_a, False, m, n, k, float32(1), a, lda, b, ldb, beta, c, ldc)
+    else:
+        _in_blocks(transpose_a, m, n, k, a, lda, b, ldb, c, ldc)
+
+
+@compiled(*(int64,) * 11)
 def small_product_of_transposed(sgemm, m, n, k, a, lda, b, ldb, c, ldc, scratch):
     """C = A B^T, with room for the k x n numbers of B^T at `scratch`."""
     if m < _ROWS or n < _COLUMNS or k < 8 or m * n * k > _SMALL:
         product(sgemm, False, True, m, n, k, float32(1), a, lda, b, ldb, float32(0), c, ldc)
-        return
-    _transpose(b, ldb, n, k, scratch)
-    small_product(sgemm, False, m, n, k, a, lda, scratch, n, float32(0), c, ldc)
+    else:
+        _transpose(b, ldb, n, k, scratch)
+        _in_blocks(False, m, n, k, a, lda, scratch, n, c, ldc)
