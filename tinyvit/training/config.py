@@ -159,7 +159,7 @@ class TrainConfig:
     weight_decay: float | None = option(
         None, not_negative, "default: 0.05, with muon 0.02, with sgd 0.0005, with adam 0"
     )
-    warmup: float = option(0.1, not_negative, "below 1: this share of the run; from 1: so many epochs")
+    warmup: float = option(0.1, not_negative, "below 1: this share of the run (0.3: one-cycle); from 1: so many epochs")
     clip_norm: float = option(1.0, not_negative, "largest norm of a step's gradient; 0: no clipping")
     label_smoothing: float = option(0.1, share, "share of each label given to all classes")
     drop_path: float = option(0.0, share, "rate at which the last block's branches are dropped")
