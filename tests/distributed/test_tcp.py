@@ -93,6 +93,23 @@ def test_messages_arrive_whole_and_in_order_and_then_nobody_listens():
         socket.create_connection((HOME, port))
 
 
+def test_messages_are_read_into_the_arrays_that_wait_for_them():
+    first, second = meet(0, 1)
+    sent = [np.full(shape, i, np.float32) for i, shape in enumerate([(300, 1000), (0,), (7, 3)])]
+    found = [np.empty_like(x) for x in sent]
+    receiving = [second.receive(x, 0, 5) for x in found]  # the second and third wait behind the first
+    assert not any(each.Test() for each in receiving)
+    for x in sent:
+        first.send(x, 1, 5)
+    assert all(until(each.Test) for each in receiving)
+    assert all(np.array_equal(x, y) for x, y in zip(found, sent, strict=True))
+    assert not (second._arrived or second._coming or second._awaited)
+    second.receive(np.empty(3, np.float32), 0, 5)
+    first.send(np.ones(2, np.float32), 1, 5)
+    until(lambda: second.gone)
+    assert "8 bytes came for an array of 12" in second.gone[0]
+
+
 def test_strangers_do_not_disturb(monkeypatch):
     monkeypatch.setattr(tcp, "GREETING", 1.0)
     port = free_port()

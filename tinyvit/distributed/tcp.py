@@ -8,7 +8,6 @@ can pass for one of them: the network has to be a trusted one. Messages are byte
 
 from __future__ import annotations
 
-import contextlib
 import json
 import queue
 import socket
@@ -46,7 +45,10 @@ class TCPTransport:
         self.rank, self.size = rank, size
         self.gone: dict[int, str] = {}
         self.heard: set[int] = set()
+        self._lock = threading.Lock()  # for what follows, by rank and tag
         self._arrived: dict[tuple[int, int], deque[bytearray]] = {}
+        self._coming: set[tuple[int, int]] = set()  # on its way into _arrived
+        self._awaited: dict[tuple[int, int], _Receiving] = {}  # whose array the next message is read into
         self._outgoing: dict[int, queue.SimpleQueue[tuple[int, Any, _Sent]]] = {}
         for other, connection in _meet(rank, size, address, port, time.monotonic() + patience).items():
             connection.settimeout(None)
@@ -65,9 +67,13 @@ class TCPTransport:
         return _Receiving(self, array, rank, tag)
 
     def take(self, rank: int, tag: int) -> bytearray | None:
-        with contextlib.suppress(KeyError, IndexError):
-            return self._arrived[rank, tag].popleft()
-        return None
+        with self._lock:
+            if not (messages := self._arrived.get((rank, tag))):
+                return None
+            message = messages.popleft()
+            if not messages:
+                del self._arrived[rank, tag]
+            return message
 
     def _carry(self, work: Callable[[int, socket.socket], None], rank: int, connection: socket.socket) -> None:
         try:
@@ -89,7 +95,20 @@ class TCPTransport:
         heard = partial(self.heard.add, rank)
         while True:
             tag, size = HEADER.unpack(_exactly(connection, HEADER.size))
-            self._arrived.setdefault((rank, tag), deque()).append(_exactly(connection, size, heard))
+            source = rank, tag
+            with self._lock:
+                if (awaited := self._awaited.pop(source, None)) is None:
+                    self._coming.add(source)
+            if awaited is not None:
+                if size != len(awaited.bytes):
+                    raise ValueError(f"{size} bytes came for an array of {len(awaited.bytes)}")
+                _read_into(awaited.bytes, connection, heard)
+                awaited.done = True
+                continue
+            data = _exactly(connection, size, heard)
+            with self._lock:
+                self._arrived.setdefault(source, deque()).append(data)
+                self._coming.discard(source)
 
 
 class _Sent:
@@ -100,26 +119,38 @@ class _Sent:
 
 
 class _Receiving:
+    """A message for an array: read into it, or copied if it came before it was asked for."""
+
     def __init__(self, transport: TCPTransport, array: np.ndarray, rank: int, tag: int) -> None:
-        self._transport, self._array, self._source = transport, array, (rank, tag)
+        assert array.flags.c_contiguous
+        self._transport, self._source, self.done = transport, (rank, tag), False
+        self.bytes = array.reshape(-1).view(np.uint8).data
+        with transport._lock:
+            places = transport._arrived, transport._coming, transport._awaited
+            self._directly = not any(self._source in place for place in places)
+            if self._directly:
+                transport._awaited[self._source] = self
 
     def Test(self) -> bool:
-        if (data := self._transport.take(*self._source)) is None:
-            return False
-        self._array[...] = np.frombuffer(data, self._array.dtype).reshape(self._array.shape)
-        return True
+        if not (self.done or self._directly) and (data := self._transport.take(*self._source)) is not None:
+            self.bytes[:] = data
+            self.done = True
+        return self.done
 
 
 def _exactly(connection: socket.socket, size: int, heard: Callable[[], None] = lambda: None) -> bytearray:
     """The next `size` bytes, of which each part that comes is `heard`. Raises EOFError."""
     data = bytearray(size)
-    view = memoryview(data)
+    _read_into(memoryview(data), connection, heard)
+    return data
+
+
+def _read_into(view: memoryview, connection: socket.socket, heard: Callable[[], None]) -> None:
     while view:
         if not (count := connection.recv_into(view)):
             raise EOFError
         heard()
         view = view[count:]
-    return data
 
 
 def _meet(rank: int, size: int, address: str, port: int, end: float) -> dict[int, socket.socket]:
