@@ -20,7 +20,7 @@ from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Data, cifar10_batches, load_data, resident
 from tinyvit.data.sources.listing import SMALL
 from tinyvit.data.splits import hold_out
-from tinyvit.distributed import Group, init
+from tinyvit.distributed import ALONE, Group, init
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import with_features
@@ -120,7 +120,7 @@ def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
     config.replace(image_size=wanted_size(options, checkpoint), **model_settings(options))
 
 
-def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display, group: Group) -> Data:
+def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display, group: Group = ALONE) -> Data:
     """The data set, prepared as for the options and the checkpoint. Raises DataError, UsageError."""
     for first in (group.leads, group.local_rank == 0):  # one process of each machine; some may share a directory
         if first and options.data == "cifar10":
