@@ -208,7 +208,13 @@ class Processes(Group):
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _says_why(self, reason: str) -> bool:
-        """Tell the others that this process cannot go on. Returns whether it is the first of those that cannot."""
+        """Tell the others that this process cannot go on, unless one has told before. Returns whether it is to say why.
+
+        Of several that told at the same time, the first does.
+        """
+        self._look_for_failures()
+        if self._failures:
+            return False
         words = reason.encode(errors="backslashreplace")  # names of files may be no UTF-8
         self._told = [self.send(words, rank, FAILURE) for rank in self._others]
         end = time.monotonic() + GRACE

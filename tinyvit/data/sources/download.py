@@ -115,11 +115,20 @@ def receive(url: str, part: Path) -> None:
 
 
 def unpack(archive: Path, folder: str) -> Path:
-    """The directory `folder` out of a tar archive, placed beside it whole or not at all."""
+    """The directory `folder` out of a tar archive, placed beside it whole or not at all.
+
+    It gets the files that lie directly in it, and nothing else of the archive.
+    """
     target = archive.parent / folder
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as beside:
-        with tarfile.open(archive) as tar:
-            tar.extractall(beside, filter="data")
+        (Path(beside) / folder).mkdir()
+        with tarfile.open(archive) as tar:  # without extractall, whose filter Python has from 3.11.4 on
+            for member in tar:
+                parent, _, name = member.name.removeprefix("./").rpartition("/")
+                content = tar.extractfile(member) if member.isreg() else None
+                if content is not None and parent == folder and Path(name).name == name:
+                    with open(Path(beside) / folder / name, "wb") as file:
+                        shutil.copyfileobj(content, file)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(Path(beside) / folder, target)
     return target
