@@ -180,6 +180,7 @@ def test_archive_cannot_write_outside_the_cache(server, tmp_path, monkeypatch):
     serve(monkeypatch, server)
     load_data("cifar10", cache_dir=tmp_path / "cache")
     assert names(tmp_path) == ["cache"] and names(tmp_path / "cache") == ["cifar-10-batches-bin"]
+    assert len(names(tmp_path / "cache" / "cifar-10-batches-bin")) == 6
 
 
 def test_broken_archive(server, tmp_path, monkeypatch):

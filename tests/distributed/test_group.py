@@ -3,6 +3,7 @@
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 
 import tinyvit
 from tinyvit import cli, optim
-from tinyvit.backend import parallel
+from tinyvit.backend import arrays, parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, DistributedError, Group, launch, processes, reduction
 from tinyvit.evaluation.metrics import evaluate
+from tinyvit.training import run
+from tinyvit.training.config import TrainConfig
 
 
 def rank_of(rank, size):
@@ -206,9 +209,18 @@ def test_a_step_refuses_processes_that_would_not_keep_equal_weights(what, monkey
     step = tinyvit.TrainStep(model, optim.SGD(model.parameters(), lr=0.1), group=group)
 
     def exchange(value, patience):
-        assert what in value
+        assert what in value and value["checksum of the weights"] == arrays.checksum(model.state_dict())
         return [value, {**value, what: "other"}]
 
     monkeypatch.setattr(group, "exchange", exchange)
     with pytest.raises(DistributedError, match=f"rank 1 has another {what} than rank 0: 'other' and "):
         step(np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, int))
+
+
+def test_weights_to_begin_with_are_compared_before_a_run_is_written(monkeypatch):
+    """A frozen body's too, of which no step knows."""
+    group, told, state = rank_of(0, 2), [], {"body": np.ones(3)}
+    monkeypatch.setattr(group, "exchange", lambda value, patience: (told.append(value), [value, value])[1])
+    options = TrainConfig(batch_size=2, device="cpu")
+    run.check_together(group, options, SimpleNamespace(fingerprint="x"), SimpleNamespace(state=state))
+    assert told[0]["checksum of the weights"] == arrays.checksum(state) != arrays.checksum({"body": np.zeros(3)})
