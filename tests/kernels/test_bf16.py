@@ -14,6 +14,7 @@ pytest.importorskip("numba")
 from tinyvit import TrainStep, create_model, optim, predict
 from tinyvit import kernels as all_kernels
 from tinyvit.kernels import bf16, reference
+from tinyvit.kernels.bf16 import gains
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,6 +22,7 @@ def switched_on():
     """The processor decides here, not the environment's TINYVIT_JIT."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYVIT_JIT", "1")
+        patch.setattr(bf16, "gains", lambda processor: True)
         bf16.available.cache_clear()
         all_kernels._fastest.cache_clear()
         if not bf16.available():
@@ -29,6 +31,10 @@ def switched_on():
         yield
     bf16.available.cache_clear()
     all_kernels._fastest.cache_clear()
+
+
+def test_only_amd_s_processors_gain():
+    assert gains("znver4") and not gains("sapphirerapids")
 
 
 def test_kernels_take_what_their_references_take():
