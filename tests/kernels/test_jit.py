@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from drawing import check, place, sides, torch_vjp, values
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operations import Example, agrees_with_torch, padded, windows
 from PIL import Image
@@ -27,7 +27,7 @@ import tinyvit
 from tinyvit import kernels, optim
 from tinyvit.backend.arrays import numpy_namespace as xp
 from tinyvit.kernels import reference
-from tinyvit.kernels.jit import compiling, image_loops, layers, loops, vectors
+from tinyvit.kernels.jit import compiling, image_loops, layers, loops, products
 
 OPERATIONS = kernels._merged("cpu", "jit")
 GRID = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)])
@@ -141,7 +141,7 @@ def test_what_was_compiled_before_a_file_changed_is_forgotten(tmp_path):
     for file, time in zip(files, (100, 300, 200, 400), strict=True):
         file.touch()
         os.utime(file, (time, time))
-    compiling._forget_older(tmp_path)
+    compiling._forget_older(tmp_path, tmp_path / "__pycache__")
     assert [file.exists() for file in files] == [True, True, False, True]
 
 
@@ -157,17 +157,56 @@ def test_small_products_agree_with_numpy_s_and_write_nothing_else(data):
     places = [x for matrix in (a, b, c) for x in (matrix.ctypes.data, matrix.shape[1])]
     if kind == "A B^T":
         beta = 0
-        vectors.small_product_of_transposed(layers.SGEMM, m, n, k, *places, scratch.ctypes.data)
+        products.small_product_of_transposed(layers.SGEMM, m, n, k, *places, scratch.ctypes.data)
     else:
-        vectors.small_product(layers.SGEMM, kind == "A^T B", m, n, k, *places[:4], beta, *places[4:])
-        if beta == 0 and m >= vectors._ROWS and n >= vectors._COLUMNS:  # with AVX-512, too
+        products.small_product(layers.SGEMM, kind == "A^T B", m, n, k, *places[:4], beta, *places[4:])
+        if beta == 0 and m >= products.ROWS and n >= products.COLUMNS:  # also where OpenBLAS is faster
             right = c.copy()
-            vectors._in_blocks(kind == "A^T B", m, n, k, *places)
+            products._in_blocks(kind == "A^T B", m, n, k, *places)
             assert np.abs(c - right).max() < 1e-5
     left = a[:, :m].T if kind == "A^T B" else a[:, :k]
     right = b[:, :k].T if kind == "A B^T" else b[:, :n]
     assert np.abs(c[:, :n] - left.astype(np.float64) @ right - beta * before[:, :n]).max() < 1e-5
     assert np.array_equal(c[:, n:], before[:, n:]) and np.array_equal(scratch[k * n :], room[k * n :])
+
+
+@given(st.integers(0, 3), st.integers(0, 40), st.integers(0, 70), st.integers(8, 40), st.booleans())
+def test_products_in_panels_agree_with_numpy_s_and_write_nothing_else(top, more, wider, depth, turned):
+    rows, columns = products.ROWS + more, products.COLUMNS + wider
+    x, b, start = noise(top + rows + 2, depth), noise(depth, columns, seed=1), noise(columns, seed=2)
+    y = noise(len(x), columns, seed=3)
+    before, inside = y.copy(), slice(top, top + rows)
+    panels = products.panels_of_columns(b.T.copy()) if turned else products.panels_of_rows(b)
+    products.multiply(x, panels, start, y, top, top + rows)
+    assert np.abs(y[inside] - (x[inside].astype(np.float64) @ b + start)).max() < 2e-5
+    assert np.array_equal(y[:top], before[:top]) and np.array_equal(y[top + rows :], before[top + rows :])
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 80), st.integers(0, 7))
+@settings(max_examples=30)
+def test_linear_layers_of_any_size_follow_the_reference_in_float64(rows, inputs, outputs, needed):
+    """In bands of rows with panels of the weight, or where there is too little of either by OpenBLAS."""
+    needs = tuple(bool(needed & bit) for bit in (1, 2, 4))
+    x, weight, bias = noise(rows, inputs), noise(outputs, inputs, seed=1), noise(outputs, seed=2)
+    residual, dy = noise(rows, outputs, seed=3), noise(rows, outputs, seed=4)
+    for op, inputs_of, needs_of, parameters in (
+        (reference.linear, (x, weight, bias), needs, {}),
+        (reference.add_linear, (residual, x, weight, bias), (True, *needs), {}),
+        (reference.linear_gelu, (x, weight, bias), needs, {"approximate": "none"}),
+    ):
+        wide = [a.astype(np.float64) for a in inputs_of]
+        expected, expected_vjp = op(xp, *wide, needs=needs_of, **parameters)
+        y, vjp = OPERATIONS[op](xp, *inputs_of, needs=needs_of, **parameters)
+        assert np.abs(y - expected).max() < 3e-5
+        if True in needs:
+            for got, wanted, needed_one in zip(vjp(dy), expected_vjp(dy.astype(np.float64)), needs_of, strict=True):
+                assert (got is not None) or not needed_one
+                if needed_one:
+                    assert np.abs(got - wanted).max() < 2e-4 and got.shape == wanted.shape
+
+
+def test_a_large_weight_is_left_to_openblas():
+    assert products.fits(1000, 512, 1024) and not products.fits(1000, 513, 1024)
 
 
 @given(data=st.data())

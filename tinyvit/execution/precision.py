@@ -6,8 +6,8 @@ float32; layer norm, softmax and the loss are computed in it. Gradients update t
 far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
 loss is scaled to keep small gradients above zero.
 
-On a CPU that multiplies bfloat16 fast (AMD's with AVX512-BF16, with numba) bf16 rounds the operands of linear layers alone. Weights and
-activations stay in float32.
+On a CPU that multiplies bfloat16 fast (AMD's with AVX512-BF16, with numba) bf16 rounds the operands of linear layers
+alone. Weights and activations stay in float32.
 """
 
 from __future__ import annotations

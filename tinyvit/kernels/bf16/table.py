@@ -11,6 +11,7 @@ from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
 from tinyvit.kernels.bf16.loops import PANEL, TILE
 from tinyvit.kernels.jit import layers
+from tinyvit.kernels.jit import loops as gelu_loops
 
 
 class _Left(NamedTuple):
@@ -90,7 +91,10 @@ def add_linear(
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    return layers.gelu_of(x.shape, *_product(x, weight, None, needs), bias, approximate, needs)
+    y, vjp = _product(x, weight, None, needs)
+    slope = np.empty((len(y) if True in needs else 0, len(weight)), np.float32)
+    gelu_loops.bias_gelu(y, layers.contiguous(bias), slope, approximate == "tanh")
+    return y.reshape(*x.shape[:-1], len(weight)), layers.gelu_vjp(slope, vjp)
 
 
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:

@@ -13,7 +13,8 @@ from numba import int32, int64, njit, types, uint8
 
 from tinyvit.kernels.jit.compiling import compiled, maximum, product, read, written
 from tinyvit.kernels.jit.convolution import OF_IMAGE, OF_OUTPUTS
-from tinyvit.kernels.jit.vectors import small_product, transform
+from tinyvit.kernels.jit.products import small_product
+from tinyvit.kernels.jit.vectors import transform
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 

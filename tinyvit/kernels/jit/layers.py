@@ -37,7 +37,7 @@ def rows_of(x: Array) -> Array:
 def linear(xp: Any, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     rows, nothing = rows_of(x), np.empty((0, len(weight)), x.dtype)
     y = _add_linear(nothing, rows, weight, bias)
-    return y.reshape(*x.shape[:-1], len(weight)), linear_vjp(x.shape, rows, weight, needs)
+    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs)
 
 
 def add_linear(
@@ -45,7 +45,7 @@ def add_linear(
 ) -> tuple[Array, VJP]:
     rows = rows_of(x)
     y = _add_linear(rows_of(residual), rows, weight, bias)
-    vjp = linear_vjp(x.shape, rows, weight, needs[1:])
+    vjp = _linear_vjp(x.shape, rows, weight, needs[1:])
     return y.reshape(residual.shape), lambda dy: (dy, *vjp(dy))
 
 
@@ -55,26 +55,44 @@ def _add_linear(residual: Array, rows: Array, weight: Array, bias: Array) -> Arr
     return y
 
 
+def _linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
+    of_others = linear_vjp(shape, rows, weight, (False, *needs[1:]))
+
+    def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
+        dy, dx = rows_of(dy), None
+        if needs[0]:
+            dx = np.empty((len(dy), weight.shape[1]), dy.dtype)
+            total = np.zeros(len(weight) if needs[2] and dbias is None else 0, dy.dtype)
+            loops.rows_times(dy, contiguous(weight), dx, total, SGEMM)
+            dx, dbias = dx.reshape(shape), total if len(total) else dbias
+        return (dx, *of_others(dy, dbias)[1:])
+
+    return vjp
+
+
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    rows = x.reshape(-1, x.shape[-1])
-    return gelu_of(x.shape, rows @ weight.T, linear_vjp(x.shape, rows, weight, needs), bias, approximate, needs)
+    rows = rows_of(x)
+    y, slope = _with_slope(len(rows), len(weight), x.dtype, needs)
+    loops.linear_gelu(rows, contiguous(weight), contiguous(bias), y, slope, approximate == "tanh", SGEMM)
+    return y.reshape(*x.shape[:-1], len(weight)), gelu_vjp(slope, _linear_vjp(x.shape, rows, weight, needs))
 
 
-def gelu_of(
-    shape: tuple[int, ...], y: Array, product_vjp: VJP, bias: Array, approximate: str, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    """gelu(y + bias), in the place of y (R, O), for the product y of x of this shape."""
-    slope = np.empty((len(y) if True in needs else 0, y.shape[1]), y.dtype)
-    loops.bias_gelu(y, contiguous(bias), slope, approximate == "tanh")
+def _with_slope(rows: int, columns: int, dtype: Any, needs: tuple[bool, ...]) -> tuple[Array, Array]:
+    """Room for the results of a GELU and for its derivative, which has no rows if no gradient is wanted."""
+    return np.empty((rows, columns), dtype), np.empty((rows if True in needs else 0, columns), dtype)
+
+
+def gelu_vjp(slope: Array, product_vjp: VJP) -> VJP:
+    """Of gelu(x W^T + b), by the vjp of x W^T + b."""
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
-        dhidden, dbias = np.empty_like(slope), np.zeros_like(bias)
+        dhidden, dbias = np.empty_like(slope), np.zeros(slope.shape[1], slope.dtype)
         loops.multiply_and_sum(rows_of(dy), slope, dhidden, dbias)
         return product_vjp(dhidden, dbias)
 
-    return y.reshape(*shape[:-1], y.shape[1]), vjp
+    return vjp
 
 
 def layer_norm(

@@ -21,9 +21,18 @@ from tinyvit.kernels.jit.compiling import (
     maximum,
     product,
     read,
+    widest,
     written,
 )  # fmt: skip
-from tinyvit.kernels.jit.vectors import small_product, small_product_of_transposed
+from tinyvit.kernels.jit.products import (
+    ROWS,
+    fits,
+    multiply,
+    panels_of_columns,
+    panels_of_rows,
+    small_product,
+    small_product_of_transposed,
+)  # fmt: skip
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
@@ -43,11 +52,18 @@ _LOWEST, _HIGHEST = f(-88.0), f(89.0)  # where n is -127 and 128: the bits of 0 
 # Hastings 1955, a least-maximum fit made for this file, within 4e-9.
 _T, _T0, _T1, _T2 = f(0.275997), f(0.29484163), f(0.11708208), f(0.80759466)
 _T3, _T4, _T5 = f(-0.78684713), f(1.10503375), f(-0.28439086)
+# Its Phi(x) is also 1/2 + x (P0 + ... + P14 v^14), v = 2 (x / 5.4)^2 - 1, within 3e-8 for |x| <= 5.4:
+# another such fit. Farther out it is 0 or 1. With the roundings of float32 within 1.3e-7.
+_EDGE, _STRETCH = f(5.4), f(2.0 / 5.4**2)
+_P0, _P1, _P2, _P3, _P4 = f(0.130928114), f(-0.0653280541), f(0.0484995916), f(-0.039206814), f(0.0321165957)
+_P5, _P6, _P7, _P8 = f(-0.0257464573), f(0.0196451414), f(-0.0139633194), f(0.00965120364)
+_P9, _P10, _P11, _P12 = f(-0.00671534007), f(0.00365890935), f(-0.00118640857), f(0.000874944031)
+_P13, _P14 = f(-0.00102836941), f(0.000392855582)
 _DENSITY = f(1.0 / math.sqrt(2.0 * math.pi))
 _TANH0, _TANH1 = map(f, _PHI_TANH)
 
 
-@compiled(float32, result=float32)
+@compiled(float32, result=float32, inline=True)
 def exp(x):
     """e^x; 0 below -87.3 and infinity above 88.4."""
     x = _LOWEST if x < _LOWEST else x  # written so that NaN stays
@@ -59,16 +75,28 @@ def exp(x):
     return (p * (r * r) + r + ONE) * float_of_bits((bits_of_float(shifted) << int32(23)) + int32(0x3F800000))
 
 
-@compiled(float32, result=types.UniTuple(float32, 2))
-def _exact(x):
-    """The normal distribution's Phi(x), and its derivative."""
+@compiled(float32, result=float32, inline=True)
+def _phi(x):
+    """The normal distribution's Phi(x)."""
+    near = -_EDGE if x < -_EDGE else x  # written so that NaN stays
+    near = _EDGE if near > _EDGE else near
+    v = near * near * _STRETCH - ONE
+    p = ((((_P14 * v + _P13) * v + _P12) * v + _P11) * v + _P10) * v + _P9
+    p = (((((p * v + _P8) * v + _P7) * v + _P6) * v + _P5) * v + _P4) * v + _P3
+    phi = HALF + near * (((p * v + _P2) * v + _P1) * v + _P0)
+    return ZERO if phi < ZERO else phi
+
+
+@compiled(float32, result=types.UniTuple(float32, 2), inline=True)
+def _phi_and_density(x):
+    """Phi(x), and its derivative: with an exponential Phi is cheaper this way."""
     density = exp(-HALF * x * x) * _DENSITY
     t = ONE / (ONE + _T * abs(x))
     tail = density * t * (((((_T5 * t + _T4) * t + _T3) * t + _T2) * t + _T1) * t + _T0)
     return HALF + copysign(HALF - tail, x), density
 
 
-@compiled(float32, result=types.UniTuple(float32, 2))
+@compiled(float32, result=types.UniTuple(float32, 2), inline=True)
 def _tanh(x):
     """The tanh approximation of Phi(x), and its derivative."""
     square = x * x
@@ -79,6 +107,7 @@ def _tanh(x):
 @compiled(written(2), read(1), written(2), boolean)
 def bias_gelu(y, bias, slope, tanh):
     """gelu(y + bias) in the place of y (R, C), and its derivative in `slope` (R, C) if that has rows."""
+    widest()
     rows, columns = y.shape
     wanted = len(slope) > 0
     for i in range(rows):  # a loop for each case, because LLVM vectorises none with cases in it
@@ -90,7 +119,7 @@ def bias_gelu(y, bias, slope, tanh):
         elif wanted:
             for j in range(columns):
                 x = y[i, j] + bias[j]
-                phi, density = _exact(x)
+                phi, density = _phi_and_density(x)
                 y[i, j], slope[i, j] = x * phi, phi + x * density
         elif tanh:
             for j in range(columns):
@@ -99,12 +128,13 @@ def bias_gelu(y, bias, slope, tanh):
         else:
             for j in range(columns):
                 x = y[i, j] + bias[j]
-                y[i, j] = x * _exact(x)[0]
+                y[i, j] = x * _phi(x)
 
 
 @compiled(read(2), read(2), written(2), written(1))
 def multiply_and_sum(a, b, product, total):
     """a * b (R, C), and the sum of its rows added to `total` (C,)."""
+    widest()
     rows, columns = a.shape
     for i in range(rows):
         for j in range(columns):
@@ -116,13 +146,31 @@ def multiply_and_sum(a, b, product, total):
 # --- linear layers and layer norm -------------------------------------------------------------------------------------
 
 
+_BAND = 8 * ROWS  # rows that are computed at a time: what follows finds them in a cache
+
+
+@compiled(int64, int64, result=int64)
+def _next_band(top, rows):
+    """The end of the band from the row `top` on: at least ROWS rows."""
+    return top + _BAND if rows - top >= _BAND + ROWS else rows
+
+
 @compiled(read(2), read(2), read(2), read(1), written(2), int64)
 def linear(residual, x, weight, bias, y, sgemm):
-    """residual + x W^T + b: BLAS adds the product to what it finds in y, which costs no more than to write it there.
-
-    `residual` is (R, O), or (0, O) for none.
-    """
+    """residual + x W^T + b; `residual` is (R, O), or (0, O) for none."""
     rows, columns = y.shape
+    if fits(rows, columns, x.shape[1]):
+        panels, top = panels_of_columns(weight), 0
+        while top < rows:
+            bottom = _next_band(top, rows)
+            multiply(x, panels, bias, y, top, bottom)
+            if len(residual):
+                for i in range(top, bottom):
+                    for j in range(columns):
+                        y[i, j] += residual[i, j]
+            top = bottom
+        return
+    # BLAS adds the product to what it finds in y, which costs no more than to write it there.
     if len(residual):
         for i in range(rows):
             for j in range(columns):
@@ -135,6 +183,51 @@ def linear(residual, x, weight, bias, y, sgemm):
         sgemm, False, True, rows, columns, x.shape[1],
         ONE, x.ctypes.data, x.shape[1], weight.ctypes.data, x.shape[1], ONE, y.ctypes.data, columns,
     )  # fmt: skip
+
+
+@compiled(read(2), read(2), read(1), written(2), written(2), boolean, int64)
+def linear_gelu(x, weight, bias, y, slope, tanh, sgemm):
+    """gelu(x W^T + b), and its derivative in `slope` (R, O) if that has rows."""
+    rows, columns = y.shape
+    if fits(rows, columns, x.shape[1]):
+        panels, zeros, top = panels_of_columns(weight), np.zeros(columns, np.float32), 0
+        while top < rows:
+            bottom = _next_band(top, rows)
+            multiply(x, panels, zeros, y, top, bottom)
+            bias_gelu(y[top:bottom], bias, slope[top:bottom], tanh)
+            top = bottom
+        return
+    product(
+        sgemm, False, True, rows, columns, x.shape[1],
+        ONE, x.ctypes.data, x.shape[1], weight.ctypes.data, x.shape[1], ZERO, y.ctypes.data, columns,
+    )  # fmt: skip
+    bias_gelu(y, bias, slope, tanh)
+
+
+@compiled(read(2), written(1))
+def _add_rows(x, total):
+    for i in range(len(x)):
+        for j in range(len(total)):
+            total[j] += x[i, j]
+
+
+@compiled(read(2), read(2), written(2), written(1), int64)
+def rows_times(x, matrix, y, total, sgemm):
+    """y = x (R, K) times a matrix (K, N); the sum of the rows of x is added to `total` (K,) or, for none, (0,)."""
+    rows, columns = y.shape
+    if fits(rows, columns, x.shape[1]):
+        panels, zeros, top = panels_of_rows(matrix), np.zeros(columns, np.float32), 0
+        while top < rows:
+            bottom = _next_band(top, rows)
+            multiply(x, panels, zeros, y, top, bottom)
+            _add_rows(x[top:bottom], total)
+            top = bottom
+    else:
+        product(
+            sgemm, False, False, rows, columns, x.shape[1],
+            ONE, x.ctypes.data, x.shape[1], matrix.ctypes.data, columns, ZERO, y.ctypes.data, columns,
+        )  # fmt: skip
+        _add_rows(x, total)
 
 
 @compiled(read(2), read(1), read(1), float32, written(2), written(2), reorder=True)
@@ -183,6 +276,7 @@ def _softmax(scores, columns, scale):
 
     The exponentials are one loop over all rows, as the end of a loop is not vectorised.
     """
+    widest()
     for start in range(0, len(scores), columns):
         row = scores[start : start + columns]
         highest = row[0]

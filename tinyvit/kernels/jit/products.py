@@ -1,0 +1,205 @@
+"""Products of matrices in blocks of registers: of a layer's rows and its weight, and attention's small ones.
+
+OpenBLAS copies both matrices first, which takes a tenth of the time where the inner dimension is small. Here the left
+one stays where it is. The right one lies in panels of COLUMNS columns, one row of a panel behind the other, or stays
+where it is, too. Numbers that a block of ROWS x COLUMNS has in common with the one before are computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import boolean, float32, int64, void
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tinyvit.kernels.jit.compiling import compiled, product, read, written
+from tinyvit.kernels.jit.vectors import CONTRACT, REAL, SIZE, at, repeated
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
+
+_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+_WIDTH = 16 if _WIDE else 8
+_VECTOR, _SQUARE = ir.VectorType(REAL, _WIDTH), ir.VectorType(REAL, 8)
+
+ROWS, COLUMNS = (14, 2 * _WIDTH) if _WIDE else (6, 2 * _WIDTH)  # whose sums fill 28 of 32 registers, or 12 of 16
+_LARGEST = 1 << 19  # entries of a layer's weight: measured. Larger ones leave the caches between two bands of rows
+# Multiplications up to which attention's products are done here: measured, with AVX-512 of all sizes.
+_SMALL = 1 << (62 if _WIDE else 20)
+_ZEROS = np.zeros(COLUMNS, np.float32)
+
+
+def _block_of(columns: int) -> Any:
+    """A function that makes C = A B for ROWS rows of A and so many columns of B, with a row `start` added to each.
+
+    A step leads to the next entry of a row of A, the other strides to the next row.
+    """
+
+    @intrinsic
+    def function(typing, a, a_row, a_step, b, b_row, start, c, c_row, depth):
+        def generate(context, builder, signature, args):
+            a, a_row, a_step, b, b_row, start, c, c_row, depth = args
+            a, b, start, c = (builder.inttoptr(x, REAL.as_pointer()) for x in (a, b, start, c))
+            places = [SIZE(j) for j in range(0, columns, _WIDTH)]
+            sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in places] for _ in range(ROWS)]
+            for j, column in zip(places, zip(*sums, strict=True), strict=True):
+                first = builder.load(at(builder, start, j, _VECTOR), align=4)
+                for total in column:
+                    builder.store(first, total)
+            with cgutils.for_range(builder, depth) as loop:
+                line = builder.gep(b, [builder.mul(loop.index, b_row)])
+                ys = [builder.load(at(builder, line, j, _VECTOR), align=4) for j in places]
+                left = builder.gep(a, [builder.mul(loop.index, a_step)])
+                for i, totals in enumerate(sums):
+                    x = repeated(builder, builder.load(at(builder, left, builder.mul(a_row, SIZE(i)))), _VECTOR)
+                    for y, total in zip(ys, totals, strict=True):
+                        term = builder.fmul(x, y, flags=CONTRACT)
+                        builder.store(builder.fadd(builder.load(total), term, flags=CONTRACT), total)
+            for i, totals in enumerate(sums):
+                line = builder.gep(c, [builder.mul(c_row, SIZE(i))])
+                for j, total in zip(places, totals, strict=True):
+                    builder.store(builder.load(total), at(builder, line, j, _VECTOR), align=4)
+            return context.get_dummy_value()
+
+        return void(*(int64,) * 9), generate
+
+    return function
+
+
+_block, _narrow_block = _block_of(COLUMNS), _block_of(COLUMNS // 2)
+
+
+@intrinsic
+def _square(typing, x, x_row, y, y_row):
+    """Y = X^T for 8 x 8 numbers, whose quarters, then theirs, then theirs change places."""
+
+    def generate(context, builder, signature, args):
+        x, x_row, y, y_row = args
+        x, y = (builder.inttoptr(each, REAL.as_pointer()) for each in (x, y))
+        rows = [builder.load(at(builder, x, builder.mul(x_row, SIZE(i)), _SQUARE), align=4) for i in range(8)]
+        for size in (4, 2, 1):
+            low = [j if not j & size else 8 + j - size for j in range(8)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), 8), [j + size * high for j in low]) for high in (0, 1)]
+            for i in (i for i in range(8) if not i & size):
+                pair = rows[i], rows[i + size]
+                rows[i], rows[i + size] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+        for i, row in enumerate(rows):
+            builder.store(row, at(builder, y, builder.mul(y_row, SIZE(i)), _SQUARE), align=4)
+        return context.get_dummy_value()
+
+    return void(*(int64,) * 4), generate
+
+
+@intrinsic
+def _copy(typing, x, y):
+    """COLUMNS numbers."""
+
+    def generate(context, builder, signature, args):
+        x, y = (builder.inttoptr(each, ir.VectorType(REAL, COLUMNS).as_pointer()) for each in args)
+        builder.store(builder.load(x, align=4), y, align=4)
+        return context.get_dummy_value()
+
+    return void(int64, int64), generate
+
+
+@compiled(*(int64,) * 6)
+def _transpose(x, x_row, rows, columns, y, y_row):
+    """Y (columns, rows) = X^T, both at least 8, in squares that overlap at the ends."""
+    for right in range(0, columns, 8):
+        j = min(right, columns - 8)
+        for down in range(0, rows, 8):
+            i = min(down, rows - 8)
+            _square(x + 4 * (i * x_row + j), x_row, y + 4 * (j * y_row + i), y_row)
+
+
+# --- a layer's --------------------------------------------------------------------------------------------------------
+
+
+@compiled(int64, int64, int64, result=boolean)
+def fits(rows, columns, depth):
+    """Whether `multiply` can do, and does well, a product (rows, depth) x (depth, columns)."""
+    return rows >= ROWS and columns >= COLUMNS and depth >= 8 and columns * depth <= _LARGEST
+
+
+@compiled(read(2), result=written(3))
+def panels_of_rows(x):
+    """x (K, N) in panels (P, K, COLUMNS), of which the last two may overlap."""
+    depth, columns = x.shape
+    panels = np.empty(((columns + COLUMNS - 1) // COLUMNS, depth, COLUMNS), np.float32)
+    for panel in range(len(panels)):
+        row, to = x.ctypes.data + 4 * min(COLUMNS * panel, columns - COLUMNS), panels[panel].ctypes.data
+        for k in range(depth):
+            _copy(row + 4 * k * columns, to + 4 * k * COLUMNS)
+    return panels
+
+
+@compiled(read(2), result=written(3))
+def panels_of_columns(x):
+    """x^T of x (N, K), likewise."""
+    columns, depth = x.shape
+    panels = np.empty(((columns + COLUMNS - 1) // COLUMNS, depth, COLUMNS), np.float32)
+    for panel in range(len(panels)):
+        left = min(COLUMNS * panel, columns - COLUMNS)
+        _transpose(x[left:].ctypes.data, depth, COLUMNS, depth, panels[panel].ctypes.data, COLUMNS)
+    return panels
+
+
+@compiled(read(2), written(3), read(1), written(2), int64, int64)
+def multiply(x, panels, start, y, top, bottom):
+    """y = start + x B from the row `top` to before `bottom`, with B in panels; `fits` says which."""
+    depth, columns = x.shape[1], y.shape[1]
+    for panel in range(len(panels)):
+        left = min(COLUMNS * panel, columns - COLUMNS)
+        b, first = panels[panel].ctypes.data, start.ctypes.data + 4 * left
+        for down in range(top, bottom, ROWS):
+            i = min(down, bottom - ROWS)
+            a, c = x.ctypes.data + 4 * i * depth, y.ctypes.data + 4 * (i * columns + left)
+            _block(a, depth, 1, b, COLUMNS, first, c, columns, depth)
+
+
+# --- attention's ------------------------------------------------------------------------------------------------------
+
+
+@compiled(int64, int64, int64, result=boolean)
+def _is_small(m, n, k):
+    """Whether `_in_blocks` does this product, and does it well: not where half of the rows are done twice."""
+    blocks = (m + ROWS - 1) // ROWS
+    return m >= ROWS and n >= COLUMNS and blocks * ROWS <= 1.5 * m and m * n * k <= _SMALL
+
+
+@compiled(boolean, *(int64,) * 9)
+def _in_blocks(transpose_a, m, n, k, a, lda, b, ldb, c, ldc):
+    """C = A B or A^T B for m >= ROWS and n >= COLUMNS."""
+    a_row, a_step = (1, lda) if transpose_a else (lda, 1)
+    zeros = _ZEROS.ctypes.data
+    for right in range(0, n, COLUMNS):
+        narrow = n - right <= COLUMNS // 2
+        j = min(right, n - (COLUMNS // 2 if narrow else COLUMNS))
+        for down in range(0, m, ROWS):
+            i = min(down, m - ROWS)
+            rows, columns, place = a + 4 * i * a_row, b + 4 * j, c + 4 * (i * ldc + j)
+            if narrow:
+                _narrow_block(rows, a_row, a_step, columns, ldb, zeros, place, ldc, k)
+            else:
+                _block(rows, a_row, a_step, columns, ldb, zeros, place, ldc, k)
+
+
+@compiled(int64, boolean, *(int64,) * 7, float32, *(int64,) * 2)
+def small_product(sgemm, transpose_a, m, n, k, a, lda, b, ldb, beta, c, ldc):
+    """C = A B + beta C or A^T B + beta C, as `product` does it; small ones without OpenBLAS."""
+    if beta != 0 or not _is_small(m, n, k):
+        product(sgemm, transpose_a, False, m, n, k, float32(1), a, lda, b, ldb, beta, c, ldc)
+    else:
+        _in_blocks(transpose_a, m, n, k, a, lda, b, ldb, c, ldc)
+
+
+@compiled(*(int64,) * 11)
+def small_product_of_transposed(sgemm, m, n, k, a, lda, b, ldb, c, ldc, scratch):
+    """C = A B^T, with room for the k x n numbers of B^T at `scratch`."""
+    if k < 8 or not _is_small(m, n, k):
+        product(sgemm, False, True, m, n, k, float32(1), a, lda, b, ldb, float32(0), c, ldc)
+    else:
+        _transpose(b, ldb, n, k, scratch, n)
+        _in_blocks(False, m, n, k, a, lda, scratch, n, c, ldc)
