@@ -182,8 +182,21 @@ def test_products_in_panels_agree_with_numpy_s_and_write_nothing_else(top, more,
     assert np.array_equal(y[:top], before[:top]) and np.array_equal(y[top + rows :], before[top + rows :])
 
 
-@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 80), st.integers(0, 7))
-@settings(max_examples=30)
+@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 2))
+def test_products_of_transposed_rows_are_added(depth, quarters, panels):
+    a, b = noise(depth, 4 * quarters), noise(depth, panels * products.COLUMNS, seed=1)
+    c = noise(a.shape[1], b.shape[1], seed=2)
+    expected = c + a.T.astype(np.float64) @ b
+    assert products.adds(*c.shape) and not products.adds(len(c) + 2, c.shape[1])
+    products.add_transposed(a, b, c)
+    assert np.abs(c - expected).max() < 2e-5
+
+
+@given(
+    st.integers(1, 300), st.integers(1, 40) | st.just(2 * products.COLUMNS), st.integers(1, 80) | st.just(52),
+    st.integers(0, 7),
+)  # fmt: skip
+@settings(max_examples=40)
 def test_linear_layers_of_any_size_follow_the_reference_in_float64(rows, inputs, outputs, needed):
     """In bands of rows with panels of the weight, or where there is too little of either by OpenBLAS."""
     needs = tuple(bool(needed & bit) for bit in (1, 2, 4))

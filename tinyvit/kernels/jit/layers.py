@@ -10,7 +10,6 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from tinyvit.backend.arrays import VJP, Array
-from tinyvit.kernels.cpu.layers import linear_vjp
 from tinyvit.kernels.jit import loops
 
 BLOCK = 1 << 16  # scores computed at a time: 256 KiB, half of the second cache of most processors
@@ -55,17 +54,20 @@ def _add_linear(residual: Array, rows: Array, weight: Array, bias: Array) -> Arr
     return y
 
 
-def _linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
-    of_others = linear_vjp(shape, rows, weight, (False, *needs[1:]))
+def _linear_vjp(
+    shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...], slope: Array | None = None
+) -> VJP:
+    slope = np.empty((0, len(weight)), rows.dtype) if slope is None else slope
+    saved_rows = rows if needs[1] else rows[:0]
 
-    def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
-        dy, dx = rows_of(dy), None
-        if needs[0]:
-            dx = np.empty((len(dy), weight.shape[1]), dy.dtype)
-            total = np.zeros(len(weight) if needs[2] and dbias is None else 0, dy.dtype)
-            loops.rows_times(dy, contiguous(weight), dx, total, SGEMM)
-            dx, dbias = dx.reshape(shape), total if len(total) else dbias
-        return (dx, *of_others(dy, dbias)[1:])
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dy = rows_of(dy)
+        dx = np.empty((len(dy) if needs[0] else 0, weight.shape[1]), dy.dtype)
+        dweight = np.zeros((len(weight) if needs[1] else 0, weight.shape[1]), dy.dtype)
+        dbias = np.zeros(len(weight), dy.dtype)
+        loops.linear_vjp(dy, slope, saved_rows, contiguous(weight), dx, dweight, dbias, SGEMM)
+        wanted = zip(needs, (dx.reshape(shape) if needs[0] else dx, dweight, dbias), strict=True)
+        return tuple(gradient if needed else None for needed, gradient in wanted)
 
     return vjp
 
@@ -74,25 +76,10 @@ def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     rows = rows_of(x)
-    y, slope = _with_slope(len(rows), len(weight), x.dtype, needs)
+    y = np.empty((len(rows), len(weight)), x.dtype)
+    slope = np.empty((len(y) if True in needs else 0, len(weight)), x.dtype)
     loops.linear_gelu(rows, contiguous(weight), contiguous(bias), y, slope, approximate == "tanh", SGEMM)
-    return y.reshape(*x.shape[:-1], len(weight)), gelu_vjp(slope, _linear_vjp(x.shape, rows, weight, needs))
-
-
-def _with_slope(rows: int, columns: int, dtype: Any, needs: tuple[bool, ...]) -> tuple[Array, Array]:
-    """Room for the results of a GELU and for its derivative, which has no rows if no gradient is wanted."""
-    return np.empty((rows, columns), dtype), np.empty((rows if True in needs else 0, columns), dtype)
-
-
-def gelu_vjp(slope: Array, product_vjp: VJP) -> VJP:
-    """Of gelu(x W^T + b), by the vjp of x W^T + b."""
-
-    def vjp(dy: Array) -> tuple[Array | None, ...]:
-        dhidden, dbias = np.empty_like(slope), np.zeros(slope.shape[1], slope.dtype)
-        loops.multiply_and_sum(rows_of(dy), slope, dhidden, dbias)
-        return product_vjp(dhidden, dbias)
-
-    return vjp
+    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs, slope)
 
 
 def layer_norm(

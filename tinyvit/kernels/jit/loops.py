@@ -26,6 +26,8 @@ from tinyvit.kernels.jit.compiling import (
 )  # fmt: skip
 from tinyvit.kernels.jit.products import (
     ROWS,
+    add_transposed,
+    adds,
     fits,
     multiply,
     panels_of_columns,
@@ -211,23 +213,48 @@ def _add_rows(x, total):
             total[j] += x[i, j]
 
 
-@compiled(read(2), read(2), written(2), written(1), int64)
-def rows_times(x, matrix, y, total, sgemm):
-    """y = x (R, K) times a matrix (K, N); the sum of the rows of x is added to `total` (K,) or, for none, (0,)."""
-    rows, columns = y.shape
-    if fits(rows, columns, x.shape[1]):
-        panels, zeros, top = panels_of_rows(matrix), np.zeros(columns, np.float32), 0
-        while top < rows:
-            bottom = _next_band(top, rows)
-            multiply(x, panels, zeros, y, top, bottom)
-            _add_rows(x[top:bottom], total)
-            top = bottom
-    else:
-        product(
-            sgemm, False, False, rows, columns, x.shape[1],
-            ONE, x.ctypes.data, x.shape[1], matrix.ctypes.data, columns, ZERO, y.ctypes.data, columns,
-        )  # fmt: skip
-        _add_rows(x, total)
+@compiled(read(2), read(2), read(2), read(2), written(2), written(2), written(1), int64)
+def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
+    """The gradients of x W^T + b: in `dx` (R, I), and added to `dweight` (O, I), if they have rows, and `dbias` (O,).
+
+    That of its result is `dy` (R, O), times `slope` if that has rows.
+    """
+    rows, outputs = dy.shape
+    inputs = weight.shape[1]
+    if not (fits(rows, inputs, outputs) and (len(dweight) == 0 or adds(outputs, inputs))):
+        dh = dy
+        if len(slope):
+            product_of_both = np.empty((rows, outputs), np.float32)
+            multiply_and_sum(dy, slope, product_of_both, dbias)
+            dh = product_of_both
+        else:
+            _add_rows(dy, dbias)
+        if len(dx):
+            product(
+                sgemm, False, False, rows, inputs, outputs,
+                ONE, dh.ctypes.data, outputs, weight.ctypes.data, inputs, ZERO, dx.ctypes.data, inputs,
+            )  # fmt: skip
+        if len(dweight):
+            product(
+                sgemm, True, False, outputs, inputs, rows,
+                ONE, dh.ctypes.data, outputs, x.ctypes.data, inputs, ONE, dweight.ctypes.data, inputs,
+            )  # fmt: skip
+        return
+    panels, zeros, top = panels_of_rows(weight), np.zeros(inputs, np.float32), 0
+    room = np.empty((_BAND + ROWS if len(slope) else 0, outputs), np.float32)
+    while top < rows:
+        bottom = _next_band(top, rows)
+        dh = dy[top:bottom]
+        if len(slope):
+            multiply_and_sum(dh, slope[top:bottom], room[: bottom - top], dbias)
+            dh = room[: bottom - top]
+        else:
+            _add_rows(dh, dbias)
+        if len(dx):
+            multiply(dh, panels, zeros, dx[top:bottom], 0, bottom - top)
+        if len(dweight):
+            add_transposed(dh, x[top:bottom], dweight)
+        top = bottom
 
 
 @compiled(read(2), read(1), read(1), float32, written(2), written(2), reorder=True)

@@ -31,23 +31,23 @@ _SMALL = 1 << (62 if _WIDE else 20)
 _ZEROS = np.zeros(COLUMNS, np.float32)
 
 
-def _block_of(columns: int) -> Any:
-    """A function that makes C = A B for ROWS rows of A and so many columns of B, with a row `start` added to each.
+def _block_of(rows: int, columns: int) -> Any:
+    """A function that makes C = start + A B for so many rows of A and columns of B.
 
     A step leads to the next entry of a row of A, the other strides to the next row.
     """
 
     @intrinsic
-    def function(typing, a, a_row, a_step, b, b_row, start, c, c_row, depth):
+    def function(typing, a, a_row, a_step, b, b_row, start, start_row, c, c_row, depth):
         def generate(context, builder, signature, args):
-            a, a_row, a_step, b, b_row, start, c, c_row, depth = args
+            a, a_row, a_step, b, b_row, start, start_row, c, c_row, depth = args
             a, b, start, c = (builder.inttoptr(x, REAL.as_pointer()) for x in (a, b, start, c))
             places = [SIZE(j) for j in range(0, columns, _WIDTH)]
-            sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in places] for _ in range(ROWS)]
-            for j, column in zip(places, zip(*sums, strict=True), strict=True):
-                first = builder.load(at(builder, start, j, _VECTOR), align=4)
-                for total in column:
-                    builder.store(first, total)
+            sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in places] for _ in range(rows)]
+            for i, totals in enumerate(sums):
+                line = builder.gep(start, [builder.mul(start_row, SIZE(i))])
+                for j, total in zip(places, totals, strict=True):
+                    builder.store(builder.load(at(builder, line, j, _VECTOR), align=4), total)
             with cgutils.for_range(builder, depth) as loop:
                 line = builder.gep(b, [builder.mul(loop.index, b_row)])
                 ys = [builder.load(at(builder, line, j, _VECTOR), align=4) for j in places]
@@ -63,12 +63,15 @@ def _block_of(columns: int) -> Any:
                     builder.store(builder.load(total), at(builder, line, j, _VECTOR), align=4)
             return context.get_dummy_value()
 
-        return void(*(int64,) * 9), generate
+        return void(*(int64,) * 10), generate
 
     return function
 
 
-_block, _narrow_block = _block_of(COLUMNS), _block_of(COLUMNS // 2)
+_block, _narrow_block = _block_of(ROWS, COLUMNS), _block_of(ROWS, COLUMNS // 2)
+_FEW = 4
+_MANY = 12 if _WIDE else _FEW
+_block_of_many, _block_of_few = _block_of(_MANY, COLUMNS), _block_of(_FEW, COLUMNS)
 
 
 @intrinsic
@@ -156,7 +159,32 @@ def multiply(x, panels, start, y, top, bottom):
         for down in range(top, bottom, ROWS):
             i = min(down, bottom - ROWS)
             a, c = x.ctypes.data + 4 * i * depth, y.ctypes.data + 4 * (i * columns + left)
-            _block(a, depth, 1, b, COLUMNS, first, c, columns, depth)
+            _block(a, depth, 1, b, COLUMNS, first, 0, c, columns, depth)
+
+
+@compiled(int64, int64, result=boolean)
+def adds(rows, columns):
+    """Whether `add_transposed` can do sums of this shape: its blocks do not overlap, which would be added twice."""
+    return rows % _FEW == 0 and columns % COLUMNS == 0
+
+
+@compiled(read(2), read(2), written(2))
+def add_transposed(a, b, c):
+    """C += A^T B for a few rows of A and B, which are in a cache."""
+    depth, rows = a.shape
+    columns, panel = b.shape[1], np.empty((depth, COLUMNS), np.float32)
+    for j in range(0, columns, COLUMNS):
+        for k in range(depth):
+            _copy(b.ctypes.data + 4 * (k * columns + j), panel.ctypes.data + 4 * k * COLUMNS)
+        i = 0
+        while i < rows:
+            left, place = a.ctypes.data + 4 * i, c.ctypes.data + 4 * (i * columns + j)
+            if rows - i >= _MANY:
+                _block_of_many(left, 1, rows, panel.ctypes.data, COLUMNS, place, columns, place, columns, depth)
+                i += _MANY
+            else:
+                _block_of_few(left, 1, rows, panel.ctypes.data, COLUMNS, place, columns, place, columns, depth)
+                i += _FEW
 
 
 # --- attention's ------------------------------------------------------------------------------------------------------
@@ -181,9 +209,9 @@ def _in_blocks(transpose_a, m, n, k, a, lda, b, ldb, c, ldc):
             i = min(down, m - ROWS)
             rows, columns, place = a + 4 * i * a_row, b + 4 * j, c + 4 * (i * ldc + j)
             if narrow:
-                _narrow_block(rows, a_row, a_step, columns, ldb, zeros, place, ldc, k)
+                _narrow_block(rows, a_row, a_step, columns, ldb, zeros, 0, place, ldc, k)
             else:
-                _block(rows, a_row, a_step, columns, ldb, zeros, place, ldc, k)
+                _block(rows, a_row, a_step, columns, ldb, zeros, 0, place, ldc, k)
 
 
 @compiled(int64, boolean, *(int64,) * 7, float32, *(int64,) * 2)

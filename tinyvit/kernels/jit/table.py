@@ -60,7 +60,7 @@ def adamw(
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
     reference.add_linear: Kernel(in_fp32(layers.add_linear), _added),
-    reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _not_float64),
+    reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _biased),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
