@@ -53,14 +53,15 @@ class Peer:
 
 
 def tinyvit_peer(
-    model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str = "cpu", *, bf16: bool = False
+    model: tinyvit.VisionTransformer, images: np.ndarray, labels: np.ndarray, device: str = "cpu", precision: str = ""
 ) -> Peer:
+    """In `precision`; by default in float32, on a GPU in bfloat16."""
     model.to(device)
     move = devices.mover(device)
     images, labels = move(images), move(labels)
-    precision = {"precision": "bf16"} if bf16 or device != "cpu" else {}
+    precision = precision or ("fp32" if device == "cpu" else "bf16")
     optimizer = tinyvit.optim.AdamW(model.parameters(), LR, BETAS, EPS, WEIGHT_DECAY)
-    step = tinyvit.TrainStep(model, optimizer, **precision)
+    step = tinyvit.TrainStep(model, optimizer, precision="fp32" if precision == "int8" else precision)
 
     def gradients() -> tuple[float, dict[str, np.ndarray]]:
         names, parameters = zip(*model.named_parameters(), strict=True)
@@ -75,7 +76,7 @@ def tinyvit_peer(
         return images if batches == 1 else arrays.namespace(images).concat([images] * batches)
 
     def infer(batches: int) -> np.ndarray:
-        return tinyvit.predict(model, repeated(batches), batch_size=len(images), **precision)
+        return tinyvit.predict(model, repeated(batches), batch_size=len(images), precision=precision)
 
     if device == "cpu":
         return Peer("tinyvit", lambda: float(step(images, labels)), infer, gradients)

@@ -49,7 +49,7 @@ CASES = {
 GPU_BATCHES = {"tiny-cifar": 1024, "vit-small": 256, "vit-base": 256}
 
 
-def peer_of(module: str, function: str, **options: bool) -> Callable[..., peers.Peer]:
+def peer_of(module: str, function: str, **options: bool | str) -> Callable[..., peers.Peer]:
     """A builder of contenders that imports its library only when it is called."""
 
     def build(*arguments: object) -> peers.Peer:
@@ -60,17 +60,26 @@ def peer_of(module: str, function: str, **options: bool) -> Callable[..., peers.
 
 PEERS: dict[str, tuple[str | None, Callable]] = {  # name: (module it needs, builder)
     "tinyvit": (None, peers.tinyvit_peer),
-    "tinyvit bf16": (None, peer_of("peers", "tinyvit_peer", bf16=True)),
+    "tinyvit bf16": (None, peer_of("peers", "tinyvit_peer", precision="bf16")),
+    "tinyvit int8": (None, peer_of("peers", "tinyvit_peer", precision="int8")),
     "torch": ("torch", peer_of("peers_torch", "torch_peer")),
     "torch.compile": ("torch", peer_of("peers_torch", "torch_peer", compiled=True)),
     "torch bf16": ("torch", peer_of("peers_torch", "torch_peer", bf16=True)),
     "torch oneDNN": ("torch", peer_of("peers_torch", "onednn_peer")),
     "JAX": ("jax", peer_of("peers_jax", "jax_peer")),
     "ONNX Runtime": ("onnxruntime", peer_of("peers_runtimes", "onnxruntime_peer")),
+    "ONNX Runtime int8": ("onnxruntime", peer_of("peers_runtimes", "onnxruntime_peer", int8=True)),
     "OpenVINO": ("openvino", peer_of("peers_runtimes", "openvino_peer")),
     "OpenVINO bf16": ("openvino", peer_of("peers_runtimes", "openvino_peer", bf16=True)),
 }
-ONLY_INFER = {"torch oneDNN", "ONNX Runtime", "OpenVINO", "OpenVINO bf16"}
+ONLY_INFER = {
+    "tinyvit int8",
+    "torch oneDNN",
+    "ONNX Runtime",
+    "ONNX Runtime int8",
+    "OpenVINO",
+    "OpenVINO bf16",
+}
 CPU_ONLY = {"tinyvit bf16", "torch bf16", *ONLY_INFER}  # on a GPU both are in bfloat16 anyway
 
 SETTLE = 0.3  # seconds between two contenders: threads of the one before keep spinning for a while
@@ -235,9 +244,9 @@ def table(result: dict) -> str:
     if "difference" in result:
         d = result["difference"]
         lines[0] += f"; from torch: loss {d['loss']:.1e}, gradients {d['gradients']:.1e}"
-    lines.append(f"{'':14}|{'training':^32}|{'inference':^32}| {'peak' if cpu else 'held'}")
+    lines.append(f"{'':17}|{'training':^32}|{'inference':^32}| {'peak' if cpu else 'held'}")
     head = f"{'img/s':>8} {'ours x':>7} {unit:>8} {share:>5} "
-    lines.append(f"{'':14}|{head}|{head}|  MiB")
+    lines.append(f"{'':17}|{head}|{head}|  MiB")
     own = result["peers"].get("tinyvit")
     for name, row in result["peers"].items():
         cells = []
@@ -249,7 +258,7 @@ def table(result: dict) -> str:
             ratio = f"{own[kind]['images_per_second'] / rate:.2f}" if own and kind in own else ""
             cells.append(f"{rate:8.1f} {ratio:>7} {gflops / scale:8.0f} {gflops / top:5.0%} ")
         peak = row.get("peak_mib")
-        lines.append(f"{name:14}|{cells[0]}|{cells[1]}|{peak:5.0f}" if peak else f"{name:14}|{cells[0]}|{cells[1]}|")
+        lines.append(f"{name:17}|{cells[0]}|{cells[1]}|{peak:5.0f}" if peak else f"{name:17}|{cells[0]}|{cells[1]}|")
     if "first_loss" in result:
         losses = ", ".join(f"{name} {loss:.5f}" for name, loss in result["first_loss"].items())
         lines.append(f"loss of the first step: {losses}")

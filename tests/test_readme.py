@@ -133,6 +133,7 @@ def test_the_map_names_every_room_in_its_order():
         "cpu/",
         "jit/",
         "bf16/",
+        "int8/",
         "cuda/",
         "tests/test_structure.py",
     }

@@ -18,6 +18,7 @@ import pytest
 import train_bench
 from running import environment
 
+from tinyvit.kernels import int8
 from tinyvit.models import registry
 
 
@@ -58,11 +59,17 @@ def test_training_on_the_cpu(nano, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", sorted(train_bench.ONLY_INFER))
-def test_contenders_that_only_infer_give_tinyvit_s_logits(nano, name, capsys):
-    if not importlib.util.find_spec(train_bench.PEERS[name][0]):
+def test_contenders_that_only_infer_give_tinyvit_s_logits(nano, name, capsys, monkeypatch, request):
+    if not importlib.util.find_spec(train_bench.PEERS[name][0] or "numba"):
         pytest.skip(f"{train_bench.PEERS[name][0]} is not installed")
+    if name == "tinyvit int8":
+        monkeypatch.setenv("TINYVIT_JIT", "1")
+        int8.available.cache_clear()
+        request.addfinalizer(int8.available.cache_clear)
+        if not int8.available():
+            pytest.skip("this processor has no AVX512-VNNI")
     theirs, ours = (train_bench.make_peer("micro", peer, "cpu").infer(2) for peer in (name, "tinyvit"))
-    assert np.abs(theirs - ours).max() < (0.05 if "bf16" in name else 1e-5) and len(theirs) == 10
+    assert np.abs(theirs - ours).max() < (0.05 if name.endswith(("bf16", "int8")) else 1e-5) and len(theirs) == 10
     train_bench.main(["--device", "cpu", "--cases", "micro", "--steps", "1", "--no-memory", "--peers", name])
     row = capsys.readouterr().out.split("\n\n")[0].splitlines()[-1].split("|")
     assert row[0].strip() == name and not row[1].strip() and "%" in row[2]

@@ -36,7 +36,7 @@ def predict(
         threads: as in `parallel.plan`.
         shards_per_batch: into how many shards a CPU's threads share a batch; by default as many as bring each of them
             to about SHARD_TOKENS tokens.
-        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
+        precision: "fp32", "tf32", "bf16", "fp16" or "int8", as in `precision.Precision`.
 
     On a GPU batches of one size, also of several calls, are one CUDA graph, whose memory is kept as long as the model.
 

@@ -7,7 +7,7 @@ far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has flo
 loss is scaled to keep small gradients above zero.
 
 On a CPU that multiplies bfloat16 fast (AMD's with AVX512-BF16, with numba) bf16 rounds the operands of linear layers
-alone. Weights and activations stay in float32.
+alone. Weights and activations stay in float32. int8, for predictions, has 8 bits for those operands (AVX512-VNNI).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.kernels import bf16
+from tinyvit.kernels import bf16, int8
 from tinyvit.kernels.cuda import cublas
 from tinyvit.nn import Buffer, Module, Parameter
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of training; predictions have int8, too
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -35,17 +35,21 @@ class Precision:
     Args:
         name: "fp32" for that of the weights; "tf32" for the same with the operands of products rounded to TF32 (10
             bits of mantissa, float32's range; NVIDIA GPUs of compute capability 8.0 and later); "bf16" or "fp16" for
-            weights rounded to 16 bits, on some CPUs for rounded operands of linear layers (see above).
+            weights rounded to 16 bits, on some CPUs for rounded operands of linear layers (see above); "int8" for
+            operands of linear layers in 8 bits (CPUs with AVX512-VNNI, with numba).
         weights: the model's, float32 unless the name is "fp32".
+        gradients: whether gradients are wanted, which int8 has not.
 
     Raises:
         ValueError: no such precision, or the weights' dtype, library or device does not have it.
     """
 
-    def __init__(self, name: str, weights: Sequence[Tensor]) -> None:
-        if name not in PRECISIONS:
-            raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {name!r}")
+    def __init__(self, name: str, weights: Sequence[Tensor], gradients: bool = False) -> None:
+        if name not in (known := PRECISIONS if gradients else (*PRECISIONS, "int8")):
+            reason = ": int8 has no gradients" if name == "int8" else ""
+            raise ValueError(f"expected a precision of {', '.join(known)}, got {name!r}{reason}")
         self.name, self._weights = name, list(weights)
+        self._packed: dict[int, Any] | None = None  # the weights in 8 bits
         self.dtype = None  # of the rounded weights
         self._rounded: list[Array] = []
         self._current: list[tuple[Array, int]] = []  # the master weights that were rounded, with their versions
@@ -56,6 +60,12 @@ class Precision:
             raise ValueError(f"precision {name} expects a float32 model, got {', '.join(sorted(other))}")
         if name == "tf32":
             _check_tf32(like)
+            return
+        if name == "int8":
+            if arrays.namespace(like) is not arrays.numpy_namespace or not int8.available():
+                needs = 'a CPU with AVX512-VNNI, and numba (pip install "tinyvit[jit]", TINYVIT_JIT not 0)'
+                raise ValueError(f"precision int8 needs {needs}: expected fp32, bf16 or fp16")
+            self._packed = {}
             return
         if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and bf16.available():
             return
@@ -69,6 +79,7 @@ class Precision:
         """Within this context, in this thread, products are computed in this precision."""
         tf32 = cublas.tf32.set(self.name == "tf32")
         rounds = bf16.rounds.set(self.name == "bf16" and self.dtype is None)
+        packed = int8.packed.set(self._packed)
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
@@ -77,6 +88,7 @@ class Precision:
         finally:
             cublas.tf32.reset(tf32)
             bf16.rounds.reset(rounds)
+            int8.packed.reset(packed)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -116,6 +128,10 @@ class Precision:
 
     def refresh(self) -> None:
         """Round the weights again if one has changed."""
+        if self._packed is not None and not self.is_current():
+            self._current = [(p.data, p.version) for p in self._weights]
+            self._packed.clear()
+            self._packed |= {id(data): None for data, _ in self._current}
         if self.dtype is not None and not self.is_current():
             with np.errstate(over="ignore"):
                 self._round([p.data for p in self._weights])

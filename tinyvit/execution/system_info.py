@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info
 
 from tinyvit._version import __version__
 from tinyvit.backend import devices, parallel
-from tinyvit.kernels import bf16, jit
+from tinyvit.kernels import bf16, int8, jit
 
 # OpenBLAS's kernels by the vector width that they use (its names for core types).
 _AVX512_CORES = {"skylakex", "cooperlake", "sapphirerapids", "zen4", "zen5"}
@@ -172,8 +172,9 @@ def cpu_kernels(environment: Mapping[str, str]) -> str:
     """Which kernels compute on a CPU, and what numba's bring."""
     gain = "training is 1.05 (ViT-B/16) to 1.8 times as fast (cct_2_3x3_32)"
     if jit.wanted(environment):
-        halves = "; precision bf16 uses this processor's bfloat16 products" if bf16.available() else ""
-        return f"compiled by numba, the rest NumPy's: {gain}{halves}; TINYVIT_JIT=0 leaves them out"
+        more = "; precision bf16 uses this processor's bfloat16 products" if bf16.available() else ""
+        more += "; predictions can have precision int8" if int8.available() else ""
+        return f"compiled by numba, the rest NumPy's: {gain}{more}; TINYVIT_JIT=0 leaves them out"
     if environment.get("TINYVIT_JIT") == "0":
         return f"NumPy's, because of TINYVIT_JIT=0; with numba's {gain}"
     return f'NumPy\'s; with numba (pip install "tinyvit[jit]") {gain}'

@@ -94,7 +94,7 @@ class TrainStep:
         if not self.parameters:
             raise ValueError("a training step needs a model with parameters that require a gradient")
         like = self.parameters[0].data
-        self.precision = Precision(precision, model.parameters())
+        self.precision = Precision(precision, model.parameters(), gradients=True)
         if self.precision.dtype is not None and not arrays.is_writable(like):
             raise ValueError(f"precision {precision} rounds weights in place, which these arrays refuse: expected fp32")
         self._scale = LossScale(like) if precision == "fp16" else None

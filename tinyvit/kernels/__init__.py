@@ -1,8 +1,8 @@
 """The operations' arithmetic: a reference for any array library, and faster kernels for NumPy and CuPy.
 
 A kernel has the signature of the reference operation that it replaces. `cpu/table.py`, `jit/table.py` (with numba),
-`bf16/table.py` (in that precision) and `cuda/table.py` list the kernels of a library by their reference operations,
-each with the arguments that it covers.
+`bf16/table.py` and `int8/table.py` (in those precisions) and `cuda/table.py` list the kernels of a library by their
+reference operations, each with the arguments that it covers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tinyvit.kernels import bf16, jit
+from tinyvit.kernels import bf16, int8, jit
 
 # What the kernels of one backward pass tell each other; None outside of one.
 notes: ContextVar[dict[str, Any] | None] = ContextVar("tinyvit_notes", default=None)
@@ -40,16 +40,17 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 
     What its kernel does not cover runs through `op`.
     """
-    return _fastest(xp, jit.worth_it(), bf16.rounds.get()).get(op, op)
+    precision = "bf16" if bf16.rounds.get() else None if int8.packed.get() is None else "int8"
+    return _fastest(xp, jit.worth_it(), precision).get(op, op)
 
 
 @functools.cache
 def _fastest(
-    xp: ModuleType, with_jit: bool = True, with_bf16: bool = False
+    xp: ModuleType, with_jit: bool = True, precision: str | None = None
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For each reference operation that has a kernel for `xp`, what to run in its place."""
-    if xp.__name__ == _NUMPY and with_bf16:
-        return _merged("cpu", "jit", "bf16")
+    if xp.__name__ == _NUMPY and precision:
+        return _merged("cpu", "jit", precision)
     if xp.__name__ == _NUMPY and with_jit and jit.wanted():
         try:
             return _merged("cpu", "jit")

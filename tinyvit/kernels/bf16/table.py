@@ -9,13 +9,13 @@ import numpy as np
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
-from tinyvit.kernels.bf16.loops import PANEL, TILE
 from tinyvit.kernels.jit import layers
 from tinyvit.kernels.jit import loops as fp32_loops
+from tinyvit.kernels.jit.dot_products import PANEL, TILE, multiply
 
 
 class _Left(NamedTuple):
-    """A rounded matrix as the left one of a product, with its places as `loops.multiply` wants them."""
+    """A rounded matrix as the left one of a product, with its places as `multiply` wants them."""
 
     pairs: Array
     row: int
@@ -53,7 +53,7 @@ def _multiply(a: _Left, b: Array, shape: tuple[int, int], bias: Array | None = N
     padded, c = np.zeros(len(b) * PANEL, np.float32), np.empty(shape, np.float32)
     if bias is not None:
         padded[: len(bias)] = bias
-    loops.multiply(a.pairs.ctypes.data, a.row, a.panel, a.step, b, padded, c)
+    multiply(a.pairs.ctypes.data, a.row, a.panel, a.step, b, padded, c, False)
     return c
 
 
