@@ -133,16 +133,36 @@ def bias_gelu(y, bias, slope, tanh):
                 y[i, j] = x * _phi(x)
 
 
+_FEW_ROWS = 128  # that are added up before their sum is added to others: float32 keeps more digits of it
+
+
 @compiled(read(2), read(2), written(2), written(1))
 def multiply_and_sum(a, b, product, total):
     """a * b (R, C), and the sum of its rows added to `total` (C,)."""
     widest()
     rows, columns = a.shape
-    for i in range(rows):
+    for start in range(0, rows, _FEW_ROWS):
+        part = np.zeros(columns, np.float32)
+        for i in range(start, min(rows, start + _FEW_ROWS)):
+            for j in range(columns):
+                x = a[i, j] * b[i, j]
+                product[i, j] = x
+                part[j] += x
         for j in range(columns):
-            x = a[i, j] * b[i, j]
-            product[i, j] = x
-            total[j] += x
+            total[j] += part[j]
+
+
+@compiled(read(2), written(1))
+def add_rows(x, total):
+    """The sum of the rows of x (R, C) added to `total` (C,)."""
+    rows, columns = x.shape
+    for start in range(0, rows, _FEW_ROWS):
+        part = np.zeros(columns, np.float32)
+        for i in range(start, min(rows, start + _FEW_ROWS)):
+            for j in range(columns):
+                part[j] += x[i, j]
+        for j in range(columns):
+            total[j] += part[j]
 
 
 # --- linear layers and layer norm -------------------------------------------------------------------------------------
@@ -206,13 +226,6 @@ def linear_gelu(x, weight, bias, y, slope, tanh, sgemm):
     bias_gelu(y, bias, slope, tanh)
 
 
-@compiled(read(2), written(1))
-def _add_rows(x, total):
-    for i in range(len(x)):
-        for j in range(len(total)):
-            total[j] += x[i, j]
-
-
 @compiled(read(2), read(2), read(2), read(2), written(2), written(2), written(1), int64)
 def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
     """The gradients of x W^T + b: in `dx` (R, I), and added to `dweight` (O, I), if they have rows, and `dbias` (O,).
@@ -228,7 +241,7 @@ def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
             multiply_and_sum(dy, slope, product_of_both, dbias)
             dh = product_of_both
         else:
-            _add_rows(dy, dbias)
+            add_rows(dy, dbias)
         if len(dx):
             product(
                 sgemm, False, False, rows, inputs, outputs,
@@ -249,7 +262,7 @@ def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
             multiply_and_sum(dh, slope[top:bottom], room[: bottom - top], dbias)
             dh = room[: bottom - top]
         else:
-            _add_rows(dh, dbias)
+            add_rows(dh, dbias)
         if len(dx):
             multiply(dh, panels, zeros, dx[top:bottom], 0, bottom - top)
         if len(dweight):
@@ -279,19 +292,24 @@ def layer_norm(x, weight, bias, eps, y, moments):
 def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
     """`dweight` and `dbias` are added to."""
     rows, dim = x.shape
-    for i in range(rows):
-        mean, rstd = moments[i, 0], moments[i, 1]
-        total, along = ZERO, ZERO
+    for start in range(0, rows, _FEW_ROWS):
+        weight_part, bias_part = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
+        for i in range(start, min(rows, start + _FEW_ROWS)):
+            mean, rstd = moments[i, 0], moments[i, 1]
+            total, along = ZERO, ZERO
+            for j in range(dim):
+                g = dy[i, j] * weight[j]
+                total += g
+                along += g * ((x[i, j] - mean) * rstd)
+            total, along = total / f(dim), along / f(dim)
+            for j in range(dim):
+                normal = (x[i, j] - mean) * rstd
+                dx[i, j] = (dy[i, j] * weight[j] - total - normal * along) * rstd
+                weight_part[j] += dy[i, j] * normal
+                bias_part[j] += dy[i, j]
         for j in range(dim):
-            g = dy[i, j] * weight[j]
-            total += g
-            along += g * ((x[i, j] - mean) * rstd)
-        total, along = total / f(dim), along / f(dim)
-        for j in range(dim):
-            normal = (x[i, j] - mean) * rstd
-            dx[i, j] = (dy[i, j] * weight[j] - total - normal * along) * rstd
-            dweight[j] += dy[i, j] * normal
-            dbias[j] += dy[i, j]
+            dweight[j] += weight_part[j]
+            dbias[j] += bias_part[j]
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

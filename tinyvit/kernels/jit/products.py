@@ -25,7 +25,7 @@ _WIDTH = 16 if _WIDE else 8
 _VECTOR, _SQUARE = ir.VectorType(REAL, _WIDTH), ir.VectorType(REAL, 8)
 
 ROWS, COLUMNS = (14, 2 * _WIDTH) if _WIDE else (6, 2 * _WIDTH)  # whose sums fill 28 of 32 registers, or 12 of 16
-_LARGEST = 1 << 19  # entries of a layer's weight: measured. Larger ones leave the caches between two bands of rows
+_LARGEST = 1 << 18  # entries of a layer's weight: measured. Larger ones leave the caches between two bands of rows
 # Multiplications up to which attention's products are done here: measured, with AVX-512 of all sizes.
 _SMALL = 1 << (62 if _WIDE else 20)
 _ZEROS = np.zeros(COLUMNS, np.float32)
@@ -69,8 +69,7 @@ def _block_of(rows: int, columns: int) -> Any:
 
 
 _block, _narrow_block = _block_of(ROWS, COLUMNS), _block_of(ROWS, COLUMNS // 2)
-_FEW = 4
-_MANY = 12 if _WIDE else _FEW
+_MANY, _FEW = (12, 4) if _WIDE else (6, 2)
 _block_of_many, _block_of_few = _block_of(_MANY, COLUMNS), _block_of(_FEW, COLUMNS)
 
 
