@@ -305,6 +305,13 @@ def test_compiling_is_announced_once_and_works_where_nothing_can_be_kept(capsys,
     assert out == "" and err.count("\n") == 1 and "compiling" in err
 
 
+def test_an_old_numba_is_refused_before_its_llvm_ends_the_process(monkeypatch):
+    monkeypatch.setattr("numba.version_info", mock.Mock(short=(0, 61)))
+    monkeypatch.delitem(sys.modules, "tinyvit.kernels.jit.compiling")
+    with pytest.raises(ImportError, match="is too old, expected 0.62 or newer"):
+        importlib.import_module("tinyvit.kernels.jit.compiling")
+
+
 def test_a_numba_that_does_not_work_leaves_numpy_s_kernels(jit, monkeypatch):
     monkeypatch.setitem(sys.modules, "tinyvit.kernels.jit.table", None)
     kernels._merged.cache_clear()
