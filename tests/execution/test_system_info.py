@@ -8,6 +8,7 @@ import pytest
 
 from tinyvit.backend import parallel
 from tinyvit.execution.system_info import SystemInfo, as_table, collect, cpu_kernels, one_line, slowdowns
+from tinyvit.kernels import jit
 
 GOOD = SystemInfo(
     versions={"tinyvit": "1", "cupy": None},
@@ -44,10 +45,9 @@ def test_a_machine_without_faults_has_no_findings():
 
 def test_the_kernels_in_use_are_named(monkeypatch):
     assert "TINYVIT_JIT=0" in cpu_kernels({"TINYVIT_JIT": "0"})
-    found = {"numba": True}
-    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    monkeypatch.setattr(jit, "_installed", lambda: True)
     assert cpu_kernels({}).startswith("compiled by numba") and "times as fast" in cpu_kernels({})
-    found.clear()
+    monkeypatch.setattr(jit, "_installed", lambda: False)
     assert cpu_kernels({}).startswith("NumPy's; with numba") and 'pip install "tinyvit[jit]"' in cpu_kernels({})
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib.util
+import functools
+import importlib.metadata
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 
 FEW = 32  # images: loading numba takes half a second and 110 MB, more than it saves on fewer
@@ -19,7 +21,21 @@ _few: contextvars.ContextVar[bool] = contextvars.ContextVar("tinyvit_few_images"
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether these kernels are to be used: numba is installed, and the environment does not say TINYVIT_JIT=0."""
-    return environment.get("TINYVIT_JIT") != "0" and importlib.util.find_spec("numba") is not None
+    return environment.get("TINYVIT_JIT") != "0" and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    """Whether there is a numba of 0.62 or newer: the LLVM of older ones ends the process at `compiling.maximum`."""
+    try:
+        version = importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    new_enough = tuple(map(int, version.split(".")[:2])) >= (0, 62)
+    if not new_enough:
+        cure = 'expected 0.62 or newer: pip install "tinyvit[jit]"'
+        warnings.warn(f"NumPy's kernels run, for numba {version} is too old, {cure}", stacklevel=2)
+    return new_enough
 
 
 @contextlib.contextmanager

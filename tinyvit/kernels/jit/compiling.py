@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
-from numba import __version__, boolean, config, float32, int32, int64, njit, types, version_info, void
+from numba import boolean, config, float32, int32, int64, njit, types, void
 from numba.core import event
 from numba.core.caching import _CacheLocator
 from numba.extending import intrinsic
@@ -17,9 +17,6 @@ from numba.extending import intrinsic
 from tinyvit.distributed.launch import launched
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
-
-if version_info.short < (0, 62):  # whose LLVM ends the process at `maximum`
-    raise ImportError(f"numba {__version__} is too old, expected 0.62 or newer: pip install --upgrade numba")
 
 
 def _forget_older(directory: Path, cache: Path) -> None:
