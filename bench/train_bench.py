@@ -1,8 +1,9 @@
 """Training and inference speed of tinyvit beside PyTorch, JAX, ONNX Runtime and OpenVINO on this machine.
 
 All contenders start from the same weights and take turns, step by step, in one process, so that a machine whose speed
-drifts treats them alike. Each row gives the median over the steps. On a CPU they compute in float32, on a GPU in
-bfloat16 (weights and optimizer in float32) on a batch that lies there already; logits go to the host on both.
+drifts treats them alike. Each row gives the median over the steps. On a CPU they compute in float32, where their name
+does not say otherwise, on a GPU in bfloat16 (weights and optimizer in float32) on a batch that lies there already;
+logits go to the host on both.
 
     python bench/train_bench.py                                  # every case, every contender that is installed
     python bench/train_bench.py --cases tiny-cifar --peers torch --steps 20 --json out.json

@@ -18,7 +18,7 @@ from tinyvit import commands
 from tinyvit._version import __version__
 from tinyvit.distributed import ALONE, Failed, init
 from tinyvit.errors import ReportedError, Stopped
-from tinyvit.execution.precision import PRECISIONS
+from tinyvit.execution.precision import PREDICTION_PRECISIONS
 from tinyvit.files.text import printable
 from tinyvit.training.config import FIELDS, UsageError, flag, image_size, nearest, one_of, whole
 
@@ -122,7 +122,7 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
     for sub in (ev, predict, report):
         sub.take_as_train("device", default="auto")
     for sub in (ev, predict):
-        sub.take("--precision", one_of(*PRECISIONS, "int8"), "of the arithmetic; int8 on a CPU", default="fp32")
+        sub.take("--precision", one_of(*PREDICTION_PRECISIONS), "of the arithmetic; int8 on a CPU", default="fp32")
     for sub in (ev, predict, summary, convert, export):
         sub.take("--num-heads", whole(1), "attention heads of a checkpoint that does not say how many it has")
     for sub in (ev, predict, summary, info):

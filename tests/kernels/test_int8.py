@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from tinyvit import TrainStep, create_model, no_grad, optim, predict
+from tinyvit import create_model, no_grad, predict
 from tinyvit import kernels as all_kernels
 from tinyvit.execution.inference import predictions
 from tinyvit.kernels import int8, reference
@@ -109,18 +109,3 @@ def test_predictions_are_float32_s_to_8_bits_and_follow_the_weights():
     changed = predict(model, x)
     assert np.linalg.norm(second - changed) < 0.05 * np.linalg.norm(changed) < np.linalg.norm(second - exact)
     assert np.array_equal(predict(model, x), changed)
-
-
-def test_training_is_refused():
-    model = create_model("vit_nano_patch8_32", num_classes=5)
-    with pytest.raises(ValueError, match="expected a precision of fp32, tf32, bf16, fp16, got 'int8': int8 has no gra"):
-        TrainStep(model, optim.AdamW(model.parameters()), precision="int8")
-
-
-def test_where_it_cannot_be_the_cure_is_named(monkeypatch):
-    monkeypatch.setattr(int8, "available", lambda: False)
-    model = create_model("vit_nano_patch8_32", num_classes=5)
-    with pytest.raises(
-        ValueError, match=r"^precision int8 needs a CPU with AVX512-VNNI, and numba .* expected fp32, bf16 or fp16$"
-    ):
-        predict(model, np.zeros((1, 3, 32, 32), np.float32), precision="int8")

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -61,26 +62,54 @@ def test_exp_is_exact():
     assert np.isnan(loops.exp(np.float32(np.nan)))
 
 
-def test_gelu_is_exact():
+@pytest.mark.parametrize("needed", [True, False])
+def test_gelu_is_exact(needed):
+    """Without a gradient it is computed in another way."""
     identity, bias = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
     run = OPERATIONS[reference.linear_gelu]
-    y, vjp = run(xp, GRID[:, None], identity, bias, approximate="none", needs=(True, False, False))
+    y, vjp = run(xp, GRID[:, None], identity, bias, approximate="none", needs=(needed, False, False))
     wide = GRID.astype(np.float64)
     phi = np.array([0.5 * math.erfc(-v * math.sqrt(0.5)) for v in wide])
     slope = phi + wide * np.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
-    assert (np.abs(y[:, 0] - wide * phi) / np.maximum(np.abs(wide), 1)).max() < 1.5e-7
-    assert np.abs(vjp(np.ones_like(y))[0][:, 0] - slope).max() < 3e-7
+    assert (np.abs(y[:, 0] - wide * phi) / np.maximum(np.abs(wide), 1)).max() < (1.5e-7 if needed else 2e-7)
+    if needed:
+        assert np.abs(vjp(np.ones_like(y))[0][:, 0] - slope).max() < 3e-7
 
 
+@pytest.mark.parametrize("needed", [True, False])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_gelu_of_large_values(approximate):
+def test_gelu_of_large_values(approximate, needed):
     x = np.array([1e4, -1e4, 50.0, -50.0, 0.0, np.nan], np.float32)[:, None]
     identity, bias = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
     run = OPERATIONS[reference.linear_gelu]
-    y, vjp = run(xp, x, identity, bias, approximate=approximate, needs=(True, False, False))
+    y, vjp = run(xp, x, identity, bias, approximate=approximate, needs=(needed, False, False))
     assert y[:5, 0].tolist() == pytest.approx([1e4, 0, 50, 0, 0], abs=1e-30)
-    assert vjp(np.ones_like(y))[0][:5, 0].tolist() == pytest.approx([1, 0, 1, 0, 0.5], abs=1e-29)
     assert np.isnan(y[5, 0])
+    if needed:
+        assert vjp(np.ones_like(y))[0][:5, 0].tolist() == pytest.approx([1, 0, 1, 0, 0.5], abs=1e-29)
+
+
+@pytest.mark.parametrize("openblas", [True, False])
+def test_gelu_of_a_large_layer(monkeypatch, openblas):
+    """By NumPy's BLAS, or through NumPy where that has no known name. What lies between is kept until it is used."""
+    monkeypatch.setattr(layers, "SGEMM", layers.SGEMM if openblas else 0)
+    x, weight, bias = noise(2900, 256), noise(3072, 256, seed=1) / 16, noise(3072, seed=2)
+    dy = noise(2900, 3072, seed=3)
+    inputs = [torch.tensor(a).requires_grad_() for a in (x, weight, bias)]
+    expected = TF.gelu(TF.linear(*inputs))
+    expected.backward(torch.tensor(dy))
+    y, vjp = layers.linear_gelu(xp, x, weight, bias, approximate="none", needs=(True,) * 3)
+    assert not products.fits(len(x), *weight.shape) and np.abs(y - expected.detach().numpy()).max() < 1e-5
+    for got, wanted in zip(vjp(dy), inputs, strict=True):
+        assert np.abs(got - wanted.grad.numpy()).max() < 1e-5 * float(wanted.grad.abs().max())
+
+
+def test_a_frozen_weight_keeps_no_activations():
+    x, weight, bias = noise(100, 64), noise(64, 64, seed=1), noise(64, seed=2)
+    alive = weakref.ref(x)
+    _, vjp = OPERATIONS[reference.linear](xp, x, weight, bias, needs=(True, False, False))
+    del x
+    assert alive() is None and vjp(noise(100, 64))[1:] == (None, None)
 
 
 @pytest.mark.parametrize("tokens, queries", [(65, None), (577, 1), (300, 290)])
@@ -104,12 +133,13 @@ def test_scores_of_thousands_do_not_overflow():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", ["layer_norm", "qkv_attention", "linear", "linear_gelu"])
-@pytest.mark.parametrize("tokens", [5, 17])
+@pytest.mark.parametrize("tokens", [5, 3 * products.ROWS])
 def test_what_is_not_finite_shows_where_the_reference_shows_it(name, bad, tokens):
-    """Attention over 17 tokens with heads of 16 is multiplied in blocks."""
-    x = noise(2, tokens, 12 if tokens == 5 or name != "qkv_attention" else 96)
+    """With many tokens in blocks of registers."""
+    heads_of = 4 if tokens == 5 else products.COLUMNS
+    x = noise(2, tokens, 3 * 2 * heads_of if name == "qkv_attention" else 12)
     x[1, 2, 3] = bad
-    weight, bias = noise(8, 12, seed=1), noise(8, seed=2)
+    weight, bias = noise(products.COLUMNS + 8, 12, seed=1), noise(products.COLUMNS + 8, seed=2)
     inputs, parameters = {
         "layer_norm": ((x, noise(12, seed=3), noise(12, seed=4)), {"eps": 1e-6}),
         "qkv_attention": ((x,), {"num_heads": 2}),
@@ -136,14 +166,21 @@ def test_adamw_follows_the_reference_in_float64(order):
         assert max(np.abs(a - b).max() for a, b in zip(arrays, wide, strict=True)) < 2e-6
 
 
-def test_what_was_compiled_before_a_file_changed_is_forgotten(tmp_path):
-    (tmp_path / "__pycache__").mkdir()
-    files = [tmp_path / name for name in ("a.py", "b.py", "__pycache__/a.old.nbi", "__pycache__/a.new.nbi")]
-    for file, time in zip(files, (100, 300, 200, 400), strict=True):
+def test_what_was_compiled_before_a_file_changed_is_forgotten(tmp_path, monkeypatch):
+    """Also of another directory, and where NUMBA_CACHE_DIR keeps it."""
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path / "elsewhere"))
+    directories = [tmp_path / "a", tmp_path / "b"]
+    subpath = compiling._CacheLocator.get_suitable_cache_subpath(str(tmp_path / "b" / "x.py"))
+    caches = [tmp_path / "elsewhere" / subpath, *(directory / "__pycache__" for directory in directories)]
+    files = [(tmp_path / "a" / "x.py", 300), (tmp_path / "b" / "x.py", 100)]
+    for cache in caches:
+        cache.mkdir(parents=True)
+        files += [(cache / "x.old.nbi", 200), (cache / "x.new.nbi", 400)]
+    for file, time in files:
         file.touch()
         os.utime(file, (time, time))
-    compiling._forget_older(tmp_path, tmp_path / "__pycache__")
-    assert [file.exists() for file in files] == [True, True, False, True]
+    compiling._forget_older(directories)
+    assert [[file.name for file in cache.glob("*.nbi")] for cache in caches] == [["x.new.nbi"]] * 3
 
 
 @given(data=st.data())
@@ -214,7 +251,7 @@ def test_linear_layers_of_any_size_follow_the_reference_in_float64(rows, inputs,
         assert np.abs(y - expected).max() < 3e-5
         if True in needs:
             for got, wanted, needed_one in zip(vjp(dy), expected_vjp(dy.astype(np.float64)), needs_of, strict=True):
-                assert (got is not None) or not needed_one
+                assert (got is not None) == needed_one
                 if needed_one:
                     assert np.abs(got - wanted).max() < 2e-4 and got.shape == wanted.shape
 
@@ -306,7 +343,7 @@ def test_compiling_is_announced_once_and_works_where_nothing_can_be_kept(capsys,
     assert out == "" and err.count("\n") == 1 and "compiling" in err
 
 
-@pytest.mark.parametrize("version, used", [("0.61.2", False), ("0.62.0rc1", True), ("1.0.0", True)])
+@pytest.mark.parametrize("version, used", [("0.61.2", False), ("0.62rc1", True), ("1.0.0", True), ("0+unknown", True)])
 def test_an_old_numba_is_left_out_before_its_llvm_ends_the_process(monkeypatch, version, used):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     with (

@@ -25,7 +25,8 @@ from tinyvit.kernels import bf16, int8
 from tinyvit.kernels.cuda import cublas
 from tinyvit.nn import Buffer, Module, Parameter
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # of training; predictions have int8, too
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PREDICTION_PRECISIONS = (*PRECISIONS, "int8")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -45,7 +46,7 @@ class Precision:
     """
 
     def __init__(self, name: str, weights: Sequence[Tensor], gradients: bool = False) -> None:
-        if name not in (known := PRECISIONS if gradients else (*PRECISIONS, "int8")):
+        if name not in (known := PRECISIONS if gradients else PREDICTION_PRECISIONS):
             reason = ": int8 has no gradients" if name == "int8" else ""
             raise ValueError(f"expected a precision of {', '.join(known)}, got {name!r}{reason}")
         self.name, self._weights = name, list(weights)
@@ -62,7 +63,9 @@ class Precision:
             _check_tf32(like)
             return
         if name == "int8":
-            if arrays.namespace(like) is not arrays.numpy_namespace or not int8.available():
+            if arrays.namespace(like) is not arrays.numpy_namespace:
+                raise ValueError('precision int8 is for models on a CPU: --device cpu, or model.to("cpu")')
+            if not int8.available():
                 needs = 'a CPU with AVX512-VNNI, and numba (pip install "tinyvit[jit]", TINYVIT_JIT not 0)'
                 raise ValueError(f"precision int8 needs {needs}: expected fp32, bf16 or fp16")
             self._packed = {}

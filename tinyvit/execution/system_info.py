@@ -172,8 +172,8 @@ def cpu_kernels(environment: Mapping[str, str]) -> str:
     """Which kernels compute on a CPU, and what numba's bring."""
     gain = "training is 1.05 (ViT-B/16) to 1.8 times as fast (cct_2_3x3_32)"
     if jit.wanted(environment):
-        more = "; precision bf16 uses this processor's bfloat16 products" if bf16.available() else ""
-        more += "; predictions can have precision int8" if int8.available() else ""
+        more = "; precision bf16 uses this processor's bfloat16 products" if bf16.possible() else ""
+        more += "; predictions can have precision int8" if int8.possible() else ""
         return f"compiled by numba, the rest NumPy's: {gain}{more}; TINYVIT_JIT=0 leaves them out"
     if environment.get("TINYVIT_JIT") == "0":
         return f"NumPy's, because of TINYVIT_JIT=0; with numba's {gain}"

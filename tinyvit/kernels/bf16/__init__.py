@@ -16,17 +16,17 @@ from tinyvit.kernels import jit
 rounds: ContextVar[bool] = ContextVar("tinyvit_bf16", default=False)
 
 
+def possible() -> bool:
+    """Whether the processor has what it takes, and gains from it, and numba is to be used."""
+    return jit.wanted() and jit.has("avx512bf16") and gains(_processor())
+
+
 @functools.cache
 def available() -> bool:
-    """Whether this processor and this installation can, and gain from it."""
-    if not jit.wanted():
-        return False
+    """Whether it is possible, and the kernels can be compiled."""
     try:
-        from llvmlite import binding
-
-        found = binding.get_host_cpu_features().get("avx512bf16", False) and gains(binding.get_host_cpu_name())
-        return found and bool(importlib.import_module("tinyvit.kernels.bf16.table"))
-    except (ImportError, RuntimeError):  # numba takes a while to follow NumPy; a processor that LLVM does not know
+        return possible() and bool(importlib.import_module("tinyvit.kernels.bf16.table"))
+    except ImportError:  # numba takes a while to follow NumPy
         return False
 
 
@@ -36,3 +36,9 @@ def gains(processor: str) -> bool:
     AMD's do. Intel's do it at a quarter of that (88 GFLOP/s a core, float32 190, measured): theirs is AMX.
     """
     return processor.startswith("znver")
+
+
+def _processor() -> str:
+    from llvmlite import binding
+
+    return binding.get_host_cpu_name()

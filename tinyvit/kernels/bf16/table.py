@@ -10,7 +10,6 @@ from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
 from tinyvit.kernels.jit import layers
-from tinyvit.kernels.jit import loops as fp32_loops
 from tinyvit.kernels.jit.dot_products import PANEL, TILE, multiply
 
 
@@ -91,16 +90,7 @@ def add_linear(
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    y, product_vjp = _product(x, weight, None, needs)
-    slope = np.empty((len(y) if True in needs else 0, len(weight)), np.float32)
-    fp32_loops.bias_gelu(y, layers.contiguous(bias), slope, approximate == "tanh")
-
-    def vjp(dy: Array) -> tuple[Array | None, ...]:
-        dhidden, dbias = np.empty_like(slope), np.zeros(len(weight), np.float32)
-        fp32_loops.multiply_and_sum(layers.rows_of(dy), slope, dhidden, dbias)
-        return product_vjp(dhidden, dbias)
-
-    return y.reshape(*x.shape[:-1], len(weight)), vjp
+    return layers.gelu_of(x.shape, *_product(x, weight, None, needs), bias, approximate, needs)
 
 
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:

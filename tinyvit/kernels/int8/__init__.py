@@ -18,15 +18,15 @@ from tinyvit.kernels import jit
 packed: ContextVar[dict[int, Any] | None] = ContextVar("tinyvit_int8", default=None)
 
 
+def possible() -> bool:
+    """Whether the processor has what it takes and numba is to be used."""
+    return jit.wanted() and jit.has("avx512vnni")
+
+
 @functools.cache
 def available() -> bool:
-    """Whether this processor and this installation can."""
-    if not jit.wanted():
-        return False
+    """Whether it is possible, and the kernels can be compiled."""
     try:
-        from llvmlite import binding
-
-        found = binding.get_host_cpu_features().get("avx512vnni", False)
-        return found and bool(importlib.import_module("tinyvit.kernels.int8.table"))
-    except (ImportError, RuntimeError):  # numba takes a while to follow NumPy; a processor that LLVM does not know
+        return possible() and bool(importlib.import_module("tinyvit.kernels.int8.table"))
+    except ImportError:  # numba takes a while to follow NumPy
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,21 +20,28 @@ class _Packed(NamedTuple):
     sums: Array
 
 
+_one_at_a_time = threading.Lock()  # or each thread would pack the weight that all begin with
+
+
 def _packed(weight: Array) -> _Packed:
     """A weight (O, I) in bytes, which is made once of a weight that stays."""
     kept = int8.packed.get() or {}
-    found = kept.get(id(weight))
-    if found is None:
-        outputs, depth = len(weight), -(-weight.shape[1] // 4)
-        rounded = np.full((outputs, 4 * depth), 128, np.uint8)
-        panels, scales = np.zeros((-(-outputs // PANEL), depth, PANEL), np.int32), np.empty(outputs, np.float32)
-        sums = np.empty(outputs, np.int32)
-        loops.quantise_rows(contiguous(weight), rounded, scales)
-        loops.pack(rounded.view(np.int32), panels, sums)
-        found = _Packed(panels, scales, sums)
-        if id(weight) in kept:
-            kept[id(weight)] = found
-    return found
+    if id(weight) not in kept:
+        return _pack(weight)
+    with _one_at_a_time:
+        if kept[id(weight)] is None:
+            kept[id(weight)] = _pack(weight)
+        return kept[id(weight)]
+
+
+def _pack(weight: Array) -> _Packed:
+    outputs, depth = len(weight), -(-weight.shape[1] // 4)
+    rounded = np.full((outputs, 4 * depth), 128, np.uint8)
+    panels, scales = np.zeros((-(-outputs // PANEL), depth, PANEL), np.int32), np.empty(outputs, np.float32)
+    sums = np.empty(outputs, np.int32)
+    loops.quantise_rows(contiguous(weight), rounded, scales)
+    loops.pack(rounded.view(np.int32), panels, sums)
+    return _Packed(panels, scales, sums)
 
 
 def _product(residual: Array, x: Array, weight: Array, bias: Array | None, then: int = loops.NOTHING) -> Array:

@@ -11,6 +11,7 @@ import contextvars
 import functools
 import importlib.metadata
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -31,11 +32,25 @@ def _installed() -> bool:
         version = importlib.metadata.version("numba")
     except importlib.metadata.PackageNotFoundError:
         return False
-    new_enough = tuple(map(int, version.split(".")[:2])) >= (0, 62)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    new_enough = found is None or tuple(map(int, found.groups())) >= (0, 62)  # None: built from source
     if not new_enough:
         cure = 'expected 0.62 or newer: pip install "tinyvit[jit]"'
         warnings.warn(f"NumPy's kernels run, for numba {version} is too old, {cure}", stacklevel=2)
     return new_enough
+
+
+@functools.cache
+def has(feature: str) -> bool:
+    """Whether the processor has a feature, by LLVM's name, and numba is not told to compile for another one."""
+    if any(name in os.environ for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")):
+        return False
+    try:
+        from llvmlite import binding
+
+        return bool(binding.get_host_cpu_features().get(feature))
+    except (ImportError, RuntimeError):  # a processor that LLVM does not know
+        return False
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,30 @@ from numba import boolean, config, float32, int32, int64, njit, types, void
 from numba.core import event
 from numba.core.caching import _CacheLocator
 from numba.extending import intrinsic
+from numba.misc.appdirs import AppDirs
 
 from tinyvit.distributed.launch import launched
 
 # mypy: disable-error-code="no-untyped-def, attr-defined"
 
 
-def _forget_older(directory: Path, cache: Path) -> None:
-    """Remove the indices in numba's cache that are older than a source file of `directory`.
+def _forget_older(directories: Sequence[Path]) -> None:
+    """Remove the indices in numba's caches of these directories that are older than one of their source files.
 
     numba itself looks only at the file of the cached function, not at those of what it calls.
     """
-    newest = max(file.stat().st_mtime for file in directory.glob("*.py"))
-    for index in cache.glob("*.nbi"):
-        with contextlib.suppress(OSError):  # another process removes it, too, or none may
-            if index.stat().st_mtime < newest:
-                index.unlink()
+    newest = max(file.stat().st_mtime for directory in directories for file in directory.glob("*.py"))
+    roots = [Path(root) for root in (config.CACHE_DIR, AppDirs("numba", appauthor=False).user_cache_dir) if root]
+    for directory in directories:
+        place = _CacheLocator.get_suitable_cache_subpath(str(directory / "any.py"))
+        for cache in (directory / "__pycache__", *(root / place for root in roots)):
+            for index in cache.glob("*.nbi"):
+                with contextlib.suppress(OSError):  # another process removes it, too, or none may
+                    if index.stat().st_mtime < newest:
+                        index.unlink()
 
 
-_HERE = Path(__file__).parent
-_forget_older(_HERE, _HERE / "__pycache__")
-if config.CACHE_DIR:
-    _forget_older(_HERE, Path(config.CACHE_DIR, _CacheLocator.get_suitable_cache_subpath(__file__)))
+_forget_older([Path(__file__).parents[1] / name for name in ("jit", "bf16", "int8")])
 
 
 class _Announce(event.Listener):

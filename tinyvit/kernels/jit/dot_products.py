@@ -17,6 +17,7 @@ from numba import boolean, int32, int64, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tinyvit.kernels import jit
 from tinyvit.kernels.jit.compiling import compiled, read, written
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
@@ -90,7 +91,7 @@ def _tile_of(instruction: str) -> Any:
 
 _bytes_tile = _tile_of("vpdpbusd")
 # LLVM ends the process at an instruction that the processor lacks. AVX512-BF16 is younger than AVX512-VNNI.
-_bfloat16_tile = _tile_of("vdpbf16ps") if binding.get_host_cpu_features().get("avx512bf16") else _bytes_tile
+_bfloat16_tile = _tile_of("vdpbf16ps") if jit.has("avx512bf16") else _bytes_tile
 
 
 @compiled(int64, int64, int64, int64, groups(3), read(1), written(2), boolean)

@@ -10,6 +10,7 @@ import numpy as np
 from threadpoolctl import threadpool_info
 
 from tinyvit.backend.arrays import VJP, Array
+from tinyvit.kernels.cpu import layers as cpu_layers
 from tinyvit.kernels.jit import loops
 
 BLOCK = 1 << 16  # scores computed at a time: 256 KiB, half of the second cache of most processors
@@ -58,13 +59,13 @@ def _linear_vjp(
     shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...], slope: Array | None = None
 ) -> VJP:
     slope = np.empty((0, len(weight)), rows.dtype) if slope is None else slope
-    saved_rows = rows if needs[1] else rows[:0]
+    saved_rows = rows if needs[1] else np.empty((0, rows.shape[1]), rows.dtype)  # not a part, which would keep all
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dy = rows_of(dy)
         dx = np.empty((len(dy) if needs[0] else 0, weight.shape[1]), dy.dtype)
         dweight = np.zeros((len(weight) if needs[1] else 0, weight.shape[1]), dy.dtype)
-        dbias = np.zeros(len(weight), dy.dtype)
+        dbias = np.zeros(len(weight) if needs[2] or len(slope) else 0, dy.dtype)
         loops.linear_vjp(dy, slope, saved_rows, contiguous(weight), dx, dweight, dbias, SGEMM)
         wanted = zip(needs, (dx.reshape(shape) if needs[0] else dx, dweight, dbias), strict=True)
         return tuple(gradient if needed else None for needed, gradient in wanted)
@@ -76,10 +77,28 @@ def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     rows = rows_of(x)
+    if not SGEMM:
+        product_vjp = cpu_layers.linear_vjp(x.shape, rows, weight, needs)
+        return gelu_of(x.shape, rows @ weight.T, product_vjp, bias, approximate, needs)
     y = np.empty((len(rows), len(weight)), x.dtype)
     slope = np.empty((len(y) if True in needs else 0, len(weight)), x.dtype)
     loops.linear_gelu(rows, contiguous(weight), contiguous(bias), y, slope, approximate == "tanh", SGEMM)
     return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs, slope)
+
+
+def gelu_of(
+    shape: tuple[int, ...], y: Array, product_vjp: VJP, bias: Array, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    """gelu(y + bias), in the place of y (R, O), for the product y of x of this shape."""
+    slope = np.empty((len(y) if True in needs else 0, y.shape[1]), y.dtype)
+    loops.bias_gelu(y, contiguous(bias), slope, approximate == "tanh")
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dhidden, dbias = np.empty_like(slope), np.zeros_like(bias)
+        loops.multiply_and_sum(rows_of(dy), slope, dhidden, dbias)
+        return product_vjp(dhidden, dbias)
+
+    return y.reshape(*shape[:-1], y.shape[1]), vjp
 
 
 def layer_norm(

@@ -1,8 +1,8 @@
 """The layers' loops: each goes through memory once, and without Python's lock.
 
 Only sums are reordered (`reorder`), so that infinities and NaN go where they go in NumPy; multiplying and adding may be
-one instruction everywhere. Products of matrices are NumPy's own BLAS, called by the address of its `cblas_sgemm`, but
-for attention's small ones (see `vectors`).
+one instruction everywhere. Products of matrices are done in blocks of registers (see `products`), large ones by NumPy's
+own BLAS, called by the address of its `cblas_sgemm`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _phi(x):
     p = ((((_P14 * v + _P13) * v + _P12) * v + _P11) * v + _P10) * v + _P9
     p = (((((p * v + _P8) * v + _P7) * v + _P6) * v + _P5) * v + _P4) * v + _P3
     phi = HALF + near * (((p * v + _P2) * v + _P1) * v + _P0)
-    return ZERO if phi < ZERO else phi
+    return ZERO if x < -_EDGE else phi
 
 
 @compiled(float32, result=types.UniTuple(float32, 2), inline=True)
@@ -154,8 +154,8 @@ def multiply_and_sum(a, b, product, total):
 
 @compiled(read(2), written(1))
 def add_rows(x, total):
-    """The sum of the rows of x (R, C) added to `total` (C,)."""
-    rows, columns = x.shape
+    """The sum of the rows of x (R, C) added to `total` (C,), or nothing to (0,)."""
+    rows, columns = len(x), len(total)
     for start in range(0, rows, _FEW_ROWS):
         part = np.zeros(columns, np.float32)
         for i in range(start, min(rows, start + _FEW_ROWS)):
@@ -226,34 +226,41 @@ def linear_gelu(x, weight, bias, y, slope, tanh, sgemm):
     bias_gelu(y, bias, slope, tanh)
 
 
+@compiled(read(2), read(2), read(2), written(2), written(2), int64)
+def _large_products(dh, x, weight, dx, dweight, sgemm):
+    """`linear_vjp` without a bias. numba frees an array after its last use, but for an argument as `dh` is here."""
+    rows, outputs = dh.shape
+    inputs = weight.shape[1]
+    if len(dx):
+        product(
+            sgemm, False, False, rows, inputs, outputs,
+            ONE, dh.ctypes.data, outputs, weight.ctypes.data, inputs, ZERO, dx.ctypes.data, inputs,
+        )  # fmt: skip
+    if len(dweight):
+        product(
+            sgemm, True, False, outputs, inputs, rows,
+            ONE, dh.ctypes.data, outputs, x.ctypes.data, inputs, ONE, dweight.ctypes.data, inputs,
+        )  # fmt: skip
+
+
 @compiled(read(2), read(2), read(2), read(2), written(2), written(2), written(1), int64)
 def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
-    """The gradients of x W^T + b: in `dx` (R, I), and added to `dweight` (O, I), if they have rows, and `dbias` (O,).
+    """The gradients of x W^T + b: in `dx` (R, I), and added to `dweight` (O, I) and `dbias` (O,), if they have rows.
 
-    That of its result is `dy` (R, O), times `slope` if that has rows.
+    That of its result is `dy` (R, O), times `slope` if that has rows, and `dbias` then, too.
     """
     rows, outputs = dy.shape
     inputs = weight.shape[1]
     if not (fits(rows, inputs, outputs) and (len(dweight) == 0 or adds(outputs, inputs))):
-        dh = dy
         if len(slope):
-            product_of_both = np.empty((rows, outputs), np.float32)
-            multiply_and_sum(dy, slope, product_of_both, dbias)
-            dh = product_of_both
+            dh = np.empty((rows, outputs), np.float32)
+            multiply_and_sum(dy, slope, dh, dbias)
+            _large_products(dh, x, weight, dx, dweight, sgemm)
         else:
             add_rows(dy, dbias)
-        if len(dx):
-            product(
-                sgemm, False, False, rows, inputs, outputs,
-                ONE, dh.ctypes.data, outputs, weight.ctypes.data, inputs, ZERO, dx.ctypes.data, inputs,
-            )  # fmt: skip
-        if len(dweight):
-            product(
-                sgemm, True, False, outputs, inputs, rows,
-                ONE, dh.ctypes.data, outputs, x.ctypes.data, inputs, ONE, dweight.ctypes.data, inputs,
-            )  # fmt: skip
+            _large_products(dy, x, weight, dx, dweight, sgemm)
         return
-    panels, zeros, top = panels_of_rows(weight), np.zeros(inputs, np.float32), 0
+    panels, zeros, top = panels_of_rows(weight if len(dx) else weight[:0]), np.zeros(inputs, np.float32), 0
     room = np.empty((_BAND + ROWS if len(slope) else 0, outputs), np.float32)
     while top < rows:
         bottom = _next_band(top, rows)

@@ -1,4 +1,4 @@
-"""Products of matrices in blocks of registers: of a layer's rows and its weight, and attention's small ones.
+"""Products of matrices in blocks of registers: those of layers, and small ones of attention and convolutions.
 
 OpenBLAS copies both matrices first, which takes a tenth of the time where the inner dimension is small. Here the left
 one stays where it is. The right one lies in panels of COLUMNS columns, one row of a panel behind the other, or stays
@@ -10,23 +10,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import boolean, float32, int64, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from tinyvit.kernels import jit
 from tinyvit.kernels.jit.compiling import compiled, product, read, written
 from tinyvit.kernels.jit.vectors import CONTRACT, REAL, SIZE, at, repeated
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
-_WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
+_WIDE = jit.has("avx512f")
 _WIDTH = 16 if _WIDE else 8
 _VECTOR, _SQUARE = ir.VectorType(REAL, _WIDTH), ir.VectorType(REAL, 8)
 
 ROWS, COLUMNS = (14, 2 * _WIDTH) if _WIDE else (6, 2 * _WIDTH)  # whose sums fill 28 of 32 registers, or 12 of 16
 _LARGEST = 1 << 18  # entries of a layer's weight: measured. Larger ones leave the caches between two bands of rows
-# Multiplications up to which attention's products are done here: measured, with AVX-512 of all sizes.
+# Multiplications up to which small products are done here: measured, with AVX-512 of all sizes.
 _SMALL = 1 << (62 if _WIDE else 20)
 _ZEROS = np.zeros(COLUMNS, np.float32)
 
@@ -186,7 +187,7 @@ def add_transposed(a, b, c):
                 i += _FEW
 
 
-# --- attention's ------------------------------------------------------------------------------------------------------
+# --- small ones -------------------------------------------------------------------------------------------------------
 
 
 @compiled(int64, int64, int64, result=boolean)

@@ -16,6 +16,10 @@ def _not_float64(x: np.ndarray, *_: Any, **__: Any) -> bool:
     return x.dtype != np.float64
 
 
+def _weighted(x: np.ndarray, weight: np.ndarray, *_: Any, **__: Any) -> bool:
+    return x.dtype != np.float64 and weight.size > 0
+
+
 def _biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, **_: Any) -> bool:
     return bias is not None and x.dtype != np.float64 and layers.SGEMM != 0 and weight.size > 0
 
@@ -60,7 +64,7 @@ def adamw(
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
     reference.add_linear: Kernel(in_fp32(layers.add_linear), _added),
-    reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _biased),
+    reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _weighted),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
