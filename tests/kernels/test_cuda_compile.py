@@ -28,6 +28,7 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 def nvcc(source: str, options: list[str], folder: Path) -> str:
     """What ptxas reports."""
     (folder / "kernel.cu").write_text(source)
+    options = [option for option in options if option != "-default-device"]  # of the run-time compiler alone
     command = ["nvcc", "-cubin", "-Xptxas", "-v", *options, "kernel.cu", "-o", "kernel.cubin"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -143,7 +144,7 @@ def cases() -> Iterator[Any]:
 @pytest.mark.parametrize("file, constants, architecture", list(cases()))
 def test_compiles_without_spills(file, constants, architecture, tmp_path):
     assert COMPILER, 'no CUDA compiler: pip install -e ".[test]" brings one'
-    options = ["-std=c++17", "-ftz=true", f"-arch={architecture}"]  # CuPy's own: small numbers of float32 become 0
+    options = [*cuda.OPTIONS, "-ftz=true", f"-arch={architecture}"]  # CuPy's own: small numbers of float32 become 0
     options += [f"-D{key}={value}" for key, value in constants.items()]
     report = COMPILER(cuda.source(file), options, tmp_path)
     assert "warning" not in report and "serialized" not in report, report

@@ -15,6 +15,8 @@ from tinyvit.backend.arrays import Array
 
 FOLDER = Path(__file__).parent
 NULL = np.uint64(0)  # a pointer to nothing, as a kernel's argument
+# The compiler of CUDA 13.0 takes a lambda with `auto` parameters for a function of the host without the second.
+OPTIONS = ("-std=c++17", "-default-device")
 _SCALARS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -128,7 +130,7 @@ def _kernel(device: int, file: str, name: str, constants: tuple[tuple[str, Any],
 def _module(device: int, file: str, constants: tuple[tuple[str, Any], ...]) -> Any:
     import cupy
 
-    options = ["-std=c++17", *(f"-D{key}={value}" for key, value in constants)]
+    options = [*OPTIONS, *(f"-D{key}={value}" for key, value in constants)]
     if file.endswith("_sm90a"):
         options.append("-arch=sm_90a")
     return cupy.RawModule(code=source(file), options=tuple(options))
