@@ -33,8 +33,10 @@ def switched_on():
     all_kernels._fastest.cache_clear()
 
 
-def test_only_amd_s_processors_gain():
+def test_only_amd_s_processors_gain(monkeypatch):
     assert gains("znver4") and not gains("sapphirerapids")
+    monkeypatch.setattr(bf16, "gains", lambda processor: False)
+    assert not bf16.possible()
 
 
 def test_kernels_take_what_their_references_take():

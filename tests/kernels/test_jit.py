@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from drawing import check, place, sides, torch_vjp, values
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from operations import Example, agrees_with_torch, padded, windows
 from PIL import Image
@@ -234,6 +234,7 @@ def test_products_of_transposed_rows_are_added(depth, quarters, panels):
     st.integers(1, 300), st.integers(1, 40) | st.just(2 * products.COLUMNS), st.integers(1, 80) | st.just(52),
     st.integers(0, 7),
 )  # fmt: skip
+@example(loops._BAND + 1, 2 * products.COLUMNS, 52, 7)  # too few rows for a second band
 @settings(max_examples=40)
 def test_linear_layers_of_any_size_follow_the_reference_in_float64(rows, inputs, outputs, needed):
     """In bands of rows with panels of the weight, or where there is too little of either by OpenBLAS."""
