@@ -59,13 +59,11 @@ def test_training_on_the_cpu(nano, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", sorted(train_bench.ONLY_INFER))
-def test_contenders_that_only_infer_give_tinyvit_s_logits(nano, name, capsys, monkeypatch, request):
+def test_contenders_that_only_infer_give_tinyvit_s_logits(nano, name, capsys, monkeypatch):
     if not importlib.util.find_spec(train_bench.PEERS[name][0] or "numba"):
         pytest.skip(f"{train_bench.PEERS[name][0]} is not installed")
     if name == "tinyvit int8":
         monkeypatch.setenv("TINYVIT_JIT", "1")
-        int8.available.cache_clear()
-        request.addfinalizer(int8.available.cache_clear)
         if not int8.available():
             pytest.skip("this processor has no AVX512-VNNI")
     theirs, ours = (train_bench.make_peer("micro", peer, "cpu").infer(2) for peer in (name, "tinyvit"))

@@ -23,13 +23,10 @@ def switched_on():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYVIT_JIT", "1")
         patch.setattr(bf16, "gains", lambda processor: True)
-        bf16.available.cache_clear()
         all_kernels._fastest.cache_clear()
         if not bf16.available():
-            bf16.available.cache_clear()
             pytest.skip("this processor has no AVX512-BF16")
         yield
-    bf16.available.cache_clear()
     all_kernels._fastest.cache_clear()
 
 

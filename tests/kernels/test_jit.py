@@ -225,7 +225,7 @@ def test_products_of_transposed_rows_are_added(depth, quarters, panels):
     a, b = noise(depth, 4 * quarters), noise(depth, panels * products.COLUMNS, seed=1)
     c = noise(a.shape[1], b.shape[1], seed=2)
     expected = c + a.T.astype(np.float64) @ b
-    assert products.adds(*c.shape) and not products.adds(len(c) + 1, c.shape[1])
+    assert products.can_add(*c.shape) and not products.can_add(len(c) + 1, c.shape[1])
     products.add_transposed(a, b, c)
     assert np.abs(c - expected).max() < 2e-5
 

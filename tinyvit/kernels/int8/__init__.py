@@ -1,4 +1,4 @@
-"""Linear layers of NumPy arrays in 8-bit whole numbers, for predictions: up to four times float32's rate.
+"""Linear layers of NumPy arrays in 8-bit whole numbers, for predictions: a product at 2.3 to 3.7 times float32's rate.
 
 It takes a processor with AVX512-VNNI, and numba. Each output of a weight and each row of activations has a scale of its
 own, which makes its largest entry 127. Sums are exact; bias, GELU, residual and all but the linear layers are float32.
@@ -6,8 +6,6 @@ own, which makes its largest entry 127. Sums are exact; bias, GELU, residual and
 
 from __future__ import annotations
 
-import functools
-import importlib
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,10 +21,6 @@ def possible() -> bool:
     return jit.wanted() and jit.has("avx512vnni")
 
 
-@functools.cache
 def available() -> bool:
     """Whether it is possible, and the kernels can be compiled."""
-    try:
-        return possible() and bool(importlib.import_module("tinyvit.kernels.int8.table"))
-    except ImportError:  # numba takes a while to follow NumPy
-        return False
+    return possible() and jit.compiles(f"{__name__}.table")

@@ -7,13 +7,13 @@ from numba import float32, int32, int64, types, uint8
 
 from tinyvit.kernels.jit.compiling import bits_of_float, compiled, maximum, read, widest, written
 from tinyvit.kernels.jit.dot_products import PANEL, TILE, groups, multiply
-from tinyvit.kernels.jit.loops import bias_gelu
+from tinyvit.kernels.jit.loops import ROUND, bias_gelu
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
 NOTHING, GELU, TANH_GELU = range(3)
 _BAND = 12 * TILE  # rows at a time: what follows finds them in a cache
-_LARGEST, _ROUND = np.float32(127), np.float32(12582912.0)  # adding 1.5 * 2^23 rounds, and leaves n in the lowest bits
+_LARGEST = np.float32(127)
 _SIGNS = -0x7F7F7F80  # 0x80808080
 _bytes = types.Array(uint8, 2, "C")
 
@@ -30,7 +30,7 @@ def quantise_rows(x, out, scales):
         scales[i] = highest / _LARGEST
         steps = _LARGEST / highest if highest > 0 else np.float32(0)
         for j in range(columns):
-            out[i, j] = bits_of_float(x[i, j] * steps + _ROUND) + int32(128)
+            out[i, j] = bits_of_float(x[i, j] * steps + ROUND) + int32(128)
 
 
 @compiled(groups(2), groups(3), types.Array(int32, 1, "C"))

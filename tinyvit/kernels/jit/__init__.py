@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 import importlib.metadata
 import os
 import re
@@ -51,6 +52,15 @@ def has(feature: str) -> bool:
         return bool(binding.get_host_cpu_features().get(feature))
     except (ImportError, RuntimeError):  # a processor that LLVM does not know
         return False
+
+
+def compiles(module: str) -> bool:
+    """Whether the kernels of a module can be compiled: numba takes a while to follow NumPy."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -74,8 +74,8 @@ def _tile_of(instruction: str) -> Any:
                 line, column = builder.mul(loop.index, SIZE(PANEL)), builder.mul(loop.index, a_step)
                 ys = [load(builder, b, builder.add(line, SIZE(j)), GROUPS) for j in columns]
                 for i in rows:
-                    pair = load(builder, a, builder.add(column, offsets[i]), INT)
-                    first = builder.insert_element(ir.Constant(GROUPS, ir.Undefined), pair, SIZE(0))
+                    group = load(builder, a, builder.add(column, offsets[i]), INT)
+                    first = builder.insert_element(ir.Constant(GROUPS, ir.Undefined), group, SIZE(0))
                     x = shuffled(builder, first, first, [0] * 16)
                     for y, total in zip(ys, sums[i], strict=True):
                         builder.store(builder.call(add, [builder.load(total), x, y]), total)

@@ -27,7 +27,7 @@ from tinyvit.kernels.jit.compiling import (
 from tinyvit.kernels.jit.products import (
     ROWS,
     add_transposed,
-    adds,
+    can_add,
     fits,
     multiply,
     panels_of_columns,
@@ -45,7 +45,7 @@ ZERO, HALF, ONE, TWO, THREE = f(0.0), f(0.5), f(1.0), f(2.0), f(3.0)
 
 # e^x = 2^n e^r, n = round(x / ln 2): adding 1.5 * 2^23 rounds, and leaves n in the lowest bits. ln 2 is split in two,
 # so that n ln 2 is exact, and e^r is Cephes' polynomial (Moshier 1989). Within 1.2e-7 of the truth, relatively.
-_LOG2_E, _LN2_HIGH, _LN2_LOW, _ROUND = f(1.4426950408889634), f(0.693359375), f(-2.12194440e-4), f(12582912.0)
+_LOG2_E, _LN2_HIGH, _LN2_LOW, ROUND = f(1.4426950408889634), f(0.693359375), f(-2.12194440e-4), f(12582912.0)
 _E0, _E1, _E2 = f(1.9875691500e-4), f(1.3981999507e-3), f(8.3334519073e-3)
 _E3, _E4, _E5 = f(4.1665795894e-2), f(1.6666665459e-1), f(5.0000001201e-1)
 _LOWEST, _HIGHEST = f(-88.0), f(89.0)  # where n is -127 and 128: the bits of 0 and of infinity
@@ -70,8 +70,8 @@ def exp(x):
     """e^x; 0 below -87.3 and infinity above 88.4."""
     x = _LOWEST if x < _LOWEST else x  # written so that NaN stays
     x = _HIGHEST if x > _HIGHEST else x
-    shifted = x * _LOG2_E + _ROUND
-    n = shifted - _ROUND
+    shifted = x * _LOG2_E + ROUND
+    n = shifted - ROUND
     r = x - n * _LN2_HIGH - n * _LN2_LOW
     p = ((((_E0 * r + _E1) * r + _E2) * r + _E3) * r + _E4) * r + _E5
     return (p * (r * r) + r + ONE) * float_of_bits((bits_of_float(shifted) << int32(23)) + int32(0x3F800000))
@@ -133,7 +133,7 @@ def bias_gelu(y, bias, slope, tanh):
                 y[i, j] = x * _phi(x)
 
 
-_FEW_ROWS = 128  # that are added up before their sum is added to others: float32 keeps more digits of it
+_PART = 128  # rows that are added up before their sum is added to others: float32 keeps more digits of it
 
 
 @compiled(read(2), read(2), written(2), written(1))
@@ -141,9 +141,9 @@ def multiply_and_sum(a, b, product, total):
     """a * b (R, C), and the sum of its rows added to `total` (C,)."""
     widest()
     rows, columns = a.shape
-    for start in range(0, rows, _FEW_ROWS):
+    for start in range(0, rows, _PART):
         part = np.zeros(columns, np.float32)
-        for i in range(start, min(rows, start + _FEW_ROWS)):
+        for i in range(start, min(rows, start + _PART)):
             for j in range(columns):
                 x = a[i, j] * b[i, j]
                 product[i, j] = x
@@ -156,9 +156,9 @@ def multiply_and_sum(a, b, product, total):
 def add_rows(x, total):
     """The sum of the rows of x (R, C) added to `total` (C,), or nothing to (0,)."""
     rows, columns = len(x), len(total)
-    for start in range(0, rows, _FEW_ROWS):
+    for start in range(0, rows, _PART):
         part = np.zeros(columns, np.float32)
-        for i in range(start, min(rows, start + _FEW_ROWS)):
+        for i in range(start, min(rows, start + _PART)):
             for j in range(columns):
                 part[j] += x[i, j]
         for j in range(columns):
@@ -192,7 +192,7 @@ def linear(residual, x, weight, bias, y, sgemm):
                         y[i, j] += residual[i, j]
             top = bottom
         return
-    # BLAS adds the product to what it finds in y, which costs no more than to write it there.
+    # BLAS can_add the product to what it finds in y, which costs no more than to write it there.
     if len(residual):
         for i in range(rows):
             for j in range(columns):
@@ -251,7 +251,7 @@ def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
     """
     rows, outputs = dy.shape
     inputs = weight.shape[1]
-    if not (fits(rows, inputs, outputs) and (len(dweight) == 0 or adds(outputs, inputs))):
+    if not (fits(rows, inputs, outputs) and (len(dweight) == 0 or can_add(outputs, inputs))):
         if len(slope):
             dh = np.empty((rows, outputs), np.float32)
             multiply_and_sum(dy, slope, dh, dbias)
@@ -299,9 +299,9 @@ def layer_norm(x, weight, bias, eps, y, moments):
 def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
     """`dweight` and `dbias` are added to."""
     rows, dim = x.shape
-    for start in range(0, rows, _FEW_ROWS):
+    for start in range(0, rows, _PART):
         weight_part, bias_part = np.zeros(dim, np.float32), np.zeros(dim, np.float32)
-        for i in range(start, min(rows, start + _FEW_ROWS)):
+        for i in range(start, min(rows, start + _PART)):
             mean, rstd = moments[i, 0], moments[i, 1]
             total, along = ZERO, ZERO
             for j in range(dim):

@@ -70,8 +70,9 @@ def _block_of(rows: int, columns: int) -> Any:
 
 
 _block, _narrow_block = _block_of(ROWS, COLUMNS), _block_of(ROWS, COLUMNS // 2)
-_MANY, _FEW = (12, 4) if _WIDE else (6, 2)
-_block_of_many, _block_of_few = _block_of(_MANY, COLUMNS), _block_of(_FEW, COLUMNS)
+# Blocks that do not overlap have so many rows, and in the end fewer.
+_TALL, _LOW = (12, 4) if _WIDE else (6, 2)
+_tall_block, _low_block = _block_of(_TALL, COLUMNS), _block_of(_LOW, COLUMNS)
 
 
 @intrinsic
@@ -163,9 +164,9 @@ def multiply(x, panels, start, y, top, bottom):
 
 
 @compiled(int64, int64, result=boolean)
-def adds(rows, columns):
-    """Whether `add_transposed` can do sums of this shape: its blocks do not overlap, which would be added twice."""
-    return rows % _FEW == 0 and columns % COLUMNS == 0
+def can_add(rows, columns):
+    """Whether `add_transposed` can do sums of this shape: blocks that overlap would be added twice."""
+    return rows % _LOW == 0 and columns % COLUMNS == 0
 
 
 @compiled(read(2), read(2), written(2))
@@ -179,12 +180,12 @@ def add_transposed(a, b, c):
         i = 0
         while i < rows:
             left, place = a.ctypes.data + 4 * i, c.ctypes.data + 4 * (i * columns + j)
-            if rows - i >= _MANY:
-                _block_of_many(left, 1, rows, panel.ctypes.data, COLUMNS, place, columns, place, columns, depth)
-                i += _MANY
+            if rows - i >= _TALL:
+                _tall_block(left, 1, rows, panel.ctypes.data, COLUMNS, place, columns, place, columns, depth)
+                i += _TALL
             else:
-                _block_of_few(left, 1, rows, panel.ctypes.data, COLUMNS, place, columns, place, columns, depth)
-                i += _FEW
+                _low_block(left, 1, rows, panel.ctypes.data, COLUMNS, place, columns, place, columns, depth)
+                i += _LOW
 
 
 # --- small ones -------------------------------------------------------------------------------------------------------
