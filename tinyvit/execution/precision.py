@@ -21,7 +21,7 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.kernels import bf16, int8
+from tinyvit.kernels import bf16, int8, packed_weights
 from tinyvit.kernels.cuda import cublas
 from tinyvit.nn import Buffer, Module, Parameter
 
@@ -50,7 +50,8 @@ class Precision:
             reason = ": int8 has no gradients" if name == "int8" else ""
             raise ValueError(f"expected a precision of {', '.join(known)}, got {name!r}{reason}")
         self.name, self._weights = name, list(weights)
-        self._packed: dict[int, Any] | None = None  # the weights in 8 bits
+        self._packed: packed_weights.Packed | None = None  # the weights as linear layers of a CPU multiply them
+        self._stay = not gradients  # whether the weights do: packed ones are kept then
         self.dtype = None  # of the rounded weights
         self._rounded: list[Array] = []
         self._current: list[tuple[Array, int]] = []  # the master weights that were rounded, with their versions
@@ -68,9 +69,10 @@ class Precision:
             if not int8.available():
                 needs = 'a CPU with AVX512-VNNI, and numba (pip install "tinyvit[jit]", TINYVIT_JIT not 0)'
                 raise ValueError(f"precision int8 needs {needs}: expected fp32, bf16 or fp16")
-            self._packed = {}
+            self._packed = packed_weights.Packed("int8", {})
             return
         if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and bf16.available():
+            self._packed = packed_weights.Packed("bf16", {})
             return
         try:
             self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
@@ -81,8 +83,7 @@ class Precision:
     def products(self) -> Iterator[None]:
         """Within this context, in this thread, products are computed in this precision."""
         tf32 = cublas.tf32.set(self.name == "tf32")
-        rounds = bf16.rounds.set(self.name == "bf16" and self.dtype is None)
-        packed = int8.packed.set(self._packed)
+        packed = packed_weights.current.set(self._packed)
         # What is too large for 16 bits becomes infinite; the loss or the gradient's norm shows it, no warning is due.
         quiet: Any = {} if self.dtype is None else {"over": "ignore", "invalid": "ignore"}
         try:
@@ -90,8 +91,7 @@ class Precision:
                 yield
         finally:
             cublas.tf32.reset(tf32)
-            bf16.rounds.reset(rounds)
-            int8.packed.reset(packed)
+            packed_weights.current.reset(packed)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -131,10 +131,10 @@ class Precision:
 
     def refresh(self) -> None:
         """Round the weights again if one has changed."""
-        if self._packed is not None and not self.is_current():
+        if self._packed is not None and self._stay and not self.is_current():
             self._current = [(p.data, p.version) for p in self._weights]
-            self._packed.clear()
-            self._packed |= {id(data): None for data, _ in self._current}
+            self._packed.weights.clear()
+            self._packed.weights.update((id(data), None) for data, _ in self._current)
         if self.dtype is not None and not self.is_current():
             with np.errstate(over="ignore"):
                 self._round([p.data for p in self._weights])

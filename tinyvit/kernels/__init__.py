@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from tinyvit.kernels import bf16, int8, jit
+from tinyvit.kernels import jit, packed_weights
 
 # What the kernels of one backward pass tell each other; None outside of one.
 notes: ContextVar[dict[str, Any] | None] = ContextVar("tinyvit_notes", default=None)
@@ -40,8 +40,8 @@ def best(op: Callable[..., Any], xp: ModuleType) -> Callable[..., Any]:
 
     What its kernel does not cover runs through `op`.
     """
-    precision = "bf16" if bf16.rounds.get() else None if int8.packed.get() is None else "int8"
-    return _fastest(xp, jit.worth_it(), precision).get(op, op)
+    packed = packed_weights.current.get()
+    return _fastest(xp, jit.worth_it(), packed.precision if packed else None).get(op, op)
 
 
 @functools.cache

@@ -6,12 +6,7 @@ but the linear layers.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-
 from tinyvit.kernels import jit
-
-# Whether linear layers of float32 may round their operands to bfloat16.
-rounds: ContextVar[bool] = ContextVar("tinyvit_bf16", default=False)
 
 
 def possible() -> bool:

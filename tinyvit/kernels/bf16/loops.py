@@ -1,14 +1,32 @@
-"""Matrices whose entries are rounded to bfloat16, packed for `dot_products`: a group is a pair."""
+"""Linear layers whose operands are rounded to bfloat16, band by band of rows.
+
+Rounded matrices are packed for `dot_products`: a group is a pair.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import int64, void
+from numba import float32, int64, types, void
 from numba.extending import intrinsic
 
-from tinyvit.kernels.jit.compiling import compiled, read
-from tinyvit.kernels.jit.dot_products import GROUPS, PANEL, REALS, SIZE, groups, load, shuffled, store
+from tinyvit.kernels.jit.compiling import compiled, read, written
+from tinyvit.kernels.jit.dot_products import (
+    BAND,
+    GELU,
+    GROUPS,
+    NOTHING,
+    PANEL,
+    REALS,
+    SIZE,
+    TANH_GELU,
+    groups,
+    load,
+    multiply,
+    shuffled,
+    store,
+)  # fmt: skip
+from tinyvit.kernels.jit.loops import add_rows, bias_gelu, multiply_and_sum
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
@@ -70,14 +88,17 @@ def _pair_columns(typing, x, x_row, out):
     return void(int64, int64, int64), generate
 
 
-@compiled(read(2), groups(2))
+_strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apart, each in one piece
+
+
+@compiled(_strided, groups(2))
 def round_rows(x, out):
-    """x (M, K) -> its pairs along each row, (M, at least K / 2)."""
+    """x (M, K) -> its pairs along each row, (at least M, at least K / 2)."""
     rows, columns = x.shape
     rest = np.zeros(32, np.float32)
+    whole = columns - columns % 32
     for i in range(rows):
-        at, to = x.ctypes.data + 4 * i * columns, out.ctypes.data + 4 * i * out.shape[1]
-        whole = columns - columns % 32
+        at, to = x.ctypes.data + i * x.strides[0], out.ctypes.data + 4 * i * out.shape[1]
         for j in range(0, whole, 32):
             _round_row(at + 4 * j, to + 2 * j)
         if whole < columns:
@@ -86,16 +107,16 @@ def round_rows(x, out):
             _round_row(rest.ctypes.data, to + 2 * whole)
 
 
-@compiled(read(2), groups(3))
-def pack_rows(x, out):
-    """x (K, N) -> the packed x^T, pairs of neighbours in a column."""
+@compiled(_strided, groups(3), int64)
+def pack_rows(x, out, start):
+    """x (K, N) -> the packed x^T, pairs of neighbours in a column; the first is number `start` of `out`."""
     depth, columns = x.shape
     rest = np.zeros((2, PANEL), np.float32)
-    at, row = x.ctypes.data, 4 * columns
-    for panel in range(out.shape[0]):
+    at, row = x.ctypes.data, x.strides[0]
+    for panel in range(len(out)):
         first = PANEL * panel
-        for pair in range(out.shape[1]):
-            to = out.ctypes.data + 4 * PANEL * (panel * out.shape[1] + pair)
+        for pair in range((depth + 1) // 2):
+            to = out.ctypes.data + 4 * PANEL * (panel * out.shape[1] + start + pair)
             if first + PANEL <= columns and 2 * pair + 1 < depth:
                 place = at + 2 * pair * row + 4 * first
                 _pair_rows(place, place + row, to)
@@ -107,7 +128,7 @@ def pack_rows(x, out):
                 _pair_rows(rest.ctypes.data, rest.ctypes.data + 4 * PANEL, to)
 
 
-@compiled(read(2), groups(3))
+@compiled(_strided, groups(3))
 def pack_columns(x, out):
     """x (N, K) -> the packed x, pairs of neighbours in a row."""
     rows, depth = x.shape
@@ -119,7 +140,7 @@ def pack_columns(x, out):
                 start, pairs = 2 * pair, min(16, out.shape[1] - pair)
                 to = out.ctypes.data + 4 * (PANEL * (panel * out.shape[1] + pair) + half)
                 if first + 16 <= rows and start + 32 <= depth:
-                    _pair_columns(x.ctypes.data + 4 * (first * depth + start), depth, to)
+                    _pair_columns(x.ctypes.data + first * x.strides[0] + 4 * start, x.strides[0] // 4, to)
                     continue
                 rest[:] = 0
                 for i in range(min(16, rows - first)):
@@ -129,3 +150,57 @@ def pack_columns(x, out):
                 for i in range(pairs):
                     for j in range(16):
                         out[panel, pair + i, half + j] = block[i, j]
+
+
+@compiled(read(2), read(2), groups(3), read(1), written(2), written(2), groups(3), int64)
+def linear(residual, x, weight, bias, y, slope, saved, then):
+    """residual + x W^T + b, or GELU of x W^T + b and its derivative in `slope` (R, O); `weight` is packed.
+
+    `residual` and `slope` have no rows, and `saved`, for the packed x^T, no panels, where they are not wanted.
+    """
+    rows, columns = y.shape
+    depth = x.shape[1]
+    pairs = np.empty((BAND, (depth + 31) // 32 * 16), np.int32)
+    start = np.zeros(0 if len(residual) else len(weight) * PANEL, np.float32)
+    if len(start) and then == NOTHING:
+        start[:columns] = bias
+    for top in range(0, rows, BAND):
+        bottom = min(rows, top + BAND)
+        band, out = x[top:bottom], y[top:bottom]
+        round_rows(band, pairs)
+        pack_rows(band, saved, top // 2)
+        if len(residual):
+            for i in range(len(out)):
+                for j in range(columns):
+                    out[i, j] = residual[top + i, j] + bias[j]
+        multiply(pairs.reshape(-1), pairs.shape[1], PANEL * pairs.shape[1], 1, weight, start, out, False)
+        if then != NOTHING:
+            bias_gelu(out, bias, slope[top:bottom], then == TANH_GELU)
+
+
+@compiled(read(2), read(2), groups(3), groups(3), written(2), written(2), written(1))
+def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
+    """The gradients of x W^T + b: in `dx` (R, I) and `dweight` (O, I), and added to `dbias` (O,), if they have rows.
+
+    That of its result is `dy` (R, O), times `slope` if that has rows, and `dbias` then, too. `weight` is the packed
+    W^T, `saved` the packed x^T.
+    """
+    rows, outputs = dy.shape
+    none, zeros = np.zeros(len(weight) * PANEL, np.float32), np.zeros(len(saved) * PANEL, np.float32)
+    pairs = np.empty((BAND, (outputs + 31) // 32 * 16), np.int32)
+    columns = np.empty(((outputs + PANEL - 1) // PANEL if len(dweight) else 0, (rows + 1) // 2, PANEL), np.int32)
+    room = np.empty((BAND if len(slope) else 0, outputs), np.float32)
+    for top in range(0, rows, BAND):
+        bottom = min(rows, top + BAND)
+        dh = dy[top:bottom]
+        if len(slope):
+            multiply_and_sum(dh, slope[top:bottom], room[: bottom - top], dbias)
+            dh = room[: bottom - top]
+        else:
+            add_rows(dh, dbias)
+        if len(dx):
+            round_rows(dh, pairs)
+            multiply(pairs.reshape(-1), pairs.shape[1], PANEL * pairs.shape[1], 1, weight, none, dx[top:bottom], False)
+        pack_rows(dh, columns, top // 2)
+    if len(dweight):
+        multiply(columns.reshape(-1), 1, columns.shape[1] * PANEL, PANEL, saved, zeros, dweight, False)

@@ -2,95 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
-from tinyvit.kernels.jit import layers
-from tinyvit.kernels.jit.dot_products import PANEL, TILE, multiply
+from tinyvit.kernels.jit.dot_products import GELU, NOTHING, PANEL, TANH_GELU
+from tinyvit.kernels.jit.layers import contiguous, rows_of
+from tinyvit.kernels.packed_weights import packed
 
 
-class _Left(NamedTuple):
-    """A rounded matrix as the left one of a product, with its places as `multiply` wants them."""
-
-    pairs: Array
-    row: int
-    panel: int
-    step: int
+def _room(rows: int, columns: int) -> Array:
+    """For a packed matrix of so many rows."""
+    return np.empty((-(-rows // PANEL), -(-columns // 2), PANEL), np.int32)
 
 
-def _left(x: Array) -> _Left:
-    pairs = np.empty((-(-len(x) // TILE) * TILE, -(-x.shape[1] // 32) * 16), np.int32)
-    loops.round_rows(x, pairs)
-    return _Left(pairs, pairs.shape[1], PANEL * pairs.shape[1], 1)
+def _pack(weight: Array) -> Array:
+    panels = _room(*weight.shape)
+    loops.pack_columns(contiguous(weight), panels)
+    return panels
 
 
-def _packed(x: Array) -> Array:
-    """x (N, K), whose pairs are neighbours in a row."""
-    pairs = np.empty((-(-len(x) // PANEL), -(-x.shape[1] // 2), PANEL), np.int32)
-    loops.pack_columns(x, pairs)
-    return pairs
+def _pack_transposed(weight: Array) -> Array:
+    panels = _room(*weight.T.shape)
+    loops.pack_rows(contiguous(weight), panels, 0)
+    return panels
 
 
-def _packed_transposed(x: Array) -> Array:
-    """x^T of x (K, N)."""
-    pairs = np.empty((-(-x.shape[1] // PANEL), -(-len(x) // 2), PANEL), np.int32)
-    loops.pack_rows(x, pairs)
-    return pairs
+def _product(
+    residual: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...], then: int = NOTHING
+) -> tuple[Array, VJP]:
+    rows, (outputs, inputs) = rows_of(x), weight.shape
+    y = np.empty((len(rows), outputs), np.float32)
+    slope = np.empty((len(rows) if then != NOTHING and True in needs else 0, outputs), np.float32)
+    saved = _room(inputs if needs[1] else 0, len(rows))
+    shift = np.zeros(outputs, np.float32) if bias is None else contiguous(bias)
+    loops.linear(residual, rows, packed(weight, _pack), shift, y, slope, saved, then)
 
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dy = rows_of(dy)
+        dx = np.empty((len(dy) if needs[0] else 0, inputs), np.float32)
+        dweight = np.empty((outputs if needs[1] else 0, inputs), np.float32)
+        dbias = np.zeros(outputs if needs[2] or len(slope) else 0, np.float32)
+        panels = _pack_transposed(weight) if needs[0] else _room(0, outputs)
+        loops.linear_vjp(dy, slope, panels, saved, dx, dweight, dbias)
+        wanted = zip(needs, (dx.reshape(x.shape) if needs[0] else dx, dweight, dbias), strict=True)
+        return tuple(gradient if needed else None for needed, gradient in wanted)
 
-def _left_transposed(x: Array) -> _Left:
-    pairs = _packed_transposed(x)
-    return _Left(pairs, 1, pairs[0].size, PANEL)
-
-
-def _multiply(a: _Left, b: Array, shape: tuple[int, int], bias: Array | None = None) -> Array:
-    """bias + A B^T, of this shape."""
-    padded, c = np.zeros(len(b) * PANEL, np.float32), np.empty(shape, np.float32)
-    if bias is not None:
-        padded[: len(bias)] = bias
-    multiply(a.pairs.ctypes.data, a.row, a.panel, a.step, b, padded, c, False)
-    return c
-
-
-def _product(x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    """x W^T + b of the rows of x (..., I), and the vjp as `cpu.layers.linear_vjp` makes it."""
-    rows, weight = layers.rows_of(x), layers.contiguous(weight)
-    y = _multiply(_left(rows), _packed(weight), (len(rows), len(weight)), bias)
-    saved, shape, dx_shape = _packed_transposed(rows) if needs[1] else None, x.shape, rows.shape
-
-    def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
-        dy = layers.rows_of(dy)
-        if needs[2] and dbias is None:
-            dbias = np.ones(len(dy), dy.dtype) @ dy
-        return (
-            _multiply(_left(dy), _packed_transposed(weight), dx_shape).reshape(shape) if needs[0] else None,
-            _multiply(_left_transposed(dy), saved, weight.shape) if needs[1] else None,
-            dbias,
-        )
-
-    return y, vjp
+    return y.reshape(*x.shape[:-1], outputs), vjp
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    y, vjp = _product(x, weight, bias, needs)
-    return y.reshape(*x.shape[:-1], len(weight)), vjp
+    return _product(np.empty((0, len(weight)), np.float32), x, weight, bias, needs)
 
 
 def add_linear(
     xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    y, vjp = linear(xp, x, weight, bias, needs=needs[1:])
-    return np.add(y, residual, out=y), lambda dy: (dy, *vjp(dy))
+    y, vjp = _product(rows_of(residual), x, weight, bias, needs[1:])
+    return y.reshape(residual.shape), lambda dy: (dy, *vjp(dy))
 
 
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    return layers.gelu_of(x.shape, *_product(x, weight, None, needs), bias, approximate, needs)
+    then = TANH_GELU if approximate == "tanh" else GELU
+    return _product(np.empty((0, len(weight)), np.float32), x, weight, bias, needs, then)
 
 
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:

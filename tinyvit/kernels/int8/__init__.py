@@ -6,14 +6,7 @@ own, which makes its largest entry 127. Sums are exact; bias, GELU, residual and
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from typing import Any
-
 from tinyvit.kernels import jit
-
-# Where linear layers compute in 8 bits, what was made of the weights that stay, by the `id` of their arrays: None at
-# first. None itself where they do not.
-packed: ContextVar[dict[int, Any] | None] = ContextVar("tinyvit_int8", default=None)
 
 
 def possible() -> bool:

@@ -6,13 +6,11 @@ import numpy as np
 from numba import float32, int32, int64, types, uint8
 
 from tinyvit.kernels.jit.compiling import bits_of_float, compiled, maximum, read, widest, written
-from tinyvit.kernels.jit.dot_products import PANEL, TILE, groups, multiply
+from tinyvit.kernels.jit.dot_products import BAND, NOTHING, PANEL, TANH_GELU, groups, multiply
 from tinyvit.kernels.jit.loops import ROUND, bias_gelu
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
-NOTHING, GELU, TANH_GELU = range(3)
-_BAND = 12 * TILE  # rows at a time: what follows finds them in a cache
 _LARGEST = np.float32(127)
 _SIGNS = -0x7F7F7F80  # 0x80808080
 _bytes = types.Array(uint8, 2, "C")
@@ -52,12 +50,12 @@ def linear(residual, x, weight, scales, sums, bias, y, then):
     """residual + x W^T + b, or GELU of x W^T + b; `residual` is (R, O), or (0, O) for none."""
     rows, columns = y.shape
     depth = weight.shape[1]
-    activations, row_scales = np.zeros((_BAND, 4 * depth), np.uint8), np.empty(_BAND, np.float32)
+    activations, row_scales = np.zeros((BAND, 4 * depth), np.uint8), np.empty(BAND, np.float32)
     zeros, no_slope = np.zeros(len(weight) * PANEL, np.float32), np.empty((0, columns), np.float32)
-    for top in range(0, rows, _BAND):
-        out = y[top : min(rows, top + _BAND)]
+    for top in range(0, rows, BAND):
+        out = y[top : min(rows, top + BAND)]
         quantise_rows(x[top : top + len(out)], activations, row_scales)
-        multiply(activations.ctypes.data, depth, PANEL * depth, 1, weight, zeros, out, True)
+        multiply(activations.view(np.int32).reshape(-1), depth, PANEL * depth, 1, weight, zeros, out, True)
         for i in range(len(out)):
             scale = row_scales[i]
             for j in range(columns):

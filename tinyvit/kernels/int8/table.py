@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tinyvit.backend.arrays import VJP, Array
-from tinyvit.kernels import Kernel, int8, reference
+from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.int8 import loops
-from tinyvit.kernels.jit.dot_products import PANEL
+from tinyvit.kernels.jit.dot_products import GELU, NOTHING, PANEL, TANH_GELU
 from tinyvit.kernels.jit.layers import contiguous, rows_of
+from tinyvit.kernels.packed_weights import packed
 
 
 class _Packed(NamedTuple):
     panels: Array
     scales: Array
     sums: Array
-
-
-_one_at_a_time = threading.Lock()  # or each thread would pack the weight that all begin with
-
-
-def _packed(weight: Array) -> _Packed:
-    """A weight (O, I) in bytes, which is made once of a weight that stays."""
-    kept = int8.packed.get() or {}
-    if id(weight) not in kept:
-        return _pack(weight)
-    with _one_at_a_time:
-        if kept[id(weight)] is None:
-            kept[id(weight)] = _pack(weight)
-        return kept[id(weight)]
 
 
 def _pack(weight: Array) -> _Packed:
@@ -44,8 +30,8 @@ def _pack(weight: Array) -> _Packed:
     return _Packed(panels, scales, sums)
 
 
-def _product(residual: Array, x: Array, weight: Array, bias: Array | None, then: int = loops.NOTHING) -> Array:
-    panels, scales, sums = _packed(weight)
+def _product(residual: Array, x: Array, weight: Array, bias: Array | None, then: int = NOTHING) -> Array:
+    panels, scales, sums = packed(weight, _pack)
     rows = rows_of(x)
     y = np.empty((len(rows), len(weight)), np.float32)
     bias = np.zeros(len(weight), np.float32) if bias is None else contiguous(bias)
@@ -70,7 +56,7 @@ def add_linear(
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    then = loops.TANH_GELU if approximate == "tanh" else loops.GELU
+    then = TANH_GELU if approximate == "tanh" else GELU
     return _product(_none(weight), x, weight, bias, then), _no_vjp
 
 

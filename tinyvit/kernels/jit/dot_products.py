@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import boolean, int32, int64, types, void
+from numba import boolean, float32, int32, int64, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tinyvit.kernels import jit
-from tinyvit.kernels.jit.compiling import compiled, read, written
+from tinyvit.kernels.jit.compiling import compiled, read
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
 binding.initialize_native_asmparser()  # the instructions have no name in llvmlite
 
 PANEL, TILE = 32, 8
+BAND = 12 * TILE  # rows of a layer that are computed at a time: what follows finds them in a cache
+NOTHING, GELU, TANH_GELU = range(3)  # what follows
 _DEPTH, _ROWS = 256, 384  # groups and rows at a time: a panel of 32 KiB in the first cache, 384 KiB in the second
 INT, SIZE = ir.IntType(32), ir.IntType(64)
 REALS, GROUPS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT, 16)
@@ -94,15 +96,16 @@ _bytes_tile = _tile_of("vpdpbusd")
 _bfloat16_tile = _tile_of("vdpbf16ps") if jit.has("avx512bf16") else _bytes_tile
 
 
-@compiled(int64, int64, int64, int64, groups(3), read(1), written(2), boolean)
+@compiled(groups(1), int64, int64, int64, groups(3), read(1), types.Array(float32, 2, "A"), boolean)
 def multiply(a, a_row, a_panel, a_step, b, bias, c, of_bytes):
-    """C = bias + A B^T, with B packed, of bfloat16 or of bytes (A's without a sign).
+    """C = bias + A B^T, with B packed, of bfloat16 or of bytes (A's without a sign). Rows of C may lie apart.
 
-    The group p of A's row i lies at `a`, in units of 4 bytes at (i / PANEL) a_panel + (i % PANEL) a_row + p a_step.
-    `bias` has a number for each row of the panels of B. The sums of bytes are whole numbers in the bits of C.
+    The group p of A's row i is a[(i / PANEL) a_panel + (i % PANEL) a_row + p a_step], with TILE rows for the last.
+    `bias` has a number for each row of the panels of B, or none: then C is added to. The sums of bytes are whole
+    numbers in the bits of C.
     """
     rows, columns = c.shape
-    depth = b.shape[1]
+    depth, added, c_row = b.shape[1], len(bias) == 0, c.strides[0] // 4
     rest = np.empty((TILE, PANEL), np.float32)
     for top in range(0, rows, _ROWS):
         bottom = min(rows, top + _ROWS)
@@ -111,17 +114,17 @@ def multiply(a, a_row, a_panel, a_step, b, bias, c, of_bytes):
             for left in range(0, columns, PANEL):
                 panel = b.ctypes.data + 4 * PANEL * (left // PANEL * depth + near)
                 for i in range(top, bottom, TILE):
-                    at = a + 4 * (i // PANEL * a_panel + i % PANEL * a_row + near * a_step)
-                    to, to_row = c.ctypes.data + 4 * (i * columns + left), columns
+                    at = a.ctypes.data + 4 * (i // PANEL * a_panel + i % PANEL * a_row + near * a_step)
+                    to, to_row = c.ctypes.data + 4 * (i * c_row + left), c_row
                     high, wide = min(TILE, rows - i), min(PANEL, columns - left)
                     whole = high == TILE and wide == PANEL
                     if not whole:
                         to, to_row = rest.ctypes.data, PANEL
-                        if near:
+                        if near or added:
                             for k in range(high):
                                 for j in range(wide):
                                     rest[k, j] = c[i + k, left + j]
-                    start, start_row = (to, to_row) if near else (bias.ctypes.data + 4 * left, 0)
+                    start, start_row = (to, to_row) if near or added else (bias.ctypes.data + 4 * left, 0)
                     if of_bytes:
                         _bytes_tile(at, a_row, a_step, panel, start, start_row, to, to_row, steps)
                     else:
