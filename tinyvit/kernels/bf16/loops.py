@@ -5,6 +5,8 @@ Rounded matrices are packed for `dot_products`: a group is a pair.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from llvmlite import ir
 from numba import float32, int64, types, void
@@ -13,20 +15,20 @@ from numba.extending import intrinsic
 from tinyvit.kernels.jit.compiling import compiled, read, written
 from tinyvit.kernels.jit.dot_products import (
     BAND,
-    GELU,
     GROUPS,
     NOTHING,
     PANEL,
     REALS,
     SIZE,
     TANH_GELU,
+    TILE,
     groups,
     load,
     multiply,
     shuffled,
     store,
 )  # fmt: skip
-from tinyvit.kernels.jit.loops import add_rows, bias_gelu, multiply_and_sum
+from tinyvit.kernels.jit.loops import add_rows, bias_gelu, multiply_and_sum, softmax
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
@@ -66,14 +68,18 @@ def _pair_rows(typing, first, second, out):
 
 
 @intrinsic
-def _pair_columns(typing, x, x_row, out):
-    """The 16 pairs along each of 16 rows, side by side: (16, 32) numbers -> (16, PANEL) pairs, of which half."""
+def _pair_columns(typing, x, x_row, last, out):
+    """The 16 pairs along each of 16 rows, side by side: (16, 32) numbers -> (16, PANEL) pairs, of which half.
+
+    The row `last` stands for those behind it, too.
+    """
 
     def generate(context, builder, signature, args):
-        x, x_row, out = args
+        x, x_row, last, out = args
         rows = []
         for i in range(16):
-            place = builder.mul(x_row, SIZE(i))
+            there = builder.icmp_signed("<", SIZE(i), last)
+            place = builder.mul(x_row, builder.select(there, SIZE(i), last))
             halves = _rounded(builder, *(load(builder, x, builder.add(place, SIZE(j))) for j in (0, 16)))
             rows.append(builder.bitcast(halves, GROUPS))
         for step in (1, 2, 4, 8):  # transposes blocks of twice the step
@@ -85,7 +91,7 @@ def _pair_columns(typing, x, x_row, out):
             store(builder, row, out, SIZE(PANEL * i))
         return context.get_dummy_value()
 
-    return void(int64, int64, int64), generate
+    return void(*(int64,) * 4), generate
 
 
 _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apart, each in one piece
@@ -109,47 +115,57 @@ def round_rows(x, out):
 
 @compiled(_strided, groups(3), int64)
 def pack_rows(x, out, start):
-    """x (K, N) -> the packed x^T, pairs of neighbours in a column; the first is number `start` of `out`."""
+    """x (K, N) -> the packed x^T, pairs of neighbours in a column; the first is number `start` of `out`.
+
+    What `out` has behind the last column may be any number.
+    """
     depth, columns = x.shape
-    rest = np.zeros((2, PANEL), np.float32)
-    at, row = x.ctypes.data, x.strides[0]
+    rest, zeros = np.zeros((2, PANEL), np.float32), np.zeros(PANEL, np.float32)
+    row = x.strides[0]
     for panel in range(len(out)):
         first = PANEL * panel
         for pair in range((depth + 1) // 2):
-            to = out.ctypes.data + 4 * PANEL * (panel * out.shape[1] + start + pair)
-            if first + PANEL <= columns and 2 * pair + 1 < depth:
-                place = at + 2 * pair * row + 4 * first
-                _pair_rows(place, place + row, to)
-            else:
-                rest[:] = 0
-                for i in range(min(2, depth - 2 * pair)):
-                    for j in range(min(PANEL, columns - first)):
+            at, to = x.ctypes.data + 2 * pair * row + 4 * first, PANEL * (panel * out.shape[1] + start + pair)
+            single = 2 * pair + 1 == depth
+            if first + PANEL > columns:
+                for i in range(1 if single else 2):
+                    for j in range(columns - first):
                         rest[i, j] = x[2 * pair + i, first + j]
-                _pair_rows(rest.ctypes.data, rest.ctypes.data + 4 * PANEL, to)
+                at, row_here = rest.ctypes.data, 4 * PANEL
+            else:
+                row_here = row
+            _pair_rows(at, zeros.ctypes.data if single else at + row_here, out.ctypes.data + 4 * to)
 
 
 @compiled(_strided, groups(3))
 def pack_columns(x, out):
-    """x (N, K) -> the packed x, pairs of neighbours in a row."""
+    """x (N, K) -> the packed x, pairs of neighbours in a row. What `out` has behind the last row may be any number."""
     rows, depth = x.shape
+    row = x.strides[0] // 4
     rest, block = np.zeros((16, 32), np.float32), np.empty((16, PANEL), np.int32)
-    for panel in range(out.shape[0]):
-        for half in range(0, PANEL, 16):
-            first = PANEL * panel + half
-            for pair in range(0, out.shape[1], 16):
-                start, pairs = 2 * pair, min(16, out.shape[1] - pair)
-                to = out.ctypes.data + 4 * (PANEL * (panel * out.shape[1] + pair) + half)
-                if first + 16 <= rows and start + 32 <= depth:
-                    _pair_columns(x.ctypes.data + first * x.strides[0] + 4 * start, x.strides[0] // 4, to)
-                    continue
-                rest[:] = 0
-                for i in range(min(16, rows - first)):
-                    for j in range(min(32, depth - start)):
-                        rest[i, j] = x[first + i, start + j]
-                _pair_columns(rest.ctypes.data, 32, block.ctypes.data)
-                for i in range(pairs):
-                    for j in range(16):
-                        out[panel, pair + i, half + j] = block[i, j]
+    for first in range(0, rows, 16):
+        last = min(15, rows - 1 - first)
+        panel, half = first // PANEL, first % PANEL
+        for pair in range(0, out.shape[1], 16):
+            start, pairs = 2 * pair, min(16, out.shape[1] - pair)
+            if start + 32 <= depth:
+                at, to = x.ctypes.data + 4 * (first * row + start), PANEL * (panel * out.shape[1] + pair) + half
+                _pair_columns(at, row, last, out.ctypes.data + 4 * to)
+                continue
+            rest[:] = 0
+            for i in range(last + 1):
+                for j in range(depth - start):
+                    rest[i, j] = x[first + i, start + j]
+            _pair_columns(rest.ctypes.data, 32, 15, block.ctypes.data)
+            for i in range(pairs):
+                for j in range(16):
+                    out[panel, pair + i, half + j] = block[i, j]
+
+
+@compiled(groups(2), groups(3), read(1), types.Array(float32, 2, "A"))
+def multiply_rows(pairs, b, bias, c):
+    """`multiply` with the pairs along the rows of A."""
+    multiply(pairs.reshape(-1), pairs.shape[1], PANEL * pairs.shape[1], 1, b, bias, c, False)
 
 
 @compiled(read(2), read(2), groups(3), read(1), written(2), written(2), groups(3), int64)
@@ -173,7 +189,7 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
             for i in range(len(out)):
                 for j in range(columns):
                     out[i, j] = residual[top + i, j] + bias[j]
-        multiply(pairs.reshape(-1), pairs.shape[1], PANEL * pairs.shape[1], 1, weight, start, out, False)
+        multiply_rows(pairs, weight, start, out)
         if then != NOTHING:
             bias_gelu(out, bias, slope[top:bottom], then == TANH_GELU)
 
@@ -200,7 +216,36 @@ def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
             add_rows(dh, dbias)
         if len(dx):
             round_rows(dh, pairs)
-            multiply(pairs.reshape(-1), pairs.shape[1], PANEL * pairs.shape[1], 1, weight, none, dx[top:bottom], False)
+            multiply_rows(pairs, weight, none, dx[top:bottom])
         pack_rows(dh, columns, top // 2)
     if len(dweight):
         multiply(columns.reshape(-1), 1, columns.shape[1] * PANEL, PANEL, saved, zeros, dweight, False)
+
+
+@compiled(read(3), written(3), written(1), int64, int64)
+def attention(qkv, y, weights, heads, tile):
+    """`jit.loops.attention` with the operands of both products rounded."""
+    batch, n = qkv.shape[:2]
+    queries, model = y.shape[1], y.shape[2]
+    dim = model // heads
+    scale = np.float32(1.0 / math.sqrt(dim))
+    keys = np.empty(((n + PANEL - 1) // PANEL, (dim + 1) // 2, PANEL), np.int32)
+    values = np.empty(((dim + PANEL - 1) // PANEL, (n + 1) // 2, PANEL), np.int32)
+    zeros = np.zeros(PANEL * max(len(keys), len(values)), np.float32)
+    high = (tile + TILE - 1) // TILE * TILE
+    query, shares = np.empty((high, (dim + 31) // 32 * 16), np.int32), np.empty((high, (n + 31) // 32 * 16), np.int32)
+    kept = len(weights) == batch * heads * queries * n
+    for b in range(batch):
+        for h in range(heads):
+            q, k, v = h * dim, model + h * dim, 2 * model + h * dim
+            pack_columns(qkv[b, :, k : k + dim], keys)
+            pack_rows(qkv[b, :, v : v + dim], values, 0)
+            for start in range(0, queries, tile):
+                rows = min(tile, queries - start)
+                first = ((b * heads + h) * queries + start) * n if kept else 0
+                w, out = weights[first : first + rows * n], y[b, start : start + rows, q : q + dim]
+                round_rows(qkv[b, start : start + rows, q : q + dim], query)
+                multiply_rows(query, keys, zeros, w.reshape(rows, n))
+                softmax(w, n, scale)
+                round_rows(w.reshape(rows, n), shares)
+                multiply_rows(shares, values, zeros, out)

@@ -9,8 +9,10 @@ import numpy as np
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
+from tinyvit.kernels.jit import layers
 from tinyvit.kernels.jit.dot_products import GELU, NOTHING, PANEL, TANH_GELU
 from tinyvit.kernels.jit.layers import contiguous, rows_of
+from tinyvit.kernels.jit.table import plain_attention
 from tinyvit.kernels.packed_weights import packed
 
 
@@ -72,12 +74,31 @@ def linear_gelu(
     return _product(np.empty((0, len(weight)), np.float32), x, weight, bias, needs, then)
 
 
+def qkv_attention(
+    xp: Any,
+    qkv: Array,
+    *,
+    num_heads: int,
+    queries: int | None = None,
+    mask: None = None,
+    dropout_mask: None = None,
+    needs: tuple[bool, ...],
+) -> tuple[Array, VJP]:
+    """The gradient's products stay in float32."""
+    return layers.attention(loops.attention, qkv, num_heads, queries, needs)
+
+
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
     return x.dtype == weight.dtype == np.float32 and x.size > 0 and weight.size > 0
+
+
+def _attends(qkv: Array, **more: Any) -> bool:
+    return qkv.dtype == np.float32 and plain_attention(qkv, **more)
 
 
 KERNELS = {
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **_: _covers(*inputs)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),
+    reference.qkv_attention: Kernel(qkv_attention, _attends),
 }

@@ -54,10 +54,10 @@ def shuffled(builder, a, b, places):
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(places)), list(places)))
 
 
-def _tile_of(instruction: str) -> Any:
-    """A function that makes C = start + A B for TILE rows of A and a panel of B; places are in units of 4 bytes.
+def _tile_of(instruction: str, width: int) -> Any:
+    """A function that makes C = start + A B for TILE rows of A and so many columns of a panel B.
 
-    Sums of whole numbers are moved as if they were real ones.
+    Places are in units of 4 bytes. Sums of whole numbers are moved as if they were real ones.
     """
 
     @intrinsic
@@ -65,7 +65,7 @@ def _tile_of(instruction: str) -> Any:
         def generate(context, builder, signature, args):
             a, a_row, a_step, b, start, start_row, c, c_row, depth = args
             add = ir.InlineAsm(ir.FunctionType(REALS, [REALS, GROUPS, GROUPS]), f"{instruction} $3, $2, $0", "=v,0,v,v")
-            rows, columns = range(TILE), range(0, PANEL, 16)
+            rows, columns = range(TILE), range(0, width, 16)
             sums = [[cgutils.alloca_once(builder, REALS) for _ in columns] for _ in rows]
             for i in rows:
                 for j, total in zip(columns, sums[i], strict=True):
@@ -91,9 +91,10 @@ def _tile_of(instruction: str) -> Any:
     return function
 
 
-_bytes_tile = _tile_of("vpdpbusd")
+_bytes_tile, _narrow_bytes_tile = (_tile_of("vpdpbusd", width) for width in (PANEL, PANEL // 2))
 # LLVM ends the process at an instruction that the processor lacks. AVX512-BF16 is younger than AVX512-VNNI.
-_bfloat16_tile = _tile_of("vdpbf16ps") if jit.has("avx512bf16") else _bytes_tile
+_pairs = "vdpbf16ps" if jit.has("avx512bf16") else "vpdpbusd"
+_pairs_tile, _narrow_pairs_tile = (_tile_of(_pairs, width) for width in (PANEL, PANEL // 2))
 
 
 @compiled(groups(1), int64, int64, int64, groups(3), read(1), types.Array(float32, 2, "A"), boolean)
@@ -125,10 +126,14 @@ def multiply(a, a_row, a_panel, a_step, b, bias, c, of_bytes):
                                 for j in range(wide):
                                     rest[k, j] = c[i + k, left + j]
                     start, start_row = (to, to_row) if near or added else (bias.ctypes.data + 4 * left, 0)
-                    if of_bytes:
+                    if of_bytes and wide > PANEL // 2:
                         _bytes_tile(at, a_row, a_step, panel, start, start_row, to, to_row, steps)
+                    elif of_bytes:
+                        _narrow_bytes_tile(at, a_row, a_step, panel, start, start_row, to, to_row, steps)
+                    elif wide > PANEL // 2:
+                        _pairs_tile(at, a_row, a_step, panel, start, start_row, to, to_row, steps)
                     else:
-                        _bfloat16_tile(at, a_row, a_step, panel, start, start_row, to, to_row, steps)
+                        _narrow_pairs_tile(at, a_row, a_step, panel, start, start_row, to, to_row, steps)
                     if not whole:
                         for k in range(high):
                             for j in range(wide):

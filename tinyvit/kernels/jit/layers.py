@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -127,13 +128,23 @@ def qkv_attention(
     dropout_mask: None = None,
     needs: tuple[bool, ...],
 ) -> tuple[Array, VJP]:
+    def forward(*arguments: Any) -> None:
+        loops.attention(*arguments, SGEMM)
+
+    return attention(forward, qkv, num_heads, queries, needs)
+
+
+def attention(
+    forward: Callable[..., None], qkv: Array, num_heads: int, queries: int | None, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    """`forward` is a loop as `loops.attention`, without the address of BLAS."""
     qkv = contiguous(qkv)
     batch, n, width = qkv.shape
     queries = n if queries is None else queries
     tile = math.ceil(queries / math.ceil(queries * n / BLOCK))  # tiles of about one size
     y = np.empty((batch, queries, width // 3), qkv.dtype)
     weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
-    loops.attention(qkv, y, weights.reshape(-1), num_heads, tile, SGEMM)
+    forward(qkv, y, weights.reshape(-1), num_heads, tile)
 
     def vjp(dy: Array) -> tuple[Array]:
         dqkv, scratch = np.empty_like(qkv), np.empty((tile, n), qkv.dtype)

@@ -323,7 +323,7 @@ def layer_norm_vjp(dy, x, weight, moments, dx, dweight, dbias):
 
 
 @compiled(written(1), int64, float32, reorder=True)
-def _softmax(scores, columns, scale):
+def softmax(scores, columns, scale):
     """The softmax of each row of scale * scores (R * columns,) in its place; `scale` is positive.
 
     The exponentials are one loop over all rows, as the end of a loop is not vectorised.
@@ -369,7 +369,7 @@ def attention(qkv, y, weights, heads, tile, sgemm):
                 w = weights[first : first + rows * n]
                 query, at = q + 4 * start * width, w.ctypes.data
                 small_product_of_transposed(sgemm, rows, n, dim, query, width, k, width, at, n, turned.ctypes.data)
-                _softmax(w, n, scale)
+                softmax(w, n, scale)
                 small_product(sgemm, False, rows, dim, n, at, n, v, width, ZERO, out + 4 * start * model, model)
 
 

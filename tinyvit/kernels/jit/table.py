@@ -28,7 +28,7 @@ def _added(residual: np.ndarray, *inputs: Any, **_: Any) -> bool:
     return _biased(*inputs)
 
 
-def _plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
+def plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
     plain = mask is None and dropout_mask is None
     return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
 
@@ -66,7 +66,7 @@ KERNELS = {
     reference.add_linear: Kernel(in_fp32(layers.add_linear), _added),
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _weighted),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
-    reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), _plain_attention),
+    reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), plain_attention),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
     reference.max_pool2d: Kernel(convolution.max_pool2d, _float32),
     reference.relu: Kernel(convolution.relu, _float32),
