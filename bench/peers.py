@@ -8,6 +8,7 @@ batch lying on the device already.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 import tinyvit
 from tinyvit.backend import arrays, devices
+from tinyvit.execution.inference import predictions
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.05
 CHECKED = 16  # images of which gradients are compared on a GPU, in float32
@@ -79,7 +81,12 @@ def tinyvit_peer(
         return tinyvit.predict(model, repeated(batches), batch_size=len(images), precision=precision)
 
     if device == "cpu":
-        return Peer("tinyvit", lambda: float(step(images, labels)), infer, gradients)
+        stream = predictions(model, itertools.repeat(images), precision=precision)  # which packs weights once
+
+        def infer_one_by_one(batches: int) -> np.ndarray:
+            return np.concatenate([next(stream) for _ in range(batches)])
+
+        return Peer("tinyvit", lambda: float(step(images, labels)), infer_one_by_one, gradients)
     import cupy
 
     return Peer("tinyvit", lambda: step(images, labels), infer, gradients, cupy.cuda.Device().synchronize)

@@ -16,7 +16,7 @@ from tinyvit.data import Augment, Split
 from tinyvit.data.image import open_rgb, to_rgb
 from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError, outputs_of
-from tinyvit.execution.inference import predict
+from tinyvit.execution.inference import predictions
 from tinyvit.kernels import jit
 from tinyvit.models.inspection import Features
 from tinyvit.models.vit import VisionTransformer
@@ -75,12 +75,14 @@ class Outputs:
 
 def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32") -> Outputs:
     """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`."""
-    both = Features(model, logits=True)
-    outputs = []
+
+    def batch(start: int) -> np.ndarray:
+        prepared = in_threads(lambda image: model_input(model, rgb(image)), images[start : start + BATCH_SIZE])
+        return np.concatenate(list(prepared))
+
     with jit.worth_it_for(len(images)):
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = in_threads(lambda image: model_input(model, rgb(image)), images[start : start + BATCH_SIZE])
-            outputs.append(predict(both, np.concatenate(list(batch)), precision=precision))
+        batches = map(batch, range(0, len(images), BATCH_SIZE))
+        outputs = list(predictions(Features(model, logits=True), batches, precision=precision))
     if not outputs:
         return Outputs(np.zeros((0, model.config.embed_dim), np.float32), np.zeros((0, model.config.num_classes)))
     return _separated(model, np.concatenate(outputs))

@@ -12,6 +12,7 @@ import numpy as np
 from tinyvit import nn
 from tinyvit.backend import arrays, parallel
 from tinyvit.backend.cuda_graph import Graphed
+from tinyvit.backend.memory import keep_freed_memory
 from tinyvit.engine.tensor import Array, Tensor, no_grad
 from tinyvit.execution.precision import Precision
 from tinyvit.kernels import cuda
@@ -73,6 +74,8 @@ def predictions(
     """
     weights = model.parameters()
     like = weights[0].data
+    if arrays.on_host(like):
+        keep_freed_memory()
     unread: list[Callable[[], np.ndarray]] = []
     with _predictor(model, weights, precision) as (mode, compute):
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tinyvit.backend import arrays
 from tinyvit.engine.tensor import Array, Tensor
 from tinyvit.kernels import reference
@@ -74,6 +76,16 @@ def heads(qkv: Input, num_heads: int) -> None:
     given = shape(qkv)
     if len(given) != 3 or num_heads < 1 or not given[2] or given[2] % (3 * num_heads):
         raise ValueError(f"qkv_attention expects (B, N, 3 * num_heads * D), got {given} with {num_heads} heads")
+
+
+def encoder_block(x: Input, weights: Sequence[Input], num_heads: int) -> None:
+    given = shape(x)
+    dim, hidden = given[-1], shape(weights[8])[0]
+    expected = [(dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
+    expected += [(dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
+    found = [shape(w) for w in weights]
+    if len(given) != 3 or not hidden or found != expected or num_heads < 1 or dim % num_heads:
+        raise ValueError(f"encoder_block expects x (B, N, D) and weights {expected}, got {given} and {found}")
 
 
 def attention_mask(mask: Input | None, x: Array, scores: Shape) -> Array | None:

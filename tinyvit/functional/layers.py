@@ -5,6 +5,7 @@ from __future__ import annotations
 from tinyvit import kernels
 from tinyvit.backend import arrays, random
 from tinyvit.engine.ops import multiply
+from tinyvit.engine.tape import recording
 from tinyvit.engine.tensor import Array, Tensor, apply
 from tinyvit.functional import checks
 from tinyvit.functional.checks import Input, Pair, Shape
@@ -166,6 +167,32 @@ def qkv_attention(
     scores = (batch, num_heads, queries or tokens, tokens)
     mask, keep = checks.attention_mask(mask, array_of(qkv), scores), _dropout_mask(qkv, dropout, training, scores[1:])
     return apply(reference.qkv_attention, qkv, num_heads=num_heads, queries=queries, mask=mask, dropout_mask=keep)
+
+
+def encoder_block(
+    x: Input, *weights: Input, num_heads: int, eps: tuple[float, float], approximate: str = "none"
+) -> Tensor:
+    """A Vision Transformer's block in one operation, for predictions.
+
+    x + linear(qkv_attention(linear(layer_norm(x)))), then that + linear(linear_gelu(layer_norm(that))).
+
+    Args:
+        x: (B, N, D).
+        weights: weight and bias of norm, linear (D -> 3 D), linear (D -> D), norm, linear (D -> M), linear (M -> D).
+        num_heads: of attention.
+        eps: of both norms.
+        approximate: as in `gelu`.
+
+    Returns:
+        (B, N, D). Raises ValueError where a gradient would be recorded: use it within `no_grad`.
+    """
+    if len(weights) != 12:
+        raise ValueError(f"encoder_block expects 12 weights, got {len(weights)}")
+    if recording.get() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *weights)):
+        raise ValueError("encoder_block has no gradient: use it within tinyvit.no_grad()")
+    checks.encoder_block(x, weights, num_heads)
+    checks.approximate(approximate)
+    return apply(reference.encoder_block, x, *weights, num_heads=num_heads, eps=eps, approximate=approximate)
 
 
 def attention_weights(qkv: Input, num_heads: int) -> Tensor:

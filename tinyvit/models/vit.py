@@ -7,7 +7,7 @@ a token (`embed_dim`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -121,15 +121,47 @@ class Block(nn.Module):
         self.drop_path = nn.DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        if nn.only_output_counts() and self._is_usual():
+            return self._in_one_operation(x)
         x = self._add(x, self.attn, self.norm1(x), self.ls1)
         x = self._add(x, self.mlp, self.norm2(x), self.ls2)
         return x  # (B, N, D)
+
+    def _is_usual(self) -> bool:
+        """Whether `functional.encoder_block` does it: nobody has put other layers in place of the usual ones."""
+        attn, mlp = self.attn, self.mlp
+        dropouts, linear = (attn.proj_drop, mlp.drop, self.drop_path), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        idle = (self.ls1, self.ls2, attn.norm, mlp.norm)
+        layers = (self, attn, mlp, self.norm1, self.norm2, *linear, *idle, *dropouts)
+        return (
+            tuple([type(layer) for layer in layers]) == _USUAL_LAYERS
+            and not any("forward" in vars(layer) for layer in layers)
+            and not any(layer.p and layer.training for layer in dropouts)
+            and not (attn.changes_queries or (attn.training and attn.attn_drop_rate))
+            and isinstance(mlp, Mlp)
+            and mlp.act != "quick_gelu"
+            and all(layer.bias is not None for layer in linear)
+        )
+
+    def _in_one_operation(self, x: Tensor) -> Tensor:  # (B, N, D)
+        attn, mlp = self.attn, cast(Mlp, self.mlp)
+        norm1, norm2 = (cast(nn.LayerNorm, norm) for norm in (self.norm1, self.norm2))
+        layers = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
+        weights = [w for layer in layers for w in (layer.weight, cast(nn.Parameter, layer.bias))]
+        eps, kind = (norm1.eps, norm2.eps), mlp.approximate
+        return F.encoder_block(x, *weights, num_heads=attn.num_heads, eps=eps, approximate=kind)  # (B, N, D)
 
     def _add(self, x: Tensor, branch: nn.Module, normal: Tensor, scale: nn.Module) -> Tensor:  # (B, N, D)
         """x + drop_path(scale(branch(normal))); where nothing is between, the branch adds x while it has the result."""
         if nn.is_plain(branch, Attention, Mlp) and nn.is_idle(scale) and nn.is_idle(self.drop_path):
             return branch(normal, residual=x)
         return nn.add_drop_path(x, self.drop_path, scale(branch(normal)))
+
+
+_USUAL_LAYERS = (
+    Block, Attention, Mlp, *2 * (nn.LayerNorm,), *4 * (nn.Linear,), *4 * (nn.Identity,), *2 * (nn.Dropout,),
+    nn.DropPath,
+)  # fmt: skip
 
 
 class VisionTransformer(nn.Module):

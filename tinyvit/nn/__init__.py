@@ -21,4 +21,13 @@ from tinyvit.nn.layers import (
     is_plain,
     linear_gelu,
 )  # fmt: skip
-from tinyvit.nn.module import Buffer, Module, ModuleList, Parameter, Sequential, evaluating, forward_pre_hook
+from tinyvit.nn.module import (
+    Buffer,
+    Module,
+    ModuleList,
+    Parameter,
+    Sequential,
+    evaluating,
+    forward_pre_hook,
+    only_output_counts,
+)  # fmt: skip

@@ -42,6 +42,11 @@ def forward_pre_hook(hook: Hook) -> Iterator[None]:
         _pre_hook.reset(token)
 
 
+def only_output_counts() -> bool:
+    """Whether nothing is recorded and no hook is called: one operation may replace what several modules do."""
+    return not recording.get() and _pre_hook.get() is None
+
+
 def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Parameter, Any], Parameter]:
     """The method of `Parameter` that writes the result of an operation into its array."""
 

@@ -16,11 +16,9 @@ from tinyvit.kernels.jit.compiling import compiled, read, written
 from tinyvit.kernels.jit.dot_products import (
     BAND,
     GROUPS,
-    NOTHING,
     PANEL,
     REALS,
     SIZE,
-    TANH_GELU,
     TILE,
     groups,
     load,
@@ -28,7 +26,7 @@ from tinyvit.kernels.jit.dot_products import (
     shuffled,
     store,
 )  # fmt: skip
-from tinyvit.kernels.jit.loops import add_rows, bias_gelu, multiply_and_sum, softmax
+from tinyvit.kernels.jit.loops import NOTHING, TANH_GELU, add_rows, bias_gelu, multiply_and_sum, softmax
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 

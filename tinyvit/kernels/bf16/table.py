@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba.extending import overload
 
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
-from tinyvit.kernels.jit import layers
-from tinyvit.kernels.jit.dot_products import GELU, NOTHING, PANEL, TANH_GELU
+from tinyvit.kernels.jit import block, layers
+from tinyvit.kernels.jit import loops as jit_loops
+from tinyvit.kernels.jit.dot_products import PANEL
 from tinyvit.kernels.jit.layers import contiguous, rows_of
-from tinyvit.kernels.jit.table import plain_attention
+from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
+from tinyvit.kernels.jit.table import plain_attention, whole_block
 from tinyvit.kernels.packed_weights import packed
+
+_FEW = 128  # tokens from which on attention gains from bfloat16
 
 
 def _room(rows: int, columns: int) -> Array:
@@ -31,6 +36,25 @@ def _pack_transposed(weight: Array) -> Array:
     panels = _room(*weight.T.shape)
     loops.pack_rows(contiguous(weight), panels, 0)
     return panels
+
+
+@overload(block.linear)
+def _linear(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyped-def]
+    def run(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyped-def]
+        loops.linear(residual, x, weight, bias, y, y[:0], weight[:0], then)
+
+    return run if weight == block.BFLOAT16 else None
+
+
+@overload(block.attention)
+def _attention(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-untyped-def]
+    def run(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-untyped-def]
+        if qkv.shape[1] < _FEW:
+            jit_loops.attention(qkv, y, scores, heads, tile, sgemm)
+        else:
+            loops.attention(qkv, y, scores, heads, tile)
+
+    return run if weight == block.BFLOAT16 else None
 
 
 def _product(
@@ -93,10 +117,11 @@ def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
 
 
 def _attends(qkv: Array, **more: Any) -> bool:
-    return qkv.dtype == np.float32 and plain_attention(qkv, **more)
+    return qkv.dtype == np.float32 and qkv.shape[1] >= _FEW and plain_attention(qkv, **more)
 
 
 KERNELS = {
+    reference.encoder_block: Kernel(block.kernel(block.BFLOAT16, lambda weight: packed(weight, _pack)), whole_block),
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **_: _covers(*inputs)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),

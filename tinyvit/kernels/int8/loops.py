@@ -6,8 +6,8 @@ import numpy as np
 from numba import float32, int32, int64, types, uint8
 
 from tinyvit.kernels.jit.compiling import bits_of_float, compiled, maximum, read, widest, written
-from tinyvit.kernels.jit.dot_products import BAND, NOTHING, PANEL, TANH_GELU, groups, multiply
-from tinyvit.kernels.jit.loops import ROUND, bias_gelu
+from tinyvit.kernels.jit.dot_products import BAND, PANEL, groups, multiply
+from tinyvit.kernels.jit.loops import NOTHING, ROUND, TANH_GELU, bias_gelu
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numba import int32, types
+from numba.extending import overload
 
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.int8 import loops
-from tinyvit.kernels.jit.dot_products import GELU, NOTHING, PANEL, TANH_GELU
+from tinyvit.kernels.jit import block
+from tinyvit.kernels.jit.compiling import written
+from tinyvit.kernels.jit.dot_products import PANEL, groups
 from tinyvit.kernels.jit.layers import contiguous, rows_of
+from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
+from tinyvit.kernels.jit.table import whole_block
 from tinyvit.kernels.packed_weights import packed
 
+# A weight's panels, scales and sums.
+_Packed = tuple[Array, Array, Array]
+_WEIGHT = types.Tuple((groups(3), written(1), types.Array(int32, 1, "C")))
 
-class _Packed(NamedTuple):
-    panels: Array
-    scales: Array
-    sums: Array
+
+@overload(block.linear)
+def _linear(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyped-def]
+    def run(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyped-def]
+        loops.linear(residual, x, weight[0], weight[1], weight[2], bias, y, then)
+
+    return run if weight == _WEIGHT else None
 
 
 def _pack(weight: Array) -> _Packed:
@@ -27,7 +39,7 @@ def _pack(weight: Array) -> _Packed:
     sums = np.empty(outputs, np.int32)
     loops.quantise_rows(contiguous(weight), rounded, scales)
     loops.pack(rounded.view(np.int32), panels, sums)
-    return _Packed(panels, scales, sums)
+    return panels, scales, sums
 
 
 def _product(residual: Array, x: Array, weight: Array, bias: Array | None, then: int = NOTHING) -> Array:
@@ -44,24 +56,20 @@ def _none(weight: Array) -> Array:
 
 
 def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    return _product(_none(weight), x, weight, bias), _no_vjp
+    return _product(_none(weight), x, weight, bias), reference.no_gradient
 
 
 def add_linear(
     xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
-    return _product(rows_of(residual), x, weight, bias), _no_vjp
+    return _product(rows_of(residual), x, weight, bias), reference.no_gradient
 
 
 def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     then = TANH_GELU if approximate == "tanh" else GELU
-    return _product(_none(weight), x, weight, bias, then), _no_vjp
-
-
-def _no_vjp(dy: Array) -> tuple[None, ...]:
-    raise AssertionError("linear layers in 8 bits have no gradient")
+    return _product(_none(weight), x, weight, bias, then), reference.no_gradient
 
 
 def _covers(x: Array, weight: Array, *_: Any, needs: tuple[bool, ...], **__: Any) -> bool:
@@ -70,7 +78,13 @@ def _covers(x: Array, weight: Array, *_: Any, needs: tuple[bool, ...], **__: Any
     return fits and not any(needs) and x.dtype == weight.dtype == np.float32 and x.size > 0
 
 
+def _covers_block(x: Array, *weights: Array, **more: Any) -> bool:
+    matrices = (weight for weight in weights if weight.ndim == 2)
+    return whole_block(x) and all(_covers(x, weight, needs=()) for weight in matrices)
+
+
 KERNELS = {
+    reference.encoder_block: Kernel(block.kernel(_WEIGHT, lambda weight: packed(weight, _pack)), _covers_block),
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **more: _covers(*inputs, **more)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),

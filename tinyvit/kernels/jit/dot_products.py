@@ -26,7 +26,6 @@ binding.initialize_native_asmparser()  # the instructions have no name in llvmli
 
 PANEL, TILE = 32, 8
 BAND = 12 * TILE  # rows of a layer that are computed at a time: what follows finds them in a cache
-NOTHING, GELU, TANH_GELU = range(3)  # what follows
 _DEPTH, _ROWS = 256, 384  # groups and rows at a time: a panel of 32 KiB in the first cache, 384 KiB in the second
 INT, SIZE = ir.IntType(32), ir.IntType(64)
 REALS, GROUPS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT, 16)

@@ -134,6 +134,11 @@ def qkv_attention(
     return attention(forward, qkv, num_heads, queries, needs)
 
 
+def tile_of(queries: int, n: int) -> int:
+    """How many queries are computed at a time: tiles of about one size."""
+    return math.ceil(queries / math.ceil(queries * n / BLOCK))
+
+
 def attention(
     forward: Callable[..., None], qkv: Array, num_heads: int, queries: int | None, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -141,7 +146,7 @@ def attention(
     qkv = contiguous(qkv)
     batch, n, width = qkv.shape
     queries = n if queries is None else queries
-    tile = math.ceil(queries / math.ceil(queries * n / BLOCK))  # tiles of about one size
+    tile = tile_of(queries, n)
     y = np.empty((batch, queries, width // 3), qkv.dtype)
     weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
     forward(qkv, y, weights.reshape(-1), num_heads, tile)

@@ -168,6 +168,7 @@ def add_rows(x, total):
 # --- linear layers and layer norm -------------------------------------------------------------------------------------
 
 
+NOTHING, GELU, TANH_GELU = range(3)  # what follows a product
 _BAND = 8 * ROWS  # rows that are computed at a time: what follows finds them in a cache
 
 

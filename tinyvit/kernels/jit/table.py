@@ -9,7 +9,7 @@ import numpy as np
 
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.half_precision import in_fp32
-from tinyvit.kernels.jit import convolution, layers, loops
+from tinyvit.kernels.jit import block, convolution, layers, loops
 
 
 def _not_float64(x: np.ndarray, *_: Any, **__: Any) -> bool:
@@ -31,6 +31,10 @@ def _added(residual: np.ndarray, *inputs: Any, **_: Any) -> bool:
 def plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
     plain = mask is None and dropout_mask is None
     return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
+
+
+def whole_block(x: np.ndarray, *weights: np.ndarray, **_: Any) -> bool:
+    return x.dtype == np.float32 and x.size > 0 and layers.SGEMM != 0
 
 
 def _convolved(
@@ -67,6 +71,7 @@ KERNELS = {
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _weighted),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
     reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), plain_attention),
+    reference.encoder_block: Kernel(block.kernel(block.FLOAT32, layers.contiguous, packed=False), whole_block),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
     reference.max_pool2d: Kernel(convolution.max_pool2d, _float32),
     reference.relu: Kernel(convolution.relu, _float32),
