@@ -79,13 +79,16 @@ def heads(qkv: Input, num_heads: int) -> None:
 
 
 def encoder_block(x: Input, weights: Sequence[Input], num_heads: int) -> None:
-    given = shape(x)
-    dim, hidden = given[-1], shape(weights[8])[0]
-    expected = [(dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
-    expected += [(dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
-    found = [shape(w) for w in weights]
-    if len(given) != 3 or not hidden or found != expected or num_heads < 1 or dim % num_heads:
-        raise ValueError(f"encoder_block expects x (B, N, D) and weights {expected}, got {given} and {found}")
+    given, found = shape(x), [shape(w) for w in weights]
+    if len(found) != 12:
+        raise ValueError(f"encoder_block expects 12 weights, got {len(found)}")
+    dim, hidden = given[-1] if given else 0, found[9][0] if found[9] else 0
+    half = [(dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
+    expected = [*half, (dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,)]
+    if len(given) != 3 or found != expected or not hidden or num_heads < 1 or not dim or dim % num_heads:
+        wanted = f"x (B, N, D) and weights {', '.join(map(str, expected))}"
+        got = f"{given} and {', '.join(map(str, found))} with {num_heads} heads"
+        raise ValueError(f"encoder_block expects {wanted}, got {got}")
 
 
 def attention_mask(mask: Input | None, x: Array, scores: Shape) -> Array | None:

@@ -186,8 +186,6 @@ def encoder_block(
     Returns:
         (B, N, D). Raises ValueError where a gradient would be recorded: use it within `no_grad`.
     """
-    if len(weights) != 12:
-        raise ValueError(f"encoder_block expects 12 weights, got {len(weights)}")
     if recording.get() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *weights)):
         raise ValueError("encoder_block has no gradient: use it within tinyvit.no_grad()")
     checks.encoder_block(x, weights, num_heads)

@@ -256,29 +256,6 @@ def qkv_attention(
     return xp.reshape(xp.permute_dims(y, (0, 2, 1, 3)), (batch, queries, width // 3)), vjp
 
 
-def encoder_block(
-    xp: Any, x: Array, *weights: Array, num_heads: int, eps: tuple[float, float], approximate: str, **_: Any
-) -> tuple[Array, VJP]:
-    """A Vision Transformer's block, without gradients: fewer calls between the kernels than for its operations.
-
-    x (B, N, D) + linear(attention(linear(norm(x)))), then that + linear(gelu(linear(norm(that)))). `weights` are
-    weight and bias of the six in turn, `eps` those of the norms.
-    """
-
-    def run(op: Any, *arrays: Array, **parameters: Any) -> Array:
-        return kernels.best(op, xp)(xp, *arrays, needs=(False,) * len(arrays), **parameters)[0]
-
-    norm1, qkv, proj, norm2, fc1, fc2 = zip(weights[::2], weights[1::2], strict=True)
-    y = run(linear, run(layer_norm, x, *norm1, eps=eps[0]), *qkv)
-    x = run(add_linear, x, run(qkv_attention, y, num_heads=num_heads), *proj)
-    y = run(linear_gelu, run(layer_norm, x, *norm2, eps=eps[1]), *fc1, approximate=approximate)
-    return run(add_linear, x, y, *fc2), no_gradient
-
-
-def no_gradient(dy: Array) -> tuple[Array, ...]:
-    raise AssertionError("nothing was asked for that a gradient needs")
-
-
 def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], draw: random.Draw) -> Array:
     """For each sample of `like` an array of `shape` and its dtype: 0 with probability `drop`, else 1 / (1 - drop)."""
     mask = arrays.convert(random.keep_mask(drop, like.shape[0], shape, draw), like)
