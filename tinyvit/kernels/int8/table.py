@@ -78,13 +78,21 @@ def _covers(x: Array, weight: Array, *_: Any, needs: tuple[bool, ...], **__: Any
     return fits and not any(needs) and x.dtype == weight.dtype == np.float32 and x.size > 0
 
 
-def _covers_block(x: Array, *weights: Array, **more: Any) -> bool:
+_in_one_loop = block.kernel(_WEIGHT, lambda weight: packed(weight, _pack))
+
+
+def encoder_block(
+    xp: Any, x: Array, *weights: Array, num_heads: int, eps: tuple[float, float], approximate: str, **_: Any
+) -> tuple[Array, VJP]:
+    """In one loop where all its layers are in 8 bits; float32's loop, which else came next, would have none in them."""
     matrices = (weight for weight in weights if weight.ndim == 2)
-    return whole_block(x) and all(_covers(x, weight, needs=()) for weight in matrices)
+    fits = whole_block(x) and all(_covers(x, weight, needs=()) for weight in matrices)
+    version = _in_one_loop if fits else reference.encoder_block
+    return version(xp, x, *weights, num_heads=num_heads, eps=eps, approximate=approximate)
 
 
 KERNELS = {
-    reference.encoder_block: Kernel(block.kernel(_WEIGHT, lambda weight: packed(weight, _pack)), _covers_block),
+    reference.encoder_block: Kernel(encoder_block),
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **more: _covers(*inputs, **more)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),
