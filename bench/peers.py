@@ -73,13 +73,6 @@ def tinyvit_peer(
             found = map(arrays.to_numpy, tinyvit.grad(loss, parameters))
         return float(loss), dict(zip(names, found, strict=True))
 
-    @functools.cache
-    def repeated(batches: int) -> Any:
-        return images if batches == 1 else arrays.namespace(images).concat([images] * batches)
-
-    def infer(batches: int) -> np.ndarray:
-        return tinyvit.predict(model, repeated(batches), batch_size=len(images), precision=precision)
-
     if device == "cpu":
         stream = predictions(model, itertools.repeat(images), precision=precision)  # which packs weights once
 
@@ -88,5 +81,12 @@ def tinyvit_peer(
 
         return Peer("tinyvit", lambda: float(step(images, labels)), infer_one_by_one, gradients)
     import cupy
+
+    @functools.cache
+    def repeated(batches: int) -> Any:
+        return images if batches == 1 else arrays.namespace(images).concat([images] * batches)
+
+    def infer(batches: int) -> np.ndarray:
+        return tinyvit.predict(model, repeated(batches), batch_size=len(images), precision=precision)
 
     return Peer("tinyvit", lambda: step(images, labels), infer, gradients, cupy.cuda.Device().synchronize)

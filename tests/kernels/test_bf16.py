@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import weakref
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("numba")
 
-from tinyvit import TrainStep, create_model, optim, predict
+from tinyvit import TrainStep, create_model, no_grad, optim, predict
 from tinyvit import kernels as all_kernels
+from tinyvit.execution.inference import predictions
 from tinyvit.kernels import bf16, reference
 from tinyvit.kernels.bf16 import gains
 
@@ -104,3 +106,62 @@ def test_a_step_and_predictions_are_float32_s_to_bfloat16_s_rounding():
     (expected, scores), (got, ours) = losses("fp32"), losses("bf16")
     assert 0 < np.abs(got - expected).max() < 0.02 and expected[-1] < 0.8 * expected[0]
     assert ours.dtype == np.float32 and 0 < np.linalg.norm(ours - scores) < 0.05 * np.linalg.norm(scores)
+
+
+def test_a_layer_keeps_its_input_for_the_gradient_in_16_bits_alone():
+    x, weight = np.ones((1, 40, 64), np.float32), np.ones((32, 64), np.float32)
+    gone = weakref.ref(x)
+    _, vjp = all_kernels._merged("cpu", "jit", "bf16")[reference.linear](None, x, weight, None, needs=(True,) * 3)
+    del x
+    assert gone() is None and vjp(np.ones((1, 40, 32), np.float32))[1].shape == (32, 64)
+
+
+@pytest.mark.parametrize("tokens, queries", [(128, 128), (197, 197), (300, 1)])
+def test_attention_over_many_tokens_rounds_its_operands(tokens, queries):
+    rng = np.random.default_rng(0)
+    qkv, heads, dim = rng.standard_normal((2, tokens, 3 * 2 * 40), np.float32), 2, 40
+    table = all_kernels._merged("cpu", "jit", "bf16")
+    y, vjp = table[reference.qkv_attention](None, qkv, num_heads=heads, queries=queries, needs=(True,))
+    q, k, v = rounded(qkv.reshape(2, tokens, 3, heads, dim).transpose(2, 0, 3, 1, 4))
+    shares = torch.softmax(q[:, :, :queries] @ k.transpose(2, 3) / dim**0.5, -1).float().bfloat16().double()
+    expected = (shares @ v).transpose(1, 2).reshape(2, queries, heads * dim)
+    wrong = np.abs(y - expected.numpy()) / float(expected.abs().max())
+    assert np.median(wrong) < 1e-7 and wrong.max() < 1e-3  # a share may be rounded to the other side
+    whole = all_kernels._merged("cpu", "jit")[reference.qkv_attention]
+    exact, exact_vjp = whole(None, qkv, num_heads=heads, queries=queries, needs=(True,))
+    alone, _ = table[reference.qkv_attention](None, qkv, num_heads=heads, queries=queries, needs=(False,))
+    assert np.array_equal(alone, y) and 0 < np.abs(y - exact).max() < 0.02
+    (d,), (exact_d,) = vjp(np.ones_like(y)), exact_vjp(np.ones_like(y))
+    assert np.linalg.norm(d - exact_d) < 0.02 * np.linalg.norm(exact_d)
+
+
+def test_few_tokens_attend_in_float32():
+    qkv = np.random.default_rng(0).standard_normal((2, 127, 96), np.float32)
+    found = [
+        all_kernels._merged(*names)[reference.qkv_attention](None, qkv, num_heads=1, needs=(False,))[0]
+        for names in (("cpu", "jit"), ("cpu", "jit", "bf16"))
+    ]
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize("change", ["in place", "another array", "written and said"])
+def test_a_stream_of_predictions_follows_the_weights(change):
+    model = create_model("vit_nano_patch8_32", num_classes=5)
+    x = np.random.default_rng(0).standard_normal((6, 3, 32, 32), np.float32)
+    model.head.weight.data = np.random.default_rng(1).standard_normal(model.head.weight.shape, np.float32)
+    weight = model.blocks[0].mlp.fc1.weight
+
+    def batches():
+        yield x
+        with no_grad():
+            if change == "in place":
+                model.blocks[0].mlp.fc1.weight *= 2
+            elif change == "another array":
+                weight.data = weight.data * 2
+            else:
+                weight.data[:] = weight.data * 2
+                weight.changed()
+        yield x
+
+    before, after = predictions(model, batches(), precision="bf16")
+    assert np.array_equal(after, predict(model, x, precision="bf16")) and not np.array_equal(after, before)

@@ -105,14 +105,24 @@ class OwnLinear(nn.Linear):
     """A user's own layer."""
 
 
-def shifted(block):
-    forward = block.mlp.fc1.forward
-    block.mlp.fc1.forward = lambda x: forward(x) + 1.0
+def shifted(layer, method="forward"):
+    """A method of a user's own, in place of the layer's."""
+    usual = getattr(layer, method)
+    setattr(layer, method, lambda *arguments, **more: usual(*arguments, **more) + 1.0)
+
+
+def with_one_head(attn):
+    """Two heads of which one was pruned."""
+    attn.qkv, attn.proj, attn.num_heads = nn.Linear(32, 48), nn.Linear(16, 32), 1
 
 
 CHANGES = {
+    "an MLP of a user's own": lambda block: setattr(block, "mlp", nn.Sequential(nn.Linear(32, 32), nn.GELU())),
+    "an attention of a user's own": lambda block: setattr(block, "attn", nn.Linear(32, 32)),
     "a layer of a user's own": lambda block: setattr(block.attn, "proj", OwnLinear(32, 32)),
-    "a forward of a user's own": shifted,
+    "a forward of a user's own": lambda block: shifted(block.mlp.fc1),
+    "a method of a user's own": lambda block: shifted(block.attn, "queries_keys_values"),
+    "a pruned head": lambda block: with_one_head(block.attn),
     "no bias": lambda block: setattr(block.mlp.fc2, "bias", None),
     "an RMS norm": lambda block: setattr(block, "norm2", nn.RMSNorm(32)),
     "layer scale": lambda block: setattr(block, "ls1", nn.LayerScale(32, 0.1)),
@@ -155,8 +165,19 @@ def test_usual_blocks_are_one_operation_in_predictions_alone(monkeypatch):
 def test_a_changed_block_runs_as_it_is(change, monkeypatch):
     model = tiny().eval()
     CHANGES[change](model.blocks[0])
+    _, expected = calls(model, monkeypatch, IMAGES)
     with no_grad():
-        assert calls(model, monkeypatch, IMAGES)[0] == 1
+        count, y = calls(model, monkeypatch, IMAGES)
+    assert count == 1
+    assert "dropout" in change or np.abs(y - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind, method", [(vit.Attention, "forward"), (vit.Block, "_add"), (nn.LayerNorm, "forward")])
+def test_a_class_that_a_user_has_changed_runs_as_it_is(kind, method, monkeypatch):
+    usual = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda *arguments, **more: usual(*arguments, **more) + 1.0)
+    with no_grad():
+        assert calls(tiny().eval(), monkeypatch, IMAGES)[0] == 0
 
 
 @pytest.mark.parametrize("overrides", OTHER_MODELS, ids=lambda o: "-".join(o))

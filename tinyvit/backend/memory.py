@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep what is freed instead of returning it to the system and to share it among threads.
 
     Otherwise every large array is mapped afresh, and each of its pages costs a fault and is zeroed: a tenth of a
-    training step. Other C libraries, and a process whose environment tunes malloc itself, are left alone.
+    training step, and up to a fifth of predictions. Other C libraries, and a process whose environment tunes malloc
+    itself, are left alone.
     """
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return

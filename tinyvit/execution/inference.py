@@ -40,6 +40,7 @@ def predict(
         precision: "fp32", "tf32", "bf16", "fp16" or "int8", as in `precision.Precision`.
 
     On a GPU batches of one size, also of several calls, are one CUDA graph, whose memory is kept as long as the model.
+    On a CPU the process keeps what is freed (glibc; set GLIBC_TUNABLES or a MALLOC_ variable to have it otherwise).
 
     Returns:
         (N, num_classes), NumPy; float32 also where the model computes in 16 bits for it.
@@ -70,7 +71,8 @@ def predictions(
 ) -> Iterator[np.ndarray]:
     """The outputs of `predict` for batches (B, C, H, W), one after the other.
 
-    A device computes a batch while the one before it is read.
+    A device computes a batch while the one before it is read. On a CPU bf16 and int8 pack the weights once for all
+    batches, and again where a Tensor says that it was changed: after writing into its array call `changed()`.
     """
     weights = model.parameters()
     like = weights[0].data

@@ -6,8 +6,9 @@ float32; layer norm, softmax and the loss are computed in it. Gradients update t
 far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
 loss is scaled to keep small gradients above zero.
 
-On a CPU that multiplies bfloat16 fast (AMD's with AVX512-BF16, with numba) bf16 rounds the operands of linear layers
-alone. Weights and activations stay in float32. int8, for predictions, has 8 bits for those operands (AVX512-VNNI).
+On a CPU that multiplies bfloat16 fast (AMD's with AVX512-BF16, with numba) bf16 rounds the operands of linear layers,
+and on the way forward those of attention with many tokens, alone. Weights and activations stay in float32. int8, for
+predictions, has 8 bits for the operands of linear layers (AVX512-VNNI).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Precision:
         self._stay = not gradients  # whether the weights do: packed ones are kept then
         self.dtype = None  # of the rounded weights
         self._rounded: list[Array] = []
-        self._current: list[tuple[Array, int]] = []  # the master weights that were rounded, with their versions
+        self._current: list[tuple[Array, int]] = []  # the weights that were rounded or packed, with their versions
         if name == "fp32":
             return
         like = self._weights[0].data
@@ -149,7 +150,7 @@ class Precision:
         self._current = [(p.data, p.version) for p in self._weights] if self._rounded else []
 
     def is_current(self) -> bool:
-        """Whether no weight was changed since `note_rounded`."""
+        """Whether no weight was changed since they were rounded or packed last."""
         return bool(self._current) and all(
             p.data is data and p.version == changes
             for p, (data, changes) in zip(self._weights, self._current, strict=True)

@@ -1,4 +1,4 @@
-"""Which 16 or 8 bits linear layers of NumPy arrays compute in, and their weights in those, packed once."""
+"""Whether layers of NumPy arrays round to 16 or 8 bits, and their weights in those, packed once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def packed(weight: Array, pack: Callable[[Array], Any]) -> Any:
     now = current.get()
     if now is None or id(weight) not in now.weights:
         return pack(weight)
-    with _one_at_a_time:
-        if now.weights[id(weight)] is None:
-            now.weights[id(weight)] = pack(weight)
-        return now.weights[id(weight)]
+    if now.weights[id(weight)] is None:
+        with _one_at_a_time:
+            if now.weights[id(weight)] is None:
+                now.weights[id(weight)] = pack(weight)
+    return now.weights[id(weight)]

@@ -7,7 +7,7 @@ a token (`embed_dim`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -128,28 +128,30 @@ class Block(nn.Module):
         return x  # (B, N, D)
 
     def _is_usual(self) -> bool:
-        """Whether `functional.encoder_block` does it: nobody has put other layers in place of the usual ones."""
-        attn, mlp = self.attn, self.mlp
-        dropouts, linear = (attn.proj_drop, mlp.drop, self.drop_path), (attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        idle = (self.ls1, self.ls2, attn.norm, mlp.norm)
+        """Whether `functional.encoder_block` computes what the layers would: none is a user's own or needs more."""
+        attn: Any = self.attn
+        mlp: Any = self.mlp
+        if (type(self), type(attn), type(mlp)) != (Block, Attention, Mlp):
+            return False
+        linear, idle = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), (self.ls1, self.ls2, attn.norm, mlp.norm)
+        dropouts = (attn.proj_drop, mlp.drop, self.drop_path)
         layers = (self, attn, mlp, self.norm1, self.norm2, *linear, *idle, *dropouts)
         return (
-            tuple([type(layer) for layer in layers]) == _USUAL_LAYERS
-            and not any("forward" in vars(layer) for layer in layers)
+            [(type(layer), type(layer).forward) for layer in layers] == _USUAL_LAYERS
+            and (Block._add, Attention.queries_keys_values) == _USUAL_METHODS
+            and all(vars(layer).keys().isdisjoint(_OVERRIDABLE) for layer in layers)
             and not any(layer.p and layer.training for layer in dropouts)
-            and not (attn.changes_queries or (attn.training and attn.attn_drop_rate))
-            and isinstance(mlp, Mlp)
-            and mlp.act != "quick_gelu"
+            and not (attn.changes_queries or (attn.training and attn.attn_drop_rate) or mlp.act == "quick_gelu")
             and all(layer.bias is not None for layer in linear)
+            and attn.qkv.weight.shape[0] == 3 * attn.proj.weight.shape[1] == 3 * attn.proj.weight.shape[0]
         )
 
     def _in_one_operation(self, x: Tensor) -> Tensor:  # (B, N, D)
-        attn, mlp = self.attn, cast(Mlp, self.mlp)
-        norm1, norm2 = (cast(nn.LayerNorm, norm) for norm in (self.norm1, self.norm2))
-        layers = (norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2)
-        weights = [w for layer in layers for w in (layer.weight, cast(nn.Parameter, layer.bias))]
-        eps, kind = (norm1.eps, norm2.eps), mlp.approximate
-        return F.encoder_block(x, *weights, num_heads=attn.num_heads, eps=eps, approximate=kind)  # (B, N, D)
+        block: Any = self
+        attn, mlp, eps = block.attn, block.mlp, (block.norm1.eps, block.norm2.eps)
+        layers = (block.norm1, attn.qkv, attn.proj, block.norm2, mlp.fc1, mlp.fc2)
+        weights = [w for layer in layers for w in (layer.weight, layer.bias)]
+        return F.encoder_block(x, *weights, num_heads=attn.num_heads, eps=eps, approximate=mlp.approximate)
 
     def _add(self, x: Tensor, branch: nn.Module, normal: Tensor, scale: nn.Module) -> Tensor:  # (B, N, D)
         """x + drop_path(scale(branch(normal))); where nothing is between, the branch adds x while it has the result."""
@@ -158,10 +160,16 @@ class Block(nn.Module):
         return nn.add_drop_path(x, self.drop_path, scale(branch(normal)))
 
 
-_USUAL_LAYERS = (
-    Block, Attention, Mlp, *2 * (nn.LayerNorm,), *4 * (nn.Linear,), *4 * (nn.Identity,), *2 * (nn.Dropout,),
-    nn.DropPath,
-)  # fmt: skip
+# What a usual block is made of, as it was when this file was read: a user may replace methods of classes, too.
+_USUAL_LAYERS = [
+    (kind, kind.forward)
+    for kind in (
+        Block, Attention, Mlp, *2 * (nn.LayerNorm,), *4 * (nn.Linear,), *4 * (nn.Identity,), *2 * (nn.Dropout,),
+        nn.DropPath,
+    )
+]  # fmt: skip
+_USUAL_METHODS = (Block._add, Attention.queries_keys_values)
+_OVERRIDABLE = ("forward", "_add", "queries_keys_values")
 
 
 class VisionTransformer(nn.Module):

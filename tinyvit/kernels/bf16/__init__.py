@@ -1,7 +1,7 @@
-"""Linear layers of NumPy arrays with operands rounded to bfloat16: twice float32's rate where a processor has that.
+"""Products of NumPy arrays with operands rounded to bfloat16: twice float32's rate where a processor has that.
 
-It takes an AMD processor with AVX512-BF16, and numba. Weights, activations and sums stay in float32, and so does all
-but the linear layers.
+It takes an AMD processor with AVX512-BF16, and numba. These are the products of linear layers, and on the way forward
+attention's, from as many tokens as gain from it. Weights, activations, sums and all else stay in float32.
 """
 
 from __future__ import annotations

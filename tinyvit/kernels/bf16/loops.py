@@ -1,4 +1,4 @@
-"""Linear layers whose operands are rounded to bfloat16, band by band of rows.
+"""Linear layers, band by band of rows, and attention, whose operands are rounded to bfloat16.
 
 Rounded matrices are packed for `dot_products`: a group is a pair.
 """

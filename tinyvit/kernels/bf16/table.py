@@ -1,4 +1,4 @@
-"""The linear layers: what surrounds the loops."""
+"""Linear layers, attention and blocks: what surrounds the loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
 from tinyvit.kernels.jit.table import plain_attention, whole_block
 from tinyvit.kernels.packed_weights import packed
 
-_FEW = 128  # tokens from which on attention gains from bfloat16
+_LEAST_TOKENS = 128  # from which on attention gains from bfloat16: measured
 
 
 def _room(rows: int, columns: int) -> Array:
@@ -30,6 +30,10 @@ def _pack(weight: Array) -> Array:
     panels = _room(*weight.shape)
     loops.pack_columns(contiguous(weight), panels)
     return panels
+
+
+def _packed(weight: Array) -> Array:
+    return packed(weight, _pack)
 
 
 def _pack_transposed(weight: Array) -> Array:
@@ -49,7 +53,7 @@ def _linear(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyp
 @overload(block.attention)
 def _attention(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-untyped-def]
     def run(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-untyped-def]
-        if qkv.shape[1] < _FEW:
+        if qkv.shape[1] < _LEAST_TOKENS:
             jit_loops.attention(qkv, y, scores, heads, tile, sgemm)
         else:
             loops.attention(qkv, y, scores, heads, tile)
@@ -65,18 +69,13 @@ def _product(
     slope = np.empty((len(rows) if then != NOTHING and True in needs else 0, outputs), np.float32)
     saved = _room(inputs if needs[1] else 0, len(rows))
     shift = np.zeros(outputs, np.float32) if bias is None else contiguous(bias)
-    loops.linear(residual, rows, packed(weight, _pack), shift, y, slope, saved, then)
+    loops.linear(residual, rows, _packed(weight), shift, y, slope, saved, then)
 
-    def vjp(dy: Array) -> tuple[Array | None, ...]:
-        dy = rows_of(dy)
-        dx = np.empty((len(dy) if needs[0] else 0, inputs), np.float32)
-        dweight = np.empty((outputs if needs[1] else 0, inputs), np.float32)
-        dbias = np.zeros(outputs if needs[2] or len(slope) else 0, np.float32)
+    def fill(dy: Array, dx: Array, dweight: Array, dbias: Array) -> None:
         panels = _pack_transposed(weight) if needs[0] else _room(0, outputs)
         loops.linear_vjp(dy, slope, panels, saved, dx, dweight, dbias)
-        wanted = zip(needs, (dx.reshape(x.shape) if needs[0] else dx, dweight, dbias), strict=True)
-        return tuple(gradient if needed else None for needed, gradient in wanted)
 
+    vjp = layers.linear_vjp(fill, x.shape, weight.shape, needs, len(slope) > 0)
     return y.reshape(*x.shape[:-1], outputs), vjp
 
 
@@ -117,11 +116,11 @@ def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
 
 
 def _attends(qkv: Array, **more: Any) -> bool:
-    return qkv.dtype == np.float32 and qkv.shape[1] >= _FEW and plain_attention(qkv, **more)
+    return qkv.dtype == np.float32 and qkv.shape[1] >= _LEAST_TOKENS and plain_attention(qkv, **more)
 
 
 KERNELS = {
-    reference.encoder_block: Kernel(block.kernel(block.BFLOAT16, lambda weight: packed(weight, _pack)), whole_block),
+    reference.encoder_block: Kernel(block.kernel("bf16", block.BFLOAT16, _packed), whole_block),
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **_: _covers(*inputs)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),

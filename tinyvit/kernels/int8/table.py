@@ -32,6 +32,10 @@ def _linear(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyp
     return run if weight == _WEIGHT else None
 
 
+def _packed(weight: Array) -> _Packed:
+    return packed(weight, _pack)
+
+
 def _pack(weight: Array) -> _Packed:
     outputs, depth = len(weight), -(-weight.shape[1] // 4)
     rounded = np.full((outputs, 4 * depth), 128, np.uint8)
@@ -43,7 +47,7 @@ def _pack(weight: Array) -> _Packed:
 
 
 def _product(residual: Array, x: Array, weight: Array, bias: Array | None, then: int = NOTHING) -> Array:
-    panels, scales, sums = packed(weight, _pack)
+    panels, scales, sums = _packed(weight)
     rows = rows_of(x)
     y = np.empty((len(rows), len(weight)), np.float32)
     bias = np.zeros(len(weight), np.float32) if bias is None else contiguous(bias)
@@ -78,7 +82,7 @@ def _covers(x: Array, weight: Array, *_: Any, needs: tuple[bool, ...], **__: Any
     return fits and not any(needs) and x.dtype == weight.dtype == np.float32 and x.size > 0
 
 
-_in_one_loop = block.kernel(_WEIGHT, lambda weight: packed(weight, _pack))
+_in_one_loop = block.kernel("int8", _WEIGHT, _packed)
 
 
 def encoder_block(

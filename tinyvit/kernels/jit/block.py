@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,9 @@ from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU, layer_norm
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
-# Tokens that are computed at a time with packed weights, so that they stay in the second cache, and the width up to
-# which that is worth reading the weights as often: measured.
-_TOKENS, _NARROW = 512, 512
+# Tokens that are computed at a time: with packed weights as many as stay in the second cache, if the block is so narrow
+# that reading the weights as often costs less; else many, so that little memory is taken. Measured.
+_FEW_TOKENS, _NARROW, _MANY_TOKENS = 512, 512, 4096
 FLOAT32, BFLOAT16 = read(2), types.Array(int32, 3, "C")
 
 
@@ -66,12 +67,8 @@ def _block(
     """x (B, N, D) -> y, so many images at a time."""
     batch, n, dim = x.shape
     rows, before, after = images * n, x.reshape(-1, dim), y.reshape(-1, dim)
-    normal, wide, attended = (
-        np.empty((rows, dim), np.float32),
-        np.empty((rows, 3 * dim), np.float32),
-        np.empty((images, n, dim), np.float32),
-    )
-    middle, hidden = np.empty_like(normal), np.empty((rows, len(fc1_bias)), np.float32)
+    normal, middle = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
+    wide, hidden = np.empty((rows, 3 * dim), np.float32), np.empty((rows, len(fc1_bias)), np.float32)
     moments, scores = np.empty((rows, 2), np.float32), np.empty(tile * n, np.float32)
     for start in range(0, batch, images):
         count = min(images, batch - start)
@@ -79,28 +76,29 @@ def _block(
         here = slice(start * n, start * n + m)
         layer_norm(before[here], norm1, shift1, eps1, normal[:m], moments[:m])
         linear(wide[:0], normal[:m], qkv, qkv_bias, wide[:m], NOTHING, sgemm)
-        attention(qkv, wide[:m].reshape(count, n, 3 * dim), attended[:count], scores, heads, tile, sgemm)
-        linear(before[here], attended[:count].reshape(m, dim), proj, proj_bias, middle[:m], NOTHING, sgemm)
+        packed, attended = wide[:m].reshape(count, n, 3 * dim), normal[:m].reshape(count, n, dim)
+        attention(qkv, packed, attended, scores, heads, tile, sgemm)
+        linear(before[here], normal[:m], proj, proj_bias, middle[:m], NOTHING, sgemm)
         layer_norm(middle[:m], norm2, shift2, eps2, normal[:m], moments[:m])
         linear(hidden[:0], normal[:m], fc1, fc1_bias, hidden[:m], then, sgemm)
         linear(middle[:m], hidden[:m], fc2, fc2_bias, after[here], NOTHING, sgemm)
 
 
-def kernel(weight: types.Type, prepared: Callable[[Array], Any], packed: bool = True) -> Callable[..., Any]:
-    """The kernel of `reference.encoder_block` in the precision of weights of a type.
-
-    `prepared` makes such a weight of its array; `packed` says whether it is, so that it may be used often.
-    """
-    half = [read(1), read(1), weight, read(1), weight, read(1)]
-    loop = compiled(read(3), written(3), *half, *half, float32, float32, *(int64,) * 5)(_block)
+def kernel(precision: str, weight: types.Type, prepared: Callable[[Array], Any]) -> Callable[..., Any]:
+    """The kernel of `reference.encoder_block` in a precision: `prepared` makes a weight of this type of its array."""
+    named = FunctionType(_block.__code__, globals(), f"_block_{precision}")
+    named.__qualname__ = named.__name__  # under which numba keeps the code: processes that compile others may race
+    branches = [read(1), read(1), weight, read(1), weight, read(1)]
+    loop = compiled(read(3), written(3), *branches, *branches, float32, float32, *(int64,) * 5)(named)
+    packed = weight != FLOAT32
 
     def encoder_block(
         xp: Any, x: Array, *weights: Array, num_heads: int, eps: tuple[float, float], approximate: str, **_: Any
     ) -> tuple[Array, VJP]:
         y = np.empty_like(x := layers.contiguous(x))
         batch, n, dim = x.shape
-        images = min(batch, max(1, _TOKENS // n)) if packed and dim <= _NARROW else batch
-        then = TANH_GELU if approximate == "tanh" else GELU
+        tokens = _FEW_TOKENS if packed and dim <= _NARROW else _MANY_TOKENS
+        images, then = min(batch, max(1, tokens // n)), TANH_GELU if approximate == "tanh" else GELU
         arguments = [layers.contiguous(w) if w.ndim == 1 else prepared(w) for w in weights]
         loop(x, y, *arguments, *eps, num_heads, then, images, layers.tile_of(n, n), layers.SGEMM)
         return y, reference.no_gradient

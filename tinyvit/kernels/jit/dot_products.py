@@ -2,9 +2,9 @@
 
 AVX512-BF16's VDPBF16PS adds to each of 16 sums the products of two pairs, AVX512-VNNI's VPDPBUSD those of four. Such
 neighbours along the inner dimension, a group, lie side by side in 32 bits. A packed matrix (N, K) is a list of panels
-of PANEL rows: (panels, groups, PANEL) groups, with zeros where a panel or a group is not full. The block of results
-that fills the registers takes TILE rows of one matrix, whose groups it repeats in a register, and one panel of the
-other.
+of PANEL rows: (panels, groups, PANEL) groups, with zeros where a group is not full. Where a panel is not, there may be
+any number: only results that are dropped depend on it. The block of results that fills the registers takes TILE rows
+of one matrix, whose groups it repeats in a register, and one panel of the other.
 """
 
 from __future__ import annotations

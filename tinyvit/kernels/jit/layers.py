@@ -62,12 +62,27 @@ def _linear_vjp(
     slope = np.empty((0, len(weight)), rows.dtype) if slope is None else slope
     saved_rows = rows if needs[1] else np.empty((0, rows.shape[1]), rows.dtype)  # not a part, which would keep all
 
+    def fill(dy: Array, dx: Array, dweight: Array, dbias: Array) -> None:
+        loops.linear_vjp(dy, slope, saved_rows, contiguous(weight), dx, dweight, dbias, SGEMM)
+
+    return linear_vjp(fill, shape, weight.shape, needs, len(slope) > 0)
+
+
+def linear_vjp(
+    fill: Callable[..., None], shape: tuple[int, ...], weight: tuple[int, int], needs: tuple[bool, ...], summed: bool
+) -> VJP:
+    """The vjp of a layer of x and a weight of these shapes: `fill(dy, dx, dweight, dbias)` adds to the last two.
+
+    What is not wanted has no rows; the bias's gradient comes anyway where it is `summed` on the way.
+    """
+    outputs, inputs = weight
+
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dy = rows_of(dy)
-        dx = np.empty((len(dy) if needs[0] else 0, weight.shape[1]), dy.dtype)
-        dweight = np.zeros((len(weight) if needs[1] else 0, weight.shape[1]), dy.dtype)
-        dbias = np.zeros(len(weight) if needs[2] or len(slope) else 0, dy.dtype)
-        loops.linear_vjp(dy, slope, saved_rows, contiguous(weight), dx, dweight, dbias, SGEMM)
+        dx = np.empty((len(dy) if needs[0] else 0, inputs), dy.dtype)
+        dweight = np.zeros((outputs if needs[1] else 0, inputs), dy.dtype)
+        dbias = np.zeros(outputs if needs[2] or summed else 0, dy.dtype)
+        fill(dy, dx, dweight, dbias)
         wanted = zip(needs, (dx.reshape(shape) if needs[0] else dx, dweight, dbias), strict=True)
         return tuple(gradient if needed else None for needed, gradient in wanted)
 

@@ -23,8 +23,10 @@ def encoder_block(
 
     norm1, qkv, proj, norm2, fc1, fc2 = zip(weights[::2], weights[1::2], strict=True)
     y = run(layers.linear, run(layers.layer_norm, x, *norm1, eps=eps[0]), *qkv)
-    x = run(layers.add_linear, x, run(layers.qkv_attention, y, num_heads=num_heads), *proj)
-    y = run(layers.linear_gelu, run(layers.layer_norm, x, *norm2, eps=eps[1]), *fc1, approximate=approximate)
+    y = run(layers.qkv_attention, y, num_heads=num_heads)
+    x = run(layers.add_linear, x, y, *proj)
+    y = run(layers.layer_norm, x, *norm2, eps=eps[1])
+    y = run(layers.linear_gelu, y, *fc1, approximate=approximate)
     return run(layers.add_linear, x, y, *fc2), no_gradient
 
 
