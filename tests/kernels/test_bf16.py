@@ -1,13 +1,16 @@
 """Linear layers that round their operands to bfloat16, on processors that multiply it."""
 
+import ctypes
 import importlib
 import inspect
+import mmap
+import sys
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytest.importorskip("numba")
@@ -55,6 +58,8 @@ def near(got, expected, tolerance=3e-6):
 sizes = st.one_of(st.integers(1, 70), st.sampled_from([391, 515, 1030]))
 
 
+@example(17, 49, 17, True, 0)  # a panel of which 17 columns count: one more than a narrow tile has
+@example(9, 16, 48, False, 0)
 @given(st.integers(1, 70) | st.just(391), sizes, sizes, st.booleans(), st.integers(0, 99))
 def test_products_are_those_of_rounded_operands(rows, inner, outer, biased, seed):
     rng = np.random.default_rng(seed)
@@ -84,6 +89,32 @@ def test_products_are_those_of_rounded_operands(rows, inner, outer, biased, seed
     assert near(y[0], gelu.detach(), 1e-5) and near(dbias, dh.sum(0), 1e-5)
     for got, a, b in ((dx[0], dh, W), (dweight, dh.T, X)):  # the gradient of what is between is rounded, too
         assert (np.abs(got - (a @ b).numpy()) <= 2**-8 * (abs(a) @ abs(b)).numpy() + 1e-6).all()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory by Linux's C library")
+@pytest.mark.parametrize("rows, columns", [(1, 1), (17, 33), (9, 64), (16, 31)])
+def test_nothing_is_read_behind_the_last_number(rows, columns):
+    """The matrix ends where a page begins that nobody may read: the process would end."""
+    loops = importlib.import_module("tinyvit.kernels.bf16.loops")
+    page = mmap.PAGESIZE
+    pages = mmap.mmap(-1, 4 * page)
+    matrix = np.frombuffer(pages, np.float32, rows * columns, 3 * page - 4 * rows * columns).reshape(rows, columns)
+    matrix[:] = 1
+    behind = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(pages)) + 3 * page)
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(behind, ctypes.c_size_t(page), mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0) == 0
+    try:
+        rounded_rows = np.zeros((rows, -(-columns // 32) * 16), np.int32)
+        loops.round_rows(matrix, rounded_rows)
+        packed = np.zeros((-(-rows // 32), -(-columns // 2), 32), np.int32)
+        loops.pack_columns(matrix, packed)
+        turned = np.zeros((-(-columns // 32), -(-rows // 2), 32), np.int32)
+        loops.pack_rows(matrix, turned, 0)
+    finally:
+        assert protect(behind, ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    one, two = 0x3F80, 0x3F803F80  # 1.0 in bfloat16, and twice
+    assert packed[0, 0, 0] == turned[0, 0, 0] == rounded_rows[0, 0] or rows == 1 or columns == 1
+    assert rounded_rows[0, 0] == (one if columns == 1 else two)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])

@@ -172,10 +172,16 @@ def test_a_changed_block_runs_as_it_is(change, monkeypatch):
     assert "dropout" in change or np.abs(y - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("kind, method", [(vit.Attention, "forward"), (vit.Block, "_add"), (nn.LayerNorm, "forward")])
-def test_a_class_that_a_user_has_changed_runs_as_it_is(kind, method, monkeypatch):
-    usual = getattr(kind, method)
-    monkeypatch.setattr(kind, method, lambda *arguments, **more: usual(*arguments, **more) + 1.0)
+CHANGED = [
+    (vit.Attention, "forward"), (vit.Block, "_add"), (nn.LayerNorm, "forward"), (nn.Linear, "__call__"),
+    (F, "qkv_attention"), (F, "linear_gelu"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("where, name", CHANGED)
+def test_a_class_or_function_that_a_user_has_changed_runs_as_it_is(where, name, monkeypatch):
+    usual = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *arguments, **more: usual(*arguments, **more) + 1.0)
     with no_grad():
         assert calls(tiny().eval(), monkeypatch, IMAGES)[0] == 0
 

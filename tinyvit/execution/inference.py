@@ -71,7 +71,8 @@ def predictions(
 ) -> Iterator[np.ndarray]:
     """The outputs of `predict` for batches (B, C, H, W), one after the other.
 
-    A device computes a batch while the one before it is read. On a CPU bf16 and int8 pack the weights once for all
+    A device computes a batch while the one before it is read, so that a change of the weights between two outputs shows
+    one output later. On a CPU it shows at once. There bf16 and int8 pack the weights once for all
     batches, and again where a Tensor says that it was changed: after writing into its array call `changed()`.
     """
     weights = model.parameters()
@@ -93,6 +94,8 @@ def predictions(
 
                     computed = list(parallel.run(shards, run))
                     last, unread = unread, [arrays.start_copy_to_host(x) for x in computed]
+                if arrays.on_host(like):
+                    last, unread = unread, []
                 if last:
                     yield np.concatenate([read() for read in last])
             last, unread = unread, []

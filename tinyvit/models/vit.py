@@ -137,8 +137,8 @@ class Block(nn.Module):
         dropouts = (attn.proj_drop, mlp.drop, self.drop_path)
         layers = (self, attn, mlp, self.norm1, self.norm2, *linear, *idle, *dropouts)
         return (
-            [(type(layer), type(layer).forward) for layer in layers] == _USUAL_LAYERS
-            and (Block._add, Attention.queries_keys_values) == _USUAL_METHODS
+            [_methods(type(layer)) for layer in layers] == _USUAL_LAYERS
+            and _other_functions() == _USUAL_FUNCTIONS
             and all(vars(layer).keys().isdisjoint(_OVERRIDABLE) for layer in layers)
             and not any(layer.p and layer.training for layer in dropouts)
             and not (attn.changes_queries or (attn.training and attn.attn_drop_rate) or mlp.act == "quick_gelu")
@@ -160,15 +160,24 @@ class Block(nn.Module):
         return nn.add_drop_path(x, self.drop_path, scale(branch(normal)))
 
 
-# What a usual block is made of, as it was when this file was read: a user may replace methods of classes, too.
+def _methods(kind: type[nn.Module]) -> tuple[Any, ...]:
+    return kind, kind.forward, kind.__call__
+
+
+def _other_functions() -> tuple[Any, ...]:
+    functions = (F.layer_norm, F.linear, F.linear_gelu, F.add_linear, F.qkv_attention)
+    return (Block._add, Attention.queries_keys_values, *functions)
+
+
+# What a usual block is made of, as it was when this file was read: a user may replace methods and functions, too.
 _USUAL_LAYERS = [
-    (kind, kind.forward)
+    _methods(kind)
     for kind in (
         Block, Attention, Mlp, *2 * (nn.LayerNorm,), *4 * (nn.Linear,), *4 * (nn.Identity,), *2 * (nn.Dropout,),
         nn.DropPath,
     )
 ]  # fmt: skip
-_USUAL_METHODS = (Block._add, Attention.queries_keys_values)
+_USUAL_FUNCTIONS = _other_functions()
 _OVERRIDABLE = ("forward", "_add", "queries_keys_values")
 
 

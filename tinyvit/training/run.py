@@ -220,7 +220,8 @@ def start_run(
             end = started + 60 * options.minutes
             budget = TimeBudget.rehearse(end, spent, data.validation, directory, options.warmup)
             length = budget.length
-            display.line(f"about {length.total_steps} steps fit into {clock(60 * options.minutes)}")
+            steps = f"{length.total_steps} step{'s fit' if length.total_steps > 1 else ' fits'}"
+            display.line(f"about {steps} into {clock(60 * options.minutes)}")
         trainer = make_trainer(options, data, parts, length, shards, directory, display, budget=budget)
         if checkpoint is not None:
             checkpoint.state.clear()  # the model has its own copy
