@@ -224,3 +224,11 @@ def test_what_is_no_batch_is_refused_with_the_cure():
             predict(model, wrong)
     with pytest.raises(ValueError, match=r"got one of shape \(3, 32, 32\): use images\[None\]"):
         predict(model, np.zeros((3, 32, 32), np.float32))
+
+
+def test_a_change_of_the_weights_shows_in_the_next_output_on_a_cpu():
+    model = nn.Linear(4, 2)
+    stream = inference.predictions(model, [np.ones((3, 4), np.float32)] * 3)
+    first = next(stream)
+    model.weight.data = 2 * model.weight.data
+    assert np.array_equal(next(stream), 2 * first)

@@ -18,6 +18,7 @@ pytest.importorskip("numba")
 from tinyvit import TrainStep, create_model, no_grad, optim, predict
 from tinyvit import kernels as all_kernels
 from tinyvit.execution.inference import predictions
+from tinyvit.execution.precision import Precision
 from tinyvit.kernels import bf16, reference
 from tinyvit.kernels.bf16 import gains
 
@@ -147,7 +148,7 @@ def test_a_layer_keeps_its_input_for_the_gradient_in_16_bits_alone():
     assert gone() is None and vjp(np.ones((1, 40, 32), np.float32))[1].shape == (32, 64)
 
 
-@pytest.mark.parametrize("tokens, queries", [(128, 128), (197, 197), (300, 1)])
+@pytest.mark.parametrize("tokens, queries", [(128, 128), (300, 300), (300, 1)])
 def test_attention_over_many_tokens_rounds_its_operands(tokens, queries):
     rng = np.random.default_rng(0)
     qkv, heads, dim = rng.standard_normal((2, tokens, 3 * 2 * 40), np.float32), 2, 40
@@ -196,3 +197,15 @@ def test_a_stream_of_predictions_follows_the_weights(change):
 
     before, after = predictions(model, batches(), precision="bf16")
     assert np.array_equal(after, predict(model, x, precision="bf16")) and not np.array_equal(after, before)
+
+
+def test_packed_weights_are_kept_for_predictions_and_as_long_as_their_arrays():
+    model = create_model("vit_nano_patch8_32", num_classes=5)
+    mode = Precision("bf16", model.parameters())
+    for _ in range(2):
+        model.head.weight.data = model.head.weight.data + 1
+        mode.refresh()
+        assert mode._packed.weights == {id(p.data): None for p in model.parameters()}
+    step = TrainStep(model, optim.AdamW(model.parameters()), precision="bf16")
+    step(np.ones((2, 3, 32, 32), np.float32), np.zeros(2, np.int64))
+    assert step.precision._packed.weights == {}
