@@ -71,9 +71,9 @@ def predictions(
 ) -> Iterator[np.ndarray]:
     """The outputs of `predict` for batches (B, C, H, W), one after the other.
 
-    A device computes a batch while the one before it is read, so that a change of the weights between two outputs shows
-    one output later. On a CPU it shows at once. There bf16 and int8 pack the weights once for all
-    batches, and again where a Tensor says that it was changed: after writing into its array call `changed()`.
+    A GPU computes a batch while the one before it is read, so a change of the weights between two outputs shows one
+    output later; on a CPU it shows at once. On a CPU bf16 and int8 pack the weights once for all batches, and again
+    where a Tensor says that it was changed: after writing into its array call `changed()`.
     """
     weights = model.parameters()
     like = weights[0].data

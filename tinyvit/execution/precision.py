@@ -51,7 +51,7 @@ class Precision:
             reason = ": int8 has no gradients" if name == "int8" else ""
             raise ValueError(f"expected a precision of {', '.join(known)}, got {name!r}{reason}")
         self.name, self._weights = name, list(weights)
-        self._packed: packed_weights.Packed | None = None  # the weights as linear layers of a CPU multiply them
+        self._packed: packed_weights.Packed | None = None  # for a CPU's products of 16 or 8 bits
         self._stay = not gradients  # whether the weights do: packed ones are kept then
         self.dtype = None  # of the rounded weights
         self._rounded: list[Array] = []

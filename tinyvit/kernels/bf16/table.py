@@ -97,20 +97,6 @@ def linear_gelu(
     return _product(np.empty((0, len(weight)), np.float32), x, weight, bias, needs, then)
 
 
-def qkv_attention(
-    xp: Any,
-    qkv: Array,
-    *,
-    num_heads: int,
-    queries: int | None = None,
-    mask: None = None,
-    dropout_mask: None = None,
-    needs: tuple[bool, ...],
-) -> tuple[Array, VJP]:
-    """The gradient's products stay in float32."""
-    return layers.attention(loops.attention, qkv, num_heads, queries, needs)
-
-
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
     return x.dtype == weight.dtype == np.float32 and x.size > 0 and weight.size > 0
 
@@ -124,5 +110,5 @@ KERNELS = {
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **_: _covers(*inputs)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),
-    reference.qkv_attention: Kernel(qkv_attention, _attends),
+    reference.qkv_attention: Kernel(layers.attention(loops.attention), _attends),  # with float32's gradient
 }

@@ -88,7 +88,7 @@ _in_one_loop = block.kernel("int8", _WEIGHT, _packed)
 def encoder_block(
     xp: Any, x: Array, *weights: Array, num_heads: int, eps: tuple[float, float], approximate: str, **_: Any
 ) -> tuple[Array, VJP]:
-    """In one loop where all its layers are in 8 bits; float32's loop, which else came next, would have none in them."""
+    """One loop if all layers can be in 8 bits, else one operation after the other: float32's would leave all out."""
     matrices = (weight for weight in weights if weight.ndim == 2)
     fits = whole_block(x) and all(_covers(x, weight, needs=()) for weight in matrices)
     version = _in_one_loop if fits else reference.encoder_block

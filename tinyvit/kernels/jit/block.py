@@ -87,7 +87,7 @@ def _block(
 def kernel(precision: str, weight: types.Type, prepared: Callable[[Array], Any]) -> Callable[..., Any]:
     """The kernel of `reference.encoder_block` in a precision: `prepared` makes a weight of this type of its array."""
     named = FunctionType(_block.__code__, globals(), f"_block_{precision}")
-    named.__qualname__ = named.__name__  # under which numba keeps the code: processes that compile others may race
+    named.__qualname__ = named.__name__  # numba keeps code by name: processes could overwrite that of other precisions
     branches = [read(1), read(1), weight, read(1), weight, read(1)]
     loop = compiled(read(3), written(3), *branches, *branches, float32, float32, *(int64,) * 5)(named)
     packed = weight != FLOAT32

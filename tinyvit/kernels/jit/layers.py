@@ -133,43 +133,38 @@ def layer_norm(
     return y.reshape(x.shape), vjp
 
 
-def qkv_attention(
-    xp: Any,
-    qkv: Array,
-    *,
-    num_heads: int,
-    queries: int | None = None,
-    mask: None = None,
-    dropout_mask: None = None,
-    needs: tuple[bool, ...],
-) -> tuple[Array, VJP]:
-    def forward(*arguments: Any) -> None:
-        loops.attention(*arguments, SGEMM)
-
-    return attention(forward, qkv, num_heads, queries, needs)
-
-
 def tile_of(queries: int, n: int) -> int:
     """How many queries are computed at a time: tiles of about one size."""
     return math.ceil(queries / math.ceil(queries * n / BLOCK))
 
 
-def attention(
-    forward: Callable[..., None], qkv: Array, num_heads: int, queries: int | None, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    """`forward` is a loop as `loops.attention`, without the address of BLAS."""
-    qkv = contiguous(qkv)
-    batch, n, width = qkv.shape
-    queries = n if queries is None else queries
-    tile = tile_of(queries, n)
-    y = np.empty((batch, queries, width // 3), qkv.dtype)
-    weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
-    forward(qkv, y, weights.reshape(-1), num_heads, tile)
+def attention(forward: Callable[..., None]) -> Callable[..., tuple[Array, VJP]]:
+    """The kernel of `reference.qkv_attention` with the loop `forward`: `loops.attention` without BLAS's address."""
 
-    def vjp(dy: Array) -> tuple[Array]:
-        dqkv, scratch = np.empty_like(qkv), np.empty((tile, n), qkv.dtype)
-        dqkv[:, queries:, : width // 3] = 0
-        loops.attention_vjp(contiguous(dy), qkv, y, weights, dqkv, scratch, num_heads, SGEMM)
-        return (dqkv,)
+    def qkv_attention(
+        xp: Any,
+        qkv: Array,
+        *,
+        num_heads: int,
+        queries: int | None = None,
+        mask: None = None,
+        dropout_mask: None = None,
+        needs: tuple[bool, ...],
+    ) -> tuple[Array, VJP]:
+        qkv = contiguous(qkv)
+        batch, n, width = qkv.shape
+        queries = n if queries is None else queries
+        tile = tile_of(queries, n)
+        y = np.empty((batch, queries, width // 3), qkv.dtype)
+        weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
+        forward(qkv, y, weights.reshape(-1), num_heads, tile)
 
-    return y, vjp
+        def vjp(dy: Array) -> tuple[Array]:
+            dqkv, scratch = np.empty_like(qkv), np.empty((tile, n), qkv.dtype)
+            dqkv[:, queries:, : width // 3] = 0
+            loops.attention_vjp(contiguous(dy), qkv, y, weights, dqkv, scratch, num_heads, SGEMM)
+            return (dqkv,)
+
+        return y, vjp
+
+    return qkv_attention

@@ -65,12 +65,14 @@ def adamw(
     return p, m, v
 
 
+_attention = layers.attention(lambda *arguments: loops.attention(*arguments, layers.SGEMM))
+
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
     reference.add_linear: Kernel(in_fp32(layers.add_linear), _added),
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _weighted),
     reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
-    reference.qkv_attention: Kernel(in_fp32(layers.qkv_attention), plain_attention),
+    reference.qkv_attention: Kernel(in_fp32(_attention), plain_attention),
     reference.encoder_block: Kernel(block.kernel("fp32", block.FLOAT32, layers.contiguous), whole_block),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
     reference.max_pool2d: Kernel(convolution.max_pool2d, _float32),
