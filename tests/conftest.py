@@ -17,7 +17,9 @@ import running  # noqa: F401  (it notes the real number of cores)
 from hypothesis import HealthCheck, settings
 from on_gpu import HAS_GPU
 
+from tinyvit import kernels
 from tinyvit.backend import parallel
+from tinyvit.kernels import bf16
 from tinyvit.training import run_directory
 
 
@@ -75,6 +77,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cuda"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def numba_kernels() -> Iterator[None]:
+    """The processor decides on numba's kernels here, not the environment's TINYVIT_JIT; what it has, it gains from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYVIT_JIT", "1")
+        patch.setattr(bf16, "_processor", lambda: "znver4")
+        kernels._fastest.cache_clear()
+        yield
+    kernels._fastest.cache_clear()
 
 
 @pytest.fixture

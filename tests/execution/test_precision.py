@@ -321,12 +321,16 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(precision, tmp_path, monk
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
+TF32_ON_CPU = (
+    "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16, fp16 or, for predictions, int8"
+)
+
 
 @pytest.mark.parametrize(
     "name, model, message",
     [
         ("bf16", lambda: nano(dtype="float64"), "precision bf16 expects a float32 model, got float64"),
-        ("tf32", nano, "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16"),
+        ("tf32", nano, TF32_ON_CPU),
         ("fp16", lambda: nano().to(array_api_strict), "precision fp16: unknown dtype 'float16'"),
     ],
 )
@@ -370,7 +374,7 @@ def test_the_command_line(tmp_path):
     images = make_images(tmp_path / "images")
     common = ["--data", images, "--model", "vit_nano_patch8_32", "--epochs", 1, "--device", "cpu"]
     message = assert_one_line_error(tinyvit("train", *common, "--precision", "tf32", "--out", tmp_path / "a"), 1)
-    assert message == "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16"
+    assert message == TF32_ON_CPU
     message = assert_one_line_error(tinyvit("train", *common, "--precision", "half"), 2)
     assert message == "--precision: expected fp32, tf32, bf16 or fp16, got 'half'"
     assert tinyvit("train", *common, "--precision", "bf16", "--out", tmp_path / "b").returncode == 0
@@ -389,7 +393,8 @@ def test_precisions_that_are_not_known(monkeypatch):
     monkeypatch.setattr("tinyvit.kernels.int8.available", lambda: False)
     model = nano()
     known = "expected a precision of fp32, tf32, bf16, fp16"
-    needs = 'a CPU with AVX512-VNNI, and numba (pip install "tinyvit[jit]", TINYVIT_JIT not 0)'
+    monkeypatch.setattr("tinyvit.kernels.jit._installed", lambda: False)
+    needs = 'numba (pip install "tinyvit[jit]")'
     for name, of_training, of_predictions in (
         ("half", f"{known}, got 'half'", f"{known}, int8, got 'half'"),
         (
@@ -404,6 +409,9 @@ def test_precisions_that_are_not_known(monkeypatch):
         with pytest.raises(ValueError) as caught:
             predict(model, batch()[0], precision=name)
         assert str(caught.value) == of_predictions
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ValueError, match=r"bf16: bfloat16 needs ml_dtypes: .*; on some CPUs it needs numba \("):
+        predict(model, batch()[0], precision="bf16")
     with pytest.raises(ValueError, match="precision int8 is for models on a CPU: --device cpu, or model"):
         predict(nano().to(array_api_strict), batch()[0], precision="int8")
     with pytest.raises(ValueError, match="precision int8 expects a float32 model, got float64"):

@@ -19,27 +19,31 @@ from tinyvit import TrainStep, create_model, no_grad, optim, predict
 from tinyvit import kernels as all_kernels
 from tinyvit.execution.inference import predictions
 from tinyvit.execution.precision import Precision
-from tinyvit.kernels import bf16, reference
-from tinyvit.kernels.bf16 import gains
+from tinyvit.kernels import bf16, jit, reference
 
 
 @pytest.fixture(scope="module", autouse=True)
-def switched_on():
-    """The processor decides here, not the environment's TINYVIT_JIT."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYVIT_JIT", "1")
-        patch.setattr(bf16, "gains", lambda processor: True)
-        all_kernels._fastest.cache_clear()
-        if not bf16.available():
-            pytest.skip("this processor has no AVX512-BF16")
-        yield
-    all_kernels._fastest.cache_clear()
+def available(numba_kernels):
+    if not bf16.available():
+        pytest.skip("this processor multiplies no bfloat16")
 
 
-def test_only_amd_s_processors_gain(monkeypatch):
-    assert gains("znver4") and not gains("sapphirerapids")
-    monkeypatch.setattr(bf16, "gains", lambda processor: False)
-    assert not bf16.possible()
+@pytest.mark.parametrize(
+    "instructions, name, has_bf16, gains",
+    [
+        ("avx512", "znver4", True, True),
+        ("avx512", "znver4", False, False),
+        ("avx512", "cooperlake", True, False),
+        ("amx", "sapphirerapids", True, True),
+        ("arm", "neoverse-v1", False, True),
+        ("", "haswell", False, False),
+    ],
+)
+def test_a_processor_gains_unless_it_is_intel_s_without_amx(monkeypatch, instructions, name, has_bf16, gains):
+    monkeypatch.setattr(bf16, "_processor", lambda: name)
+    monkeypatch.setattr(jit, "has", lambda feature: has_bf16)
+    monkeypatch.setattr(jit, "dot_instructions", lambda: instructions)
+    assert bf16.possible() == gains
 
 
 def test_kernels_take_what_their_references_take():
@@ -107,14 +111,17 @@ def test_nothing_is_read_behind_the_last_number(rows, columns):
     try:
         rounded_rows = np.zeros((rows, -(-columns // 32) * 16), np.int32)
         loops.round_rows(matrix, rounded_rows)
-        packed = np.zeros((-(-rows // 32), -(-columns // 2), 32), np.int32)
+        packed = loops.panels_of_pairs(rows, columns, loops.BATCH)
         loops.pack_columns(matrix, packed)
-        turned = np.zeros((-(-columns // 32), -(-rows // 2), 32), np.int32)
+        turned = loops.panels_of_pairs(columns, rows, loops.STEP)
         loops.pack_rows(matrix, turned, 0)
+        columns_rounded = loops.rows_of_pairs(columns, rows)
+        loops.round_columns(matrix, columns_rounded, 0)
     finally:
         assert protect(behind, ctypes.c_size_t(page), mmap.PROT_READ | mmap.PROT_WRITE) == 0
     one, two = 0x3F80, 0x3F803F80  # 1.0 in bfloat16, and twice
-    assert packed[0, 0, 0] == turned[0, 0, 0] == rounded_rows[0, 0] or rows == 1 or columns == 1
+    assert packed[0, 0, 0] == rounded_rows[0, 0] and turned[0, 0, 0] == columns_rounded[0, 0]
+    assert columns_rounded[0, 0] == (one if rows == 1 else two)
     assert rounded_rows[0, 0] == (one if columns == 1 else two)
 
 

@@ -13,21 +13,13 @@ from tinyvit import Tensor, create_model, nn, no_grad
 from tinyvit import functional as F
 from tinyvit import kernels as all_kernels
 from tinyvit.backend import arrays
-from tinyvit.kernels import bf16, reference
+from tinyvit.kernels import reference
 from tinyvit.models import vit
 
 TABLES = {"jit": ("cpu", "jit"), "bf16": ("cpu", "jit", "bf16"), "int8": ("cpu", "jit", "int8")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def switched_on():
-    """The processor decides here, not the environment's TINYVIT_JIT."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYVIT_JIT", "1")
-        patch.setattr(bf16, "gains", lambda processor: True)
-        all_kernels._fastest.cache_clear()
-        yield
-    all_kernels._fastest.cache_clear()
+pytestmark = pytest.mark.usefixtures("numba_kernels")
 
 
 def table(name):

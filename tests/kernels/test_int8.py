@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits, on processors with AVX512-VNNI."""
+"""Linear layers in 8 bits, on processors that have products of bytes."""
 
 import importlib
 import inspect
@@ -18,15 +18,9 @@ from tinyvit.kernels import int8, reference
 
 
 @pytest.fixture(scope="module", autouse=True)
-def switched_on():
-    """The processor decides here, not the environment's TINYVIT_JIT."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TINYVIT_JIT", "1")
-        all_kernels._fastest.cache_clear()
-        if not int8.available():
-            pytest.skip("this processor has no AVX512-VNNI")
-        yield
-    all_kernels._fastest.cache_clear()
+def available(numba_kernels):
+    if not int8.available():
+        pytest.skip("this processor has no instructions for products of bytes")
 
 
 def table():

@@ -6,9 +6,9 @@ float32; layer norm, softmax and the loss are computed in it. Gradients update t
 far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
 loss is scaled to keep small gradients above zero.
 
-On a CPU that multiplies bfloat16 fast (AMD's with AVX512-BF16, with numba) bf16 rounds the operands of linear layers,
-and on the way forward those of attention with many tokens, alone. Weights and activations stay in float32. int8, for
-predictions, has 8 bits for the operands of linear layers (AVX512-VNNI).
+On a CPU that multiplies bfloat16 fast (AMD's AVX512-BF16, Intel's AMX, ARM's BF16; with numba) bf16 rounds the operands
+of linear layers, and on the way forward those of attention with many tokens, alone. Weights and activations stay in
+float32. int8, for predictions, has 8 bits for the operands of linear layers (AVX512-VNNI, AMX, ARM's I8MM).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.engine.tensor import Array, Tensor
-from tinyvit.kernels import bf16, int8, packed_weights
+from tinyvit.kernels import bf16, int8, jit, packed_weights
 from tinyvit.kernels.cuda import cublas
 from tinyvit.nn import Buffer, Module, Parameter
 
@@ -38,7 +38,7 @@ class Precision:
         name: "fp32" for that of the weights; "tf32" for the same with the operands of products rounded to TF32 (10
             bits of mantissa, float32's range; NVIDIA GPUs of compute capability 8.0 and later); "bf16" or "fp16" for
             weights rounded to 16 bits, on some CPUs for rounded operands of linear layers (see above); "int8" for
-            operands of linear layers in 8 bits (CPUs with AVX512-VNNI, with numba).
+            operands of linear layers in 8 bits (some CPUs, too).
         weights: the model's, float32 unless the name is "fp32".
         gradients: whether gradients are wanted, which int8 has not.
 
@@ -68,7 +68,7 @@ class Precision:
             if arrays.namespace(like) is not arrays.numpy_namespace:
                 raise ValueError('precision int8 is for models on a CPU: --device cpu, or model.to("cpu")')
             if not int8.available():
-                needs = 'a CPU with AVX512-VNNI, and numba (pip install "tinyvit[jit]", TINYVIT_JIT not 0)'
+                needs = jit.missing() or "a CPU with AVX512-VNNI, AMX, or ARM's BF16 and I8MM"
                 raise ValueError(f"precision int8 needs {needs}: expected fp32, bf16 or fp16")
             self._packed = packed_weights.Packed("int8", {})
             return
@@ -78,7 +78,8 @@ class Precision:
         try:
             self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
         except TypeError as error:
-            raise ValueError(f"precision {name}: {error}") from None
+            faster = f"; on some CPUs it needs {jit.missing()} instead" if name == "bf16" and jit.missing() else ""
+            raise ValueError(f"precision {name}: {error}{faster}") from None
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
@@ -159,7 +160,9 @@ class Precision:
 
 def _check_tf32(like: Array) -> None:
     if not arrays.supports_graphs(like):
-        raise ValueError("precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16 or fp16")
+        raise ValueError(
+            "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16, fp16 or, for predictions, int8"
+        )
     if cublas.library() is None:
         bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
         raise ValueError(f"precision tf32 needs nvmath-python: {bring} ({cublas.missing()})")

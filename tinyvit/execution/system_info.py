@@ -23,7 +23,7 @@ _AVX2_CORES = {"haswell", "zen", "excavator"}
 _INSTRUCTIONS = {"fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
 _INSTRUCTIONS |= {"asimd", "asimdhp", "bf16", "i8mm", "sve"}  # ARM's
 _OF_FLOAT32 = {"fma", "avx2", "avx512f", "asimd", "sve"}  # that compilers use for it
-_SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_")
+_SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_", "TINYVIT_JIT")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SystemInfo:
             grants, None without a limit; usable: what tinyvit uses.
         blas: NumPy's BLAS: library, version, core type, threads; None if none is known.
         kernels: which of them compute on a CPU, and what numba's would bring.
-        settings: environment variables that steer BLAS or its threads.
+        settings: environment variables that steer kernels, BLAS or its threads.
         memory_gib: physical memory.
         gpu: each GPU's name, memory and compute capability, or the reason why there is none.
         cache: where downloads go.
@@ -118,6 +118,8 @@ def slowdowns(info: SystemInfo) -> list[str]:
             if name in settings:
                 setting = f"{name}={settings[name]}"
                 out.append(f"{setting} overrides OpenBLAS's own block sizes: unset it unless you measured it")
+    if settings.get("TINYVIT_JIT") == "0" and info.versions.get("numba"):
+        out.append("TINYVIT_JIT=0 leaves numba's kernels out: unset it")
     limit = next((n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if n in settings), None)
     if blas and blas["threads"] < info.usable:
         cause = f"{limit}={settings[limit]}" if limit else f"{blas['library']} was built or set so"
@@ -149,7 +151,7 @@ def arithmetic(precision: str) -> dict[str, Any]:
     blas = numpy_blas() or {}
     return {
         "set of instructions": sorted(_OF_FLOAT32.intersection(processor()[1])),
-        "kind of bf16": "rounded operands" if precision == "bf16" and bf16.available() else None,
+        "kind of bf16": jit.dot_instructions() if precision == "bf16" and bf16.available() else None,
         "version of NumPy": np.__version__,
         "version of numba": _version("numba") if jit.wanted() else None,
         "BLAS": [blas.get(name) for name in ("library", "version", "core_type")],

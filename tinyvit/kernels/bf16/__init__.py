@@ -1,7 +1,8 @@
-"""Products of NumPy arrays with operands rounded to bfloat16: twice float32's rate where a processor has that.
+"""Products of NumPy arrays with operands rounded to bfloat16, at two to sixteen times float32's rate.
 
-It takes an AMD processor with AVX512-BF16, and numba. These are the products of linear layers, and on the way forward
-attention's, from as many tokens as gain from it. Weights, activations, sums and all else stay in float32.
+It takes numba, and AMD's AVX512-BF16, Intel's AMX or ARM's BF16 and I8MM. These are the products of linear layers, and
+on the way forward attention's, from as many tokens as gain from it. Weights, activations, sums and all else stay in
+float32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from tinyvit.kernels import jit
 
 def possible() -> bool:
     """Whether the processor has what it takes, and gains from it, and numba is to be used."""
-    return jit.wanted() and jit.has("avx512bf16") and gains(_processor())
+    return jit.wanted() and gains(jit.dot_instructions())
 
 
 def available() -> bool:
@@ -19,15 +20,18 @@ def available() -> bool:
     return possible() and jit.compiles(f"{__name__}.table")
 
 
-def gains(processor: str) -> bool:
-    """Whether a processor, by LLVM's name, does VDPBF16PS, two float32 FMAs in one, as often as those.
+def gains(instructions: str) -> bool:
+    """Whether such products are faster than float32's.
 
-    AMD's do. Intel's do it at a quarter of that (88 GFLOP/s a core, float32's products 165, measured): theirs is AMX.
+    AMD does VDPBF16PS, two float32 FMAs in one, as often as those. Intel does it at a quarter of that (88 GFLOP/s a
+    core, float32's products 165, measured): its processors gain from AMX alone.
     """
-    return processor.startswith("znver")
+    on_amd = instructions == "avx512" and jit.has("avx512bf16") and _processor().startswith("znver")
+    return on_amd or instructions in ("amx", "arm")
 
 
 def _processor() -> str:
+    """LLVM's name of it."""
     from llvmlite import binding
 
     return binding.get_host_cpu_name()

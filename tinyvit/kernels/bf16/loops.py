@@ -1,6 +1,6 @@
 """Linear layers, band by band of rows, and attention, whose operands are rounded to bfloat16.
 
-Rounded matrices are packed for `dot_products`: a group is a pair.
+Rounded matrices are those of `dot_products`: a group is a pair.
 """
 
 from __future__ import annotations
@@ -13,30 +13,41 @@ from numba import float32, int64, types, void
 from numba.extending import intrinsic
 
 from tinyvit.kernels.jit.compiling import compiled, read, written
-from tinyvit.kernels.jit.dot_products import (
-    BAND,
+from tinyvit.kernels.jit.dot_blocks import (
     GROUPS,
+    KIND,
     PANEL,
     REALS,
     SIZE,
-    TILE,
-    groups,
+    STEP,
+    allow_instructions,
     load,
-    multiply,
     shuffled,
     store,
-)  # fmt: skip
+)
+from tinyvit.kernels.jit.dot_products import BAND, groups, multiply
 from tinyvit.kernels.jit.loops import NOTHING, TANH_GELU, add_rows, bias_gelu, multiply_and_sum, softmax
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
-_HALVES = ir.VectorType(ir.IntType(16), 32)
+BATCH = 16  # pairs that are rounded at a time, rows and columns of groups that change places
 
 
 def _rounded(builder, low, high):
     """32 numbers in bfloat16, to nearest and even."""
-    code = ir.InlineAsm(ir.FunctionType(_HALVES, [REALS, REALS]), "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v")
-    return builder.call(code, [high, low])
+    if KIND != "arm":
+        kind = ir.FunctionType(GROUPS, [REALS, REALS])
+        return builder.call(ir.InlineAsm(kind, "vcvtne2ps2bf16 $2, $1, $0", "=v,v,v"), [high, low])
+    allow_instructions(builder)
+    four, eight = ir.VectorType(ir.FloatType(), 4), ir.VectorType(ir.IntType(16), 8)
+    first = ir.InlineAsm(ir.FunctionType(eight, [four]), "bfcvtn $0.4h, $1.4s", "=w,w")
+    second = ir.InlineAsm(ir.FunctionType(eight, [eight, four]), "bfcvtn2 $0.8h, $2.4s", "=w,0,w")
+    halves = []
+    for x in (low, high):
+        quads = [shuffled(builder, x, x, range(i, i + 4)) for i in range(0, 16, 4)]
+        pairs = [builder.call(second, [builder.call(first, quads[i : i + 1]), quads[i + 1]]) for i in (0, 2)]
+        halves.append(shuffled(builder, *pairs, range(16)))
+    return builder.bitcast(shuffled(builder, *halves, range(32)), GROUPS)
 
 
 @intrinsic
@@ -56,9 +67,10 @@ def _pair_rows(typing, first, second, out):
     """Pairs of the numbers of two rows, 32 of each."""
 
     def generate(context, builder, signature, args):
+        halves = ir.VectorType(ir.IntType(16), 32)
         places = [place for i in range(16) for place in (i, i + 16)]
         for j in range(0, PANEL, 16):
-            both = _rounded(builder, *(load(builder, row, SIZE(j)) for row in args[:2]))
+            both = builder.bitcast(_rounded(builder, *(load(builder, row, SIZE(j)) for row in args[:2])), halves)
             store(builder, shuffled(builder, both, both, places), args[2], SIZE(j))
         return context.get_dummy_value()
 
@@ -66,27 +78,19 @@ def _pair_rows(typing, first, second, out):
 
 
 @intrinsic
-def _pair_columns(typing, x, x_row, last, out):
-    """The 16 pairs along each of 16 rows, side by side: (16, 32) numbers -> (16, PANEL) pairs, of which half.
-
-    The row `last` stands for those behind it, too.
-    """
+def _turn(typing, x, x_row, y, y_row):
+    """Y = X^T for 16 x 16 groups, of which blocks of 1, 2, 4, 8 change places."""
 
     def generate(context, builder, signature, args):
-        x, x_row, last, out = args
-        rows = []
-        for i in range(16):
-            there = builder.icmp_signed("<", SIZE(i), last)
-            place = builder.mul(x_row, builder.select(there, SIZE(i), last))
-            halves = _rounded(builder, *(load(builder, x, builder.add(place, SIZE(j))) for j in (0, 16)))
-            rows.append(builder.bitcast(halves, GROUPS))
-        for step in (1, 2, 4, 8):  # transposes blocks of twice the step
+        x, x_row, y, y_row = args
+        rows = [load(builder, x, builder.mul(x_row, SIZE(i)), GROUPS) for i in range(16)]
+        for step in (1, 2, 4, 8):
             for i in (i for i in range(16) if not i & step):
                 a, b = rows[i], rows[i + step]
                 rows[i] = shuffled(builder, a, b, [16 + j - step if j & step else j for j in range(16)])
                 rows[i + step] = shuffled(builder, a, b, [16 + j if j & step else j + step for j in range(16)])
         for i, row in enumerate(rows):
-            store(builder, row, out, SIZE(PANEL * i))
+            store(builder, row, y, builder.mul(y_row, SIZE(i)))
         return context.get_dummy_value()
 
     return void(*(int64,) * 4), generate
@@ -95,9 +99,24 @@ def _pair_columns(typing, x, x_row, last, out):
 _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apart, each in one piece
 
 
+@compiled(int64, int64, result=groups(2))
+def rows_of_pairs(rows, columns):
+    """Room for what `round_rows` and `round_columns` make."""
+    return np.empty(((rows + PANEL - 1) // PANEL * PANEL, (columns + 31) // 32 * BATCH), np.int32)
+
+
+@compiled(int64, int64, int64, result=groups(3))
+def panels_of_pairs(rows, columns, step):
+    """Room for a packed matrix: what `pack_rows` makes, with the step STEP, or `pack_columns`, with BATCH."""
+    depth = ((columns + 1) // 2 + step - 1) // step * step
+    panels = np.empty(((rows + PANEL - 1) // PANEL, depth, PANEL), np.int32)
+    panels[:, (columns + 1) // 2 :] = 0
+    return panels
+
+
 @compiled(_strided, groups(2))
 def round_rows(x, out):
-    """x (M, K) -> its pairs along each row, (at least M, at least K / 2)."""
+    """x (M, K) -> its pairs along each row, (at least M, a multiple of BATCH)."""
     rows, columns = x.shape
     rest = np.zeros(32, np.float32)
     whole = columns - columns % 32
@@ -138,32 +157,28 @@ def pack_rows(x, out, start):
 @compiled(_strided, groups(3))
 def pack_columns(x, out):
     """x (N, K) -> the packed x, pairs of neighbours in a row. What `out` has behind the last row may be any number."""
-    rows, depth = x.shape
-    row = x.strides[0] // 4
-    rest, block = np.zeros((16, 32), np.float32), np.empty((16, PANEL), np.int32)
-    for first in range(0, rows, 16):
-        last = min(15, rows - 1 - first)
+    rows, pairs = len(x), np.empty((BATCH, out.shape[1]), np.int32)
+    for first in range(0, rows, BATCH):
+        round_rows(x[first : first + BATCH], pairs)
         panel, half = first // PANEL, first % PANEL
-        for pair in range(0, out.shape[1], 16):
-            start, pairs = 2 * pair, min(16, out.shape[1] - pair)
-            if start + 32 <= depth:
-                at, to = x.ctypes.data + 4 * (first * row + start), PANEL * (panel * out.shape[1] + pair) + half
-                _pair_columns(at, row, last, out.ctypes.data + 4 * to)
-                continue
-            rest[:] = 0
-            for i in range(last + 1):
-                for j in range(depth - start):
-                    rest[i, j] = x[first + i, start + j]
-            _pair_columns(rest.ctypes.data, 32, 15, block.ctypes.data)
-            for i in range(pairs):
-                for j in range(16):
-                    out[panel, pair + i, half + j] = block[i, j]
+        for pair in range(0, out.shape[1], BATCH):
+            to = PANEL * (panel * out.shape[1] + pair) + half
+            _turn(pairs.ctypes.data + 4 * pair, out.shape[1], out.ctypes.data + 4 * to, PANEL)
 
 
-@compiled(groups(2), groups(3), read(1), types.Array(float32, 2, "A"))
-def multiply_rows(pairs, b, bias, c):
-    """`multiply` with the pairs along the rows of A."""
-    multiply(pairs.reshape(-1), pairs.shape[1], PANEL * pairs.shape[1], 1, b, bias, c, False)
+@compiled(_strided, groups(2), int64)
+def round_columns(x, out, start):
+    """x (M, N) -> its pairs along each column, of which the first is number `start` of a row of `out`.
+
+    M is at most BAND. What `out` has behind the last row may be any number.
+    """
+    pairs = np.zeros((1, BAND // 2, PANEL), np.int32)
+    for left in range(0, x.shape[1], PANEL):
+        pack_rows(x[:, left : left + PANEL], pairs, 0)
+        for pair in range(0, (len(x) + 1) // 2, BATCH):
+            for half in range(0, PANEL, BATCH):
+                to = (left + half) * out.shape[1] + start + pair
+                _turn(pairs.ctypes.data + 4 * (PANEL * pair + half), PANEL, out.ctypes.data + 4 * to, out.shape[1])
 
 
 @compiled(read(2), read(2), groups(3), read(1), written(2), written(2), groups(3), int64)
@@ -174,7 +189,7 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
     """
     rows, columns = y.shape
     depth = x.shape[1]
-    pairs = np.empty((BAND, (depth + 31) // 32 * 16), np.int32)
+    pairs = rows_of_pairs(BAND, depth)
     start = np.zeros(0 if len(residual) else len(weight) * PANEL, np.float32)
     if len(start) and then == NOTHING:
         start[:columns] = bias
@@ -187,7 +202,7 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
             for i in range(len(out)):
                 for j in range(columns):
                     out[i, j] = residual[top + i, j] + bias[j]
-        multiply_rows(pairs, weight, start, out)
+        multiply(pairs, weight, start, out, False)
         if then != NOTHING:
             bias_gelu(out, bias, slope[top:bottom], then == TANH_GELU)
 
@@ -201,8 +216,7 @@ def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
     """
     rows, outputs = dy.shape
     none, zeros = np.zeros(len(weight) * PANEL, np.float32), np.zeros(len(saved) * PANEL, np.float32)
-    pairs = np.empty((BAND, (outputs + 31) // 32 * 16), np.int32)
-    columns = np.empty(((outputs + PANEL - 1) // PANEL if len(dweight) else 0, (rows + 1) // 2, PANEL), np.int32)
+    pairs, columns = rows_of_pairs(BAND, outputs), rows_of_pairs(len(dweight), rows)
     room = np.empty((BAND if len(slope) else 0, outputs), np.float32)
     for top in range(0, rows, BAND):
         bottom = min(rows, top + BAND)
@@ -214,10 +228,11 @@ def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
             add_rows(dh, dbias)
         if len(dx):
             round_rows(dh, pairs)
-            multiply_rows(pairs, weight, none, dx[top:bottom])
-        pack_rows(dh, columns, top // 2)
+            multiply(pairs, weight, none, dx[top:bottom], False)
+        if len(dweight):
+            round_columns(dh, columns, top // 2)
     if len(dweight):
-        multiply(columns.reshape(-1), 1, columns.shape[1] * PANEL, PANEL, saved, zeros, dweight, False)
+        multiply(columns, saved, zeros, dweight, False)
 
 
 @compiled(read(3), written(3), written(1), int64, int64)
@@ -227,11 +242,9 @@ def attention(qkv, y, weights, heads, tile):
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
     scale = np.float32(1.0 / math.sqrt(dim))
-    keys = np.empty(((n + PANEL - 1) // PANEL, (dim + 1) // 2, PANEL), np.int32)
-    values = np.empty(((dim + PANEL - 1) // PANEL, (n + 1) // 2, PANEL), np.int32)
+    keys, values = panels_of_pairs(n, dim, BATCH), panels_of_pairs(dim, n, STEP)
     zeros = np.zeros(PANEL * max(len(keys), len(values)), np.float32)
-    high = (tile + TILE - 1) // TILE * TILE
-    query, shares = np.empty((high, (dim + 31) // 32 * 16), np.int32), np.empty((high, (n + 31) // 32 * 16), np.int32)
+    query, shares = rows_of_pairs(tile, dim), rows_of_pairs(tile, n)
     kept = len(weights) == batch * heads * queries * n
     for b in range(batch):
         for h in range(heads):
@@ -243,7 +256,7 @@ def attention(qkv, y, weights, heads, tile):
                 first = ((b * heads + h) * queries + start) * n if kept else 0
                 w, out = weights[first : first + rows * n], y[b, start : start + rows, q : q + dim]
                 round_rows(qkv[b, start : start + rows, q : q + dim], query)
-                multiply_rows(query, keys, zeros, w.reshape(rows, n))
+                multiply(query, keys, zeros, w.reshape(rows, n), False)
                 softmax(w, n, scale)
                 round_rows(w.reshape(rows, n), shares)
-                multiply_rows(shares, values, zeros, out)
+                multiply(shares, values, zeros, out, False)

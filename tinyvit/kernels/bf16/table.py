@@ -12,7 +12,7 @@ from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
 from tinyvit.kernels.jit import block, layers
 from tinyvit.kernels.jit import loops as jit_loops
-from tinyvit.kernels.jit.dot_products import PANEL
+from tinyvit.kernels.jit.dot_blocks import PANEL, STEP
 from tinyvit.kernels.jit.layers import contiguous, rows_of
 from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
 from tinyvit.kernels.jit.table import plain_attention, whole_block
@@ -21,13 +21,8 @@ from tinyvit.kernels.packed_weights import packed
 _LEAST_TOKENS = 128  # from which on attention gains from bfloat16: measured
 
 
-def _room(rows: int, columns: int) -> Array:
-    """For a packed matrix of so many rows."""
-    return np.empty((-(-rows // PANEL), -(-columns // 2), PANEL), np.int32)
-
-
 def _pack(weight: Array) -> Array:
-    panels = _room(*weight.shape)
+    panels = loops.panels_of_pairs(*weight.shape, loops.BATCH)
     loops.pack_columns(contiguous(weight), panels)
     return panels
 
@@ -37,7 +32,7 @@ def _packed(weight: Array) -> Array:
 
 
 def _pack_transposed(weight: Array) -> Array:
-    panels = _room(*weight.T.shape)
+    panels = loops.panels_of_pairs(*weight.T.shape, STEP)
     loops.pack_rows(contiguous(weight), panels, 0)
     return panels
 
@@ -67,12 +62,12 @@ def _product(
     rows, (outputs, inputs) = rows_of(x), weight.shape
     y = np.empty((len(rows), outputs), np.float32)
     slope = np.empty((len(rows) if then != NOTHING and True in needs else 0, outputs), np.float32)
-    saved = _room(inputs if needs[1] else 0, len(rows))
+    saved = loops.panels_of_pairs(inputs if needs[1] else 0, len(rows), STEP)
     shift = np.zeros(outputs, np.float32) if bias is None else contiguous(bias)
     loops.linear(residual, rows, _packed(weight), shift, y, slope, saved, then)
 
     def fill(dy: Array, dx: Array, dweight: Array, dbias: Array) -> None:
-        panels = _pack_transposed(weight) if needs[0] else _room(0, outputs)
+        panels = _pack_transposed(weight) if needs[0] else np.empty((0, 0, PANEL), np.int32)
         loops.linear_vjp(dy, slope, panels, saved, dx, dweight, dbias)
 
     vjp = layers.linear_vjp(fill, x.shape, weight.shape, needs, len(slope) > 0)

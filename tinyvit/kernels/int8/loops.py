@@ -6,7 +6,8 @@ import numpy as np
 from numba import float32, int32, int64, types, uint8
 
 from tinyvit.kernels.jit.compiling import bits_of_float, compiled, maximum, read, widest, written
-from tinyvit.kernels.jit.dot_products import BAND, PANEL, groups, multiply
+from tinyvit.kernels.jit.dot_blocks import PANEL
+from tinyvit.kernels.jit.dot_products import BAND, groups, multiply
 from tinyvit.kernels.jit.loops import NOTHING, ROUND, TANH_GELU, bias_gelu
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
@@ -55,7 +56,7 @@ def linear(residual, x, weight, scales, sums, bias, y, then):
     for top in range(0, rows, BAND):
         out = y[top : min(rows, top + BAND)]
         quantise_rows(x[top : top + len(out)], activations, row_scales)
-        multiply(activations.view(np.int32).reshape(-1), depth, PANEL * depth, 1, weight, zeros, out, True)
+        multiply(activations.view(np.int32), weight, zeros, out, True)
         for i in range(len(out)):
             scale = row_scales[i]
             for j in range(columns):

@@ -13,7 +13,8 @@ from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.int8 import loops
 from tinyvit.kernels.jit import block
 from tinyvit.kernels.jit.compiling import written
-from tinyvit.kernels.jit.dot_products import PANEL, groups
+from tinyvit.kernels.jit.dot_blocks import PANEL, STEP
+from tinyvit.kernels.jit.dot_products import groups
 from tinyvit.kernels.jit.layers import contiguous, rows_of
 from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
 from tinyvit.kernels.jit.table import whole_block
@@ -37,7 +38,7 @@ def _packed(weight: Array) -> _Packed:
 
 
 def _pack(weight: Array) -> _Packed:
-    outputs, depth = len(weight), -(-weight.shape[1] // 4)
+    outputs, depth = len(weight), -(-weight.shape[1] // (4 * STEP)) * STEP
     rounded = np.full((outputs, 4 * depth), 128, np.uint8)
     panels, scales = np.zeros((-(-outputs // PANEL), depth, PANEL), np.int32), np.empty(outputs, np.float32)
     sums = np.empty(outputs, np.int32)

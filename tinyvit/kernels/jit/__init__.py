@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib
 import importlib.metadata
 import os
+import platform
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 FEW = 32  # images: loading numba takes half a second and 110 MB, more than it saves on fewer
 
@@ -24,6 +29,15 @@ _few: contextvars.ContextVar[bool] = contextvars.ContextVar("tinyvit_few_images"
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether these kernels are to be used: numba is installed, and the environment does not say TINYVIT_JIT=0."""
     return environment.get("TINYVIT_JIT") != "0" and _installed()
+
+
+def missing(environment: Mapping[str, str] = os.environ) -> str:
+    """What these kernels lack, with the cure; "" if they are wanted."""
+    if wanted(environment):
+        return ""
+    return (
+        "numba's kernels, and TINYVIT_JIT=0 leaves them out" if _installed() else 'numba (pip install "tinyvit[jit]")'
+    )
 
 
 @functools.cache
@@ -49,9 +63,36 @@ def has(feature: str) -> bool:
     try:
         from llvmlite import binding
 
-        return bool(binding.get_host_cpu_features().get(feature))
-    except (ImportError, RuntimeError):  # a processor that LLVM does not know
+        return bool(binding.get_host_cpu_features().get(feature)) or feature in _arm_features()
+    except (ImportError, RuntimeError, OSError):  # a processor that LLVM does not know, a system that hides its own
         return False
+
+
+def _arm_features() -> set[str]:
+    """Those of bf16 and i8mm that an ARM processor has, of which LLVM says nothing."""
+    names = {"bf16": "hw.optional.arm.FEAT_BF16", "i8mm": "hw.optional.arm.FEAT_I8MM"}
+    if sys.platform == "darwin":
+        said = subprocess.run(["sysctl", *names.values()], capture_output=True, text=True).stdout
+        return {name for name, key in names.items() if f"{key}: 1" in said}
+    return names.keys() & Path("/proc/cpuinfo").read_text().split() if platform.machine() == "aarch64" else set()
+
+
+@functools.cache
+def dot_instructions() -> str:
+    """The instructions for sums of products of 16 and 8 bits: "amx", "avx512" (perhaps of 8 alone), "arm" or ""."""
+    if has("amx-bf16") and has("amx-int8"):
+        return "amx" if _tiles_permitted() else ""
+    if has("avx512vnni"):
+        return "avx512"
+    return "arm" if has("bf16") and has("i8mm") else ""
+
+
+def _tiles_permitted() -> bool:
+    """Whether Linux lets this process use AMX's tiles: it wants to be asked, and may refuse."""
+    if not sys.platform.startswith("linux"):
+        return False
+    number, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(number, request, tile_data) == 0
 
 
 def compiles(module: str) -> bool:

@@ -1,0 +1,89 @@
+/* Intel's AMX instructions on a processor that has none: each raises SIGILL, and the handler does what the manual says.
+
+   Those that tinyvit's kernels use: LDTILECFG, TILERELEASE, TILELOADD, TILESTORED, TDPBF16PS, TDPBUSD. */
+
+#define _GNU_SOURCE
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+typedef union { uint8_t bytes[64]; uint16_t halves[32]; uint32_t bits[16]; int32_t whole[16]; float real[16]; } row_t;
+
+static _Thread_local struct { uint8_t palette, start_row, none[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+static _Thread_local row_t tiles[8][16];
+long instructions; /* that were carried out */
+static const int registers[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                                  REG_R8, REG_R9, REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+
+static float widened(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static void products(int c, int a, int b, int of_bytes) {
+    for (int i = 0; i < config.rows[c]; i++)
+        for (int k = 0; k < config.row_bytes[a] / 4; k++)
+            for (int j = 0; j < config.row_bytes[c] / 4; j++)
+                if (of_bytes)
+                    for (int n = 0; n < 4; n++)
+                        tiles[c][i].whole[j] += (int)tiles[a][i].bytes[4 * k + n] * (int8_t)tiles[b][k].bytes[4 * j + n];
+                else
+                    for (int n = 0; n < 2; n++)
+                        tiles[c][i].real[j] += widened(tiles[a][i].halves[2 * k + n]) * widened(tiles[b][k].halves[2 * j + n]);
+}
+
+static void unknown(const uint8_t *code) {
+    fprintf(stderr, "amx.c does not know the instruction %02x %02x %02x %02x %02x\n", code[0], code[1], code[2], code[3], code[4]);
+    abort();
+}
+
+static void on_illegal(int number, siginfo_t *info, void *context) {
+    greg_t *general = ((ucontext_t *)context)->uc_mcontext.gregs;
+    const uint8_t *at = (const uint8_t *)general[REG_RIP], *code = at;
+    if (at[0] != 0xC4 || (at[1] & 0x1F) != 2) unknown(at); /* VEX of three bytes, the map 0F38 */
+    int prefix = at[2] & 3, second = ~at[2] >> 3 & 15, opcode = at[3], form = at[4];
+    int high_reg = at[1] & 0x80 ? 0 : 8, high_index = at[1] & 0x40 ? 0 : 8, high_base = at[1] & 0x20 ? 0 : 8;
+    int mode = form >> 6, reg = (form >> 3 & 7) | high_reg, rm = form & 7;
+    code = at + 5;
+    uint8_t *address = 0;
+    int64_t stride = 0;
+    if (mode != 3) {
+        int base = rm | high_base;
+        if (rm == 4) { /* a byte with scale, index and base */
+            int index = (*code >> 3 & 7) | high_index;
+            base = (*code & 7) | high_base;
+            if (index != 4) stride = general[registers[index]] << (*code >> 6);
+            if (mode == 0 && (base & 7) == 5) unknown(at);
+            code++;
+        } else if (mode == 0 && rm == 5)
+            unknown(at);
+        address = (uint8_t *)general[registers[base]];
+        if (mode == 1) address += *(const int8_t *)code, code += 1;
+        if (mode == 2) address += *(const int32_t *)code, code += 4;
+    }
+    if (opcode == 0x49 && prefix == 0) { /* LDTILECFG, or TILERELEASE */
+        memset(&config, 0, sizeof config);
+        memset(tiles, 0, sizeof tiles);
+        if (mode != 3) memcpy(&config, address, 64);
+    } else if (!config.palette)
+        unknown(at); /* no tiles are configured */
+    else if (opcode == 0x4B && (prefix == 3 || prefix == 2)) /* TILELOADD, TILESTORED */
+        for (int i = 0; i < config.rows[reg]; i++, address += stride)
+            if (prefix == 3) memcpy(&tiles[reg][i], address, config.row_bytes[reg]);
+            else memcpy(address, &tiles[reg][i], config.row_bytes[reg]);
+    else if (opcode == 0x5C && prefix == 2) products(reg, rm, second, 0); /* TDPBF16PS */
+    else if (opcode == 0x5E && prefix == 1) products(reg, rm, second, 1); /* TDPBUSD */
+    else unknown(at);
+    general[REG_RIP] += code - at;
+    instructions++;
+}
+
+void install(void) {
+    struct sigaction action = {.sa_sigaction = on_illegal, .sa_flags = SA_SIGINFO | SA_NODEFER};
+    sigaction(SIGILL, &action, 0);
+}

@@ -1,0 +1,188 @@
+"""Blocks of sums of products of 16 and 8 bits, by the instructions that AVX-512, AMX and ARM have for them.
+
+Each adds neighbouring products to sums of 32 bits: VDPBF16PS and VPDPBUSD for 16 sums in a register, TDPBF16PS and
+TDPBUSD for 16 x 16 in a tile, BFMMLA and USMMLA for 2 x 2. `dot_products` has the layout of the matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import int64, void
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from tinyvit.kernels import jit
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
+
+binding.initialize_native_asmparser()  # the instructions have no name in llvmlite
+
+KIND = jit.dot_instructions()
+# Rows of A in a block, and groups of the inner dimension that an instruction, or an unrolled loop, takes at a time.
+TILE, STEP = {"amx": (32, 16), "arm": (8, 4)}.get(KIND, (8, 1))
+PANEL = 32  # columns of a block
+INT, SIZE = ir.IntType(32), ir.IntType(64)
+REALS, GROUPS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT, 16)
+_QUAD = ir.VectorType(INT, 4)
+
+
+def _at(builder, address, place, kind):
+    """A pointer to `kind`, so many units of 4 bytes behind the address."""
+    return builder.inttoptr(builder.add(address, builder.mul(place, SIZE(4))), kind.as_pointer())
+
+
+def load(builder, address, place, kind=REALS):
+    return builder.load(_at(builder, address, place, kind), align=4)
+
+
+def store(builder, x, address, place):
+    builder.store(x, _at(builder, address, place, x.type), align=4)
+
+
+def shuffled(builder, a, b, places):
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT, len(places)), list(places)))
+
+
+def allow_instructions(builder):
+    """Let LLVM use ARM's instructions in this function: it does not know that each processor of a kind has them."""
+    if KIND == "arm":
+        set.add(builder.function.attributes, '"target-features"="+neon,+bf16,+i8mm"')
+
+
+def _of_avx512(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
+    name = "vpdpbusd" if of_bytes or not jit.has("avx512bf16") else "vdpbf16ps"  # or LLVM would end the process
+    add = ir.InlineAsm(ir.FunctionType(REALS, [REALS, GROUPS, GROUPS]), f"{name} $3, $2, $0", "=v,0,v,v")
+    rows, columns = range(TILE), range(0, width, 16)
+    sums = [[cgutils.alloca_once(builder, REALS) for _ in columns] for _ in rows]
+    for i in rows:
+        for j, total in zip(columns, sums[i], strict=True):
+            builder.store(load(builder, start, builder.add(builder.mul(start_row, SIZE(i)), SIZE(j))), total)
+    offsets = [builder.mul(a_row, SIZE(i)) for i in rows]
+    with cgutils.for_range(builder, depth) as loop:
+        line = builder.mul(loop.index, SIZE(PANEL))
+        ys = [load(builder, b, builder.add(line, SIZE(j)), GROUPS) for j in columns]
+        for i in rows:
+            group = load(builder, a, builder.add(loop.index, offsets[i]), INT)
+            first = builder.insert_element(ir.Constant(GROUPS, ir.Undefined), group, SIZE(0))
+            x = shuffled(builder, first, first, [0] * 16)
+            for y, total in zip(ys, sums[i], strict=True):
+                builder.store(builder.call(add, [builder.load(total), x, y]), total)
+    for i in rows:
+        for j, total in zip(columns, sums[i], strict=True):
+            store(builder, builder.load(total), c, builder.add(builder.mul(c_row, SIZE(i)), SIZE(j)))
+
+
+def _of_amx(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
+    """Four tiles of sums, two of A and two of B. LLVM itself uses none: the numbers of the tiles are ours."""
+    none = ir.FunctionType(ir.VoidType(), [])
+    of_memory = ir.FunctionType(ir.VoidType(), [SIZE, SIZE])
+
+    def move(code, address, place, row):
+        asm = ir.InlineAsm(of_memory, code, "r,r,~{memory}", side_effect=True)
+        builder.call(asm, [builder.add(address, builder.mul(place, SIZE(4))), builder.mul(row, SIZE(4))])
+
+    columns = range(width // 16)
+    sums = [(i, j, f"%tmm{2 * i + j}") for i in range(2) for j in columns]
+    multiply = "tdpbusd" if of_bytes else "tdpbf16ps"
+
+    for i, j, tile in sums:
+        place = builder.add(builder.mul(start_row, SIZE(16 * i)), SIZE(16 * j))
+        move(f"tileloadd ($0,$1,1), {tile}", start, place, start_row)
+    with cgutils.for_range_slice(builder, SIZE(0), depth, SIZE(STEP)) as (near, _):
+        line = builder.mul(near, SIZE(PANEL))
+        for j in columns:
+            move(f"tileloadd ($0,$1,1), %tmm{6 + j}", b, builder.add(line, SIZE(16 * j)), SIZE(PANEL))
+        for i in range(2):
+            place = builder.add(builder.mul(a_row, SIZE(16 * i)), near)
+            move(f"tileloadd ($0,$1,1), %tmm{4 + i}", a, place, a_row)
+        for i, j, tile in sums:
+            builder.call(ir.InlineAsm(none, f"{multiply} %tmm{6 + j}, %tmm{4 + i}, {tile}", "", side_effect=True), [])
+    for i, j, tile in sums:
+        place = builder.add(builder.mul(c_row, SIZE(16 * i)), SIZE(16 * j))
+        move(f"tilestored {tile}, ($0,$1,1)", c, place, c_row)
+
+
+def _of_arm(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
+    """Eight columns after the other; registers hold the sums of two rows and two columns."""
+    code = "usmmla $0.4s, $2.16b, $3.16b" if of_bytes else "bfmmla $0.4s, $2.8h, $3.8h"
+    add = ir.InlineAsm(ir.FunctionType(_QUAD, [_QUAD] * 3), code, "=w,0,w,w")
+
+    def zipped(pairs: Sequence[Sequence[Any]], halves: tuple[list[int], list[int]]) -> list[Any]:
+        return [shuffled(builder, *pair, places) for pair in pairs for places in halves]
+
+    of_columns, of_rows = ([0, 4, 1, 5], [2, 6, 3, 7]), ([0, 1, 4, 5], [2, 3, 6, 7])
+    rows = range(0, TILE, 2)
+    sums = [[cgutils.alloca_once(builder, _QUAD) for _ in range(4)] for _ in rows]
+    with cgutils.for_range_slice(builder, SIZE(0), SIZE(width), SIZE(8)) as (left, _):
+
+        def line(address, row, i, place):
+            return load(builder, address, builder.add(builder.mul(row, SIZE(i)), place), _QUAD)
+
+        quarters = [left, builder.add(left, SIZE(4))]
+        for i, totals in zip(rows, sums, strict=True):
+            blocks = zipped([[line(start, start_row, i + k, q) for k in (0, 1)] for q in quarters], of_rows)
+            for x, total in zip(blocks, totals, strict=True):
+                builder.store(x, total)
+        with cgutils.for_range_slice(builder, SIZE(0), depth, SIZE(STEP)) as (near, _):
+            xs = [zipped([(line(a, a_row, i, near), line(a, a_row, i + 1, near))], of_rows) for i in rows]
+            for half in range(2):
+                place = builder.mul(builder.add(near, SIZE(2 * half)), SIZE(PANEL))
+                ys = zipped(
+                    [[line(b, SIZE(PANEL), k, builder.add(place, q)) for k in (0, 1)] for q in quarters], of_columns
+                )
+                for x, totals in zip(xs, sums, strict=True):
+                    for y, total in zip(ys, totals, strict=True):
+                        builder.store(builder.call(add, [builder.load(total), x[half], y]), total)
+        for i, totals in zip(rows, sums, strict=True):
+            for j, q in enumerate(quarters):
+                two = [builder.load(total) for total in totals[2 * j : 2 * j + 2]]
+                for k, x in enumerate(zipped([two], of_rows)):
+                    store(builder, x, c, builder.add(builder.mul(c_row, SIZE(i + k)), q))
+
+
+_generate = {"amx": _of_amx, "arm": _of_arm}.get(KIND, _of_avx512)
+
+
+def block_of(of_bytes: bool, width: int) -> Any:
+    """A function that makes C = start + A B for TILE rows of A and so many columns of a panel B, of `depth` groups.
+
+    It takes addresses, and lengths of rows in units of 4 bytes. Sums of whole numbers are moved as if they were real.
+    """
+
+    @intrinsic
+    def function(typing, a, a_row, b, start, start_row, c, c_row, depth):
+        def generate(context, builder, signature, args):
+            allow_instructions(builder)
+            _generate(of_bytes, width, builder, *args)
+            return context.get_dummy_value()
+
+        return void(*(int64,) * 8), generate
+
+    return function
+
+
+_CONFIGURATION = np.zeros(64, np.uint8)  # of 8 tiles of 16 rows and 64 bytes
+_CONFIGURATION[0] = 1
+_CONFIGURATION[16:32:2], _CONFIGURATION[48:56] = 64, 16
+
+
+def _tiles(code: str) -> Any:
+    @intrinsic
+    def function(typing, configuration):
+        def generate(context, builder, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [SIZE])
+            if KIND == "amx":
+                builder.call(ir.InlineAsm(kind, code, "r,~{memory}", side_effect=True), args)
+            return context.get_dummy_value()
+
+        return void(int64), generate
+
+    return function
+
+
+CONFIGURATION = _CONFIGURATION
+use_tiles, release_tiles = _tiles("ldtilecfg ($0)"), _tiles("tilerelease")
