@@ -16,8 +16,8 @@ from tinyvit.kernels.jit.dot_blocks import CONFIGURATION, PANEL, TILE, block_of,
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
-BAND = 96  # rows of a layer that are computed at a time: what follows finds them in a cache
-_DEPTH, _ROWS = 256, 384  # groups and rows at a time: a panel of 32 KiB in the first cache, 384 KiB in the second
+BAND = 96
+_DEPTH, _ROWS = 768, 384  # groups and rows at a time: what is read again comes from the second cache
 
 
 def groups(ndim: int) -> types.Array:
@@ -42,9 +42,9 @@ def multiply(a, b, bias, c, of_bytes):
     use_tiles(CONFIGURATION.ctypes.data)
     for top in range(0, rows, _ROWS):
         bottom = min(rows, top + _ROWS)
-        for near in range(0, depth, _DEPTH):
-            steps = min(_DEPTH, depth - near)
-            for left in range(0, columns, PANEL):
+        for left in range(0, columns, PANEL):
+            for near in range(0, depth, _DEPTH):
+                steps = min(_DEPTH, depth - near)
                 panel = b.ctypes.data + 4 * PANEL * (left // PANEL * depth + near)
                 for i in range(top, bottom, TILE):
                     at = a.ctypes.data + 4 * (i * a_row + near)
