@@ -394,7 +394,7 @@ def test_precisions_that_are_not_known(monkeypatch):
     model = nano()
     known = "expected a precision of fp32, tf32, bf16, fp16"
     monkeypatch.setattr("tinyvit.kernels.jit._installed", lambda: False)
-    needs = 'numba (pip install "tinyvit[jit]")'
+    needs = 'numba 0.62 or newer (pip install "tinyvit[jit]")'
     for name, of_training, of_predictions in (
         ("half", f"{known}, got 'half'", f"{known}, int8, got 'half'"),
         (
@@ -410,7 +410,7 @@ def test_precisions_that_are_not_known(monkeypatch):
             predict(model, batch()[0], precision=name)
         assert str(caught.value) == of_predictions
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    with pytest.raises(ValueError, match=r"bf16: bfloat16 needs ml_dtypes: .*; on some CPUs it needs numba \("):
+    with pytest.raises(ValueError, match=r"bf16: bfloat16 needs ml_dtypes: .*; on some CPUs it needs numba 0"):
         predict(model, batch()[0], precision="bf16")
     with pytest.raises(ValueError, match="precision int8 is for models on a CPU: --device cpu, or model"):
         predict(nano().to(array_api_strict), batch()[0], precision="int8")

@@ -6,9 +6,9 @@ float32; layer norm, softmax and the loss are computed in it. Gradients update t
 far smaller than the last digit of a 16-bit weight is not lost. bfloat16 has float32's range. float16 has not, so its
 loss is scaled to keep small gradients above zero.
 
-On a CPU that multiplies bfloat16 fast (AMD's AVX512-BF16, Intel's AMX, ARM's BF16; with numba) bf16 rounds the operands
-of linear layers, and on the way forward those of attention with many tokens, alone. Weights and activations stay in
-float32. int8, for predictions, has 8 bits for the operands of linear layers (AVX512-VNNI, AMX, ARM's I8MM).
+On a CPU that multiplies bfloat16 fast (AMD's AVX512-BF16, Intel's AMX, ARM's BF16 with I8MM; with numba) bf16 rounds
+the operands of linear layers, and those of attention with many tokens, alone. Weights and activations stay in float32.
+int8, for predictions, has 8 bits for the operands of linear layers (AVX512-VNNI, AMX, ARM's BF16 with I8MM).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tinyvit.nn import Buffer, Module, Parameter
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PREDICTION_PRECISIONS = (*PRECISIONS, "int8")
+_CPU_OF_INT8 = "a CPU with AVX512-VNNI, AMX that Linux lets it use, or ARM's BF16 and I8MM"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -68,7 +69,8 @@ class Precision:
             if arrays.namespace(like) is not arrays.numpy_namespace:
                 raise ValueError('precision int8 is for models on a CPU: --device cpu, or model.to("cpu")')
             if not int8.available():
-                needs = jit.missing() or "a CPU with AVX512-VNNI, AMX, or ARM's BF16 and I8MM"
+                here = "a numba that works with this NumPy" if int8.possible() else _CPU_OF_INT8
+                needs = jit.missing() or here
                 raise ValueError(f"precision int8 needs {needs}: expected fp32, bf16 or fp16")
             self._packed = packed_weights.Packed("int8", {})
             return
@@ -78,8 +80,9 @@ class Precision:
         try:
             self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
         except TypeError as error:
-            faster = f"; on some CPUs it needs {jit.missing()} instead" if name == "bf16" and jit.missing() else ""
-            raise ValueError(f"precision {name}: {error}{faster}") from None
+            on_cpu = name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and jit.missing()
+            otherwise = f"; on some CPUs it needs {jit.missing()} instead" if on_cpu else ""
+            raise ValueError(f"precision {name}: {error}{otherwise}") from None
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:

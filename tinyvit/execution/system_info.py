@@ -118,7 +118,7 @@ def slowdowns(info: SystemInfo) -> list[str]:
             if name in settings:
                 setting = f"{name}={settings[name]}"
                 out.append(f"{setting} overrides OpenBLAS's own block sizes: unset it unless you measured it")
-    if settings.get("TINYVIT_JIT") == "0" and info.versions.get("numba"):
+    if settings.get("TINYVIT_JIT") == "0" and jit.wanted({}):
         out.append("TINYVIT_JIT=0 leaves numba's kernels out: unset it")
     limit = next((n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if n in settings), None)
     if blas and blas["threads"] < info.usable:
@@ -201,7 +201,7 @@ def as_table(info: SystemInfo) -> str:
         ("memory", f"{info.memory_gib} GiB" if info.memory_gib else "unknown"),
         ("BLAS", "{library} {version}, {core_type} kernels, {threads} threads".format(**blas) if blas else "unknown"),
         ("kernels", info.kernels),
-        ("settings", ", ".join(f"{k}={v}" for k, v in info.settings.items()) or "none that steer BLAS"),
+        ("settings", ", ".join(f"{k}={v}" for k, v in info.settings.items()) or "none that steer kernels or BLAS"),
         ("GPU", "; ".join(info.gpu)),
         ("cache", info.cache),
     ]

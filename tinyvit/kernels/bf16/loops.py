@@ -19,14 +19,13 @@ from tinyvit.kernels.jit.dot_blocks import (
     PANEL,
     REALS,
     SIZE,
-    STEP,
     allow_instructions,
     load,
     shuffled,
     store,
 )
 from tinyvit.kernels.jit.dot_products import BAND, groups, multiply
-from tinyvit.kernels.jit.loops import NOTHING, TANH_GELU, add_rows, bias_gelu, multiply_and_sum, softmax
+from tinyvit.kernels.jit.loops import NOTHING, TANH_GELU, add_rows, bias_gelu, multiply_and_sum, softmax, softmax_vjp
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
@@ -101,15 +100,14 @@ _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apa
 
 @compiled(int64, int64, result=groups(2))
 def rows_of_pairs(rows, columns):
-    """Room for what `round_rows` and `round_columns` make."""
-    return np.empty(((rows + PANEL - 1) // PANEL * PANEL, (columns + 31) // 32 * BATCH), np.int32)
+    """Room for what `round_rows` and `round_columns` make. Rows are no power of two apart: they share a cache."""
+    return np.empty(((rows + PANEL - 1) // PANEL * PANEL, ((columns + 31) // 32 | 1) * BATCH), np.int32)
 
 
-@compiled(int64, int64, int64, result=groups(3))
-def panels_of_pairs(rows, columns, step):
-    """Room for a packed matrix: what `pack_rows` makes, with the step STEP, or `pack_columns`, with BATCH."""
-    depth = ((columns + 1) // 2 + step - 1) // step * step
-    panels = np.empty(((rows + PANEL - 1) // PANEL, depth, PANEL), np.int32)
+@compiled(int64, int64, result=groups(3))
+def panels_of_pairs(rows, columns):
+    """Room for what `pack_rows` and `pack_columns` make."""
+    panels = np.empty(((rows + PANEL - 1) // PANEL, (columns + 31) // 32 * BATCH, PANEL), np.int32)
     panels[:, (columns + 1) // 2 :] = 0
     return panels
 
@@ -242,7 +240,7 @@ def attention(qkv, y, weights, heads, tile):
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
     scale = np.float32(1.0 / math.sqrt(dim))
-    keys, values = panels_of_pairs(n, dim, BATCH), panels_of_pairs(dim, n, STEP)
+    keys, values = panels_of_pairs(n, dim), panels_of_pairs(dim, n)
     zeros = np.zeros(PANEL * max(len(keys), len(values)), np.float32)
     query, shares = rows_of_pairs(tile, dim), rows_of_pairs(tile, n)
     kept = len(weights) == batch * heads * queries * n
@@ -260,3 +258,37 @@ def attention(qkv, y, weights, heads, tile):
                 softmax(w, n, scale)
                 round_rows(w.reshape(rows, n), shares)
                 multiply(shares, values, zeros, out, False)
+
+
+@compiled(read(3), read(3), read(3), read(4), written(3), int64)
+def attention_vjp(dy, qkv, y, weights, dqkv, heads):
+    """`jit.loops.attention_vjp` with the operands of all products rounded."""
+    batch, n = qkv.shape[:2]
+    queries, model = y.shape[1], y.shape[2]
+    dim = model // heads
+    scale, zeros = np.float32(1.0 / math.sqrt(dim)), np.zeros(n + dim + PANEL, np.float32)
+    keys, values = panels_of_pairs(dim, n), panels_of_pairs(n, dim)
+    query, gradient = panels_of_pairs(dim, queries), panels_of_pairs(dim, queries)
+    along_heads, along_keys = rows_of_pairs(BAND, dim), rows_of_pairs(BAND, n)
+    turned_scores, turned_weights = rows_of_pairs(n, queries), rows_of_pairs(n, queries)
+    scratch = np.empty((BAND, n), np.float32)
+    for b in range(batch):
+        for h in range(heads):
+            q = slice(h * dim, h * dim + dim)
+            k, v = slice(q.start + model, q.stop + model), slice(q.start + 2 * model, q.stop + 2 * model)
+            pack_rows(qkv[b, :, k], keys, 0)
+            pack_columns(qkv[b, :, v], values)
+            for start in range(0, queries, BAND):
+                here = slice(start, min(queries, start + BAND))
+                dout, w, scores = dy[b, here, q], weights[b, h, here], scratch[: min(BAND, queries - start)]
+                round_rows(dout, along_heads)
+                multiply(along_heads, values, zeros, scores, False)
+                softmax_vjp(scores, w, dout, y[b, here, q], scale)
+                round_rows(scores, along_keys)
+                multiply(along_keys, keys, zeros, dqkv[b, here, q], False)
+                round_columns(scores, turned_scores, start // 2)
+                round_columns(w, turned_weights, start // 2)
+                pack_rows(qkv[b, here, q], query, start // 2)
+                pack_rows(dout, gradient, start // 2)
+            multiply(turned_scores, query, zeros, dqkv[b, :, k], False)
+            multiply(turned_weights, gradient, zeros, dqkv[b, :, v], False)

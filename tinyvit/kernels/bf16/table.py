@@ -12,7 +12,7 @@ from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.bf16 import loops
 from tinyvit.kernels.jit import block, layers
 from tinyvit.kernels.jit import loops as jit_loops
-from tinyvit.kernels.jit.dot_blocks import PANEL, STEP
+from tinyvit.kernels.jit.dot_blocks import PANEL
 from tinyvit.kernels.jit.layers import contiguous, rows_of
 from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
 from tinyvit.kernels.jit.table import plain_attention, whole_block
@@ -22,7 +22,7 @@ _LEAST_TOKENS = 128  # from which on attention gains from bfloat16: measured
 
 
 def _pack(weight: Array) -> Array:
-    panels = loops.panels_of_pairs(*weight.shape, loops.BATCH)
+    panels = loops.panels_of_pairs(*weight.shape)
     loops.pack_columns(contiguous(weight), panels)
     return panels
 
@@ -32,7 +32,7 @@ def _packed(weight: Array) -> Array:
 
 
 def _pack_transposed(weight: Array) -> Array:
-    panels = loops.panels_of_pairs(*weight.T.shape, STEP)
+    panels = loops.panels_of_pairs(*weight.T.shape)
     loops.pack_rows(contiguous(weight), panels, 0)
     return panels
 
@@ -62,7 +62,7 @@ def _product(
     rows, (outputs, inputs) = rows_of(x), weight.shape
     y = np.empty((len(rows), outputs), np.float32)
     slope = np.empty((len(rows) if then != NOTHING and True in needs else 0, outputs), np.float32)
-    saved = loops.panels_of_pairs(inputs if needs[1] else 0, len(rows), STEP)
+    saved = loops.panels_of_pairs(inputs if needs[1] else 0, len(rows))
     shift = np.zeros(outputs, np.float32) if bias is None else contiguous(bias)
     loops.linear(residual, rows, _packed(weight), shift, y, slope, saved, then)
 
@@ -105,5 +105,5 @@ KERNELS = {
     reference.linear: Kernel(linear, _covers),
     reference.add_linear: Kernel(add_linear, lambda residual, *inputs, **_: _covers(*inputs)),
     reference.linear_gelu: Kernel(linear_gelu, _covers),
-    reference.qkv_attention: Kernel(layers.attention(loops.attention), _attends),  # with float32's gradient
+    reference.qkv_attention: Kernel(layers.attention(loops.attention, loops.attention_vjp), _attends),
 }

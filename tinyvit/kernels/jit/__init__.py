@@ -35,9 +35,7 @@ def missing(environment: Mapping[str, str] = os.environ) -> str:
     """What these kernels lack, with the cure; "" if they are wanted."""
     if wanted(environment):
         return ""
-    return (
-        "numba's kernels, and TINYVIT_JIT=0 leaves them out" if _installed() else 'numba (pip install "tinyvit[jit]")'
-    )
+    return "numba's kernels: unset TINYVIT_JIT" if _installed() else 'numba 0.62 or newer (pip install "tinyvit[jit]")'
 
 
 @functools.cache
@@ -68,19 +66,24 @@ def has(feature: str) -> bool:
         return False
 
 
+@functools.cache
 def _arm_features() -> set[str]:
     """Those of bf16 and i8mm that an ARM processor has, of which LLVM says nothing."""
+    if platform.machine() not in ("aarch64", "arm64"):
+        return set()
     names = {"bf16": "hw.optional.arm.FEAT_BF16", "i8mm": "hw.optional.arm.FEAT_I8MM"}
     if sys.platform == "darwin":
         said = subprocess.run(["sysctl", *names.values()], capture_output=True, text=True).stdout
         return {name for name, key in names.items() if f"{key}: 1" in said}
-    return names.keys() & Path("/proc/cpuinfo").read_text().split() if platform.machine() == "aarch64" else set()
+    return names.keys() & Path("/proc/cpuinfo").read_text().split()
 
 
 @functools.cache
 def dot_instructions() -> str:
     """The instructions for sums of products of 16 and 8 bits: "amx", "avx512" (perhaps of 8 alone), "arm" or ""."""
-    if has("amx-bf16") and has("amx-int8"):
+    on_linux = (sys.platform, platform.machine()) == ("linux", "x86_64")
+    if on_linux and all(has(feature) for feature in ("amx-bf16", "amx-int8", "avx512bf16")):
+        # Not AVX-512's: numba, which knows the processor alone, could find the code of the other kind in its cache.
         return "amx" if _tiles_permitted() else ""
     if has("avx512vnni"):
         return "avx512"
@@ -89,8 +92,6 @@ def dot_instructions() -> str:
 
 def _tiles_permitted() -> bool:
     """Whether Linux lets this process use AMX's tiles: it wants to be asked, and may refuse."""
-    if not sys.platform.startswith("linux"):
-        return False
     number, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return ctypes.CDLL(None).syscall(number, request, tile_data) == 0
 

@@ -48,9 +48,10 @@ def shuffled(builder, a, b, places):
 
 
 def allow_instructions(builder):
-    """Let LLVM use ARM's instructions in this function: it does not know that each processor of a kind has them."""
+    """Let LLVM use ARM's instructions in this function, which may be missing in what it knows of the processor."""
     if KIND == "arm":
-        set.add(builder.function.attributes, '"target-features"="+neon,+bf16,+i8mm"')
+        known = [*filter(None, binding.get_host_cpu_features().flatten().split(",")), "+neon", "+bf16", "+i8mm"]
+        set.add(builder.function.attributes, f'"target-features"="{",".join(known)}"')
 
 
 def _of_avx512(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
@@ -165,24 +166,30 @@ def block_of(of_bytes: bool, width: int) -> Any:
     return function
 
 
-_CONFIGURATION = np.zeros(64, np.uint8)  # of 8 tiles of 16 rows and 64 bytes
-_CONFIGURATION[0] = 1
-_CONFIGURATION[16:32:2], _CONFIGURATION[48:56] = 64, 16
+CONFIGURATION = np.zeros(64, np.uint8)  # of 8 tiles of 16 rows and 64 bytes
+CONFIGURATION[0] = 1
+CONFIGURATION[16:32:2], CONFIGURATION[48:56] = 64, 16
 
 
-def _tiles(code: str) -> Any:
-    @intrinsic
-    def function(typing, configuration):
-        def generate(context, builder, signature, args):
+@intrinsic
+def use_tiles(typing, configuration):
+    """From here on this thread has AMX's tiles, until `release_tiles`."""
+
+    def generate(context, builder, signature, args):
+        if KIND == "amx":
             kind = ir.FunctionType(ir.VoidType(), [SIZE])
-            if KIND == "amx":
-                builder.call(ir.InlineAsm(kind, code, "r,~{memory}", side_effect=True), args)
-            return context.get_dummy_value()
+            builder.call(ir.InlineAsm(kind, "ldtilecfg ($0)", "r,~{memory}", side_effect=True), args)
+        return context.get_dummy_value()
 
-        return void(int64), generate
-
-    return function
+    return void(int64), generate
 
 
-CONFIGURATION = _CONFIGURATION
-use_tiles, release_tiles = _tiles("ldtilecfg ($0)"), _tiles("tilerelease")
+@intrinsic
+def release_tiles(typing):
+    def generate(context, builder, signature, args):
+        if KIND == "amx":
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(ir.InlineAsm(kind, "tilerelease", "~{memory}", side_effect=True), [])
+        return context.get_dummy_value()
+
+    return void(), generate

@@ -16,8 +16,8 @@ from tinyvit.kernels.jit.dot_blocks import CONFIGURATION, PANEL, TILE, block_of,
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
-BAND = 96
-_DEPTH, _ROWS = 768, 384  # groups and rows at a time: what is read again comes from the second cache
+BAND = 96  # rows of a layer that are computed at a time, whole blocks: what follows finds them in a cache
+_DEPTH, _ROWS = 768, 384  # groups and rows at a time: A and a panel of B stay in the second cache, or nearly
 
 
 def groups(ndim: int) -> types.Array:
@@ -70,4 +70,4 @@ def multiply(a, b, bias, c, of_bytes):
                         for k in range(high):
                             for j in range(wide):
                                 c[i + k, left + j] = rest[k, j]
-    release_tiles(0)
+    release_tiles()

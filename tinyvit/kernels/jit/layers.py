@@ -138,8 +138,8 @@ def tile_of(queries: int, n: int) -> int:
     return math.ceil(queries / math.ceil(queries * n / BLOCK))
 
 
-def attention(forward: Callable[..., None]) -> Callable[..., tuple[Array, VJP]]:
-    """The kernel of `reference.qkv_attention` with the loop `forward`: `loops.attention` without BLAS's address."""
+def attention(forward: Callable[..., None], backward: Callable[..., None]) -> Callable[..., tuple[Array, VJP]]:
+    """The kernel of `reference.qkv_attention` with loops in the place of `loops.attention` and its gradient."""
 
     def qkv_attention(
         xp: Any,
@@ -160,9 +160,9 @@ def attention(forward: Callable[..., None]) -> Callable[..., tuple[Array, VJP]]:
         forward(qkv, y, weights.reshape(-1), num_heads, tile)
 
         def vjp(dy: Array) -> tuple[Array]:
-            dqkv, scratch = np.empty_like(qkv), np.empty((tile, n), qkv.dtype)
+            dqkv = np.empty_like(qkv)
             dqkv[:, queries:, : width // 3] = 0
-            loops.attention_vjp(contiguous(dy), qkv, y, weights, dqkv, scratch, num_heads, SGEMM)
+            backward(contiguous(dy), qkv, y, weights, dqkv, num_heads)
             return (dqkv,)
 
         return y, vjp

@@ -374,12 +374,27 @@ def attention(qkv, y, weights, heads, tile, sgemm):
                 small_product(sgemm, False, rows, dim, n, at, n, v, width, ZERO, out + 4 * start * model, model)
 
 
-@compiled(read(3), read(3), read(3), read(4), written(3), written(2), int64, int64, reorder=True)
-def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
-    """The gradient dqkv (B, N, 3 H D) of `attention` with all its weights; `scratch` (tile, N)."""
+_part = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apart
+
+
+@compiled(written(2), read(2), _part, _part, float32, reorder=True, inline=True)
+def softmax_vjp(scores, weights, dout, out, scale):
+    """The gradient of the weights (rows, N), in `scores`, becomes that of the scores; `out`, `dout` (rows, D)."""
+    for i in range(len(scores)):
+        along = ZERO  # the sum of weights times their gradients is that of outputs times theirs
+        for j in range(out.shape[1]):
+            along += dout[i, j] * out[i, j]
+        for j in range(scores.shape[1]):
+            scores[i, j] = weights[i, j] * (scores[i, j] - along) * scale
+
+
+@compiled(read(3), read(3), read(3), read(4), written(3), int64, int64, int64, reorder=True)
+def attention_vjp(dy, qkv, y, weights, dqkv, heads, tile, sgemm):
+    """The gradient dqkv (B, N, 3 H D) of `attention` with all its weights, so many queries at a time."""
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
-    dim, tile, ds = model // heads, len(scratch), scratch.ctypes.data
+    dim, scratch = model // heads, np.empty((tile, n), np.float32)
+    ds = scratch.ctypes.data
     scale, turned = f(1.0 / math.sqrt(dim)), np.empty(dim * n, np.float32)
     for b in range(batch):
         for h in range(heads):
@@ -391,13 +406,8 @@ def attention_vjp(dy, qkv, y, weights, dqkv, scratch, heads, sgemm):
                 w = weights[b, h, start : start + rows]
                 dout = dy.ctypes.data + 4 * ((b * queries + start) * model + h * dim)
                 small_product_of_transposed(sgemm, rows, n, dim, dout, model, v, width, ds, n, turned.ctypes.data)
-                for i in range(rows):
-                    along = ZERO  # the sum of weights times their gradients is that of outputs times theirs
-                    row, drow = y[b, start + i, h * dim :], dy[b, start + i, h * dim :]
-                    for j in range(dim):
-                        along += drow[j] * row[j]
-                    for j in range(n):
-                        scratch[i, j] = w[i, j] * (scratch[i, j] - along) * scale
+                here, part = slice(start, start + rows), slice(h * dim, h * dim + dim)
+                softmax_vjp(scratch[:rows], w, dy[b, here, part], y[b, here, part], scale)
                 first, beta = 4 * start * width, ONE if start else ZERO
                 small_product(sgemm, False, rows, dim, n, ds, n, k, width, ZERO, dq + first, width)
                 small_product(sgemm, True, n, dim, rows, ds, n, q + first, width, beta, dk, width)

@@ -65,7 +65,13 @@ def adamw(
     return p, m, v
 
 
-_attention = layers.attention(lambda *arguments: loops.attention(*arguments, layers.SGEMM))
+def _attention_vjp(
+    dy: np.ndarray, qkv: np.ndarray, y: np.ndarray, weights: np.ndarray, dqkv: np.ndarray, heads: int
+) -> None:
+    loops.attention_vjp(dy, qkv, y, weights, dqkv, heads, layers.tile_of(*weights.shape[2:]), layers.SGEMM)
+
+
+_attention = layers.attention(lambda *arguments: loops.attention(*arguments, layers.SGEMM), _attention_vjp)
 
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
