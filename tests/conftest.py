@@ -19,7 +19,7 @@ from on_gpu import HAS_GPU
 
 from tinyvit import kernels
 from tinyvit.backend import parallel
-from tinyvit.kernels import bf16
+from tinyvit.kernels import jit
 from tinyvit.training import run_directory
 
 
@@ -84,7 +84,7 @@ def numba_kernels() -> Iterator[None]:
     """The processor decides on numba's kernels here, not the environment's TINYVIT_JIT; what it has, it gains from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYVIT_JIT", "1")
-        patch.setattr(bf16, "_processor", lambda: "znver4")
+        patch.setattr(jit, "processor", lambda: "znver5")
         kernels._fastest.cache_clear()
         yield
     kernels._fastest.cache_clear()

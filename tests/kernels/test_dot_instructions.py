@@ -31,7 +31,7 @@ SUPPORT = HERE.parent / "support"
 )
 def test_a_processor_gains_unless_it_is_intel_s_without_amx(monkeypatch, instructions, name, has_bf16, gains):
     monkeypatch.setattr(jit, "wanted", lambda: True)
-    monkeypatch.setattr(bf16, "_processor", lambda: name)
+    monkeypatch.setattr(jit, "processor", lambda: name)
     monkeypatch.setattr(jit, "has", lambda feature: has_bf16)
     monkeypatch.setattr(jit, "dot_instructions", lambda: instructions)
     assert bf16.possible() == gains

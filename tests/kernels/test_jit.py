@@ -29,7 +29,7 @@ import tinyvit
 from tinyvit import kernels, optim
 from tinyvit.backend.arrays import numpy_namespace as xp
 from tinyvit.kernels import reference
-from tinyvit.kernels.jit import compiling, image_loops, layers, loops, products
+from tinyvit.kernels.jit import compiling, has, image_loops, layers, loops, processor, products
 
 OPERATIONS = kernels._merged("cpu", "jit")
 GRID = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)])
@@ -89,8 +89,10 @@ def test_gelu_of_large_values(approximate, needed):
         assert vjp(np.ones_like(y))[0][:5, 0].tolist() == pytest.approx([1, 0, 1, 0, 0.5], abs=1e-29)
 
 
-@pytest.mark.parametrize("openblas", [True, False])
-def test_gelu_of_a_large_layer(monkeypatch, openblas):
+@pytest.mark.parametrize(
+    "openblas, needs", [(True, (1, 1, 1)), (True, (1, 0, 0)), (True, (0, 1, 0)), (False, (1, 1, 1))]
+)
+def test_gelu_of_a_large_layer(monkeypatch, openblas, needs):
     """By NumPy's BLAS, or through NumPy where that has no known name. What lies between is kept until it is used."""
     monkeypatch.setattr(layers, "SGEMM", layers.SGEMM if openblas else 0)
     x, weight, bias = noise(2900, 256), noise(3072, 256, seed=1) / 16, noise(3072, seed=2)
@@ -98,10 +100,11 @@ def test_gelu_of_a_large_layer(monkeypatch, openblas):
     inputs = [torch.tensor(a).requires_grad_() for a in (x, weight, bias)]
     expected = TF.gelu(TF.linear(*inputs))
     expected.backward(torch.tensor(dy))
-    y, vjp = layers.linear_gelu(xp, x, weight, bias, approximate="none", needs=(True,) * 3)
-    assert not products.fits(len(x), *weight.shape) and np.abs(y - expected.detach().numpy()).max() < 1e-5
-    for got, wanted in zip(vjp(dy), inputs, strict=True):
-        assert np.abs(got - wanted.grad.numpy()).max() < 1e-5 * float(wanted.grad.abs().max())
+    y, vjp = layers.linear_gelu(xp, x, weight, bias, approximate="none", needs=tuple(map(bool, needs)))
+    assert np.abs(y - expected.detach().numpy()).max() < 1e-5
+    for got, wanted, needed in zip(vjp(dy), inputs, needs, strict=True):
+        assert (got is not None) == needed
+        assert not needed or np.abs(got - wanted.grad.numpy()).max() < 1e-5 * float(wanted.grad.abs().max())
 
 
 def test_a_frozen_weight_keeps_no_activations():
@@ -257,8 +260,19 @@ def test_linear_layers_of_any_size_follow_the_reference_in_float64(rows, inputs,
                     assert np.abs(got - wanted).max() < 2e-4 and got.shape == wanted.shape
 
 
-def test_a_large_weight_is_left_to_openblas():
-    assert products.fits(1000, 512, 512) and not products.fits(1000, 513, 512)
+def test_a_large_weight_is_left_to_openblas_but_on_zen_4():
+    assert products.fits(1000, 512, 512) and products.can_add(512, 512) and not products.can_add(516, 512)
+    own = has("avx512f") and processor() == "znver4"
+    assert products.fits(1000, 513, 512) == own
+
+
+def test_rows_that_share_lines_of_the_cache_are_moved():
+    x, b, start = noise(40, 2048), noise(2048, 70, seed=1), noise(70, seed=2)
+    y = np.zeros((40, 70), np.float32)
+    products.multiply(x, products.panels_of_rows(b), start, y, 5, 36)
+    assert (
+        np.abs(y[5:36] - (x[5:36].astype(np.float64) @ b + start)).max() < 3e-4 and not y[:5].any() and not y[36:].any()
+    )
 
 
 def test_sums_of_many_rows_keep_their_digits():

@@ -66,6 +66,13 @@ def has(feature: str) -> bool:
         return False
 
 
+def processor() -> str:
+    """LLVM's name of the processor."""
+    from llvmlite import binding
+
+    return binding.get_host_cpu_name()
+
+
 @functools.cache
 def _arm_features() -> set[str]:
     """Those of bf16 and i8mm that an ARM processor has, of which LLVM says nothing."""

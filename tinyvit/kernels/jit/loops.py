@@ -193,7 +193,7 @@ def linear(residual, x, weight, bias, y, sgemm):
                         y[i, j] += residual[i, j]
             top = bottom
         return
-    # BLAS can_add the product to what it finds in y, which costs no more than to write it there.
+    # BLAS can add the product to what it finds in y, which costs no more than to write it there.
     if len(residual):
         for i in range(rows):
             for j in range(columns):
@@ -252,30 +252,28 @@ def linear_vjp(dy, slope, x, weight, dx, dweight, dbias, sgemm):
     """
     rows, outputs = dy.shape
     inputs = weight.shape[1]
-    if not (fits(rows, inputs, outputs) and (len(dweight) == 0 or can_add(outputs, inputs))):
-        if len(slope):
-            dh = np.empty((rows, outputs), np.float32)
-            multiply_and_sum(dy, slope, dh, dbias)
-            _large_products(dh, x, weight, dx, dweight, sgemm)
-        else:
-            add_rows(dy, dbias)
-            _large_products(dy, x, weight, dx, dweight, sgemm)
-        return
-    panels, zeros, top = panels_of_rows(weight if len(dx) else weight[:0]), np.zeros(inputs, np.float32), 0
-    room = np.empty((_BAND + ROWS if len(slope) else 0, outputs), np.float32)
+    in_bands = fits(rows, inputs, outputs)
+    adds = in_bands and can_add(outputs, inputs)
+    whole = not in_bands or (len(dweight) > 0 and not adds)  # BLAS does what remains
+    panels, zeros = panels_of_rows(weight if in_bands and len(dx) else weight[:0]), np.zeros(inputs, np.float32)
+    room = np.empty((0 if len(slope) == 0 else rows if whole else _BAND + ROWS, outputs), np.float32)
+    top = 0
     while top < rows:
         bottom = _next_band(top, rows)
         dh = dy[top:bottom]
         if len(slope):
-            multiply_and_sum(dh, slope[top:bottom], room[: bottom - top], dbias)
-            dh = room[: bottom - top]
+            first = top if whole else 0
+            dh = room[first : first + bottom - top]
+            multiply_and_sum(dy[top:bottom], slope[top:bottom], dh, dbias)
         else:
             add_rows(dh, dbias)
-        if len(dx):
+        if in_bands and len(dx):
             multiply(dh, panels, zeros, dx[top:bottom], 0, bottom - top)
-        if len(dweight):
+        if adds and len(dweight):
             add_transposed(dh, x[top:bottom], dweight)
         top = bottom
+    if whole:
+        _large_products(room if len(slope) else dy, x, weight, dx[:0] if in_bands else dx, dweight, sgemm)
 
 
 @compiled(read(2), read(1), read(1), float32, written(2), written(2), reorder=True)

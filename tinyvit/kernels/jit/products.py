@@ -26,7 +26,10 @@ _WIDTH = 16 if _WIDE else 8
 _VECTOR, _SQUARE = ir.VectorType(REAL, _WIDTH), ir.VectorType(REAL, 8)
 
 ROWS, COLUMNS = (14, 2 * _WIDTH) if _WIDE else (6, 2 * _WIDTH)  # whose sums fill 28 of 32 registers, or 12 of 16
-_LARGEST = 1 << 18  # entries of a layer's weight: measured. Larger ones leave the caches between two bands of rows
+# Entries of a layer's weight from which on OpenBLAS is faster: measured. On Zen 4 it is that for the gradient of the
+# weight alone, which leaves the caches between two bands of rows.
+_LARGE = 1 << 18
+_LARGEST = 1 << 62 if _WIDE and jit.processor() == "znver4" else _LARGE
 # Multiplications up to which small products are done here: measured, with AVX-512 of all sizes.
 _SMALL = 1 << (62 if _WIDE else 20)
 _ZEROS = np.zeros(COLUMNS, np.float32)
@@ -152,21 +155,29 @@ def panels_of_columns(x):
 
 @compiled(read(2), written(3), read(1), written(2), int64, int64)
 def multiply(x, panels, start, y, top, bottom):
-    """y = start + x B from the row `top` to before `bottom`, with B in panels; `fits` says which."""
+    """y = start + x B from the row `top` to before `bottom`, with B in panels; `fits` says which.
+
+    Rows of x that lie 4 KiB apart, or a multiple, would share few lines of the first cache: they are moved first.
+    """
     depth, columns = x.shape[1], y.shape[1]
+    moved = np.empty((bottom - top if depth % 1024 == 0 else 0, depth + _WIDTH), np.float32)
+    for i in range(len(moved)):
+        moved[i, :depth] = x[top + i]
     for panel in range(len(panels)):
         left = min(COLUMNS * panel, columns - COLUMNS)
         b, first = panels[panel].ctypes.data, start.ctypes.data + 4 * left
         for down in range(top, bottom, ROWS):
             i = min(down, bottom - ROWS)
-            a, c = x.ctypes.data + 4 * i * depth, y.ctypes.data + 4 * (i * columns + left)
-            _block(a, depth, 1, b, COLUMNS, first, 0, c, columns, depth)
+            a, a_row = x.ctypes.data + 4 * i * depth, depth
+            if len(moved):
+                a, a_row = moved.ctypes.data + 4 * (i - top) * (depth + _WIDTH), depth + _WIDTH
+            _block(a, a_row, 1, b, COLUMNS, first, 0, y.ctypes.data + 4 * (i * columns + left), columns, depth)
 
 
 @compiled(int64, int64, result=boolean)
 def can_add(rows, columns):
-    """Whether `add_transposed` can do sums of this shape: blocks that overlap would be added twice."""
-    return rows % _LOW == 0 and columns % COLUMNS == 0
+    """Whether `add_transposed` can do, and does well, sums of this shape: blocks that overlap would be added twice."""
+    return rows % _LOW == 0 and columns % COLUMNS == 0 and rows * columns <= _LARGE
 
 
 @compiled(read(2), read(2), written(2))
