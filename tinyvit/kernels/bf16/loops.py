@@ -100,7 +100,7 @@ _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apa
 
 @compiled(int64, int64, result=groups(2))
 def rows_of_pairs(rows, columns):
-    """Room for what `round_rows` and `round_columns` make. Rows are no power of two apart: they share a cache."""
+    """Room for what `round_rows` and `round_columns` make; rows are no power of two apart, for the caches' sake."""
     return np.empty(((rows + PANEL - 1) // PANEL * PANEL, ((columns + 31) // 32 | 1) * BATCH), np.int32)
 
 
