@@ -122,7 +122,12 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
     for sub in (ev, predict, report):
         sub.take_as_train("device", default="auto")
     for sub in (ev, predict):
-        sub.take("--precision", one_of(*PREDICTION_PRECISIONS), "of the arithmetic; int8 on a CPU", default="fp32")
+        sub.take(
+            "--precision",
+            one_of(*PREDICTION_PRECISIONS),
+            "of the arithmetic; int8 on a CPU, tf32 and fp16 on a GPU",
+            default="fp32",
+        )
     for sub in (ev, predict, summary, convert, export):
         sub.take("--num-heads", whole(1), "attention heads of a checkpoint that does not say how many it has")
     for sub in (ev, predict, summary, info):

@@ -76,8 +76,9 @@ def eval_(args: Namespace) -> None:
         images = [name for part in parts.items() for name in image_names(*part)]
         metrics.write_predictions(args.predictions, scores, images)
     if args.json:
-        print_json({**about, **scores.as_dict()})
+        print_json({**about, "precision": args.precision, **scores.as_dict()})
         return
+    what += "" if args.precision == "fp32" else f", in {args.precision}"
     loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
     print(printable(f"{what}: {scores.images} images"))
     print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")

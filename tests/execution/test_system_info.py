@@ -37,18 +37,23 @@ def blas(**changes):
     return GOOD.blas | changes
 
 
-def test_a_machine_without_faults_has_no_findings():
+def test_a_machine_without_faults_has_no_findings(monkeypatch):
+    monkeypatch.setattr(jit, "_installed", lambda: True)
     assert slowdowns(GOOD) == []
     assert one_line(GOOD) == "8 cores, openblas SkylakeX"
     assert "Nothing found" in as_table(GOOD)
 
 
 def test_the_kernels_in_use_are_named(monkeypatch):
-    assert "TINYVIT_JIT=0" in cpu_kernels({"TINYVIT_JIT": "0"})
     monkeypatch.setattr(jit, "_installed", lambda: True)
+    assert "unset TINYVIT_JIT" in cpu_kernels({"TINYVIT_JIT": "0"})
     assert cpu_kernels({}).startswith("compiled by numba") and "times as fast" in cpu_kernels({})
     monkeypatch.setattr(jit, "_installed", lambda: False)
-    assert cpu_kernels({}).startswith("NumPy's; with numba") and 'pip install "tinyvit[jit]"' in cpu_kernels({})
+    assert cpu_kernels({}).startswith(
+        "NumPy's"
+    ) and 'with numba 0.62 or newer (pip install "tinyvit[jit]")' in cpu_kernels({})
+    (finding,) = slowdowns(GOOD)
+    assert 'pip install "tinyvit[jit]"' in finding
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_the_kernels_in_use_are_named(monkeypatch):
         (dict(blas=blas(core_type="Haswell")), ["Haswell kernels", "AVX512", "newer NumPy"]),
         (dict(vector="avx2", blas=blas(core_type="Nehalem")), ["Nehalem kernels", "AVX2"]),
         (dict(settings={"OPENBLAS_L2_SIZE": "512"}), ["OPENBLAS_L2_SIZE=512", "unset"]),
-        (dict(settings={"TINYVIT_JIT": "0"}), ["TINYVIT_JIT=0", "unset"]),
+        (dict(settings={"TINYVIT_JIT": "0"}), ["numba", "unset TINYVIT_JIT"]),
         (dict(blas=blas(threads=1), settings={"OMP_NUM_THREADS": "1"}), ["1 of 8 cores", "OMP_NUM_THREADS=1", "unset"]),
         (dict(blas=blas(threads=1)), ["1 of 8 cores", "threaded BLAS"]),
         (dict(affinity=2), ["2 of 8 cores", "affinity"]),
@@ -79,7 +84,8 @@ def test_each_fault_is_named_with_its_remedy(changes, words, monkeypatch):
     assert "\n" not in one_line(machine) and finding not in one_line(machine, alone=False)
 
 
-def test_settings_that_cost_nothing_are_shown_but_not_blamed():
+def test_settings_that_cost_nothing_are_shown_but_not_blamed(monkeypatch):
+    monkeypatch.setattr(jit, "_installed", lambda: True)
     machine = changed(vector="avx2", blas=blas(core_type="Zen"), settings={"OMP_NUM_THREADS": "8"})
     assert slowdowns(machine) == []
     assert "OMP_NUM_THREADS=8" in as_table(machine)

@@ -76,6 +76,21 @@ def test_rows_of_zeros_and_tiny_numbers_give_the_bias():
     assert np.array_equal(y, np.tile(bias, (3, 1)))
 
 
+@pytest.mark.parametrize("size", [1e-37, 1e-30, 1e30])
+def test_small_and_large_numbers_meet_their_inverse(size):
+    x, weight = np.full((1, 64), size, np.float32), np.full((32, 64), 0.5 / size, np.float32)
+    x[0, 0], weight[:, 1] = 0, 0
+    y, _ = table()[reference.linear](None, x, weight, None, needs=(False,) * 3)
+    assert np.abs(y - 31).max() < 1
+
+
+def test_scales_whose_product_is_infinite_spoil_nothing():
+    x, weight = np.zeros((1, 64), np.float32), np.zeros((32, 64), np.float32)
+    x[0, 0], weight[:, 2] = 1e21, 1e22
+    y, _ = table()[reference.linear](None, x, weight, None, needs=(False,) * 3)
+    assert not y.any()
+
+
 def test_a_layer_with_a_gradient_or_for_few_classes_stays_in_float32():
     x, weight = (np.random.default_rng(i).standard_normal((40, 40), np.float32) for i in range(2))
     for w, needs in ((weight[:31], False), (weight, True)):

@@ -275,6 +275,25 @@ def test_rows_that_share_lines_of_the_cache_are_moved():
     )
 
 
+def test_long_sums_that_do_not_cancel_keep_their_digits():
+    """One after the other they would be off by 3e-6 and 1.1e-5."""
+    rng = np.random.default_rng(0)
+    x, weight, bias = rng.random((97, 3072), np.float32), rng.random((80, 3072), np.float32), np.zeros(80, np.float32)
+    y, _ = OPERATIONS[reference.linear](xp, x, weight, bias, needs=(False,) * 3)
+    expected = x.astype(np.float64) @ weight.T
+    assert np.abs(y - expected).max() < 1.2e-6 * expected.max()
+    x, dy = rng.random((50_000, 32), np.float32), rng.random((50_000, 64), np.float32)
+    _, vjp = OPERATIONS[reference.linear](xp, x, weight[:64, :32].copy(), bias[:64], needs=(False, True, False))
+    expected = dy.T.astype(np.float64) @ x
+    assert np.abs(vjp(dy)[1] - expected).max() < 2e-6 * expected.max()
+
+
+def test_numbers_in_another_order_of_bytes_are_left_to_numpy():
+    x, weight, bias = (noise(*shape).astype(">f4") for shape in ((20, 40), (64, 40), (64,)))
+    y, _ = OPERATIONS[reference.linear](xp, x, weight, bias, needs=(False,) * 3)
+    assert np.abs(y - (x.astype(np.float64) @ weight.T + bias)).max() < 1e-5
+
+
 def test_sums_of_many_rows_keep_their_digits():
     """One after the other they would be off by 6e-6 of themselves."""
     x, ones = noise(60_000, 5) + np.float32(1), np.ones((60_000, 5), np.float32)

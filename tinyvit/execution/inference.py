@@ -34,10 +34,10 @@ def predict(
         model: gives (B, num_classes) for images (B, C, H, W).
         images: (N, C, H, W), floating.
         batch_size: how many images are computed at a time.
-        threads: as in `parallel.plan`.
+        threads: as in `tinyvit.backend.parallel.plan`.
         shards_per_batch: into how many shards a CPU's threads share a batch; by default as many as bring each of them
             to about SHARD_TOKENS tokens.
-        precision: "fp32", "tf32", "bf16", "fp16" or "int8", as in `precision.Precision`.
+        precision: "fp32", "tf32", "bf16", "fp16" or "int8", as in `tinyvit.execution.precision.Precision`.
 
     On a GPU batches of one size, also of several calls, are one CUDA graph, whose memory is kept as long as the model.
     On a CPU the process keeps what is freed (glibc; set GLIBC_TUNABLES or a MALLOC_ variable to have it otherwise).

@@ -63,7 +63,7 @@ class Precision:
         if other := {arrays.dtype_name(p.dtype) for p in self._weights} - {"float32"}:
             raise ValueError(f"precision {name} expects a float32 model, got {', '.join(sorted(other))}")
         if name == "tf32":
-            _check_tf32(like)
+            _check_tf32(like, "fp32 or bf16" if gradients else "fp32, bf16 or int8")
             return
         if name == "int8":
             if arrays.namespace(like) is not arrays.numpy_namespace:
@@ -71,7 +71,7 @@ class Precision:
             if not int8.available():
                 here = "a numba that works with this NumPy" if int8.possible() else _CPU_OF_INT8
                 needs = jit.missing() or here
-                raise ValueError(f"precision int8 needs {needs}: expected fp32, bf16 or fp16")
+                raise ValueError(f"precision int8 needs {needs}: expected fp32")
             self._packed = packed_weights.Packed("int8", {})
             return
         if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and bf16.available():
@@ -80,9 +80,10 @@ class Precision:
         try:
             self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
         except TypeError as error:
-            on_cpu = name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and jit.missing()
-            otherwise = f"; on some CPUs it needs {jit.missing()} instead" if on_cpu else ""
-            raise ValueError(f"precision {name}: {error}{otherwise}") from None
+            if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and (lacks := jit.missing()):
+                slow = "slower than fp32, ml_dtypes (pip install ml_dtypes)"
+                raise ValueError(f"precision bf16 on a CPU needs {lacks} or, {slow}: expected fp32") from None
+            raise ValueError(f"precision {name}: {error}") from None
 
     @contextlib.contextmanager
     def products(self) -> Iterator[None]:
@@ -161,11 +162,9 @@ class Precision:
         )
 
 
-def _check_tf32(like: Array) -> None:
+def _check_tf32(like: Array, others: str) -> None:
     if not arrays.supports_graphs(like):
-        raise ValueError(
-            "precision tf32 is a GPU's, and the model is on a CPU: expected fp32, bf16, fp16 or, for predictions, int8"
-        )
+        raise ValueError(f"precision tf32 is a GPU's, and the model is on a CPU: expected {others}")
     if cublas.library() is None:
         bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'
         raise ValueError(f"precision tf32 needs nvmath-python: {bring} ({cublas.missing()})")

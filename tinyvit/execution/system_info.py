@@ -23,6 +23,7 @@ _AVX2_CORES = {"haswell", "zen", "excavator"}
 _INSTRUCTIONS = {"fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
 _INSTRUCTIONS |= {"asimd", "asimdhp", "bf16", "i8mm", "sve"}  # ARM's
 _OF_FLOAT32 = {"fma", "avx2", "avx512f", "asimd", "sve"}  # that compilers use for it
+_GAIN = "training is 1.05 (ViT-B/16) to 1.8 times as fast (cct_2_3x3_32)"
 _SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_", "TINYVIT_JIT")
 
 
@@ -118,8 +119,8 @@ def slowdowns(info: SystemInfo) -> list[str]:
             if name in settings:
                 setting = f"{name}={settings[name]}"
                 out.append(f"{setting} overrides OpenBLAS's own block sizes: unset it unless you measured it")
-    if settings.get("TINYVIT_JIT") == "0" and jit.wanted({}):
-        out.append("TINYVIT_JIT=0 leaves numba's kernels out: unset it")
+    if lacks := jit.missing(settings):
+        out.append(f"on a CPU {_GAIN} with {lacks}, and some have fast bf16 and int8")
     limit = next((n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if n in settings), None)
     if blas and blas["threads"] < info.usable:
         cause = f"{limit}={settings[limit]}" if limit else f"{blas['library']} was built or set so"
@@ -172,14 +173,11 @@ def instruction_sets(flags: list[str]) -> list[str]:
 
 def cpu_kernels(environment: Mapping[str, str]) -> str:
     """Which kernels compute on a CPU, and what numba's bring."""
-    gain = "training is 1.05 (ViT-B/16) to 1.8 times as fast (cct_2_3x3_32)"
     if jit.wanted(environment):
         more = "; precision bf16 uses this processor's bfloat16 products" if bf16.possible() else ""
         more += "; predictions can have precision int8" if int8.possible() else ""
-        return f"compiled by numba, the rest NumPy's: {gain}{more}; TINYVIT_JIT=0 leaves them out"
-    if environment.get("TINYVIT_JIT") == "0":
-        return f"NumPy's, because of TINYVIT_JIT=0; with numba's {gain}"
-    return f'NumPy\'s; with numba (pip install "tinyvit[jit]") {gain}'
+        return f"compiled by numba, the rest NumPy's: {_GAIN}{more}; TINYVIT_JIT=0 leaves them out"
+    return f"NumPy's; {_GAIN} with {jit.missing(environment)}"
 
 
 def one_line(info: SystemInfo, alone: bool = True) -> str:

@@ -47,10 +47,10 @@ class TrainStep:
             `update(skipped)`, where `skipped` is not 0 if the weights were not updated, and `arrays()`, those that it
             changes in place, becomes part of a CUDA graph.
         seed: what dropout masks derive from, together with `step_index`.
-        threads, shards: as in `parallel.plan`.
+        threads, shards: as in `tinyvit.backend.parallel.plan`.
         class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly
             its mean over the whole batch, however that is cut.
-        precision: "fp32", "tf32", "bf16" or "fp16", as in `precision.Precision`.
+        precision: "fp32", "tf32", "bf16" or "fp16", as in `tinyvit.execution.precision.Precision`.
         group: the processes that share a batch, as `distributed.init()` gives them. Each calls the step with its part,
             `group.part(batch)`, as a `data.Loader` with the group gives it; the result is the whole batch's. `shards`
             are those of all processes together, by default one for each of their threads, and a number of shards gives

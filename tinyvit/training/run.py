@@ -358,7 +358,8 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     height, width = data.image_size
     if options.recipe:
         recipe = read_recipe(options.recipe)
-        display.line(f"recipe {recipe.name}; on {recipe.device}: {recipe.accuracy}")
+        where = "" if recipe.device == "any" else f" on {recipe.device}"
+        display.line(f"recipe {recipe.name}; as it is{where}: {recipe.accuracy}")
     display.line(
         f"{options.model} ({parameters(parts.model)}) on {data.name}: "
         f"{len(data.train)} training and {len(data.validation)} validation images of {height}x{width} "

@@ -2,6 +2,7 @@
 
 It takes numba, and AMD's AVX512-BF16, Intel's AMX or ARM's BF16 and I8MM. These are the products of linear layers, and
 attention's from as many tokens as gain from it. Weights, activations, sums and all else stay in float32.
+The instructions take denormal numbers for zero.
 """
 
 from __future__ import annotations

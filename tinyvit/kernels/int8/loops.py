@@ -12,9 +12,15 @@ from tinyvit.kernels.jit.loops import NOTHING, ROUND, TANH_GELU, bias_gelu
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
-_LARGEST = np.float32(127)
+_LARGEST, _SMALLEST = np.float32(127), np.float32(3.8e-37)  # whose ratio is finite
 _SIGNS = -0x7F7F7F80  # 0x80808080
 _bytes = types.Array(uint8, 2, "C")
+
+
+@compiled(float32, float32, result=float32, inline=True)
+def _divided(x, y):
+    """x / y as it stands, where LLVM may reorder: it would multiply with a row first, which can be infinite."""
+    return x / y
 
 
 @compiled(read(2), _bytes, written(1), reorder=True)
@@ -26,8 +32,8 @@ def quantise_rows(x, out, scales):
         highest = np.float32(0)
         for j in range(columns):
             highest = maximum(highest, abs(x[i, j]))
-        scales[i] = highest / _LARGEST
-        steps = _LARGEST / highest if highest > 0 else np.float32(0)
+        highest = maximum(highest, _SMALLEST)
+        scales[i], steps = _divided(highest, _LARGEST), _divided(_LARGEST, highest)
         for j in range(columns):
             out[i, j] = bits_of_float(x[i, j] * steps + ROUND) + int32(128)
 
@@ -60,7 +66,7 @@ def linear(residual, x, weight, scales, sums, bias, y, then):
         for i in range(len(out)):
             scale = row_scales[i]
             for j in range(columns):
-                out[i, j] = float32(bits_of_float(out[i, j]) - sums[j]) * (scale * scales[j]) + bias[j]
+                out[i, j] = float32(bits_of_float(out[i, j]) - sums[j]) * scale * scales[j] + bias[j]
         if then != NOTHING:
             bias_gelu(out, zeros[:columns], no_slope, then == TANH_GELU)
         elif len(residual):

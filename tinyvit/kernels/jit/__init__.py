@@ -35,7 +35,7 @@ def missing(environment: Mapping[str, str] = os.environ) -> str:
     """What these kernels lack, with the cure; "" if they are wanted."""
     if wanted(environment):
         return ""
-    return "numba's kernels: unset TINYVIT_JIT" if _installed() else 'numba 0.62 or newer (pip install "tinyvit[jit]")'
+    return "numba's kernels (unset TINYVIT_JIT)" if _installed() else 'numba 0.62 or newer (pip install "tinyvit[jit]")'
 
 
 @functools.cache

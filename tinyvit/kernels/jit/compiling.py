@@ -46,7 +46,11 @@ class _Announce(event.Listener):
 
     def on_start(self, event: event.Event) -> None:
         if not self.said:
-            print("tinyvit: compiling loops for this processor, once: some 10 seconds", file=sys.stderr, flush=True)
+            print(
+                "tinyvit: compiling loops for this processor and precision, once: 10 to 30 seconds",
+                file=sys.stderr,
+                flush=True,
+            )
         self.said = True
 
     def on_end(self, event: event.Event) -> None:

@@ -7,6 +7,7 @@ where it is, too. Numbers that a block of ROWS x COLUMNS has in common with the 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ ROWS, COLUMNS = (14, 2 * _WIDTH) if _WIDE else (6, 2 * _WIDTH)  # whose sums fil
 # weight alone, which leaves the caches between two bands of rows.
 _LARGE = 1 << 18
 _LARGEST = 1 << 62 if _WIDE and jit.processor() == "znver4" else _LARGE
+_CHAIN = 512  # numbers that are added to one sum before it is added to the others: a longer chain loses digits
 # Multiplications up to which small products are done here: measured, with AVX-512 of all sizes.
 _SMALL = 1 << (62 if _WIDE else 20)
 _ZEROS = np.zeros(COLUMNS, np.float32)
@@ -48,10 +50,8 @@ def _block_of(rows: int, columns: int) -> Any:
             a, b, start, c = (builder.inttoptr(x, REAL.as_pointer()) for x in (a, b, start, c))
             places = [SIZE(j) for j in range(0, columns, _WIDTH)]
             sums = [[cgutils.alloca_once(builder, _VECTOR) for _ in places] for _ in range(rows)]
-            for i, totals in enumerate(sums):
-                line = builder.gep(start, [builder.mul(start_row, SIZE(i))])
-                for j, total in zip(places, totals, strict=True):
-                    builder.store(builder.load(at(builder, line, j, _VECTOR), align=4), total)
+            for total in itertools.chain(*sums):
+                builder.store(ir.Constant(_VECTOR, None), total)
             with cgutils.for_range(builder, depth) as loop:
                 line = builder.gep(b, [builder.mul(loop.index, b_row)])
                 ys = [builder.load(at(builder, line, j, _VECTOR), align=4) for j in places]
@@ -62,9 +62,12 @@ def _block_of(rows: int, columns: int) -> Any:
                         term = builder.fmul(x, y, flags=CONTRACT)
                         builder.store(builder.fadd(builder.load(total), term, flags=CONTRACT), total)
             for i, totals in enumerate(sums):
-                line = builder.gep(c, [builder.mul(c_row, SIZE(i))])
+                before, line = (
+                    builder.gep(x, [builder.mul(row, SIZE(i))]) for x, row in ((start, start_row), (c, c_row))
+                )
                 for j, total in zip(places, totals, strict=True):
-                    builder.store(builder.load(total), at(builder, line, j, _VECTOR), align=4)
+                    y = builder.fadd(builder.load(at(builder, before, j, _VECTOR), align=4), builder.load(total))
+                    builder.store(y, at(builder, line, j, _VECTOR), align=4)
             return context.get_dummy_value()
 
         return void(*(int64,) * 10), generate
@@ -168,10 +171,14 @@ def multiply(x, panels, start, y, top, bottom):
         b, first = panels[panel].ctypes.data, start.ctypes.data + 4 * left
         for down in range(top, bottom, ROWS):
             i = min(down, bottom - ROWS)
-            a, a_row = x.ctypes.data + 4 * i * depth, depth
+            a, a_row, c = x.ctypes.data + 4 * i * depth, depth, y.ctypes.data + 4 * (i * columns + left)
             if len(moved):
                 a, a_row = moved.ctypes.data + 4 * (i - top) * (depth + _WIDTH), depth + _WIDTH
-            _block(a, a_row, 1, b, COLUMNS, first, 0, y.ctypes.data + 4 * (i * columns + left), columns, depth)
+            before, before_row = first, 0
+            for near in range(0, depth, _CHAIN):
+                steps = min(_CHAIN, depth - near)
+                _block(a + 4 * near, a_row, 1, b + 4 * near * COLUMNS, COLUMNS, before, before_row, c, columns, steps)
+                before, before_row = c, columns
 
 
 @compiled(int64, int64, result=boolean)

@@ -12,16 +12,17 @@ from tinyvit.kernels.half_precision import in_fp32
 from tinyvit.kernels.jit import block, convolution, layers, loops
 
 
-def _not_float64(x: np.ndarray, *_: Any, **__: Any) -> bool:
-    return x.dtype != np.float64
+def _narrow(x: np.ndarray, *_: Any, **__: Any) -> bool:
+    """Numbers of 32 or 16 bits, in the processor's own order of bytes."""
+    return x.dtype.itemsize <= 4 and x.dtype.isnative
 
 
 def _weighted(x: np.ndarray, weight: np.ndarray, *_: Any, **__: Any) -> bool:
-    return x.dtype != np.float64 and weight.size > 0
+    return _narrow(x) and weight.size > 0
 
 
 def _biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, **_: Any) -> bool:
-    return bias is not None and x.dtype != np.float64 and layers.SGEMM != 0 and weight.size > 0
+    return bias is not None and _narrow(x) and layers.SGEMM != 0 and weight.size > 0
 
 
 def _added(residual: np.ndarray, *inputs: Any, **_: Any) -> bool:
@@ -30,7 +31,7 @@ def _added(residual: np.ndarray, *inputs: Any, **_: Any) -> bool:
 
 def plain_attention(qkv: np.ndarray, *, mask: Any = None, dropout_mask: Any = None, **_: Any) -> bool:
     plain = mask is None and dropout_mask is None
-    return plain and qkv.dtype != np.float64 and layers.SGEMM != 0 and qkv.size > 0
+    return plain and _narrow(qkv) and layers.SGEMM != 0 and qkv.size > 0
 
 
 def whole_block(x: np.ndarray, *weights: np.ndarray, **_: Any) -> bool:
@@ -40,7 +41,7 @@ def whole_block(x: np.ndarray, *weights: np.ndarray, **_: Any) -> bool:
 def _convolved(
     x: np.ndarray, weight: np.ndarray, *, stride: Any, padding: Any, needs: tuple[bool, ...] = (True, True)
 ) -> bool:
-    plain = x.dtype != np.float64 and layers.SGEMM != 0 and x.size > 0 and weight.size > 0
+    plain = _narrow(x) and layers.SGEMM != 0 and x.size > 0 and weight.size > 0
     data = not needs[0] and x.flags.c_contiguous
     return plain and (data or convolution.by_tiles(weight, stride, padding))
 
@@ -77,7 +78,7 @@ KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
     reference.add_linear: Kernel(in_fp32(layers.add_linear), _added),
     reference.linear_gelu: Kernel(in_fp32(layers.linear_gelu), _weighted),
-    reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _not_float64),
+    reference.layer_norm: Kernel(in_fp32(layers.layer_norm), _narrow),
     reference.qkv_attention: Kernel(in_fp32(_attention), plain_attention),
     reference.encoder_block: Kernel(block.kernel("fp32", block.FLOAT32, layers.contiguous), whole_block),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d), _convolved),
