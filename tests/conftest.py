@@ -84,7 +84,7 @@ def numba_kernels() -> Iterator[None]:
     """The processor decides on numba's kernels here, not the environment's TINYVIT_JIT; what it has, it gains from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYVIT_JIT", "1")
-        patch.setattr(jit, "processor", lambda: "znver5")
+        patch.setattr(jit, "processor_name", lambda: "znver5")
         kernels._fastest.cache_clear()
         yield
     kernels._fastest.cache_clear()

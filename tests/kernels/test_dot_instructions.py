@@ -1,4 +1,4 @@
-"""Which instructions products of 16 and 8 bits take; and those of AMX on other processors, by a handler of signals."""
+"""Which instructions products of 16 and 8 bits take; and those of AMX on other processors, by a signal handler."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ SUPPORT = HERE.parent / "support"
 )
 def test_a_processor_gains_unless_it_is_intel_s_without_amx(monkeypatch, instructions, name, has_bf16, gains):
     monkeypatch.setattr(jit, "wanted", lambda: True)
-    monkeypatch.setattr(jit, "processor", lambda: name)
+    monkeypatch.setattr(jit, "processor_name", lambda: name)
     monkeypatch.setattr(jit, "has", lambda feature: has_bf16)
     monkeypatch.setattr(jit, "dot_instructions", lambda: instructions)
     assert bf16.possible() == gains
@@ -88,7 +88,7 @@ def test_arm_s_features(monkeypatch, system, machine, said, found):
 
 
 @pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="handles signals of Linux on x86-64"
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the signal handler is Linux's on x86-64"
 )
 def test_the_tests_of_16_and_8_bits_pass_by_amx(tmp_path):
     pytest.importorskip("numba")

@@ -29,7 +29,7 @@ import tinyvit
 from tinyvit import kernels, optim
 from tinyvit.backend.arrays import numpy_namespace as xp
 from tinyvit.kernels import reference
-from tinyvit.kernels.jit import compiling, has, image_loops, layers, loops, processor, products
+from tinyvit.kernels.jit import compiling, has, image_loops, layers, loops, processor_name, products
 
 OPERATIONS = kernels._merged("cpu", "jit")
 GRID = np.concatenate([np.linspace(-12, 12, 40_001), np.geomspace(1e-30, 100, 500), -np.geomspace(1e-30, 100, 500)])
@@ -262,11 +262,11 @@ def test_linear_layers_of_any_size_follow_the_reference_in_float64(rows, inputs,
 
 def test_a_large_weight_is_left_to_openblas_but_on_zen_4():
     assert products.fits(1000, 512, 512) and products.can_add(512, 512) and not products.can_add(516, 512)
-    own = has("avx512f") and processor() == "znver4"
+    own = has("avx512f") and processor_name() == "znver4"
     assert products.fits(1000, 513, 512) == own
 
 
-def test_rows_that_share_lines_of_the_cache_are_moved():
+def test_rows_that_share_sets_of_the_cache_are_copied():
     x, b, start = noise(40, 2048), noise(2048, 70, seed=1), noise(70, seed=2)
     y = np.zeros((40, 70), np.float32)
     products.multiply(x, products.panels_of_rows(b), start, y, 5, 36)
@@ -288,7 +288,7 @@ def test_long_sums_that_do_not_cancel_keep_their_digits():
     assert np.abs(vjp(dy)[1] - expected).max() < 2e-6 * expected.max()
 
 
-def test_numbers_in_another_order_of_bytes_are_left_to_numpy():
+def test_numbers_in_another_byte_order_are_left_to_numpy():
     x, weight, bias = (noise(*shape).astype(">f4") for shape in ((20, 40), (64, 40), (64,)))
     y, _ = OPERATIONS[reference.linear](xp, x, weight, bias, needs=(False,) * 3)
     assert np.abs(y - (x.astype(np.float64) @ weight.T + bias)).max() < 1e-5

@@ -11,9 +11,9 @@
 #include <string.h>
 #include <ucontext.h>
 
-typedef union { uint8_t bytes[64]; uint16_t halves[32]; uint32_t bits[16]; int32_t whole[16]; float real[16]; } row_t;
+typedef union { uint8_t bytes[64]; uint16_t halves[32]; int32_t whole[16]; float real[16]; } row_t;
 
-static _Thread_local struct { uint8_t palette, start_row, none[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
+static _Thread_local struct { uint8_t palette, start_row, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; } config;
 static _Thread_local row_t tiles[8][16];
 long instructions; /* that were carried out */
 static const int registers[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
@@ -51,7 +51,7 @@ static void configure(const uint8_t *memory) {
     memset(tiles, 0, sizeof tiles);
     memcpy(&config, memory, 64);
     check(config.palette == 1 && config.start_row == 0, "expected the palette 1 from row 0");
-    for (int i = 0; i < 14; i++) check(config.none[i] == 0, "a reserved byte is not zero");
+    for (int i = 0; i < 14; i++) check(config.reserved[i] == 0, "a reserved byte is not zero");
     for (int i = 0; i < 16; i++)
         check(i < 8 ? config.rows[i] <= 16 && config.row_bytes[i] <= 64 : config.rows[i] + config.row_bytes[i] == 0,
               "a tile is too large, or there are more than 8");

@@ -65,22 +65,22 @@ class Precision:
         if name == "tf32":
             _check_tf32(like, "fp32 or bf16" if gradients else "fp32, bf16 or int8")
             return
+        on_cpu = arrays.namespace(like) is arrays.numpy_namespace
         if name == "int8":
-            if arrays.namespace(like) is not arrays.numpy_namespace:
+            if not on_cpu:
                 raise ValueError('precision int8 is for models on a CPU: --device cpu, or model.to("cpu")')
             if not int8.available():
-                here = "a numba that works with this NumPy" if int8.possible() else _CPU_OF_INT8
-                needs = jit.missing() or here
-                raise ValueError(f"precision int8 needs {needs}: expected fp32")
+                fitting = "a numba that works with this NumPy" if int8.possible() else _CPU_OF_INT8
+                raise ValueError(f"precision int8 needs {jit.missing() or fitting}: expected fp32")
             self._packed = packed_weights.Packed("int8", {})
             return
-        if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and bf16.available():
+        if name == "bf16" and on_cpu and bf16.available():
             self._packed = packed_weights.Packed("bf16", {})
             return
         try:
             self.dtype = arrays.resolve_dtype(arrays.namespace(like), _DTYPES[name])
         except TypeError as error:
-            if name == "bf16" and arrays.namespace(like) is arrays.numpy_namespace and (lacks := jit.missing()):
+            if name == "bf16" and on_cpu and (lacks := jit.missing()):
                 slow = "slower than fp32, ml_dtypes (pip install ml_dtypes)"
                 raise ValueError(f"precision bf16 on a CPU needs {lacks} or, {slow}: expected fp32") from None
             raise ValueError(f"precision {name}: {error}") from None

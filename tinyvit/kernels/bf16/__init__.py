@@ -26,5 +26,5 @@ def gains(instructions: str) -> bool:
     AMD does VDPBF16PS, two float32 FMAs in one, as often as those. Intel does it at a quarter of that (88 GFLOP/s a
     core, float32's products 165, measured): its processors gain from AMX alone.
     """
-    on_amd = instructions == "avx512" and jit.has("avx512bf16") and jit.processor().startswith("znver")
+    on_amd = instructions == "avx512" and jit.has("avx512bf16") and jit.processor_name().startswith("znver")
     return on_amd or instructions in ("amx", "arm")

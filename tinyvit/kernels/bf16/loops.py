@@ -29,7 +29,7 @@ from tinyvit.kernels.jit.loops import NOTHING, TANH_GELU, add_rows, bias_gelu, m
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
-BATCH = 16  # pairs that are rounded at a time, rows and columns of groups that change places
+BATCH = 16  # pairs that are rounded, and rows and columns of pairs that are transposed, at a time
 
 
 def _rounded(builder, low, high):
@@ -77,7 +77,7 @@ def _pair_rows(typing, first, second, out):
 
 
 @intrinsic
-def _turn(typing, x, x_row, y, y_row):
+def _transpose(typing, x, x_row, y, y_row):
     """Y = X^T for 16 x 16 groups, of which blocks of 1, 2, 4, 8 change places."""
 
     def generate(context, builder, signature, args):
@@ -100,7 +100,7 @@ _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apa
 
 @compiled(int64, int64, result=groups(2))
 def rows_of_pairs(rows, columns):
-    """Room for what `round_rows` and `round_columns` make; rows are no power of two apart, for the caches' sake."""
+    """Room for what `round_rows` and `round_columns` make: rows of an odd multiple of 64 bytes use all of a cache."""
     return np.empty(((rows + PANEL - 1) // PANEL * PANEL, ((columns + 31) // 32 | 1) * BATCH), np.int32)
 
 
@@ -161,7 +161,7 @@ def pack_columns(x, out):
         panel, half = first // PANEL, first % PANEL
         for pair in range(0, out.shape[1], BATCH):
             to = PANEL * (panel * out.shape[1] + pair) + half
-            _turn(pairs.ctypes.data + 4 * pair, out.shape[1], out.ctypes.data + 4 * to, PANEL)
+            _transpose(pairs.ctypes.data + 4 * pair, out.shape[1], out.ctypes.data + 4 * to, PANEL)
 
 
 @compiled(_strided, groups(2), int64)
@@ -176,7 +176,7 @@ def round_columns(x, out, start):
         for pair in range(0, (len(x) + 1) // 2, BATCH):
             for half in range(0, PANEL, BATCH):
                 to = (left + half) * out.shape[1] + start + pair
-                _turn(pairs.ctypes.data + 4 * (PANEL * pair + half), PANEL, out.ctypes.data + 4 * to, out.shape[1])
+                _transpose(pairs.ctypes.data + 4 * (PANEL * pair + half), PANEL, out.ctypes.data + 4 * to, out.shape[1])
 
 
 @compiled(read(2), read(2), groups(3), read(1), written(2), written(2), groups(3), int64)
@@ -186,8 +186,7 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
     `residual` and `slope` have no rows, and `saved`, for the packed x^T, no panels, where they are not wanted.
     """
     rows, columns = y.shape
-    depth = x.shape[1]
-    pairs = rows_of_pairs(BAND, depth)
+    pairs = rows_of_pairs(BAND, x.shape[1])
     start = np.zeros(0 if len(residual) else len(weight) * PANEL, np.float32)
     if len(start) and then == NOTHING:
         start[:columns] = bias
@@ -270,7 +269,7 @@ def attention_vjp(dy, qkv, y, weights, dqkv, heads):
     keys, values = panels_of_pairs(dim, n), panels_of_pairs(n, dim)
     query, gradient = panels_of_pairs(dim, queries), panels_of_pairs(dim, queries)
     along_heads, along_keys = rows_of_pairs(BAND, dim), rows_of_pairs(BAND, n)
-    turned_scores, turned_weights = rows_of_pairs(n, queries), rows_of_pairs(n, queries)
+    transposed_scores, transposed_weights = rows_of_pairs(n, queries), rows_of_pairs(n, queries)
     scratch = np.empty((BAND, n), np.float32)
     for b in range(batch):
         for h in range(heads):
@@ -286,9 +285,9 @@ def attention_vjp(dy, qkv, y, weights, dqkv, heads):
                 softmax_vjp(scores, w, dout, y[b, here, q], scale)
                 round_rows(scores, along_keys)
                 multiply(along_keys, keys, zeros, dqkv[b, here, q], False)
-                round_columns(scores, turned_scores, start // 2)
-                round_columns(w, turned_weights, start // 2)
+                round_columns(scores, transposed_scores, start // 2)
+                round_columns(w, transposed_weights, start // 2)
                 pack_rows(qkv[b, here, q], query, start // 2)
                 pack_rows(dout, gradient, start // 2)
-            multiply(turned_scores, query, zeros, dqkv[b, :, k], False)
-            multiply(turned_weights, gradient, zeros, dqkv[b, :, v], False)
+            multiply(transposed_scores, query, zeros, dqkv[b, :, k], False)
+            multiply(transposed_weights, gradient, zeros, dqkv[b, :, v], False)

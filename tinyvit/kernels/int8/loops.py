@@ -19,7 +19,7 @@ _bytes = types.Array(uint8, 2, "C")
 
 @compiled(float32, float32, result=float32, inline=True)
 def _divided(x, y):
-    """x / y as it stands, where LLVM may reorder: it would multiply with a row first, which can be infinite."""
+    """x / y, out of reach of `reorder`: x (127 / h) would become 127 x / h, and 127 x can be infinite."""
     return x / y
 
 

@@ -66,8 +66,8 @@ def has(feature: str) -> bool:
         return False
 
 
-def processor() -> str:
-    """LLVM's name of the processor."""
+def processor_name() -> str:
+    """As LLVM has it: "znver4"."""
     from llvmlite import binding
 
     return binding.get_host_cpu_name()

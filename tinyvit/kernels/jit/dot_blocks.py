@@ -108,7 +108,7 @@ def _of_amx(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, 
 
 
 def _of_arm(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
-    """Eight columns after the other; registers hold the sums of two rows and two columns."""
+    """Eight columns at a time. A register holds the sums of two rows and two columns."""
     code = "usmmla $0.4s, $2.16b, $3.16b" if of_bytes else "bfmmla $0.4s, $2.8h, $3.8h"
     add = ir.InlineAsm(ir.FunctionType(_QUAD, [_QUAD] * 3), code, "=w,0,w,w")
 
@@ -173,7 +173,7 @@ CONFIGURATION[16:32:2], CONFIGURATION[48:56] = 64, 16
 
 @intrinsic
 def use_tiles(typing, configuration):
-    """From here on this thread has AMX's tiles, until `release_tiles`."""
+    """With AMX, configure the tiles of this thread, until `release_tiles`; else nothing."""
 
     def generate(context, builder, signature, args):
         if KIND == "amx":

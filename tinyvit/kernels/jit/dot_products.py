@@ -17,7 +17,7 @@ from tinyvit.kernels.jit.dot_blocks import CONFIGURATION, PANEL, TILE, block_of,
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
 BAND = 96  # rows of a layer that are computed at a time, whole blocks: what follows finds them in a cache
-_DEPTH, _ROWS = 768, 384  # groups and rows at a time: A and a panel of B stay in the second cache, or nearly
+_DEPTH, _ROWS = 768, 384  # groups and rows at a time: A and a panel of B fill the L2 cache, or a little more
 
 
 def groups(ndim: int) -> types.Array:

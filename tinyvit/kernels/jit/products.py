@@ -30,7 +30,7 @@ ROWS, COLUMNS = (14, 2 * _WIDTH) if _WIDE else (6, 2 * _WIDTH)  # whose sums fil
 # Entries of a layer's weight from which on OpenBLAS is faster: measured. On Zen 4 it is that for the gradient of the
 # weight alone, which leaves the caches between two bands of rows.
 _LARGE = 1 << 18
-_LARGEST = 1 << 62 if _WIDE and jit.processor() == "znver4" else _LARGE
+_LARGEST = 1 << 62 if _WIDE and jit.processor_name() == "znver4" else _LARGE
 _CHAIN = 512  # numbers that are added to one sum before it is added to the others: a longer chain loses digits
 # Multiplications up to which small products are done here: measured, with AVX-512 of all sizes.
 _SMALL = 1 << (62 if _WIDE else 20)
@@ -160,20 +160,20 @@ def panels_of_columns(x):
 def multiply(x, panels, start, y, top, bottom):
     """y = start + x B from the row `top` to before `bottom`, with B in panels; `fits` says which.
 
-    Rows of x that lie 4 KiB apart, or a multiple, would share few lines of the first cache: they are moved first.
+    Rows of x that lie a multiple of 4 KiB apart would fall into one set of the L1 cache: they are copied first.
     """
     depth, columns = x.shape[1], y.shape[1]
-    moved = np.empty((bottom - top if depth % 1024 == 0 else 0, depth + _WIDTH), np.float32)
-    for i in range(len(moved)):
-        moved[i, :depth] = x[top + i]
+    copied = np.empty((bottom - top if depth % 1024 == 0 else 0, depth + _WIDTH), np.float32)
+    for i in range(len(copied)):
+        copied[i, :depth] = x[top + i]
     for panel in range(len(panels)):
         left = min(COLUMNS * panel, columns - COLUMNS)
         b, first = panels[panel].ctypes.data, start.ctypes.data + 4 * left
         for down in range(top, bottom, ROWS):
             i = min(down, bottom - ROWS)
             a, a_row, c = x.ctypes.data + 4 * i * depth, depth, y.ctypes.data + 4 * (i * columns + left)
-            if len(moved):
-                a, a_row = moved.ctypes.data + 4 * (i - top) * (depth + _WIDTH), depth + _WIDTH
+            if len(copied):
+                a, a_row = copied.ctypes.data + 4 * (i - top) * (depth + _WIDTH), depth + _WIDTH
             before, before_row = first, 0
             for near in range(0, depth, _CHAIN):
                 steps = min(_CHAIN, depth - near)

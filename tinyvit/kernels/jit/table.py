@@ -13,7 +13,7 @@ from tinyvit.kernels.jit import block, convolution, layers, loops
 
 
 def _narrow(x: np.ndarray, *_: Any, **__: Any) -> bool:
-    """Numbers of 32 or 16 bits, in the processor's own order of bytes."""
+    """Whether it has numbers of 32 or 16 bits, in the processor's own byte order."""
     return x.dtype.itemsize <= 4 and x.dtype.isnative
 
 
