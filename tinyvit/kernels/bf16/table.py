@@ -14,7 +14,7 @@ from tinyvit.kernels.jit import block, layers
 from tinyvit.kernels.jit import loops as jit_loops
 from tinyvit.kernels.jit.dot_blocks import PANEL
 from tinyvit.kernels.jit.layers import contiguous, rows_of
-from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
+from tinyvit.kernels.jit.loops import NOTHING
 from tinyvit.kernels.jit.table import plain_attention, whole_block
 from tinyvit.kernels.packed_weights import packed
 
@@ -57,7 +57,7 @@ def _attention(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-u
 
 
 def _product(
-    residual: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...], then: int = NOTHING
+    residual: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...], then: int
 ) -> tuple[Array, VJP]:
     rows, (outputs, inputs) = rows_of(x), weight.shape
     y = np.empty((len(rows), outputs), np.float32)
@@ -74,22 +74,7 @@ def _product(
     return y.reshape(*x.shape[:-1], outputs), vjp
 
 
-def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    return _product(np.empty((0, len(weight)), np.float32), x, weight, bias, needs)
-
-
-def add_linear(
-    xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    y, vjp = _product(rows_of(residual), x, weight, bias, needs[1:])
-    return y.reshape(residual.shape), lambda dy: (dy, *vjp(dy))
-
-
-def linear_gelu(
-    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    then = TANH_GELU if approximate == "tanh" else GELU
-    return _product(np.empty((0, len(weight)), np.float32), x, weight, bias, needs, then)
+linear, add_linear, linear_gelu = layers.linear_layers(_product)
 
 
 def _covers(x: Array, weight: Array, *_: Any, **__: Any) -> bool:

@@ -15,8 +15,7 @@ from tinyvit.kernels.jit import block
 from tinyvit.kernels.jit.compiling import written
 from tinyvit.kernels.jit.dot_blocks import PANEL, STEP
 from tinyvit.kernels.jit.dot_products import groups
-from tinyvit.kernels.jit.layers import contiguous, rows_of
-from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU
+from tinyvit.kernels.jit.layers import contiguous, linear_layers, rows_of
 from tinyvit.kernels.jit.table import whole_block
 from tinyvit.kernels.packed_weights import packed
 
@@ -47,34 +46,18 @@ def _pack(weight: Array) -> _Packed:
     return panels, scales, sums
 
 
-def _product(residual: Array, x: Array, weight: Array, bias: Array | None, then: int = NOTHING) -> Array:
+def _product(
+    residual: Array, x: Array, weight: Array, bias: Array | None, needs: tuple[bool, ...], then: int
+) -> tuple[Array, VJP]:
     panels, scales, sums = _packed(weight)
     rows = rows_of(x)
     y = np.empty((len(rows), len(weight)), np.float32)
     bias = np.zeros(len(weight), np.float32) if bias is None else contiguous(bias)
     loops.linear(residual, rows, panels, scales, sums, bias, y, then)
-    return y.reshape(*x.shape[:-1], len(weight))
+    return y.reshape(*x.shape[:-1], len(weight)), reference.no_gradient
 
 
-def _none(weight: Array) -> Array:
-    return np.empty((0, len(weight)), np.float32)
-
-
-def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    return _product(_none(weight), x, weight, bias), reference.no_gradient
-
-
-def add_linear(
-    xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    return _product(rows_of(residual), x, weight, bias), reference.no_gradient
-
-
-def linear_gelu(
-    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    then = TANH_GELU if approximate == "tanh" else GELU
-    return _product(_none(weight), x, weight, bias, then), reference.no_gradient
+linear, add_linear, linear_gelu = linear_layers(_product)
 
 
 def _covers(x: Array, weight: Array, *_: Any, needs: tuple[bool, ...], **__: Any) -> bool:

@@ -35,31 +35,52 @@ def rows_of(x: Array) -> Array:
     return contiguous(x).reshape(-1, x.shape[-1])
 
 
-def linear(xp: Any, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    rows, nothing = rows_of(x), np.empty((0, len(weight)), x.dtype)
-    y = _add_linear(nothing, rows, weight, bias)
-    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs)
+def linear_layers(product: Callable[..., tuple[Array, VJP]]) -> list[Callable[..., tuple[Array, VJP]]]:
+    """The kernels of `reference.linear`, `add_linear` and `linear_gelu` in a precision.
+
+    `product(residual, x, weight, bias, needs, then)` gives residual + x W^T + b, or its GELU, and the vjp of x, weight
+    and bias; the residual is (R, O), or (0, O) for none.
+    """
+
+    def linear(xp: Any, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
+        return product(np.empty((0, len(weight)), x.dtype), x, weight, bias, needs, loops.NOTHING)
+
+    def add_linear(
+        xp: Any, residual: Array, x: Array, weight: Array, bias: Array | None, *, needs: tuple[bool, ...]
+    ) -> tuple[Array, VJP]:
+        y, vjp = product(rows_of(residual), x, weight, bias, needs[1:], loops.NOTHING)
+        return y, lambda dy: (dy, *vjp(dy))
+
+    def linear_gelu(
+        xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
+    ) -> tuple[Array, VJP]:
+        then = loops.TANH_GELU if approximate == "tanh" else loops.GELU
+        return product(np.empty((0, len(weight)), x.dtype), x, weight, bias, needs, then)
+
+    return [linear, add_linear, linear_gelu]
 
 
-def add_linear(
-    xp: Any, residual: Array, x: Array, weight: Array, bias: Array, *, needs: tuple[bool, ...]
+def _product(
+    residual: Array, x: Array, weight: Array, bias: Array, needs: tuple[bool, ...], then: int
 ) -> tuple[Array, VJP]:
-    rows = rows_of(x)
-    y = _add_linear(rows_of(residual), rows, weight, bias)
-    vjp = _linear_vjp(x.shape, rows, weight, needs[1:])
-    return y.reshape(residual.shape), lambda dy: (dy, *vjp(dy))
+    rows, shift, tanh = rows_of(x), contiguous(bias), then == loops.TANH_GELU
+    if not SGEMM:  # only GELU comes here then
+        return _gelu_of(
+            x.shape, rows @ weight.T, cpu_layers.linear_vjp(x.shape, rows, weight, needs), shift, tanh, needs
+        )
+    y = np.empty((len(rows), len(weight)), x.dtype)
+    slope = np.empty((len(rows) if then != loops.NOTHING and True in needs else 0, len(weight)), x.dtype)
+    if then == loops.NOTHING:
+        loops.linear(residual, rows, contiguous(weight), shift, y, SGEMM)
+    else:
+        loops.linear_gelu(rows, contiguous(weight), shift, y, slope, tanh, SGEMM)
+    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs, slope)
 
 
-def _add_linear(residual: Array, rows: Array, weight: Array, bias: Array) -> Array:
-    y = np.empty((len(rows), len(weight)), rows.dtype)
-    loops.linear(residual, rows, contiguous(weight), contiguous(bias), y, SGEMM)
-    return y
+linear, add_linear, linear_gelu = linear_layers(_product)
 
 
-def _linear_vjp(
-    shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...], slope: Array | None = None
-) -> VJP:
-    slope = np.empty((0, len(weight)), rows.dtype) if slope is None else slope
+def _linear_vjp(shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...], slope: Array) -> VJP:
     saved_rows = rows if needs[1] else np.empty((0, rows.shape[1]), rows.dtype)  # not a part, which would keep all
 
     def fill(dy: Array, dx: Array, dweight: Array, dbias: Array) -> None:
@@ -89,25 +110,12 @@ def linear_vjp(
     return vjp
 
 
-def linear_gelu(
-    xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
-) -> tuple[Array, VJP]:
-    rows = rows_of(x)
-    if not SGEMM:
-        product_vjp = cpu_layers.linear_vjp(x.shape, rows, weight, needs)
-        return gelu_of(x.shape, rows @ weight.T, product_vjp, bias, approximate, needs)
-    y = np.empty((len(rows), len(weight)), x.dtype)
-    slope = np.empty((len(y) if True in needs else 0, len(weight)), x.dtype)
-    loops.linear_gelu(rows, contiguous(weight), contiguous(bias), y, slope, approximate == "tanh", SGEMM)
-    return y.reshape(*x.shape[:-1], len(weight)), _linear_vjp(x.shape, rows, weight, needs, slope)
-
-
-def gelu_of(
-    shape: tuple[int, ...], y: Array, product_vjp: VJP, bias: Array, approximate: str, needs: tuple[bool, ...]
+def _gelu_of(
+    shape: tuple[int, ...], y: Array, product_vjp: VJP, bias: Array, tanh: bool, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     """gelu(y + bias), in the place of y (R, O), for the product y of x of this shape."""
     slope = np.empty((len(y) if True in needs else 0, y.shape[1]), y.dtype)
-    loops.bias_gelu(y, contiguous(bias), slope, approximate == "tanh")
+    loops.bias_gelu(y, bias, slope, tanh)
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
         dhidden, dbias = np.empty_like(slope), np.zeros_like(bias)
