@@ -31,19 +31,11 @@ __all__ = [
     "ops", "optim", "predict", "save_model", "stack", "viz", "where",
 ]  # fmt: skip
 
-_MODULES = {
-    "data": "data",
-    "distributed": "distributed",
-    "functional": "functional",
-    "nn": "nn",
-    "ops": "engine.ops",
-    "optim": "optim",
-    "viz": "viz",
-}
 _NAMES = {
     "checkpoints.loading": ("load_model",),
     "checkpoints.native_file": ("save_model",),
     "data": ("load_data",),
+    "engine": ("ops",),
     "engine.ops": ("concat", "stack", "where"),
     "engine.tensor": ("Tensor", "grad", "no_grad"),
     "evaluation.classify": ("classify",),
@@ -57,10 +49,10 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> "Any":
-    if name in _MODULES:
-        value = importlib.import_module(f"tinyvit.{_MODULES[name]}")
-    elif name in _HOMES:
+    if name in _HOMES:
         value = getattr(importlib.import_module(f"tinyvit.{_HOMES[name]}"), name)
+    elif name in __all__:
+        value = importlib.import_module(f"tinyvit.{name}")
     else:
         raise AttributeError(f"module 'tinyvit' has no attribute {name!r}")
     globals()[name] = value

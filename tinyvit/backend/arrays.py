@@ -165,11 +165,6 @@ def is_cupy(x: Array) -> bool:
     return array_api_compat.is_cupy_array(x)
 
 
-def supports_graphs(x: Array) -> bool:
-    """Whether launches on the array `x` can be captured into a CUDA graph."""
-    return is_cupy(x)
-
-
 def device(x: Array) -> Any:
     """Where `x` lives, in the words of its library."""
     return array_api_compat.device(x)

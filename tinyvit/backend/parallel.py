@@ -29,11 +29,16 @@ T = TypeVar("T")
 WORTH_A_THREAD = 1 << 17  # array elements: below this, handing work to a thread costs more than it saves
 
 
+def affinity() -> frozenset[int]:
+    """The cores on which this process may run."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
 @cache
 def available_cores() -> int:
     """Cores that this process may use: its affinity, limited by the cgroup's quota (a container's --cpus)."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(affinity, cgroup_cores(Path("/sys/fs/cgroup")) or affinity))
+    cores = len(affinity())
+    return max(1, min(cores, cgroup_cores(Path("/sys/fs/cgroup")) or cores))
 
 
 def cgroup_cores(root: Path) -> int | None:

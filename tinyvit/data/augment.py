@@ -10,38 +10,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from array_api_compat import array_namespace, device
 
+from tinyvit.backend import arrays
 from tinyvit.backend.arrays import Array
-
-
-def beside(values: np.ndarray, images: Array) -> Array:
-    """`values` as an array of the library and on the device of `images`."""
-    return array_namespace(images).asarray(values, device=device(images))
 
 
 def per_image(values: np.ndarray, images: Array) -> Array:
     """(B,) as (B, 1, 1, 1)."""
-    return beside(values[:, None, None, None], images)
+    return arrays.convert(values[:, None, None, None], images)
 
 
 def count(length: int, images: Array) -> Array:
     """0, 1, … beside `images`."""
-    return array_namespace(images).arange(length, device=device(images))
+    return arrays.namespace(images).arange(length, device=arrays.device(images))
 
 
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """uint8 (B, C, H, W) in 0..255 -> float32 (pixel / 255 - mean) / std; `mean`, `std` per channel in 0..1."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     scale = 1 / (255 * np.asarray(std, dtype=np.float64))
     shift = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
-    scale, shift = (beside(v.astype(np.float32)[:, None, None], images) for v in (scale, shift))
+    scale, shift = (arrays.convert(v.astype(np.float32)[:, None, None], images) for v in (scale, shift))
     return xp.astype(images, xp.float32) * scale + shift
 
 
 def mirror(images: Array, chosen: np.ndarray) -> Array:
     """Mirror the images of (B, C, H, W) where `chosen` (B,) is true left to right."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     return xp.where(per_image(chosen, images), xp.flip(images, axis=3), images)
 
 
@@ -52,7 +47,7 @@ def flip(images: Array, rng: np.random.Generator) -> Array:
 
 def gather(images: Array, rows: Array, columns: Array) -> Array:
     """The pixels of (B, C, H, W) at `rows` and `columns`, whole numbers that broadcast to (B, H, W)."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     batch, channels, height, width = images.shape
     planes = xp.reshape(count(batch * channels, images), (batch, channels, 1, 1)) * (height * width)
     source = planes + (rows * width + columns)[:, None, :, :]  # (B, C, H, W) into the flat batch
@@ -63,11 +58,11 @@ def pad_and_crop(images: Array, padding: int, rng: np.random.Generator) -> Array
     """Cut each image of (B, C, H, W) at a random place out of itself padded by reflection with `padding` pixels."""
     if padding >= min(images.shape[2:]):
         raise ValueError(f"padding {padding} given, expected less than the image's {min(images.shape[2:])} pixels")
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
 
     def places(length: int) -> Array:  # source of each row or column: shifted, and reflected at the edges
         shifts = rng.integers(-padding, padding + 1, size=(images.shape[0], 1))
-        i = xp.abs(count(length, images) + beside(shifts, images))
+        i = xp.abs(count(length, images) + arrays.convert(shifts, images))
         return length - 1 - xp.abs(length - 1 - i)  # (B, length)
 
     rows, columns = map(places, images.shape[2:])
@@ -77,7 +72,7 @@ def pad_and_crop(images: Array, padding: int, rng: np.random.Generator) -> Array
 def _boxes(images: Array, *spans: tuple[np.ndarray, np.ndarray]) -> Array:
     """Masks (B, 1, H, W) beside `images`, true from the first up to the second (B,) row, and so for columns."""
     rows, columns = (
-        (at >= beside(start[:, None], images)) & (at < beside(stop[:, None], images))
+        (at >= arrays.convert(start[:, None], images)) & (at < arrays.convert(stop[:, None], images))
         for at, (start, stop) in zip((count(n, images) for n in images.shape[2:]), spans, strict=True)
     )
     return (rows[:, :, None] & columns[:, None, :])[:, None, :, :]
@@ -90,7 +85,7 @@ def erase(images: Array, probability: float, rng: np.random.Generator) -> Array:
     and it lies inside. Of ten that are drawn it is the first that fits; the paper draws on until one does. Zero is the
     mean of normalised images.
     """
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     batch, _, height, width = images.shape
     area = height * width * rng.uniform(0.02, 0.4, (batch, 10))
     ratio = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), (batch, 10)))
@@ -111,12 +106,12 @@ def turn_and_zoom(images: Array, degrees: float, zoom: float, rng: np.random.Gen
     Height and width are stretched by factors of their own, as Keras's RandomRotation and RandomZoom do it one after the
     other. Pixels are bilinear in the source's, which is reflected at its edges.
     """
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     batch, _, height, width = images.shape
     angle = np.radians(rng.uniform(-degrees, degrees, batch))
     sy, sx = 1 + rng.uniform(-zoom, zoom, (batch, 2)).T
     cos, sin = np.cos(angle), np.sin(angle)
-    m = beside(np.stack([cos * sy, sin * sx, -sin * sy, cos * sx]).astype(np.float32)[:, :, None, None], images)
+    m = arrays.convert(np.stack([cos * sy, sin * sx, -sin * sy, cos * sx]).astype(np.float32)[:, :, None, None], images)
     y, x = (xp.astype(count(n, images), xp.float32) - (n - 1) / 2 for n in (height, width))
     y = y[:, None]
 
@@ -135,8 +130,8 @@ def turn_and_zoom(images: Array, degrees: float, zoom: float, rng: np.random.Gen
 
 def one_hot(labels: Array, num_classes: int) -> Array:
     """Integer labels (B,) -> probabilities (B, num_classes) float32."""
-    xp = array_namespace(labels)
-    return xp.astype(labels[:, None] == xp.arange(num_classes, device=device(labels)), xp.float32)
+    xp = arrays.namespace(labels)
+    return xp.astype(labels[:, None] == xp.arange(num_classes, device=arrays.device(labels)), xp.float32)
 
 
 def mixup(images: Array, targets: Array, alpha: float, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -164,14 +159,15 @@ def cutmix(images: Array, targets: Array, alpha: float, rng: np.random.Generator
         spans.append((start, start + lengths))
         area = area * (np.minimum(start + lengths, total) - np.maximum(start, 0))
     shares = 1 - np.asarray(area, np.float32) / (height * width)
-    mixed = array_namespace(images).where(_boxes(images, *spans), array_namespace(images).flip(images, axis=0), images)
+    xp = arrays.namespace(images)
+    mixed = xp.where(_boxes(images, *spans), xp.flip(images, axis=0), images)
     return mixed, _blend(targets, shares[:, None])
 
 
 def _blend(values: Array, shares: np.ndarray) -> Array:
     """`shares` of each of `values`, the rest of the one at its place in the batch turned round."""
-    xp = array_namespace(values)
-    return values * beside(shares, values) + xp.flip(values, axis=0) * beside(1 - shares, values)
+    xp = arrays.namespace(values)
+    return values * arrays.convert(shares, values) + xp.flip(values, axis=0) * arrays.convert(1 - shares, values)
 
 
 @dataclass(frozen=True)

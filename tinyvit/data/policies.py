@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from array_api_compat import array_namespace, device
 
 from tinyvit import kernels
+from tinyvit.backend import arrays
 from tinyvit.backend.arrays import Array
-from tinyvit.data.augment import beside, count, gather, per_image
+from tinyvit.data.augment import count, gather, per_image
 from tinyvit.kernels import reference
 
 GREY = 128
@@ -25,10 +25,10 @@ def warp(images: Array, matrices: np.ndarray) -> Array:
 
     `matrices` (B, 2, 3) give the source of a place (x, y, 1), as in Pillow: pixels have their centres at halves.
     """
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     height, width = images.shape[2:]
     ys, xs = (xp.astype(count(n, images), xp.float64) + 0.5 for n in (height, width))
-    m = beside(matrices, images)
+    m = arrays.convert(matrices, images)
 
     def source(row: int, length: int) -> tuple[Array, Array]:
         at = m[:, row, 0][:, None, None] * xs + m[:, row, 1][:, None, None] * ys[:, None] + m[:, row, 2][:, None, None]
@@ -58,7 +58,7 @@ def rotate(images: Array, degrees: np.ndarray) -> Array:
 
 def _mix(images: Array, other: Array, factor: np.ndarray) -> Array:
     """other + factor (images - other), cut off at 0 and 255, as integers."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     other = xp.astype(other, xp.float32)
     mixed = other + per_image(factor.astype(np.float32), images) * (xp.astype(images, xp.float32) - other)
     return xp.astype(xp.clip(mixed, 0, 255), xp.uint8)
@@ -66,7 +66,7 @@ def _mix(images: Array, other: Array, factor: np.ndarray) -> Array:
 
 def _grey(images: Array) -> Array:
     """(B, 1, H, W) int64, the luma of RGB images; those of other channels have none and stay (B, C, H, W)."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     values = xp.astype(images, xp.int64)
     if images.shape[1] != 3:
         return values
@@ -76,7 +76,7 @@ def _grey(images: Array) -> Array:
 
 def brightness(images: Array, factor: np.ndarray) -> Array:
     """Black at 0, the images at 1, brighter beyond."""
-    return _mix(images, array_namespace(images).zeros_like(images), factor)
+    return _mix(images, arrays.namespace(images).zeros_like(images), factor)
 
 
 def color(images: Array, factor: np.ndarray) -> Array:
@@ -86,14 +86,14 @@ def color(images: Array, factor: np.ndarray) -> Array:
 
 def contrast(images: Array, factor: np.ndarray) -> Array:
     """Each image's mean grey at 0, the images at 1."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     mean = xp.mean(xp.astype(_grey(images), xp.float64), axis=(1, 2, 3), keepdims=True)
     return _mix(images, xp.floor(mean + 0.5), factor)
 
 
 def sharpness(images: Array, factor: np.ndarray) -> Array:
     """Smoothed with weights 1, and 5 in the middle, at 0; the images at 1. Pixels at the edges stay."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     values, (height, width) = xp.astype(images, xp.int64), images.shape[2:]
     shifts = [values[:, :, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
     smooth = xp.astype((2 * (sum(shifts[1:], start=shifts[0]) + 4 * shifts[4]) + 13) // 26, xp.uint8)
@@ -108,7 +108,7 @@ def invert(images: Array) -> Array:
 
 def solarize(images: Array, threshold: np.ndarray) -> Array:
     """255 - x from `threshold` (B,) on."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     return xp.where(xp.astype(images, xp.float64) < per_image(threshold, images), images, 255 - images)
 
 
@@ -119,7 +119,7 @@ def posterize(images: Array, bits: np.ndarray) -> Array:
 
 def autocontrast(images: Array) -> Array:
     """Each channel stretched from 0 to 255."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     values = xp.astype(images, xp.float64)
     low, high = (f(values, axis=(2, 3), keepdims=True) for f in (xp.min, xp.max))
     scale = 255.0 / xp.where(high > low, high - low, xp.ones_like(high))
@@ -129,12 +129,12 @@ def autocontrast(images: Array) -> Array:
 
 def equalize(images: Array) -> Array:
     """Each channel with values that are spread evenly."""
-    xp = array_namespace(images)
+    xp = arrays.namespace(images)
     batch, channels, height, width = images.shape
     planes = batch * channels
     values = xp.reshape(xp.astype(images, xp.int64), (planes, -1))
     places = xp.reshape(values + 256 * count(planes, images)[:, None], (-1,))
-    ones = xp.ones(places.shape, dtype=xp.float64, device=device(images))
+    ones = xp.ones(places.shape, dtype=xp.float64, device=arrays.device(images))
     counts = kernels.best(reference.sum_at, xp)(xp, ones, places, 256 * planes)
     counts = xp.reshape(xp.astype(counts, xp.int64), (planes, 256))
     largest = xp.max(values, axis=1, keepdims=True)
@@ -185,13 +185,13 @@ CIFAR10 = [
 
 def apply(images: Array, chosen: np.ndarray, magnitudes: np.ndarray) -> Array:
     """To each image the operation of its number in `NAMES`, (B,), at its magnitude."""
-    xp, order = array_namespace(images), np.argsort(chosen, kind="stable")
+    xp, order = arrays.namespace(images), np.argsort(chosen, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(chosen[order])) + 1)
     parts = [
-        OPERATIONS[NAMES[chosen[group[0]]]](xp.take(images, beside(group, images), axis=0), magnitudes[group])
+        OPERATIONS[NAMES[chosen[group[0]]]](xp.take(images, arrays.convert(group, images), axis=0), magnitudes[group])
         for group in groups
     ]
-    return xp.take(xp.concat(parts, axis=0), beside(np.argsort(order), images), axis=0)
+    return xp.take(xp.concat(parts, axis=0), arrays.convert(np.argsort(order), images), axis=0)
 
 
 def _signs(rng: np.random.Generator, size: int) -> np.ndarray:

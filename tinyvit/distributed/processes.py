@@ -77,7 +77,7 @@ class Processes(Group):
         self._lost = ""  # what became of a process that cannot say it itself
         self._silent = dict.fromkeys(self._others, -math.inf)  # beats without a sign of life, of those `together`
         self._names = [f"rank {rank}" for rank in range(self.size)]
-        host, cores, quota = platform.node(), sorted(_affinity()), parallel.cgroup_cores(Path("/sys/fs/cgroup"))
+        host, cores, quota = platform.node(), sorted(parallel.affinity()), parallel.cgroup_cores(Path("/sys/fs/cgroup"))
         name = f"rank {self.rank} (process {os.getpid()} on {host})"
         everyone = self.exchange([name, host, cores], patience=math.inf)
         self._names = [name for name, _, _ in everyone]
@@ -269,11 +269,6 @@ def unpack(data: bytes | bytearray) -> Any:
         return array
 
     return json.loads(data[8:place], object_hook=restored)
-
-
-def _affinity() -> frozenset[int]:
-    """The cores on which this process may run."""
-    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def _share_of_cores(mine: frozenset[int], local: Sequence[frozenset[int]], quota: int | None) -> int:

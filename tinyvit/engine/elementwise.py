@@ -16,7 +16,7 @@ import numpy as np
 from tinyvit.backend import arrays
 from tinyvit.backend.arrays import Array
 from tinyvit.engine.operation import elementwise
-from tinyvit.engine.tensor import Tensor
+from tinyvit.engine.tensor import Tensor, array_of
 from tinyvit.kernels import reference
 
 Gradient = Callable[[Array], Array]
@@ -169,7 +169,7 @@ def clip(xp: Any, x: Array, *, min: float | None = None, max: float | None = Non
 
 def where(condition: Tensor | Array, a: Tensor | Array | float, b: Tensor | Array | float) -> Tensor:
     """a where `condition` (booleans) holds, else b."""
-    return _where(a, b, condition=condition.data if isinstance(condition, Tensor) else condition)
+    return _where(a, b, condition=array_of(condition))
 
 
 @unrounded
@@ -191,7 +191,7 @@ def compare(relation: Callable[[Any, Any], Any], a: Tensor, b: Any) -> Any:
     Raises:
         TypeError: a list or tuple, or an array of another library.
     """
-    other = b.data if isinstance(b, Tensor) else b
+    other = array_of(b)
     if isinstance(other, np.generic):
         other = other.item()
     if isinstance(other, (list, tuple)):

@@ -8,7 +8,7 @@ from typing import Any
 from tinyvit.backend import arrays
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.engine.operation import operation, shape_of, standard_names, unbroadcast
-from tinyvit.engine.tensor import Tensor
+from tinyvit.engine.tensor import Tensor, array_of
 from tinyvit.kernels.half_precision import in_fp32
 
 Axis = int | tuple[int, ...] | None
@@ -140,7 +140,7 @@ def argmax(x: Tensor | Array, axis: int | None = None, keepdims: bool = False, *
     """
     if torch_names:
         return argmax(x, **{"axis": axis, "keepdims": keepdims} | standard_names(torch_names))
-    data = x.data if isinstance(x, Tensor) else x
+    data = array_of(x)
     return Tensor(arrays.namespace(data).argmax(data, axis=axis, keepdims=keepdims))
 
 

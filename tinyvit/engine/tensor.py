@@ -415,3 +415,7 @@ def _as_array(data: Any) -> Array:
     if data.dtype.kind not in "biuf":
         raise TypeError(f"Tensor expects numbers, got {data.dtype}")
     return data
+
+
+def array_of(x: Tensor | Array) -> Array:
+    return x.data if isinstance(x, Tensor) else x

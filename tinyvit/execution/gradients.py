@@ -174,7 +174,7 @@ class BatchGradient:
 
     def _widened(self, gradient: Array) -> Array:
         """A gradient in the dtype that it is summed in: float32, unless one sum on a GPU is all."""
-        as_it_is = self.precision.dtype is None or (self.accumulate == 1 and arrays.supports_graphs(gradient))
+        as_it_is = self.precision.dtype is None or (self.accumulate == 1 and arrays.is_cupy(gradient))
         return gradient if as_it_is else arrays.astype(gradient, "float32")
 
     def _shards(self) -> tuple[int, parallel.Shards]:

@@ -13,7 +13,7 @@ from tinyvit import nn
 from tinyvit.backend import arrays, parallel
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.backend.memory import keep_freed_memory
-from tinyvit.engine.tensor import Array, Tensor, no_grad
+from tinyvit.engine.tensor import Array, array_of, no_grad
 from tinyvit.execution.precision import Precision
 from tinyvit.kernels import cuda
 
@@ -83,7 +83,7 @@ def predictions(
     with _predictor(model, weights, precision) as (mode, compute):
         try:
             for images in batches:
-                images = images.data if isinstance(images, Tensor) else images
+                images = array_of(images)
                 with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.products():
                     mode.refresh()
                     batch = arrays.convert(images, like)
@@ -140,7 +140,7 @@ def _predictor(
 
     Within the context the graph is used by nobody else: it has room for one batch.
     """
-    if not arrays.supports_graphs(weights[0].data):
+    if not arrays.is_cupy(weights[0].data):
         yield _make(model, weights, precision)
         return
     parts, kinds = _parts(model), [(arrays.device_name(p.data), p.dtype) for p in weights]
@@ -173,7 +173,7 @@ def _make(model: nn.Module, weights: list[nn.Parameter], precision: str) -> tupl
         logits = computing()(images).data
         return logits if mode.dtype is None else arrays.astype(logits, "float32")
 
-    if not arrays.supports_graphs(weights[0].data):
+    if not arrays.is_cupy(weights[0].data):
         return mode, compute
     graph = Graphed(lambda images: ((compute(images),), []), lambda: tuple(cuda.address(p.data) for p in weights))
     return mode, lambda images: graph(images)[0][0]

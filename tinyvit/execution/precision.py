@@ -163,7 +163,7 @@ class Precision:
 
 
 def _check_tf32(like: Array, others: str) -> None:
-    if not arrays.supports_graphs(like):
+    if not arrays.is_cupy(like):
         raise ValueError(f"precision tf32 is a GPU's, and the model is on a CPU: expected {others}")
     if cublas.library() is None:
         bring = 'pip install "tinyvit[cuda12]" or "tinyvit[cuda13]"'

@@ -70,7 +70,6 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
     from tinyvit.data.sources.download import cache_directory
 
     name, flags = processor()
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     meminfo = _field(_read("/proc/meminfo"), "MemTotal").split()
     return SystemInfo(
         versions={"tinyvit": __version__, "python": platform.python_version(), "numpy": np.__version__}
@@ -82,7 +81,7 @@ def collect(environment: Mapping[str, str] = os.environ) -> SystemInfo:
         vector="avx512" if "avx512f" in flags else "avx2" if "avx2" in flags else "",
         instructions=instruction_sets(flags),
         cores=os.cpu_count() or 1,
-        affinity=affinity,
+        affinity=len(parallel.affinity()),
         quota=parallel.cgroup_cores(Path("/sys/fs/cgroup")),
         usable=parallel.available_cores(),
         blas=numpy_blas(),

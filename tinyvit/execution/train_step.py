@@ -14,7 +14,7 @@ from tinyvit.backend import arrays, cuda_graph, parallel
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.backend.memory import keep_freed_memory
 from tinyvit.distributed import ALONE, Group
-from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.engine.tensor import Array, Tensor, array_of
 from tinyvit.execution.gradients import BatchGradient
 from tinyvit.execution.precision import LossScale, Precision
 from tinyvit.kernels import cuda
@@ -128,10 +128,10 @@ class TrainStep:
         like = self.parameters[0].data
         self._gradients = []  # the last step's: their memory is this one's
         with parallel.limit(self.threads), arrays.on_device_of(like):
-            images, labels = (arrays.convert(_array(x), like) for x in (images, labels))
+            images, labels = (arrays.convert(array_of(x), like) for x in (images, labels))
             every_label = self._differentiate.place(labels)
             self.precision.refresh()  # not in the graph, which would repeat it
-            if arrays.supports_graphs(like):
+            if arrays.is_cupy(like):
                 step = arrays.convert(np.array(self.step_index), like)
                 result, self._gradients = self.graph(images, labels, every_label, step)
             else:
@@ -215,7 +215,3 @@ class TrainStep:
         """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
         largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
         return float(np.max(largest)) * self.optimizer.gradient_scale if largest else math.nan
-
-
-def _array(x: Tensor | Array) -> Array:
-    return x.data if isinstance(x, Tensor) else x

@@ -6,7 +6,7 @@ from tinyvit import kernels
 from tinyvit.backend import arrays, random
 from tinyvit.engine.ops import multiply
 from tinyvit.engine.tape import recording
-from tinyvit.engine.tensor import Array, Tensor, apply
+from tinyvit.engine.tensor import Array, Tensor, apply, array_of
 from tinyvit.functional import checks
 from tinyvit.functional.checks import Input, Pair, Shape
 from tinyvit.kernels import reference
@@ -338,10 +338,6 @@ def _dropout_mask(x: Input, p: float, training: bool, shape: Shape) -> Array | N
     like = array_of(x)
     xp = arrays.namespace(like)
     return kernels.best(reference.dropout_mask, xp)(xp, like, drop=p, shape=shape, draw=random.draw())
-
-
-def array_of(x: Input) -> Array:
-    return x.data if isinstance(x, Tensor) else x
 
 
 def tensor_of(x: Input) -> Tensor:

@@ -6,10 +6,10 @@ from numbers import Real
 
 from tinyvit.backend import arrays
 from tinyvit.engine.ops import multiply, where
-from tinyvit.engine.tensor import Array, Tensor, apply
+from tinyvit.engine.tensor import Array, Tensor, apply, array_of
 from tinyvit.functional import checks
 from tinyvit.functional.checks import Input
-from tinyvit.functional.layers import array_of, log_softmax, tensor_of
+from tinyvit.functional.layers import log_softmax, tensor_of
 from tinyvit.kernels import reference
 from tinyvit.kernels.half_precision import half_dtype
 

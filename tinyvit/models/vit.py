@@ -15,7 +15,7 @@ from tinyvit import functional as F
 from tinyvit import nn
 from tinyvit.backend import arrays
 from tinyvit.engine.ops import broadcast_to, concat, tanh
-from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.engine.tensor import Array, Tensor, array_of
 from tinyvit.models import compact, inspection, parts, resnet
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.positions import sincos2d
@@ -338,7 +338,7 @@ class VisionTransformer(nn.Module):
     def _images(self, images: Tensor | Array) -> Tensor:
         """The images as a Tensor in the model's library and dtype. Raises TypeError or ValueError."""
         like = self._like
-        data = images.data if isinstance(images, Tensor) else images
+        data = array_of(images)
         if not arrays.is_array(data):
             raise TypeError(f"expected an array of images (B, C, H, W), got {type(data).__name__}")
         expected, shape = (self.config.in_chans, *self.config.image_size), tuple(data.shape)

@@ -12,7 +12,7 @@ import numpy as np
 from tinyvit import functional as F
 from tinyvit.backend import arrays
 from tinyvit.engine.ops import multiply
-from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.engine.tensor import Array, Tensor, array_of
 from tinyvit.nn import init
 from tinyvit.nn.module import Module, Parameter
 
@@ -123,7 +123,7 @@ class Embedding(Module):
         self.weight = Parameter(init.normal((num_embeddings, embedding_dim), std=1.0))
 
     def forward(self, indices: Tensor | Array) -> Tensor:
-        index = arrays.convert(indices.data if isinstance(indices, Tensor) else indices, self.weight.data)
+        index = arrays.convert(array_of(indices), self.weight.data)
         if not arrays.namespace(index).isdtype(index.dtype, "integral"):
             raise TypeError(f"Embedding expects whole numbers, got {index.dtype}")
         rows = self.weight.shape[0]

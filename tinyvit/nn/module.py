@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyvit.backend import arrays, devices
 from tinyvit.engine.tape import recording
-from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.engine.tensor import Array, Tensor, array_of
 
 T = TypeVar("T")
 Hook = Callable[["Module", tuple[Any, ...]], None]
@@ -55,7 +55,7 @@ def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Parameter, Any]
             raise RuntimeError(
                 "a parameter that requires a gradient cannot be changed in place; do it under tinyvit.no_grad()"
             )
-        other = other.data if isinstance(other, Tensor) else other
+        other = array_of(other)
         self.data = operation(self.data, arrays.convert(other, self.data) if arrays.is_array(other) else other)
         return self
 
@@ -75,7 +75,7 @@ class Parameter(Tensor):
     __slots__ = ()
 
     def __init__(self, data: Array | Tensor, requires_grad: bool = True) -> None:
-        super().__init__(data.data if isinstance(data, Tensor) else data, requires_grad)
+        super().__init__(array_of(data), requires_grad)
 
     __iadd__ = _in_place(operator.iadd)
     __isub__ = _in_place(operator.isub)
@@ -92,7 +92,7 @@ class Buffer(Tensor):
     __slots__ = ("persistent",)
 
     def __init__(self, data: Array | Tensor, persistent: bool = True) -> None:
-        super().__init__(data.data if isinstance(data, Tensor) else data)
+        super().__init__(array_of(data))
         self.persistent = persistent
 
 

@@ -134,13 +134,3 @@ def _to_largest(dy: Array, x: Array, y: Array, dx: Array, taps: Taps) -> None:
         first = (x[inputs] == y[outputs]) & free[outputs]
         free[outputs] &= ~first
         dx[inputs] += dy[outputs] * first
-
-
-def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    y = np.maximum(x, 0)
-    positive: Array = y > 0 if needs[0] else None
-
-    def vjp(dy: Array) -> tuple[Array]:
-        return (np.where(positive, dy, np.zeros((), dy.dtype)),)
-
-    return y, vjp

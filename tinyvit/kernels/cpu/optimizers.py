@@ -12,7 +12,7 @@ from types import ModuleType
 
 import numpy as np
 
-from tinyvit.kernels import Kernel, reference
+from tinyvit.kernels import reference
 
 ROW = 1 << 12  # elements of one dot product: few enough for float32's sums, and for BLAS to call no threads
 TINY = 1e-20  # a sum of squares that is certain to have lost nothing to underflow
@@ -99,11 +99,3 @@ def sum_of_squares(xp: ModuleType, x: np.ndarray) -> float:
         if TINY < total < math.inf:
             return total
     return float(reference.sum_of_squares(xp, x))  # float32's squares may have overflowed or vanished
-
-
-KERNELS = {
-    reference.sgd: Kernel(sgd),
-    reference.adamw: Kernel(adamw),
-    reference.lerp: Kernel(lerp),
-    reference.sum_of_squares: Kernel(sum_of_squares),
-}

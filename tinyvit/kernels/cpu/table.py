@@ -41,7 +41,9 @@ KERNELS = {
     reference.cross_entropy: Kernel(in_fp32(layers.cross_entropy), _valid_labels),
     reference.conv2d: Kernel(in_fp32(convolution.conv2d)),
     reference.max_pool2d: Kernel(convolution.max_pool2d),
-    reference.relu: Kernel(convolution.relu),
     reference.sum_at: Kernel(sum_at),
-    **optimizers.KERNELS,
+    reference.sgd: Kernel(optimizers.sgd),
+    reference.adamw: Kernel(optimizers.adamw),
+    reference.lerp: Kernel(optimizers.lerp),
+    reference.sum_of_squares: Kernel(optimizers.sum_of_squares),
 }

@@ -114,10 +114,11 @@ def weight_standardize(xp: Any, weight: Array, *, eps: float, needs: tuple[bool,
 
 def relu(xp: Any, x: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """x where it is positive, else 0; the gradient at 0 is 0."""
-    y = xp.maximum(x, xp.zeros_like(x))
+    zero = xp.zeros((), dtype=x.dtype, device=arrays.device(x))
+    y = xp.maximum(x, zero)
 
     def vjp(dy: Array) -> tuple[Array]:
-        return (xp.where(y > 0, dy, xp.zeros_like(dy)),)
+        return (xp.where(y > 0, dy, zero),)
 
     return y, vjp
 
