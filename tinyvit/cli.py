@@ -76,7 +76,6 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
     ev.take("--probe", one_of("knn", "linear"), "measure features instead, on the training split, for any classes")
     ev.take("--confusion", Path, "write how often each class was taken for each", "FILE.csv")
     ev.take("--predictions", Path, "write the true and predicted class of each image", "FILE.csv")
-    ev.switch("--skip-corrupt", FIELDS["skip_corrupt"].metadata["help"])
 
     predict = command("predict", commands.predict, "Name what images show.", "RUN|CKPT")
     predict.take("images", str, "files, or directories of images", "IMAGE", nargs="+")
@@ -122,6 +121,7 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
     for sub in (ev, predict, report):
         sub.take_as_train("device", default="auto")
     for sub in (ev, predict):
+        sub.switch("--skip-corrupt", FIELDS["skip_corrupt"].metadata["help"])
         sub.take(
             "--precision",
             one_of(*PREDICTION_PRECISIONS),

@@ -70,13 +70,14 @@ def eval_(args: Namespace) -> None:
         what = f"{data.name}, {', '.join(counts) if counts[1:] else next(iter(parts)) + ' split'}"
     if not group.leads:
         return
+    skipped = [name for part in parts.values() for name in part.skipped]
     if args.confusion:
         metrics.write_confusion(args.confusion, scores)
     if args.predictions:
         images = [name for part in parts.items() for name in image_names(*part)]
         metrics.write_predictions(args.predictions, scores, images)
     if args.json:
-        print_json({**about, "precision": args.precision, **scores.as_dict()})
+        print_json({**about, "precision": args.precision, **scores.as_dict(), **skipped_of(args, skipped)})
         return
     what += "" if args.precision == "fp32" else f", in {args.precision}"
     loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
@@ -84,6 +85,7 @@ def eval_(args: Namespace) -> None:
     print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
     rows = [(name, "-" if a is None else f"{a:.2%}", str(n)) for name, a, n in scores.per_class]
     print_table([("class", "accuracy", "images"), *rows])
+    print_skipped(skipped)
 
 
 def predict(args: Namespace) -> None:
@@ -91,6 +93,8 @@ def predict(args: Namespace) -> None:
     from tinyvit.backend.devices import pick_device
     from tinyvit.backend.memory import drop_pages
     from tinyvit.checkpoints.readers.safetensors import mapped
+    from tinyvit.data.base import DataError
+    from tinyvit.data.splits import SKIP_HINT
     from tinyvit.evaluation.classify import image_paths, likeliest, run_on_images
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
     from tinyvit.evaluation.metrics import check_head
@@ -101,6 +105,7 @@ def predict(args: Namespace) -> None:
         checkpoint = opened(args)
     images = image_paths(args.images)
     overlays = overlay_paths(args.attention, images) if args.attention else []
+    unreadable: list[int] | None = [] if args.skip_corrupt else None
     if args.embed:
         check_features_path(args.embed, Path(args.checkpoint))
     labels = read_labels(args.labels, checkpoint.similarity) if args.labels else None
@@ -114,7 +119,16 @@ def predict(args: Namespace) -> None:
             drop_pages(p.data)
 
     with nn.forward_pre_hook(drop):
-        outputs = run_on_images(model, images, args.precision)
+        try:
+            outputs = run_on_images(model, images, args.precision, unreadable)
+        except DataError as error:
+            raise DataError(f"{error}{SKIP_HINT if images[1:] else ''}") from None
+    out = set(unreadable or ())
+    if len(out) == len(images):
+        raise DataError(f"none of the {len(images)} images can be read, the first is {images[0]}")
+    skipped = [images[i] for i in sorted(out)]
+    images = [image for i, image in enumerate(images) if i not in out]
+    overlays = [path for i, path in enumerate(overlays) if i not in out]
     if args.embed:
         write_features(args.embed, outputs, images, checkpoint, args.checkpoint)
     write_overlays(overlays, images[: len(overlays)], model)
@@ -128,7 +142,7 @@ def predict(args: Namespace) -> None:
         if overlays:
             predictions[i]["attention"] = str(overlays[i])
     if args.json:
-        print_json({"predictions": predictions})
+        print_json({"predictions": predictions, **skipped_of(args, skipped)})
         return
     width = max((len(printable(c["name"])) for each in predictions for c in each["classes"]), default=0)
     for each in predictions:
@@ -139,6 +153,7 @@ def predict(args: Namespace) -> None:
             print(printable(f"  attention in {each['attention']}"))
     if args.embed:
         print(printable(f"features in {args.embed}"))
+    print_skipped(skipped)
 
 
 def summary(args: Namespace) -> None:
@@ -250,6 +265,19 @@ def print_json(value: dict[str, Any]) -> None:
     """Print JSON; where standard output is not UTF-8, with JSON's own escapes."""
     encoding = (sys.stdout.encoding or "utf-8").lower().replace("-", "")
     print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
+
+
+def skipped_of(args: Namespace, images: list[str]) -> dict[str, list[str]]:
+    """What JSON says of --skip-corrupt."""
+    return {"skipped": images} if args.skip_corrupt else {}
+
+
+def print_skipped(images: Sequence[str]) -> None:
+    """What --skip-corrupt left out, if it did."""
+    from tinyvit.data.splits import left_out
+
+    if images:
+        print(printable(left_out(images)))
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

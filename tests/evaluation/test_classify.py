@@ -1,8 +1,10 @@
 """Names for single images: the same from files, PIL images and arrays, and as the model's own preprocessing says."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +113,36 @@ def test_eval_writes_predictions_and_their_confusion(home, tmp_path):
     assert (corner, names) == ("true class", ["blue", "green", "red"])
     for true, *counts in table:
         assert list(map(int, counts)) == [sum(row[1:3] == [true, guess] for row in rows) for guess in names]
+
+
+def test_corrupt_images_are_left_out_where_that_is_asked(home, tmp_path):
+    """The others keep their names, features and overlays."""
+    folder = shutil.copytree(home / "images" / "test", tmp_path / "photos")
+    bad = folder / "blue" / "01.png"  # the second of nine by name
+    bad.write_bytes(b"nonsense")
+    predict = ["predict", home / "run", folder]
+    message = assert_one_line_error(tinyvit(*predict), 1)
+    assert str(bad) in message and "--skip-corrupt" in message
+    whole = json.loads(tinyvit("predict", home / "run", home / "images" / "test", "--json").stdout)["predictions"]
+    likeliest = [each["classes"][0] for each in whole if not each["image"].endswith("blue/01.png")]
+    result = tinyvit(*predict, "--skip-corrupt", "--json", "--embed", tmp_path / "e.npz", "--attention", tmp_path / "a")
+    found = json.loads(result.stdout)
+    assert found["skipped"] == [str(bad)]
+    for each, expected in zip(found["predictions"], likeliest, strict=True):
+        assert each["classes"][0] == {"name": expected["name"], "probability": pytest.approx(expected["probability"])}
+    names = [each["image"] for each in found["predictions"]]
+    assert str(bad) not in names and np.load(tmp_path / "e.npz")["paths"].tolist() == names
+    assert [Path(each["attention"]).exists() for each in found["predictions"]] == 8 * [True]
+    assert f"1; the first is {bad}" in tinyvit(*predict, "--skip-corrupt").stdout
+    assert "none of the 1 images" in assert_one_line_error(tinyvit("predict", home / "run", bad, "--skip-corrupt"), 1)
+
+
+def test_eval_says_what_it_left_out(home, tmp_path):
+    folder = shutil.copytree(home / "images", tmp_path / "labelled")
+    bad = folder / "test" / "red" / "00.png"
+    bad.write_bytes(b"nonsense")
+    measure = ["eval", home / "run", "--data", folder, "--split", "test", "--skip-corrupt"]
+    found = json.loads(tinyvit(*measure, "--json").stdout)
+    assert found["images"] == 8 and found["skipped"] == [str(bad)]
+    assert f"1; the first is {bad}" in tinyvit(*measure).stdout
+    assert "skipped" not in json.loads(tinyvit(*measure[:-1], "--json", "--data", home / "images").stdout)

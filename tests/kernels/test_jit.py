@@ -54,6 +54,11 @@ def test_numpy_s_blas_is_found():
     assert layers.SGEMM or sys.platform == "darwin"
 
 
+@pytest.mark.parametrize("value, wanted", [("0", False), ("off", False), ("False", False), ("1", True), ("", True)])
+def test_the_environment_leaves_them_out(value, wanted):
+    assert kernels.jit.wanted({"TINYVIT_JIT": value}) is wanted
+
+
 def test_exp_is_exact():
     x = np.linspace(-87, 88, 20_001, dtype=np.float32)
     y = np.array([loops.exp(v) for v in x])

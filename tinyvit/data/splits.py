@@ -161,6 +161,11 @@ def image_names(name: str, split: Split) -> list[str]:
 SKIP_HINT = " (--skip-corrupt leaves such images out)"
 
 
+def left_out(images: Sequence[str]) -> str:
+    """What is said of the images that were left out."""
+    return f"left out, for they cannot be read: {len(images)}; the first is {images[0]}"
+
+
 def resident(data: Data, device: Any) -> Data:
     """`data` whose training and validation images lie on `device` (as for `nn.Module.to`), as uint8, where they fit.
 

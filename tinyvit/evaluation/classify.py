@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from tinyvit.data import Augment, Split
+from tinyvit.data import Augment, DataError, Split
 from tinyvit.data.image import open_rgb, to_rgb
 from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError, outputs_of
@@ -73,16 +73,36 @@ class Outputs:
         return exp / exp.sum(axis=1, keepdims=True)
 
 
-def run_on_images(model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32") -> Outputs:
-    """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`."""
+def run_on_images(
+    model: VisionTransformer,
+    images: Sequence[ImageLike],
+    precision: str = "fp32",
+    unreadable: list[int] | None = None,
+) -> Outputs:
+    """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`.
 
-    def batch(start: int) -> np.ndarray:
-        prepared = in_threads(lambda image: model_input(model, rgb(image)), images[start : start + BATCH_SIZE])
-        return np.concatenate(list(prepared))
+    With a list `unreadable`, images that cannot be read are left out, and their positions added to it.
+    """
+
+    def prepared(position: int) -> np.ndarray | None:
+        try:
+            return model_input(model, rgb(images[position]))
+        except DataError:
+            if unreadable is None:
+                raise
+            return None
+
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, len(images), BATCH_SIZE):
+            positions = range(start, min(start + BATCH_SIZE, len(images)))
+            found = dict(zip(positions, in_threads(prepared, positions), strict=True))
+            if unreadable is not None:
+                unreadable.extend(i for i, x in found.items() if x is None)
+            if readable := [x for x in found.values() if x is not None]:
+                yield np.concatenate(readable)
 
     with jit.worth_it_for(len(images)):
-        batches = map(batch, range(0, len(images), BATCH_SIZE))
-        outputs = list(predictions(Features(model, logits=True), batches, precision=precision))
+        outputs = list(predictions(Features(model, logits=True), batches(), precision=precision))
     if not outputs:
         return Outputs(np.zeros((0, model.config.embed_dim), np.float32), np.zeros((0, model.config.num_classes)))
     return _separated(model, np.concatenate(outputs))

@@ -19,7 +19,7 @@ from tinyvit.checkpoints.checkpoint import Checkpoint, describe
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Data, cifar10_batches, load_data, resident
 from tinyvit.data.sources.listing import SMALL
-from tinyvit.data.splits import hold_out
+from tinyvit.data.splits import hold_out, left_out
 from tinyvit.distributed import ALONE, Group, init
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
@@ -375,7 +375,7 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     where = system_info.one_line(system_info.collect(), alone) if on_host else devices.describe_device(like)
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
-        display.line(f"left out {len(skipped)} images that cannot be read, the first is {skipped[0]}")
+        display.line(left_out(skipped))
     if data.no_images:
         display.line(f"passed over {len(data.no_images)} files that are no images, the first is {data.no_images[0]}")
 

@@ -120,7 +120,8 @@ def read_shards(index: Path) -> dict[str, np.ndarray]:
     """The arrays of all the files that an index names. Raises CheckpointError."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
-        raise CheckpointError(f"{index}: its weight_map does not say which file beside it holds which weights")
+        what = "an index of weight files, whose weight_map says which file beside it holds which weights"
+        raise CheckpointError(f"{index}: expected a checkpoint, a run directory or {what}")
     arrays: dict[str, np.ndarray] = {}
     for name in sorted(set(places.values())):
         if not (index.parent / name).is_file():
