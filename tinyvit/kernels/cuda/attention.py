@@ -144,19 +144,23 @@ def forward_tiling(n: int, n_queries: int, dim: int, itemsize: int, **choices: i
 
     Two tiles of queries a warp halve the reading of keys from shared memory, where there are rows enough to fill them
     and registers to hold them; blocks are then of four warps, so that two fit on a multiprocessor. Short rows pass in
-    one step. `choices` of TILES, KEYS and WARPS (the most of a block) replace our own.
+    one step, which takes fewer registers, so that more blocks wait for memory at once. `choices` of TILES, KEYS and
+    WARPS (the most of a block) replace our own.
     """
     tiles = choices.get("TILES", 2 if n_queries > 112 and dim <= 80 and itemsize == 2 else 1)
     keys = choices.get("KEYS", 32 if itemsize == 4 and dim > 64 else 16 * min(_tiles(n), 5 if n <= 80 else 4))
     most = choices.get("WARPS", 8 // tiles)
-    resident = 16 // tiles if dim <= 64 and itemsize == 2 else 8  # warps
-    stages = 2 if n > keys else 1
+    once = n <= keys
+    resident = 8  # warps
+    if dim <= 64 and itemsize == 2:
+        resident = (24 if n <= 64 else 20) if once else 16 // tiles
 
     def shared(warps: int) -> int:
-        return (16 * tiles * warps + 2 * stages * keys) * _stride(dim) * itemsize
+        return (16 * tiles * warps + (2 if once else 4) * keys) * _stride(dim) * itemsize
 
     parts, warps = _split(math.ceil(_tiles(n_queries) / tiles), most, shared)
-    constants = {"TILES": tiles, "KEYS": keys, "WARPS": warps, "RESIDENT": max(1, resident // warps)}
+    blocks = max(1, resident // warps)
+    constants = {"TILES": tiles, "KEYS": keys, "ONCE": int(once), "WARPS": warps, "RESIDENT": blocks}
     return Tiling(constants, parts, shared(warps))
 
 

@@ -11,8 +11,9 @@
 //
 // With DROPOUT = 1 each weight is multiplied by a number of `dropout_mask` (B, H, Q, N): N^2 numbers a head more.
 //
-// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16), DROPOUT
-// and RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
+// Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16), ONCE (1 if
+// N <= KEYS: nothing is scaled anew then), DROPOUT and RESIDENT (the number of blocks that shall fit on a multiprocessor,
+// which limits their registers).
 #include "attention.cuh"
 
 constexpr int ROWS = 16 * TILES;  // queries of a warp
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
     for (int t = 0; t < TILES; t++) highest[t][0] = highest[t][1] = minus_infinity();
 
-    for (int key = 0; key < n; key += KEYS) {
+    for (int key = 0; key < (ONCE ? 1 : n); key += KEYS) {
         T* keys = stages + key / KEYS % 2 * 2 * KEYS * STRIDE;
         T* values = keys + KEYS * STRIDE;
         cp_async_wait<0>();
@@ -101,13 +102,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
                         for (int i = 0; i < 4; i++) high = fmaxf(high, score[t][j][2 * half + i % 2 + 4 * (i / 2)]);
                 high = warp_max<4>(high);
-                const float shrink = exp2_fast((highest[t][half] - high) * exponent), offset = high * exponent;
+                const float offset = high * exponent;
+                if constexpr (!ONCE) {
+                    const float shrink = exp2_fast((highest[t][half] - high) * exponent);
+                    sum[t][half] *= shrink;
+#pragma unroll
+                    for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+                        for (int i = 0; i < 4; i++) result[t][d][2 * half + i % 2 + 4 * (i / 2)] *= shrink;
+                }
                 highest[t][half] = high;
-                sum[t][half] *= shrink;
-#pragma unroll
-                for (int d = 0; d < DEPTH; d++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) result[t][d][2 * half + i % 2 + 4 * (i / 2)] *= shrink;
 #pragma unroll
                 for (int j = 0; j < KEYS / 16; j++)
                     if (j < live)
