@@ -6,8 +6,9 @@
 // Forward: a warp takes a row and keeps it in registers, so that mean and variance cost no second reading; a lane
 // holds VECTORS vectors of WIDTH numbers. Backward: a thread takes one vector of every row of its group of threads, so
 // that its share of dweight, dbias and the sums of dx's columns (which the layer before needs, for its bias) stays in
-// registers; a group goes over the rows in steps of ROWS, whose loads are all under way at once. Each of a fixed number
-// of blocks writes its sums into `partial`, which `sum_partials` (columns.cu) adds up.
+// registers; a group goes over the rows in steps of ROWS. The rows of the next step are copied to shared memory while
+// these are computed with; a thread reads what it has copied itself, so no barrier is needed. Each of a fixed number of
+// blocks writes its sums into `partial`, which `sum_partials` (columns.cu) adds up.
 //
 // Compile with SCALAR and DIM.
 #include "common.cuh"
@@ -19,7 +20,7 @@ constexpr int WIDTH = DIM % FULL == 0 ? FULL : DIM % 2 == 0 ? 2 : 1;  // rows st
 constexpr int VECTORS = (DIM + 32 * WIDTH - 1) / (32 * WIDTH);
 constexpr int THREADS = 32 * VECTORS;                                      // of a group backward
 constexpr int GROUPS = THREADS < 256 ? 256 / THREADS : 1;                  // of a block
-constexpr int BLOCKS = THREADS < 512 ? 512 / (THREADS * GROUPS) : 1;       // of a multiprocessor: bounds the registers
+constexpr int BLOCKS = THREADS < 768 ? 768 / (THREADS * GROUPS) : 1;       // of a multiprocessor: bounds the registers
 constexpr int ROWS = 2;
 
 using V = Vector<T, WIDTH>;
@@ -69,45 +70,69 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 // Blocks of THREADS x GROUPS; each writes a row of partial (blocks, 3 DIM): dweight, dbias, sums of dx. `other` may be
-// null. Shared memory: the larger of 4 ROWS GROUPS THREADS / 32 and 3 WIDTH THREADS floats.
+// null. Shared memory: 6 ROWS vectors a thread, then 4 ROWS GROUPS THREADS / 32 floats.
 extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
     layer_norm_backward(const T* __restrict__ dy, const T* __restrict__ x, const T* __restrict__ weight,
                         const float* __restrict__ mean, const float* __restrict__ rstd, const T* __restrict__ other,
                         T* __restrict__ dx, float* __restrict__ partial, long long rows) {
     DYNAMIC_SHARED(memory);
-    float* shared = reinterpret_cast<float*>(memory);
+    V* slots = reinterpret_cast<V*>(memory);  // two stages of ROWS rows of dy, x and `other`, a vector for each thread
+    float* shared = reinterpret_cast<float*>(slots + 6 * ROWS * THREADS * GROUPS);
     const int column = threadIdx.x * WIDTH;
     const bool inside = column < DIM;
     const V zero = {};
     const V w = inside ? load<WIDTH>(weight + column) : zero;
+    const long long step = 1LL * gridDim.x * GROUPS * ROWS;
     float totals[3][WIDTH] = {};  // of dweight, dbias and dx
+    float centre[ROWS], scale[ROWS], next_centre[ROWS], next_scale[ROWS];
     int turn = 0;
 
-    for (long long start = 1LL * blockIdx.x * GROUPS * ROWS; start < rows;
-         start += 1LL * gridDim.x * GROUPS * ROWS, turn ^= 1) {
-        const long long first = start + threadIdx.y * ROWS;
-        V g[ROWS], n[ROWS], more[ROWS];
-        float centre[ROWS], scale[ROWS], sums[2 * ROWS];  // sums of g normal and of g, where g = dy weight
+    auto slot = [&](int stage, int r, int array) {
+        return slots + ((stage * ROWS + r) * 3 + array) * (THREADS * GROUPS) + threadIdx.y * THREADS + threadIdx.x;
+    };
+    auto copy = [&](const T* from, long long row, V* to) {
+        const bool live = inside && row < rows;
+        from = live ? from + row * DIM + column : weight;
+        if constexpr (sizeof(V) == 16)
+            cp_async(to, from, live);
+        else
+            *to = live ? load<WIDTH>(from) : zero;
+    };
+    auto fetch = [&](long long start, int stage) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const bool live = inside && first + r < rows;
-            const long long at = (first + r) * DIM + column;
-            g[r] = live ? load<WIDTH>(dy + at) : zero;
-            n[r] = live ? load<WIDTH>(x + at) : zero;
-            more[r] = live && other ? load<WIDTH>(other + at) : zero;
-            centre[r] = first + r < rows ? mean[first + r] : 0.0f;
-            scale[r] = first + r < rows ? rstd[first + r] : 0.0f;
+            const long long row = start + threadIdx.y * ROWS + r;
+            copy(dy, row, slot(stage, r, 0));
+            copy(x, row, slot(stage, r, 1));
+            if (other) copy(other, row, slot(stage, r, 2));
+            next_centre[r] = row < rows ? mean[row] : 0.0f;
+            next_scale[r] = row < rows ? rstd[row] : 0.0f;
         }
+        cp_async_commit();
+    };
+
+    fetch(1LL * blockIdx.x * GROUPS * ROWS, 0);
+    for (long long start = 1LL * blockIdx.x * GROUPS * ROWS; start < rows; start += step, turn ^= 1) {
+        const long long first = start + threadIdx.y * ROWS;
+        float sums[2 * ROWS];  // of g normal and of g, where g = dy weight
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
+            centre[r] = next_centre[r];
+            scale[r] = next_scale[r];
+        }
+        fetch(start + step, turn ^ 1);
+        cp_async_wait<1>();
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            const V g = *slot(turn, r, 0), n = *slot(turn, r, 1);
             float along = 0.0f, total = 0.0f;
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                const float normal = (n[r][i] - centre[r]) * scale[r];
-                totals[0][i] = fmaf(g[r][i], normal, totals[0][i]);
-                totals[1][i] += g[r][i];
-                along = fmaf(g[r][i] * w[i], normal, along);
-                total = fmaf(g[r][i], w[i], total);
+                const float normal = (n[i] - centre[r]) * scale[r];
+                totals[0][i] = fmaf(g[i], normal, totals[0][i]);
+                totals[1][i] += g[i];
+                along = fmaf(g[i] * w[i], normal, along);
+                total = fmaf(g[i], w[i], total);
             }
             sums[2 * r] = along;
             sums[2 * r + 1] = total;
@@ -116,12 +141,13 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (!inside || first + r >= rows) continue;
+            const V g = *slot(turn, r, 0), n = *slot(turn, r, 1), more = other ? *slot(turn, r, 2) : zero;
             const float along = sums[2 * r] * (1.0f / DIM), total = sums[2 * r + 1] * (1.0f / DIM);
             V out;
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
-                const float normal = (n[r][i] - centre[r]) * scale[r];
-                const float d = fmaf(scale[r], g[r][i] * w[i] - total - normal * along, more[r][i]);
+                const float normal = (n[i] - centre[r]) * scale[r];
+                const float d = fmaf(scale[r], g[i] * w[i] - total - normal * along, more[i]);
                 totals[2][i] += d;
                 out.set(i, d);
             }
@@ -129,6 +155,8 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
         }
     }
 
+    cp_async_wait<0>();
+    shared = reinterpret_cast<float*>(slots);
     for (unsigned group = 1; group < GROUPS; group++) {  // their sums join those of the first, one group after the other
         __syncthreads();
 #pragma unroll
