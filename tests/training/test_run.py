@@ -136,6 +136,13 @@ def test_images_that_cannot_be_read(images, tmp_path):
     assert "71 training" in result.stdout and "07.png" in result.stdout
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_precision_that_costs_time_is_named(images, tmp_path, precision):
+    command = ["train", "--data", images, *NANO, "--epochs", 1, "--device", "cpu", "--precision", precision]
+    second_line = tinyvit(*command, "--out", tmp_path / "run").stdout.splitlines()[1]
+    assert ("fp16 on " in second_line and "slower than fp32" in second_line) is (precision == "fp16")
+
+
 def test_training_works_outside_the_main_thread(images, tmp_path):
     given = {"data": str(images), "out": str(tmp_path / "run"), "model": "vit_nano_patch8_32", "epochs": 1}
     thread = threading.Thread(target=train, args=(given,))

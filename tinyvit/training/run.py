@@ -373,7 +373,8 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     if not (alone := parts.step.group.size == 1):
         display.line(parts.step.group.describe(options.batch_size or 0, parts.step.threads if on_host else None))
     where = system_info.one_line(system_info.collect(), alone) if on_host else devices.describe_device(like)
-    display.line(where if options.precision == "fp32" else f"{options.precision} on {where}")
+    slow = ": slower than fp32 on this processor" if on_host and parts.step.precision.dtype is not None else ""
+    display.line(where if options.precision == "fp32" else f"{options.precision} on {where}{slow}")
     if skipped := [*data.train.skipped, *data.validation.skipped]:
         display.line(left_out(skipped))
     if data.no_images:
