@@ -1,8 +1,7 @@
-// What a linear layer does to a matrix's columns: adding a bias, GELU after it, and sums over rows for the bias's
-// gradient.
+// What follows a linear layer's product: a bias with GELU, and sums over rows for the bias's gradient.
 //
-// add_bias reads and writes rows * columns numbers; bias_gelu_forward and scaled the same; bias_gelu_backward and
-// add_scaled read twice and write once as many; column_sums reads once. At most 40 FLOPs a number: bound by memory.
+// bias_gelu_forward and scaled read and write rows * columns numbers; bias_gelu_backward and add_scaled read twice and
+// write once as many; column_sums reads once. At most 40 FLOPs a number: bound by memory.
 //
 // A thread takes VECTOR neighbouring columns (16 bytes) of every row with the same remainder, whose loads are
 // independent; a block has 32 x 8 threads: 32 vectors wide, 8 rows high. gridDim.y blocks share the rows. Sums stay
@@ -22,21 +21,6 @@ constexpr int SUMMED = 16;  // the same in the second stage
 DEVICE int first_column() { return (blockIdx.x * 32 + threadIdx.x) * VECTOR; }
 DEVICE long long first_row() { return 1LL * blockIdx.y * HEIGHT + threadIdx.y; }
 DEVICE long long row_step() { return 1LL * gridDim.y * HEIGHT; }
-
-// y += bias
-extern "C" __global__ void __launch_bounds__(256)
-    add_bias(T* __restrict__ y, const T* __restrict__ bias, long long rows, int columns) {
-    const int column = first_column();
-    if (column >= columns) return;
-    const V b = load<VECTOR>(bias + column);
-#pragma unroll 4
-    for (long long row = first_row(); row < rows; row += row_step()) {
-        V v = load<VECTOR>(y + row * columns + column);
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++) v.set(i, v[i] + b[i]);
-        store(y + row * columns + column, v);
-    }
-}
 
 // y = residual + scale x, where `share` neighbouring rows, those of a sample, have one scale
 extern "C" __global__ void __launch_bounds__(256)

@@ -170,7 +170,7 @@ def _product(
             )  # fmt: skip
         except lt.cuBLASLtError as error:  # an algorithm that it offers and then refuses
             _plans[key] = None
-            warnings.warn(f"cuBLASLt refuses a product ({error}), which CuPy computes: {key}", stacklevel=2)
+            warnings.warn(f"cuBLASLt refuses a product ({error}), which is computed otherwise: {key}", stacklevel=2)
     return _plans[key] is not None
 
 

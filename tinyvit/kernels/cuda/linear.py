@@ -44,10 +44,11 @@ def covers_linear(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
 def product(xp: Any, rows: Array, weight: Array, bias: Array | None = None, added: Array | None = None) -> Array:
     """rows W^T + bias + added."""
     y = cublas.linear(xp, rows, weight, bias, added)
-    if y is None:
+    if y is None and bias is not None:  # cuBLASLt may lack nothing but the epilogue
+        y = product(xp, rows, weight, None, added)
+        y += bias
+    elif y is None:
         y = cupys_product(rows, weight.T)
-        if bias is not None:
-            columns("add_bias", y, y, bias)
         if added is not None:
             y += added
     return y
