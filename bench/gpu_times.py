@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import importlib
 import json
 import math
@@ -331,7 +330,6 @@ def time_steps() -> None:
                     print(f"    not a graph: {step.graph.reason}")
                 results.append({"time": f"step {what}", "ms": ms, "images_per_second": per_second, "tflops": rate})
                 del step, images, labels
-                gc.collect()  # a step and its graph know each other
                 cupy.get_default_memory_pool().free_all_blocks()
 
 

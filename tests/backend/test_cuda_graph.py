@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import itertools
 import threading
 import warnings
@@ -114,6 +113,27 @@ def test_a_failure_keeps_graphs_from_calls_of_its_kind_alone(driver):
     assert driver.held() == [3 * 8]  # what failed holds nothing
 
 
+@pytest.mark.parametrize("can_retry", [True, False])
+def test_a_call_that_finds_no_memory_beside_a_graph_takes_that_of_the_graph(driver, can_retry):
+    calls = []
+
+    def function(x: np.ndarray) -> Results:
+        calls.append(x.size)
+        if x.size > 5 or (x.size == 3 and driver.held()):
+            raise MemoryError
+        return (cuda_sim.empty(x.size, float),), []
+
+    graphed = Graphed(function, can_retry=can_retry)
+    graphed(np.ones(4)), graphed(np.ones(4))
+    assert driver.held() == [4 * 8]
+    with contextlib.nullcontext() if can_retry else pytest.raises(MemoryError):
+        graphed(np.ones(3))
+    assert bool(driver.held()) != can_retry
+    with pytest.raises(MemoryError):  # there is nothing more to give
+        graphed(np.ones(6))
+    assert calls == [4, 4, 3, *[3] * can_retry, 6]
+
+
 def test_memory_that_a_capture_has_used_is_not_given_back_to_make_room(driver):
     """A pool of CuPy's own would, and the graph would write into what others have."""
 
@@ -211,7 +231,6 @@ def test_the_memory_of_a_graph_is_given_back_with_it(driver):
     for _ in range(2):
         _, holder.gradients = holder.graphed(holder.x)
     del holder
-    gc.collect()
     other = Graphed(function)
     other(np.ones(4)), other(np.ones(4))
     assert driver.held() == [2 * 4 * 8] and not cuda_graph._left

@@ -1,6 +1,7 @@
 """TrainStep against the loop that it abbreviates, whatever the shards and threads; and predict."""
 
 import contextlib
+import gc
 import math
 import weakref
 
@@ -101,6 +102,20 @@ def test_loss_and_weights_keep_the_model_s_dtype(dtype, threads, n_shards):
     assert all(x.dtype == dtype and x.shape == () and not x.requires_grad for x in losses)
     assert trained.dtype == dtype
     assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_a_step_and_its_graph_go_with_the_last_reference():
+    """Without waiting for a collection, as the next step needs the graph's memory."""
+    model = nano(**RATES)
+    step = TrainStep(model, optim.SGD(model.parameters(), lr=0.1), clip_norm=1.0, threads=1)
+    step(*batch())
+    graph = weakref.ref(step.graph)
+    gc.disable()
+    try:
+        del step
+        assert graph() is None
+    finally:
+        gc.enable()
 
 
 def test_the_same_settings_give_the_same_bits_on_any_number_of_threads():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
 import threading
 import warnings
@@ -63,6 +64,7 @@ class Graphed:
         depends_on: what of a graph's surroundings makes its kind, beside the shapes and dtypes of the inputs: settings,
             and addresses of arrays that it uses.
         on_replay: the host's share of a call that is repeated.
+        can_retry: whether a call that finds no memory beside the graph of another kind may be made again without it.
 
     Attributes:
         reason: why the last call ran in single launches; None if it did not.
@@ -73,8 +75,10 @@ class Graphed:
         function: Callable[..., Results],
         depends_on: Callable[[], Hashable] = tuple,
         on_replay: Callable[[], None] = lambda: None,
+        can_retry: bool = True,
     ) -> None:
         self._function, self._depends_on, self._on_replay = function, depends_on, on_replay
+        self._can_retry = can_retry
         self._graph: _Graph | None = None
         self._kind: Hashable = None  # the graph's
         self._last_kind: Hashable = None
@@ -91,6 +95,10 @@ class Graphed:
             assert self._graph is not None
             return self._graph.replay(inputs, lambda: None)  # the host did its share while capturing
         self.reason = self._failures.get(kind, "the first call with arrays of these shapes and addresses")
+        if self._graph is not None and self._can_retry:
+            with contextlib.suppress(MemoryError):
+                return self._function(*inputs)
+            self._graph = None  # frees its memory
         return self._function(*inputs)
 
     def _capture(self, kind: Hashable, inputs: tuple[Array, ...]) -> bool:
@@ -147,6 +155,7 @@ class _Graph:
     def __init__(self, function: Callable[..., Results], inputs: tuple[Array, ...]) -> None:
         import cupy
 
+        gc.collect()  # graphs among what was let go; CuPy's own pools do the same before memory runs out
         _give_back()
         cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
         self._device, self._pool = cupy.cuda.Device(), cupy.cuda.MemoryPool(_once)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -106,7 +107,11 @@ class TrainStep:
         self.step_index = 0
         self.result = StepResult(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
-        self.graph = Graphed(self._compute, self._graph_key, lambda: self.optimizer.begin_update())
+        me = weakref.proxy(self)  # so that the graph and its memory go with the step, without waiting for a collection
+        self.graph = Graphed(
+            lambda *inputs: me._compute(*inputs), lambda: me._graph_key(), lambda: me.optimizer.begin_update(),
+            can_retry=group.size == 1,  # the others would not make their sums again
+        )  # fmt: skip
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
         """Do one step.
