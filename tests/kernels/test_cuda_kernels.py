@@ -107,6 +107,24 @@ def test_gelu_everywhere(folder, scalar, tolerance, approximate):
     assert (np.abs(decode(actual[1]) - expected[1]) / np.maximum(np.abs(dy), 1)).max() < 3 * tolerance
 
 
+def test_gelu_gives_the_layer_before_its_biass_gradient(folder):
+    x, weight, bias = (Tensor(draw(i, shape).astype(np.float32), requires_grad=True)
+                       for i, shape in enumerate(((2, 5, 6), (8, 6), (8,))))  # fmt: skip
+    dy, launched = draw(3, (2, 5, 8)).astype(np.float32), []
+
+    def gradients() -> list[np.ndarray]:
+        return grad(F.gelu(F.linear(x, weight, bias)), [x, weight, bias], dy)
+
+    expected = gradients()
+    with cuda_sim.everything_on_device(folder), pytest.MonkeyPatch.context() as patch:
+        kernel = cuda.kernel
+        patch.setattr(cuda, "kernel", lambda file, name, **c: launched.append(name) or kernel(file, name, **c))
+        actual = gradients()
+    assert launched == ["bias_gelu_forward", "bias_gelu_backward", "sum_partials"]
+    for ours, right in zip(actual, expected, strict=True):
+        assert error(ours, right) < 2e-6
+
+
 @pytest.mark.parametrize("scalar, shape", [("bf16", (3, 5, 16)), ("float", (4, 7)), ("f16", (2, 9, 2, 24))])
 def test_a_sum_with_drop_path(folder, scalar, shape):
     scale = np.random.default_rng(0).integers(0, 3, (shape[0],) + (1,) * (len(shape) - 1)) * 0.625
@@ -303,14 +321,17 @@ def test_cross_entropy_of_extreme_logits_and_of_labels_that_are_no_class(folder)
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scalar, shape, samples", [("float", (3, 5), 4), ("f16", (1, 1), 7), ("bf16", (2, 24), 3)])
+DROPS = [("float", (3, 5), 4), ("f16", (1, 1), 7), ("bf16", (2, 24), 3), ("bf16", (130, 131), 3), ("f16", (1,), 7000)]
+
+
+@pytest.mark.parametrize("scalar, shape, samples", DROPS)
 @pytest.mark.parametrize("seed, step, place, first", [(0, 0, 0, 0), (7, 123456, 3, 5), (2**32 - 1, 1, 40, 1000)])
 def test_dropout_masks_are_the_hosts(folder, scalar, shape, samples, seed, step, place, first):
     """Bit for bit, whether the step comes as a number or lies on the device."""
     drop = 0.3
     right = random.keep_mask(drop, samples, shape, random.Draw(seed, step, place, first))
     assert 0 < right.sum() < right.size or right.size < 8
-    with cuda_sim.device(folder, seed=4) as xp:
+    with cuda_sim.device(folder, seed=4, multiprocessors=1) as xp:
         like = xp.empty((samples, 2), SCALARS[scalar])
         for steps in (step, guarded(np.array(step, np.int64))):
             draw = random.Draw(seed, steps, place, first)
@@ -352,6 +373,7 @@ def test_what_no_kernel_covers_runs_through_the_reference(folder):
     ]
     with cuda_sim.device(folder):
         assert not layers.covers_cross_entropy(qkv[:0, 0], labels=np.zeros(0, np.int64))  # whose mean is NaN
+        assert cuda.covers(qkv, qkv) and not cuda.covers(qkv, qkv[:0])
         for name, inputs, params in calls:
             needs = tuple(x is not None for x in inputs)
             y, vjp = cuda_version(getattr(reference, name))(numpy_namespace, *inputs, needs=needs, **params)

@@ -25,6 +25,11 @@ def scalar(dtype: Any) -> str | None:
     return _SCALARS.get(arrays.dtype_name(dtype)) if capability() >= 80 else None
 
 
+def covers(x: Array, other: Array | None = None, *_: Any, **__: Any) -> bool:
+    """Whether the kernels know the dtype of `x`, and neither array is empty."""
+    return bool(scalar(x.dtype) and x.size and (other is None or other.size))
+
+
 def address(x: Array) -> int:
     """Where the array's first element lies in the device's memory."""
     return x.data.ptr

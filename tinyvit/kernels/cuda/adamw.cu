@@ -3,7 +3,7 @@
 //
 // adamw reads p, m, v (fp32) and the gradient and writes p, m, v and, where wanted, a copy of p in the low precision:
 // 28 bytes a number in fp32, 30 with a 16-bit gradient and copy instead of 32 with both in fp32; 15 FLOPs.
-// sum_of_squares reads the gradients. Both are bound by memory.
+// squares_many reads the gradients. Both are bound by memory.
 //
 // The parameters stand in a table in device memory. Each is cut into pieces of PIECE numbers, and block i takes the
 // i-th piece of all; which parameter that belongs to it finds by bisection. Sums of squares are doubles: fp32 squares
@@ -23,7 +23,7 @@ using C = COPY;
 
 constexpr int PIECE = 4096;
 
-struct Parameter {  // 64 bytes; the table's layout in Python is TABLE in cupy_optim.py
+struct Parameter {  // 64 bytes; the table's layout in Python is TABLE in optimizers.py
     float *p, *m, *v;
     const T* g;
     C* copy;  // may be null
@@ -32,7 +32,7 @@ struct Parameter {  // 64 bytes; the table's layout in Python is TABLE in cupy_o
     float lr_scale, weight_decay;
 };
 
-struct Control {                      // doubles, so that Python can hold them in one array: CONTROL in cupy_optim.py
+struct Control {                      // doubles, so that Python can hold them in one array: CONTROL in optimizers.py
     double lr, step;                  // set by the caller; prepare_adamw counts the step
     double correction, rate_over_lr;  // of this step: sqrt(1 - beta2^step), and that over 1 - beta1^step
     double gradient_scale;            // the gradients are multiplied by it: 1 / loss_scale, and clipping
@@ -124,7 +124,7 @@ DEVICE double block_sum(double x, unsigned char* memory) {
     return scratch[0];
 }
 
-// grid: all pieces; writes a sum for each. Shared memory here and in the next two: 256 doubles.
+// grid: all pieces; writes a sum for each. Shared memory here and in the next one: 256 doubles.
 extern "C" __global__ void __launch_bounds__(256)
     squares_many(const Parameter* __restrict__ table, int count, double* __restrict__ partial) {
     const Parameter& parameter = parameter_of(table, count, blockIdx.x);
@@ -138,17 +138,6 @@ extern "C" __global__ void __launch_bounds__(256)
         for (int j = 0; j < 4; j++) sum += double(g[j]) * g[j];
     }
     for (; i < end; i++) sum += double(to_float(parameter.g[i])) * to_float(parameter.g[i]);
-    DYNAMIC_SHARED(memory);
-    sum = block_sum(sum, memory);
-    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
-}
-
-// The same for one array, whose blocks share it.
-extern "C" __global__ void __launch_bounds__(256)
-    squares(const T* __restrict__ x, long long size, double* __restrict__ partial) {
-    double sum = 0.0;
-    for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < size; i += 1LL * gridDim.x * blockDim.x)
-        sum += double(to_float(x[i])) * to_float(x[i]);
     DYNAMIC_SHARED(memory);
     sum = block_sum(sum, memory);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;

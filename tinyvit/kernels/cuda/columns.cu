@@ -1,4 +1,4 @@
-// What follows a linear layer's product: a bias with GELU, and sums over rows for the bias's gradient.
+// What follows a linear layer's product: a bias with GELU, or GELU alone, and sums over rows for the bias's gradient.
 //
 // bias_gelu_forward and scaled read and write rows * columns numbers; bias_gelu_backward and add_scaled read twice and
 // write once as many; column_sums reads once. At most 40 FLOPs a number: bound by memory.
@@ -39,12 +39,12 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// y = gelu(x + bias)
+// y = gelu(x + bias); bias may be null
 extern "C" __global__ void __launch_bounds__(256) bias_gelu_forward(const T* __restrict__ x, const T* __restrict__ bias,
                                                                     T* __restrict__ y, long long rows, int columns) {
     const int column = first_column();
     if (column >= columns) return;
-    const V b = load<VECTOR>(bias + column);
+    const V b = bias ? load<VECTOR>(bias + column) : V{};
 #pragma unroll 4
     for (long long row = first_row(); row < rows; row += row_step()) {
         V v = load<VECTOR>(x + row * columns + column);

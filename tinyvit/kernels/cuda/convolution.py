@@ -40,10 +40,6 @@ class _Windows:
         cuda.kernel("images", name, **self._constants)((blocks,), (256,), (*arrays, np.int64(self.batch)))
 
 
-def covers_conv2d(x: Array, weight: Array, **geometry: Any) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size and weight.size)
-
-
 def conv2d(
     xp: Any, x: Array, weight: Array, *, stride: Pair, padding: Padding, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
@@ -77,7 +73,7 @@ def conv2d(
 
 
 def covers_max_pool2d(x: Array, *, kernel: Pair, **geometry: Any) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size) and kernel[0] * kernel[1] <= 256
+    return cuda.covers(x) and kernel[0] * kernel[1] <= 256
 
 
 def max_pool2d(

@@ -1,7 +1,8 @@
-// Dropout masks: the very numbers that tinyvit.random.keep_mask draws on the host.
+// Dropout masks: the very numbers that random.keep_mask draws on the host.
 //
 // Writes a mask; reads nothing. About 60 integer instructions a number: bound by them or by memory, whichever is less
-// generous. A thread makes 8 neighbouring numbers of one sample from one block of random bits; the grid goes over all.
+// generous. A thread makes 8 neighbouring numbers of one sample from one block of random bits; samples are the
+// second dimension of blocks and grid, so that nothing is divided.
 //
 // The generator is Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), its key hashed
 // from (seed, step, place) as in NumPy's SeedSequence. The step may lie in device memory, so that a captured graph
@@ -75,25 +76,28 @@ extern "C" __global__ void __launch_bounds__(256)
                  unsigned threshold, float scale) {
     const Key key = seed_sequence(seed, step_on_device ? unsigned(*step_on_device) : step, place);
     const long long blocks = (size + WIDTH - 1) / WIDTH;  // of a sample
-    for (long long i = 1LL * blockIdx.x * blockDim.x + threadIdx.x; i < samples * blocks;
-         i += 1LL * gridDim.x * blockDim.x) {
-        Word bits[4];
-        philox(bits, first_sample * blocks + i + 1, key);  // NumPy counts before it draws
-        T* to = mask + i / blocks * size;
-        const long long at = i % blocks * WIDTH;
-        Vector<T, WIDTH / 2> halves[2];
+    const long long first = 1LL * blockIdx.x * blockDim.x + threadIdx.x, across = 1LL * gridDim.x * blockDim.x;
+    const long long down = 1LL * gridDim.y * blockDim.y;
+    for (long long sample = 1LL * blockIdx.y * blockDim.y + threadIdx.y; sample < samples; sample += down) {
+        for (long long i = first; i < blocks; i += across) {
+            Word bits[4];
+            philox(bits, (first_sample + sample) * blocks + i + 1, key);  // NumPy counts before it draws
+            T* to = mask + sample * size;
+            const long long at = i * WIDTH;
+            Vector<T, WIDTH / 2> halves[2];
 #pragma unroll
-        for (int j = 0; j < WIDTH; j++) {
-            const unsigned draw = unsigned(bits[j / 2] >> 32 * (j % 2));
-            halves[j / 4].set(j % 4, draw >= threshold ? scale : 0.0f);
-        }
-        if (size % WIDTH == 0) {
-            store(to + at, halves[0]);
-            store(to + at + WIDTH / 2, halves[1]);
-        } else {
+            for (int j = 0; j < WIDTH; j++) {
+                const unsigned draw = unsigned(bits[j / 2] >> 32 * (j % 2));
+                halves[j / 4].set(j % 4, draw >= threshold ? scale : 0.0f);
+            }
+            if (size % WIDTH == 0) {
+                store(to + at, halves[0]);
+                store(to + at + WIDTH / 2, halves[1]);
+            } else {
 #pragma unroll
-            for (int j = 0; j < WIDTH; j++)
-                if (at + j < size) to[at + j] = halves[j / 4].x[j % 4];
+                for (int j = 0; j < WIDTH; j++)
+                    if (at + j < size) to[at + j] = halves[j / 4].x[j % 4];
+            }
         }
     }
 }

@@ -2,8 +2,7 @@
 //
 // APPROXIMATE 0: Phi is the normal distribution; 1: its approximation 1/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 // For 16-bit numbers the normal distribution itself is computed as 1/2 (1 + tanh(x P(x^2))) with a fitted P (error
-// below 3e-8, the coefficients of numpy_.py): with one exponential and one division it keeps pace with memory, which
-// erff does not.
+// below 3e-8): with one exponential and one division it keeps pace with memory, which erff does not.
 #pragma once
 #include "common.cuh"
 

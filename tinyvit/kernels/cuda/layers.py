@@ -52,7 +52,7 @@ def layer_norm(
 
 
 def covers_layer_norm(x: Array, *_: Any, **__: Any) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size) and _vectors(x) <= 16
+    return cuda.covers(x) and _vectors(x) <= 16
 
 
 def _vectors(x: Array) -> int:
@@ -70,9 +70,7 @@ def _width(x: Array) -> int:
 
 
 def covers_cross_entropy(logits: Array, *, labels: Array, **_: Any) -> bool:
-    return bool(cuda.scalar(logits.dtype) and logits.size) and labels.dtype == (
-        logits.dtype if labels.ndim == 2 else np.int64
-    )
+    return cuda.covers(logits) and labels.dtype == (logits.dtype if labels.ndim == 2 else np.int64)
 
 
 def cross_entropy(
@@ -115,12 +113,15 @@ def dropout_mask(xp: Any, like: Array, *, drop: float, shape: tuple[int, ...], d
     numbers = (draw.seed, 0 if on_device else draw.step, draw.number)
     mask = xp.empty((samples, *shape), dtype=like.dtype)
     seed, step, number = (np.uint32(n) for n in numbers)
-    blocks = min(math.ceil(samples * math.ceil(size / 8) / 256), 8 * cuda.multiprocessors())
+    wide = math.ceil(size / 8)  # threads for a sample
+    block = (width := min(256, 1 << (wide - 1).bit_length())), 256 // width
+    across, most = math.ceil(wide / width), 8 * cuda.multiprocessors()
+    grid = min(across, most), min(math.ceil(samples / block[1]), max(1, most // across))
     arguments = (
         mask, np.int64(samples), np.int64(size), seed, step, draw.step if on_device else cuda.NULL, number,
         np.int64(draw.first_sample), random.threshold(drop), np.float32(reference.dropout_scale(drop)),
     )  # fmt: skip
-    cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)((blocks,), (256,), arguments)
+    cuda.kernel("dropout", "dropout_mask", SCALAR=scalar)(grid, block, arguments)
     return mask
 
 

@@ -1,4 +1,4 @@
-"""Linear layers and GELU for CuPy arrays: cuBLASLt's products, `cuda/columns.cu` and `cuda/gelu.cu`."""
+"""Linear layers and GELU for CuPy arrays: cuBLASLt's products, and `cuda/columns.cu`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,6 @@ def add_linear(
     y = product(xp, rows, weight, None if bias is None else cuda.ready(bias), added)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs[1:])
     return xp.reshape(y, residual.shape), lambda dy: (dy, *linear_vjp(dy))
-
-
-def covers_add_linear(residual: Array, *inputs: Any, **_: Any) -> bool:
-    return covers_linear(*inputs)
-
-
-def covers_linear(x: Array, weight: Array, *_: Any, **__: Any) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size and weight.size)
 
 
 def product(xp: Any, rows: Array, weight: Array, bias: Array | None = None, added: Array | None = None) -> Array:
@@ -108,7 +100,7 @@ def _column_sums(xp: Any, dy: Array) -> Array:
 
 def covers_sum(x: Array, axis: tuple[int, ...]) -> bool:
     first_axes = axis == tuple(range(len(axis))) and len(axis) < x.ndim
-    return bool(first_axes and x.size and cuda.scalar(x.dtype))
+    return first_axes and cuda.covers(x)
 
 
 def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
@@ -118,7 +110,7 @@ def sum_in_fp32(xp: Any, x: Array, axis: tuple[int, ...]) -> Array:
 
 
 def covers_add_scaled(residual: Array, x: Array, **_: Any) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size) and x.ndim > 1
+    return cuda.covers(x) and x.ndim > 1
 
 
 def add_scaled(xp: Any, residual: Array, x: Array, *, scale: Array, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
@@ -145,10 +137,7 @@ def linear_gelu(
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs)
 
     def vjp(dy: Array) -> tuple[Array | None, ...]:
-        dy = cuda.ready(xp.reshape(dy, hidden.shape))
-        dhidden, partial = xp.empty(hidden.shape, dtype=hidden.dtype), partial_sums(xp, hidden)
-        columns("bias_gelu_backward", hidden, hidden, added, dy, dhidden, partial, approximate=approximate)
-        return linear_vjp(dhidden, *sum_partials(xp, partial, hidden.dtype))
+        return linear_vjp(*_gelu_backward(xp, hidden, added, dy, approximate))
 
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), vjp
 
@@ -167,24 +156,26 @@ def _linear_gelu(
     return y, hidden, bias
 
 
-def covers_gelu(x: Array, **_: Any) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size)
-
-
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    scalar = cuda.scalar(x.dtype)
-    x = cuda.ready(x)
-    y = xp.empty(x.shape, dtype=x.dtype)
-    blocks, size = math.ceil(x.size / (256 * (16 // x.dtype.itemsize))), np.int64(x.size)
-    constants = {"SCALAR": scalar, "APPROXIMATE": int(approximate == "tanh")}
-    cuda.kernel("gelu", "gelu_forward", **constants)((blocks,), (256,), (x, y, size))
+    rows = cuda.ready(xp.reshape(x, (-1, x.shape[-1] if x.ndim else 1)))
+    y = xp.empty(rows.shape, dtype=x.dtype)
+    columns("bias_gelu_forward", rows, rows, cuda.NULL, y, approximate=approximate)
 
     def vjp(dy: Array) -> tuple[Array]:
-        dx = xp.empty(x.shape, dtype=x.dtype)
-        cuda.kernel("gelu", "gelu_backward", **constants)((blocks,), (256,), (x, cuda.ready(dy), dx, size))
+        dx, sums = _gelu_backward(xp, rows, cuda.NULL, dy, approximate)
+        dx = xp.reshape(dx, x.shape)
+        note_sums(dx, sums)
         return (dx,)
 
-    return y, vjp
+    return xp.reshape(y, x.shape), vjp
+
+
+def _gelu_backward(xp: Any, x: Array, bias: Array, dy: Array, approximate: str) -> tuple[Array, Array]:
+    """The gradient of gelu(x + bias) in x (rows, columns), and the sums of its columns; bias may be NULL."""
+    dx, partial = xp.empty(x.shape, dtype=x.dtype), partial_sums(xp, x)
+    dy = cuda.ready(xp.reshape(dy, x.shape))
+    columns("bias_gelu_backward", x, x, bias, dy, dx, partial, approximate=approximate)
+    return dx, *sum_partials(xp, partial, x.dtype)
 
 
 # --- columns.cu -----------------------------------------------------------------------------------------------------

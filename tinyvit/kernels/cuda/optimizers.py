@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,29 +17,23 @@ TABLE = np.dtype(
     [(name, np.uint64) for name in ("p", "m", "v", "g", "copy")]
     + [("size", np.int64), ("first_piece", np.int64), ("lr_scale", np.float32), ("weight_decay", np.float32)]
 )
-
-
-def covers_sum_of_squares(x: Array) -> bool:
-    return bool(cuda.scalar(x.dtype) and x.size)
+Filled = tuple[Array, np.int32, int]  # what Table.fill gives
 
 
 def sum_of_squares(xp: Any, x: Array) -> Array:
-    scalar = cuda.scalar(x.dtype)
-    blocks = _blocks(x.size)
-    partial, total = xp.empty(blocks, dtype=xp.float64), xp.empty((), dtype=xp.float64)
-    squares = cuda.kernel("adamw", "squares", SCALAR=scalar)
-    squares((blocks,), (256,), (cuda.ready(x), np.int64(x.size), partial), shared_mem=8 * 256)
-    _sum_squares(scalar, partial, total)
-    return total
+    x = cuda.ready(x)
+    return _sum_of_squares(xp, cuda.scalar(x.dtype), Table(xp).fill([x.size], g=[cuda.address(x)]))
 
 
-def _blocks(size: int) -> int:
-    return min(math.ceil(size / 256), 8 * cuda.multiprocessors())
-
-
-def _sum_squares(scalar: str | None, partial: Array, total: Array) -> None:
+def _sum_of_squares(xp: Any, scalar: str | None, filled: Filled) -> Array:
+    """Of the gradients in a table."""
+    table, count, pieces = filled
+    partial, total = xp.empty(pieces, dtype=xp.float64), xp.empty((), dtype=xp.float64)
+    squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
+    squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
     kernel = cuda.kernel("adamw", "sum_squares", SCALAR=scalar)
-    kernel((1,), (256,), (partial, np.int32(partial.size), total), shared_mem=8 * 256)
+    kernel((1,), (256,), (partial, np.int32(pieces), total), shared_mem=8 * 256)
+    return total
 
 
 class Table:
@@ -50,7 +43,7 @@ class Table:
         self._xp = xp
         self._rows, self._on_device = np.zeros(0, TABLE), None
 
-    def fill(self, sizes: Sequence[int], **columns: Sequence) -> tuple[Array, np.int32, int]:
+    def fill(self, sizes: Sequence[int], **columns: Sequence) -> Filled:
         """The table's address, rows, and pieces of all; nothing is copied there if nothing has changed.
 
         A graph that is being captured gets a table of its own, which nothing writes over.
@@ -157,9 +150,6 @@ def update_adamw(
     return state.get("norm"), list(zip(parameters, m, v, strict=True))
 
 
-Filled = tuple[Array, np.int32, int]  # what Table.fill gives
-
-
 def kernel_types(gradients: Sequence[Array], rounded: Sequence[Array | None] | None) -> dict[str, Any]:
     """What adamw.cu is compiled with."""
     following = [x for x in rounded or () if x is not None]
@@ -169,12 +159,8 @@ def kernel_types(gradients: Sequence[Array], rounded: Sequence[Array | None] | N
 
 def limit_norm(xp: Any, state: UpdateState, types: dict, filled: Filled, max_norm: float, loss_scale: Any) -> None:
     """Find the gradients' norm, and from it what they are multiplied by and whether the step is skipped."""
-    (table, count, pieces), scalar = filled, types["SCALAR"]
-    partial, total = xp.empty(pieces, dtype=xp.float64), xp.empty((), dtype=xp.float64)
-    squares = cuda.kernel("adamw", "squares_many", SCALAR=scalar)
-    squares((pieces,), (256,), (table, count, partial), shared_mem=8 * 256)
-    _sum_squares(scalar, partial, total)
-    clip = cuda.kernel("adamw", "clip_gradient", SCALAR=scalar)
+    total = _sum_of_squares(xp, types["SCALAR"], filled)
+    clip = cuda.kernel("adamw", "clip_gradient", SCALAR=types["SCALAR"])
     scaling = (cuda.NULL, cuda.NULL, np.int32(0), np.float32(0))
     if loss_scale is not None:
         limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
@@ -213,7 +199,7 @@ def update_average(
 
 
 KERNELS = {
-    reference.sum_of_squares: Kernel(sum_of_squares, covers_sum_of_squares),
+    reference.sum_of_squares: Kernel(sum_of_squares, cuda.covers),
     reference.UpdateState: Kernel(UpdateState),
     reference.update_adamw: Kernel(update_adamw, covers_update),
     reference.update_average: Kernel(update_average, covers_average),
