@@ -161,6 +161,25 @@ def test_products_through_cublas(folder, scalar, rows, inner, columns):
     assert ("GELU_AUX_BIAS" in library.calls) == (scalar != "float" and columns % 8 == 0)
 
 
+@pytest.mark.parametrize("fast, capability", [(True, 90), (True, 80), (False, 90)])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_inputs_gradient_in_tf32(folder, seed, fast, capability):
+    """On Hopper a product in the forward one's layout."""
+    rows, inner, outer = np.random.default_rng(seed).integers(1, 70, 3).tolist()
+    x, weight, dy = (draw(i, shape) for i, shape in enumerate(((rows, inner), (outer, inner), (rows, outer))))
+    token = cublas.tf32.set(fast)
+    try:
+        with cuda_sim.device(folder, library=CuBLASLt(), capability=capability) as xp:
+            inputs = (guarded(a.astype(np.float32)) for a in (x, weight, dy))
+            _, vjp = linear.linear(xp, next(inputs), next(inputs), None, needs=(True, True, False))
+            dx, dweight, _ = vjp(next(inputs))
+            layouts = {(key.columns, key.a_transposed, key.b_transposed) for key in cublas._plans if key.rows == rows}
+    finally:
+        cublas.tf32.reset(token)
+    assert error(dx, dy @ weight) < 1e-6 and error(dweight, dy.T @ x) < 1e-6
+    assert (inner, False, fast and capability == 90) in layouts
+
+
 @pytest.mark.parametrize("without", [("BIAS", "GELU_AUX_BIAS"), ("DEFAULT", "BIAS")])
 def test_products_without_some_epilogues(folder, without):
     """Where cuBLASLt has no algorithm for one our own kernels, or CuPy's product, take its place."""

@@ -99,6 +99,9 @@ def linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, keep: bool) -> tu
 
 def input_gradient(xp: Any, dy: Array, weight: Array) -> Array | None:
     """dy W: dy (R, O), weight (O, I) -> (R, I); None if not covered."""
+    if tf32.get() and dy.dtype == np.float32 and cuda.capability() == 90:
+        # Hopper's wgmma takes tf32 only where the numbers of a sum lie side by side, as they do in the forward product.
+        return linear(xp, dy, cuda.ready(weight.T), None)
     dx = xp.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype)
     return dx if _product(xp, dy, weight, dx) else None
 
