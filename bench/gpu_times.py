@@ -3,7 +3,10 @@
     python bench/gpu_times.py                                # all but the last two: about a minute
     python bench/gpu_times.py --only steps attention --json times.json
     python bench/gpu_times.py --only profile                 # which kernels a step consists of; needs torch for CUDA
-    python bench/gpu_times.py --only tune                    # attention under other plans than our own
+    python bench/gpu_times.py --only tune                    # products under cuBLASLt's first eight algorithms
+
+`tune` keeps each product's fastest algorithm in a file beside CuPy's compiled kernels, which later runs on this kind of
+device read: they add up in other orders, so that their last digits change. Deleting the file undoes it.
 
 Times of kernels are the device's own: a CUDA graph of several calls, timed by events. That the results are right is
 what `python -m pytest -m gpu` shows.
@@ -16,7 +19,6 @@ import functools
 import importlib
 import json
 import math
-import os
 import sys
 import time
 import traceback
@@ -34,7 +36,7 @@ from tinyvit import optim
 from tinyvit.backend import random
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
-from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers
+from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers, product_file
 
 NAMES = ("steps", "predictions", "attention", "products", "others", "profile", "tune")
 parser = devices.Parser("gpu_times", __doc__)
@@ -125,40 +127,6 @@ def time_attention() -> None:
         rates = f"{flops / forward / 1e6:4.0f} and {2.5 * flops / backward / 1e6:4.0f} TFLOP/s"
         print(f"  {shape:16} {forward:7.1f} {backward:7.1f} {forward + backward:7.1f}   {rates}")
         results.append({"time": f"attention {shape}", "microseconds": [forward, backward]})
-
-
-def tune_attention() -> None:
-    """Other plans than our own for the mma.sync kernels, fastest first."""
-    os.environ["TINYVIT_WGMMA"] = "0"
-    own = attention.forward_tiling, attention.backward_tiling
-    step = {False: ("KEYS", (32, 64, 80)), True: ("QUERIES", (32, 64))}
-    for batch, heads, n in ATTENTION:
-        for back in (False, True):
-            timed = []
-            for choice in choices(n, *step[back]):
-                plan = own[back](n, n, 64, 2, **choice)
-                if plan is None:
-                    continue
-                name = "backward_tiling" if back else "forward_tiling"
-                setattr(attention, name, functools.partial(own[back], **choice))
-                try:
-                    timed.append((microseconds(attention_calls(batch, heads, n, back), 7), plan.constants, plan.parts))
-                except Exception as problem:  # a plan that the device refuses
-                    print(f"  {choice}: {problem}")
-                finally:
-                    attention.forward_tiling, attention.backward_tiling = own
-            print(f"\n{'backward' if back else 'forward'} {batch} x {heads} x {n}; ours is {own[back](n, n, 64, 2)}")
-            for micros, constants, parts in sorted(timed, key=lambda row: row[0])[:6]:
-                print(f"  {micros:7.1f}  {constants} in {parts}")
-            results.append({"tune": f"{batch} x {heads} x {n}", "backward": back, "times": timed})
-
-
-def choices(n: int, step: str, sizes: tuple[int, ...]) -> Iterator[dict[str, int]]:
-    for tiles in (1, 2) if n > 16 else (1,):
-        for size in sizes:
-            for warps in (4, 5, 7, 8, 13):
-                if warps <= math.ceil(n / 16 / tiles):
-                    yield {"TILES": tiles, step: size, "WARPS": warps}
 
 
 def copy_rate() -> float:
@@ -273,6 +241,40 @@ def time_products() -> None:
         cublas.tf32.reset(token)
 
 
+def tune_products() -> None:
+    """Measure cuBLASLt's algorithms for every product of the models' steps and predictions, and keep the fastest."""
+    for name, size in STEPS:
+        for precision in ("bf16", "tf32"):
+            with single_launches():
+                step = make_step(precision, name)
+                images, labels = batch(size, step.model.config)
+                step(images, labels)
+                tinyvit.predict(step.model, images, batch_size=size, precision=precision)
+            del step, images, labels
+            cupy.get_default_memory_pool().free_all_blocks()
+    for key in [key for key, plan in cublas._plans.items() if plan is not None]:
+        token = cublas.tf32.set(key.tf32)
+        times = cublas.search(key, functools.partial(microseconds, product_calls(key), 7))
+        cublas.tf32.reset(token)
+        print(f"  {times[0]:7.1f} to {min(times):7.1f}  {' '.join(map(str, key[1:]))}")
+        results.append({"tune": key._asdict(), "microseconds": times})
+    print(f"  kept in {product_file.path()}")
+
+
+def product_calls(key: Any) -> list[Callable[[], Any]]:
+    """Calls of products of a kind."""
+    dtype, calls = BF16 if key.scalar == "bf16" else FP32, []
+    a_shape, b_shape = (key.rows, key.inner), (key.inner, key.columns)
+    shapes = (a_shape[:: -1 if key.a_transposed else 1], b_shape[:: -1 if key.b_transposed else 1])
+    options = {"a_transposed": key.a_transposed, "b_transposed": key.b_transposed, "epilogue": key.epilogue}
+    if key.epilogue == "BIAS":
+        options["bias"] = random_array(key.columns, dtype)
+    for _ in sets(dtype.itemsize * (math.prod(a_shape) + math.prod(b_shape) + key.rows * key.columns)):
+        operands = (random_array(shape, dtype) for shape in (*shapes, (key.rows, key.columns)))
+        calls.append(functools.partial(cublas._product, xp, *operands, **options))
+    return calls
+
+
 # --- training steps and predictions ---------------------------------------------------------------------------------
 
 
@@ -368,7 +370,7 @@ def time_predictions() -> None:
 
 def main() -> None:
     parts = (
-        time_steps, time_predictions, time_attention, time_products, time_others, profile_steps, tune_attention,
+        time_steps, time_predictions, time_attention, time_products, time_others, profile_steps, tune_products,
     )  # fmt: skip
     machine = devices.machine(gpu)
     print(json.dumps(machine))

@@ -261,6 +261,36 @@ def test_products_through_cublaslt(xp, rng, name, limit, rows, inner, outer):
         cublas.tf32.reset(token)
 
 
+def test_a_search_for_products_is_kept(xp, rng, tmp_path, monkeypatch):
+    """All that cuBLASLt proposes is right, and another process finds and takes what was kept."""
+    from tinyvit.kernels.cuda import cublas, product_file
+
+    if cublas.library() is None:
+        pytest.skip(cublas.missing())
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cublas, "_plans", {})
+    product_file._read.cache_clear()
+    x, dy = (rng.standard_normal((197 * 16, width)).astype(np.float16) for width in (768, 2304))
+    exact, arguments, calls = dy.T.astype(np.float64) @ x, (xp, xp.asarray(dy), xp.asarray(x)), []
+
+    def measure():
+        calls.append(cublas.weight_gradient(*arguments))
+        assert difference(calls[-1], exact) < LIMITS["float16"]
+        return -len(calls)  # so that the last is the best
+
+    try:
+        cublas.weight_gradient(*arguments)
+        (key,) = cublas._plans
+        assert len(cublas.search(key, measure)) == len(calls) > 0
+        chosen = cublas._plans.pop(key).algorithm
+        product_file._read.cache_clear()
+        again = cublas.weight_gradient(*arguments)
+        assert np.array_equal(cublas._plans[key].algorithm, chosen)
+        assert arrays.to_numpy(again).tobytes() == arrays.to_numpy(calls[-1]).tobytes()
+    finally:
+        product_file._read.cache_clear()
+
+
 @functools.cache
 def capture_stream():
     """One for all tests: cuBLASLt keeps a workspace for each stream."""

@@ -56,6 +56,7 @@ EIGHT_BYTES = (
 )  # cublasLt.h
 SCALARS = {0: "float", 2: "f16", 14: "bf16"}  # cudaDataType_t
 ITEMSIZE = {"float": 4, "f16": 2, "bf16": 2}
+ALGORITHMS = (7, 8, 9)
 
 
 class cuBLASLtError(Exception):
@@ -75,17 +76,25 @@ class CuBLASLt:
     without: epilogues for which there is no algorithm.
     refused: epilogues whose algorithm is offered and then refused.
     alignment: the largest MIN_ALIGNMENT_*_BYTES for which there are algorithms.
+
+    Algorithms are numbers, 64 times in a row; three are offered. `unknown` are those that it does not take.
     """
 
     Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute = Epilogue, MatmulDescAttribute, MatmulPreferenceAttribute
     MatrixLayoutAttribute = MatrixLayoutAttribute
     MatmulHeuristicResult, cuBLASLtError = HeuristicResult, cuBLASLtError
 
+    version, unknown = 130100, ()
+
     def __init__(self, without: tuple[str, ...] = (), refused: tuple[str, ...] = (), alignment: int = 16) -> None:
         self._without, self._refused, self._alignment = without, refused, alignment
         self._numbers = itertools.count(1000)
         self._objects: dict[Any, Any] = {}
         self.calls: list[str] = []  # the epilogue of each product
+        self.algorithms: list[int] = []  # and its algorithm
+
+    def get_version(self) -> int:
+        return self.version
 
     def _new(self, value: Any) -> int:
         number = next(self._numbers)
@@ -128,7 +137,7 @@ class CuBLASLt:
         self, handle: int, description: int, a: int, b: int, c: int, d: int, preference: int, wanted: int, results: int,
         count: int,
     ) -> None:  # fmt: skip
-        assert self._objects[handle] == "handle" and wanted == 1 and c == d
+        assert self._objects[handle] == "handle" and wanted >= 1 and c == d
         settings = self._objects[description]
         self._check_shapes(settings, a, b, d)
         epilogue, rows = Epilogue(settings[MatmulDescAttribute.EPILOGUE]).name, self._objects[d][1]
@@ -139,8 +148,24 @@ class CuBLASLt:
         assert alignment in (16, ITEMSIZE[self._objects[d][0]])
         if alignment > self._alignment:
             return
-        ctypes.memset(results, 7, 96)
-        ctypes.memmove(count, ctypes.byref(ctypes.c_int(1)), 4)
+        offered = ALGORITHMS[:wanted]
+        for i, algorithm in enumerate(offered):
+            ctypes.memset(results + 96 * i, algorithm, 96)
+        ctypes.memmove(count, ctypes.byref(ctypes.c_int(len(offered))), 4)
+
+    def matmul_algo_check(
+        self, handle: int, description: int, a: int, b: int, c: int, d: int, algorithm: int, result: int
+    ) -> None:
+        assert self._objects[handle] == "handle" and c == d
+        self._check_shapes(self._objects[description], a, b, d)
+        self._algorithm(algorithm)
+        ctypes.memset(result, 0, 96)
+
+    def _algorithm(self, pointer: int) -> int:
+        (number,) = set(ctypes.string_at(pointer, 64))
+        if number not in ALGORITHMS or number in self.unknown:
+            raise cuBLASLtError("INVALID_VALUE")
+        return number
 
     def _check_shapes(self, settings: dict, a: int, b: int, d: int) -> None:
         (_, ra, ca, _), (_, rb, cb, _), (_, rd, cd, _) = (self._objects[x] for x in (a, b, d))
@@ -152,7 +177,8 @@ class CuBLASLt:
         self, handle: int, description: int, alpha: int, a: int, a_layout: int, b: int, b_layout: int, beta: int,
         c: int, c_layout: int, d: int, d_layout: int, algorithm: int, workspace: int, workspace_size: int, stream: int,
     ) -> None:  # fmt: skip
-        assert self._objects[handle] == "handle" and ctypes.string_at(algorithm, 64) == b"\7" * 64
+        assert self._objects[handle] == "handle"
+        number = self._algorithm(algorithm)
         assert all(pointer % 16 == 0 for pointer in (a, b, c, d)), "a pointer that is not aligned"
         ctypes.memset(workspace, 0xFF, workspace_size)
         settings, numbers = dict(self._objects[description]), (_float(alpha), _float(beta))
@@ -165,6 +191,7 @@ class CuBLASLt:
         if epilogue in self._refused:
             raise cuBLASLtError("NOT_SUPPORTED")
         self.calls.append(epilogue)
+        self.algorithms.append(number)
 
         def work() -> None:
             for i in range(many):

@@ -179,6 +179,7 @@ def device(
         "ready": lambda x: ready(np.asarray(x)),  # NumPy makes scalars of arrays without dimensions
         "upload": _upload,
         "device": lambda: 0,
+        "device_name": lambda: "NVIDIA Simulation",
         "stream": lambda: 0,
     }
     before = {name: getattr(cuda, name) for name in stand_ins} | {"library": cublas.library, "missing": cublas.missing}

@@ -93,6 +93,13 @@ def multiprocessors() -> int:
     return _facts(device()).multiprocessors
 
 
+def device_name() -> str:
+    """The current device's name, such as "NVIDIA H200"."""
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceProperties(device())["name"].decode()
+
+
 def device() -> int:
     """The current device's number."""
     import cupy

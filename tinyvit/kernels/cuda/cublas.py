@@ -12,9 +12,11 @@ All sums are fp32. Where nvmath-python is missing, or cuBLASLt has no algorithm,
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
 import warnings
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import numpy as np
 from tinyvit.backend.arrays import Array
 from tinyvit.files.text import one_line
 from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import product_file
 
 WORKSPACE = 32 << 20  # bytes, what NVIDIA recommends for Hopper
 ALIGNMENT = 16  # bytes: where `cuda.ready` arrays start, at least
@@ -30,6 +33,7 @@ _ITEMSIZE = {"float": 4, "f16": 2, "bf16": 2}
 _FP32_SUMS = 2  # cublasLtReductionScheme_t COMPUTE_TYPE: parts of a sum are never added up in 16 bits
 _TYPES = {"float": 0, "f16": 2, "bf16": 14}  # cudaDataType_t
 _FP32, _TF32 = 68, 77  # cublasComputeType_t
+_RESULT = 96  # bytes of a cublasLtMatmulHeuristicResult_t, which begins with an algorithm
 
 tf32: ContextVar[bool] = ContextVar("tinyvit_tf32", default=False)  # whether fp32 products may round operands to tf32
 _lock = threading.Lock()  # plans are shared, and each call writes its own pointers into one
@@ -54,7 +58,7 @@ class _Key(NamedTuple):
 class _Algorithm(NamedTuple):
     description: int
     layouts: tuple[int, ...]  # cuBLASLt's A, B and D
-    algorithm: Any
+    algorithm: np.ndarray  # its bytes
 
 
 def library() -> Any:
@@ -169,7 +173,7 @@ def _product(
                 _handle(device), plan.description,
                 factors.ctypes.data, cuda.address(b), a_layout, cuda.address(a), b_layout,
                 factors[1:].ctypes.data, cuda.address(c), y_layout, cuda.address(y), y_layout,
-                plan.algorithm.ptr, cuda.address(workspace), WORKSPACE, stream,
+                plan.algorithm.ctypes.data, cuda.address(workspace), WORKSPACE, stream,
             )  # fmt: skip
         except lt.cuBLASLtError as error:  # an algorithm that it offers and then refuses
             _plans[key] = None
@@ -178,7 +182,7 @@ def _product(
 
 
 def _plan(key: _Key) -> _Algorithm | None:
-    """How cuBLASLt is to compute such products: its first choice; None if it has none."""
+    """How cuBLASLt is to compute such products: as a search has found, else its first choice; None if it has none."""
     lt = library()
     description = lt.matmul_desc_create(_TF32 if key.tf32 else _FP32, _TYPES["float"])
     attribute = lt.MatmulDescAttribute
@@ -201,32 +205,67 @@ def _plan(key: _Key) -> _Algorithm | None:
     for layout, (r, c) in zip(layouts, shapes, strict=True) if key.many > 1 else ():
         _set(lt.matrix_layout_set_attribute, layout, lt.MatrixLayoutAttribute.BATCH_COUNT, key.many, np.int32)
         _set(lt.matrix_layout_set_attribute, layout, lt.MatrixLayoutAttribute.STRIDED_BATCH_OFFSET, r * c)
-    for alignment in (ALIGNMENT, _ITEMSIZE[key.scalar]):
-        algorithm = _first_choice(key, description, layouts, alignment)
-        if algorithm is not None:
-            return _Algorithm(description, layouts, algorithm)
-    return None
+    algorithm = product_file.find(_name(key))
+    if algorithm is None or not _takes(key, description, layouts, algorithm):
+        algorithm = next(iter(_choices(key, description, layouts, 1)), None)
+    return None if algorithm is None else _Algorithm(description, layouts, algorithm)
 
 
-def _first_choice(key: _Key, description: int, layouts: tuple[int, ...], alignment: int) -> Any:
-    """The algorithm that cuBLASLt's heuristic finds for matrices that begin at such multiples of bytes, or None."""
-    lt = library()
-    preference, limit = lt.matmul_preference_create(), lt.MatmulPreferenceAttribute
-    _set(lt.matmul_preference_set_attribute, preference, limit.MAX_WORKSPACE_BYTES, WORKSPACE, np.uint64)
-    _set(lt.matmul_preference_set_attribute, preference, limit.REDUCTION_SCHEME_MASK, _FP32_SUMS, np.uint32)
-    for matrix in "ABCD":
-        name = limit[f"MIN_ALIGNMENT_{matrix}_BYTES"]
-        _set(lt.matmul_preference_set_attribute, preference, name, alignment, np.uint32)
-    found, count = lt.MatmulHeuristicResult(1), np.zeros(1, np.int32)
-    a, b, y = layouts
+def search(key: _Key, measure: Callable[[], float], count: int = 8) -> list[float]:
+    """Use the algorithm for a kind of products with which `measure`, which computes one, is lowest, and keep it.
+
+    It is called with each of the `count` that cuBLASLt's heuristic puts first. Returns what it gave, in their order.
+    """
+    plan, measured = _plans[key], []
+    assert plan is not None
+    for algorithm in _choices(key, plan.description, plan.layouts, count):
+        _plans[key] = plan._replace(algorithm=algorithm)
+        time = measure()
+        if _plans[key] is not None:  # it was not refused
+            measured.append((time, algorithm))
+    best = min(measured, key=lambda pair: pair[0])[1]
+    _plans[key] = plan._replace(algorithm=best)
+    product_file.keep(_name(key), best)
+    return [time for time, _ in measured]
+
+
+def _name(key: _Key) -> str:
+    kind = " ".join(f"{name}={value}" for name, value in key._asdict().items() if name != "device")
+    return f"{cuda.device_name()}, cuBLASLt {library().get_version()}: {kind}"
+
+
+def _takes(key: _Key, description: int, layouts: tuple[int, ...], algorithm: np.ndarray) -> bool:
+    lt, (a, b, y) = library(), layouts
+    result = lt.MatmulHeuristicResult(1)
     try:
-        lt.matmul_algo_get_heuristic(
-            _handle(key.device), description, a, b, y, y, preference, 1, found.ptr, count.ctypes.data
-        )
-    except lt.cuBLASLtError:  # an epilogue that it does not have for these types or sizes
-        count[0] = 0
-    lt.matmul_preference_destroy(preference)
-    return found if count[0] else None
+        lt.matmul_algo_check(_handle(key.device), description, a, b, y, y, algorithm.ctypes.data, result.ptr)
+    except lt.cuBLASLtError:
+        return False
+    return True
+
+
+def _choices(key: _Key, description: int, layouts: tuple[int, ...], count: int) -> list[np.ndarray]:
+    """What cuBLASLt's heuristic puts first, for matrices aligned as well as it has anything for."""
+    lt, (a, b, y) = library(), layouts
+    results, found, limit = lt.MatmulHeuristicResult(count), np.zeros(1, np.int32), lt.MatmulPreferenceAttribute
+    for alignment in (ALIGNMENT, _ITEMSIZE[key.scalar]):
+        preference = lt.matmul_preference_create()
+        _set(lt.matmul_preference_set_attribute, preference, limit.MAX_WORKSPACE_BYTES, WORKSPACE, np.uint64)
+        _set(lt.matmul_preference_set_attribute, preference, limit.REDUCTION_SCHEME_MASK, _FP32_SUMS, np.uint32)
+        for matrix in "ABCD":
+            name = limit[f"MIN_ALIGNMENT_{matrix}_BYTES"]
+            _set(lt.matmul_preference_set_attribute, preference, name, alignment, np.uint32)
+        try:
+            lt.matmul_algo_get_heuristic(
+                _handle(key.device), description, a, b, y, y, preference, count, results.ptr, found.ctypes.data
+            )
+        except lt.cuBLASLtError:  # an epilogue that it does not have for these types or sizes
+            found[0] = 0
+        lt.matmul_preference_destroy(preference)
+        if found[0]:
+            break
+    texts = (ctypes.string_at(results.ptr + _RESULT * i, product_file.SIZE) for i in range(found[0]))
+    return [np.frombuffer(text, np.uint8).copy() for text in texts]
 
 
 def _set(function: Any, target: int, attribute: int, value: int, dtype: Any = np.int64) -> None:
