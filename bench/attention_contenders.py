@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import tinyvit
-from tinyvit import functional as F
+from tinyvit import kernels
 from tinyvit.backend import arrays, parallel
 from tinyvit.kernels import reference
 
@@ -35,25 +34,23 @@ class Inputs:
 
 
 def tinyvit_calls(inputs: Inputs, backward: bool) -> Callable[[int], list[Array]]:
-    """Our operation, on a CPU in shards on all cores as `TrainStep` and `predict` run it."""
+    """Our kernel, on a CPU in shards on all cores as `TrainStep` and `predict` run it.
 
-    def forward(qkv: Array, dy: Array) -> Array:
-        with tinyvit.no_grad():
-            return F.qkv_attention(tinyvit.Tensor(qkv), inputs.heads).data
-
-    def both(qkv: Array, dy: Array) -> Array:
-        x = tinyvit.Tensor(qkv, requires_grad=True)
-        return tinyvit.grad(F.qkv_attention(x, inputs.heads), x, dy)
-
-    return _in_shards(both if backward else forward, inputs)
+    It is called by itself, for within a backward pass it would also sum the columns of its gradient.
+    """
+    return _calls(kernels.best(reference.qkv_attention, arrays.namespace(inputs.qkvs[0])), inputs, backward)
 
 
 def reference_calls(inputs: Inputs, backward: bool) -> Callable[[int], list[Array]]:
     """The same operation's reference in the array API, in the same shards."""
+    return _calls(reference.qkv_attention, inputs, backward)
+
+
+def _calls(operation: Callable, inputs: Inputs, backward: bool) -> Callable[[int], list[Array]]:
     xp = arrays.namespace(inputs.qkvs[0])
 
     def attend(qkv: Array, dy: Array) -> Array:
-        y, vjp = reference.qkv_attention(xp, qkv, num_heads=inputs.heads, needs=(backward,))
+        y, vjp = operation(xp, qkv, num_heads=inputs.heads, needs=(backward,))
         return vjp(dy)[0] if backward else y
 
     return _in_shards(attend, inputs)

@@ -15,6 +15,9 @@ import pytest
 from matplotlib import image
 from matplotlib.colors import to_rgb
 
+from tinyvit import kernels
+from tinyvit.kernels import reference
+
 SMALL = ["--device", "cpu", "--cases", "cifar-p8", "--batches", "3", "--rounds", "1"]
 
 
@@ -102,6 +105,21 @@ def test_attention_notices_wrong_results_and_refusals(monkeypatch, capsys):
     assert "1.0e-02" in rows["tinyvit"][0] and "1.0e-02" not in rows["tinyvit"][1]
     assert "nan" in rows["torch flash"][0] and "nan" in rows["torch flash"][1]
     assert rows["torch math"][0].strip() == "MemoryError"
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_is_timed_alone(monkeypatch, backward):
+    """The fastest kernel of the arrays at hand; no sums for the layer before it, which a backward pass asks for."""
+    notes, best = [], kernels.best
+
+    def operation(xp, qkv, **options):
+        y, vjp = best(reference.qkv_attention, xp)(xp, qkv, **options)
+        return y, lambda dy: (notes.append(kernels.notes.get()), vjp(dy))[1]
+
+    monkeypatch.setattr(kernels, "best", lambda op, xp: operation if op is reference.qkv_attention else best(op, xp))
+    inputs = attention_contenders.Inputs(2, [np.ones((1, 5, 24), np.float32)], [np.ones((1, 5, 8), np.float32)])
+    (result,) = attention_contenders.CONTENDERS["tinyvit"](inputs, backward)(0)
+    assert result.shape == (1, 5, 24 if backward else 8) and notes == [None] * backward
 
 
 def test_attention_says_why_a_backend_refuses():
