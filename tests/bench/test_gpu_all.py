@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import tarfile
 import time
 
 import attention_bench
@@ -48,6 +50,13 @@ def test_a_part_that_fails_or_hangs_leaves_the_others_alone(tmp_path, monkeypatc
         "long": "not started: no time left",
     }
     assert json.loads((tmp_path / "gpu_all.json").read_text()) == records
+    (tmp_path / "kernels").mkdir()
+    for name in ("kernels/compiled.json", "kernels/tinyvit_products.json"):
+        (tmp_path / name).write_text("{}")
+    gpu_all.pack(tmp_path)
+    with tarfile.open(tmp_path / "gpu_all.tar.gz") as tar:
+        texts = {f"{name}.txt" for name in ("broken", "hanging", "stubborn", "fine")}
+        assert set(tar.getnames()) == texts | {"gpu_all.json", "tinyvit_products.json"}
     shown = {name: (tmp_path / f"{name}.txt").read_text().strip() for name in ("broken", "hanging", "stubborn", "fine")}
     assert (shown["broken"], shown["hanging"], shown["fine"]) == ("before", "interrupted", str(gpu_all.ROOT))
     time.sleep(0.1)  # the child is killed with its parent
@@ -89,8 +98,10 @@ def test_the_parts_are_commands_that_exist(tmp_path):
         for file in (x for x in part.command if x.startswith("tests")):
             assert (gpu_all.ROOT / file).exists()
     assert len({part.name for part in table}) == len(table)
-    names = [part.name for part in table]  # a quarter of an hour has room for what matters
-    assert sum(part.limit for part in table[: names.index("steps-tiny") + 1]) <= 15 * 60
+    limits = list(itertools.accumulate(part.limit for part in table))
+    ends = {part.name: limit + gpu_all.GRACE for part, limit in zip(table, limits, strict=True)}
+    assert ends["attention"] < ends["steps-tiny"] < ends["steps-base"] <= 8 * 60  # eight minutes have room for these
+    assert ends["tests-steps"] <= 15 * 60
 
 
 def test_every_test_of_a_kernel_is_in_one_group(tmp_path):
