@@ -16,6 +16,7 @@ import tinyvit
 from tinyvit import TrainStep, optim, predict
 from tinyvit import functional as F
 from tinyvit.backend import arrays, devices, random
+from tinyvit.distributed import Group
 from tinyvit.engine.tensor import Tensor
 
 RATES = dict(drop_path=0.3, drop_rate=0.2, attn_drop_rate=0.2, proj_drop_rate=0.2, pos_drop_rate=0.1)
@@ -116,6 +117,12 @@ def test_a_step_and_its_graph_go_with_the_last_reference():
         assert graph() is None
     finally:
         gc.enable()
+
+
+def test_a_step_of_a_group_is_not_made_again_by_one_process():
+    """Without memory it fails: the others wait for each of its sums once."""
+    model, two = nano(), type("Two", (Group,), {"size": 2})()
+    assert not TrainStep(model, optim.SGD(model.parameters(), lr=0.1), group=two).graph._can_retry
 
 
 def test_the_same_settings_give_the_same_bits_on_any_number_of_threads():
