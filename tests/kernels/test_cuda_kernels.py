@@ -254,7 +254,7 @@ def test_the_stand_in_for_cublas_has_nvidias_numbers():
             assert getattr(theirs, name)[ours.name] == ours
     assert issubclass(theirs.cuBLASLtError, Exception) and theirs.matmul_heuristic_result_dtype.itemsize == 96
     assert theirs.matmul_heuristic_result_dtype.fields["algo"][1] == 0 and theirs.ReductionScheme.COMPUTE_TYPE == 2
-    assert theirs.MatmulHeuristicResult(1).ptr % 8 == 0
+    assert theirs.MatmulHeuristicResult(8).ptr % 8 == 0 and callable(theirs.matmul_algo_check)
 
 
 @pytest.mark.parametrize("rows, columns", [(37, 264), (5, 9)])
