@@ -123,7 +123,7 @@ def test_a_call_that_finds_no_memory_beside_a_graph_takes_that_of_the_graph(driv
             raise MemoryError
         return (cuda_sim.empty(x.size, float),), []
 
-    graphed = Graphed(function, can_retry=can_retry)
+    graphed = Graphed(function, can_retry=lambda: can_retry)
     graphed(np.ones(4)), graphed(np.ones(4))
     assert driver.held() == [4 * 8]
     with contextlib.nullcontext() if can_retry else pytest.raises(MemoryError):

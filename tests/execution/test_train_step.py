@@ -119,10 +119,24 @@ def test_a_step_and_its_graph_go_with_the_last_reference():
         gc.enable()
 
 
-def test_a_step_of_a_group_is_not_made_again_by_one_process():
-    """Without memory it fails: the others wait for each of its sums once."""
-    model, two = nano(), type("Two", (Group,), {"size": 2})()
-    assert not TrainStep(model, optim.SGD(model.parameters(), lr=0.1), group=two).graph._can_retry
+@pytest.mark.parametrize("part, again", [("forward", True), ("update", False), ("forward in a group", False)])
+def test_what_a_step_without_memory_has_done_is_not_done_twice(monkeypatch, part, again):
+    """Before the update nothing is lost; but the others of a group wait for each of its sums once."""
+    model = nano()
+    step = TrainStep(model, optim.SGD(model.parameters(), lr=0.1), threads=1)
+    step(*batch())
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    if part == "update":
+        monkeypatch.setattr(step.optimizer, "_update", fail)
+    else:
+        monkeypatch.setattr(model, "forward", fail)
+        step.group = type("Two", (Group,), {"size": 2})() if "group" in part else step.group
+    with pytest.raises(MemoryError):
+        step(*batch())
+    assert step.graph._can_retry() is again
 
 
 def test_the_same_settings_give_the_same_bits_on_any_number_of_threads():

@@ -64,7 +64,7 @@ class Graphed:
         depends_on: what of a graph's surroundings makes its kind, beside the shapes and dtypes of the inputs: settings,
             and addresses of arrays that it uses.
         on_replay: the host's share of a call that is repeated.
-        can_retry: whether a call that finds no memory beside the graph of another kind may be made again without it.
+        can_retry: whether a call that found no memory beside the graph of another kind may be made again without it.
 
     Attributes:
         reason: why the last call ran in single launches; None if it did not.
@@ -75,7 +75,7 @@ class Graphed:
         function: Callable[..., Results],
         depends_on: Callable[[], Hashable] = tuple,
         on_replay: Callable[[], None] = lambda: None,
-        can_retry: bool = True,
+        can_retry: Callable[[], bool] = lambda: True,
     ) -> None:
         self._function, self._depends_on, self._on_replay = function, depends_on, on_replay
         self._can_retry = can_retry
@@ -95,10 +95,12 @@ class Graphed:
             assert self._graph is not None
             return self._graph.replay(inputs, lambda: None)  # the host did its share while capturing
         self.reason = self._failures.get(kind, "the first call with arrays of these shapes and addresses")
-        if self._graph is not None and self._can_retry:
-            with contextlib.suppress(MemoryError):
-                return self._function(*inputs)
-            self._graph = None  # frees its memory
+        try:
+            return self._function(*inputs)
+        except MemoryError:
+            if self._graph is None or not self._can_retry():
+                raise
+        self._graph = None  # frees its memory
         return self._function(*inputs)
 
     def _capture(self, kind: Hashable, inputs: tuple[Array, ...]) -> bool:

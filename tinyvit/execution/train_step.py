@@ -107,10 +107,11 @@ class TrainStep:
         self.step_index = 0
         self.result = StepResult(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
+        self._has_effects = False  # whether a step that fails has changed something already
         me = weakref.proxy(self)  # so that the graph and its memory go with the step, without waiting for a collection
         self.graph = Graphed(
             lambda *inputs: me._compute(*inputs), lambda: me._graph_key(), lambda: me.optimizer.begin_update(),
-            can_retry=group.size == 1,  # the others would not make their sums again
+            can_retry=lambda: not me._has_effects,
         )  # fmt: skip
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
@@ -132,6 +133,7 @@ class TrainStep:
         self.model.train()
         like = self.parameters[0].data
         self._gradients = []  # the last step's: their memory is this one's
+        self._has_effects = self.group.size > 1  # the others of a group would not make their sums again
         with parallel.limit(self.threads), arrays.on_device_of(like):
             images, labels = (arrays.convert(array_of(x), like) for x in (images, labels))
             every_label = self._differentiate.place(labels)
@@ -162,6 +164,7 @@ class TrainStep:
         for p, g in zip(self.parameters, gradients, strict=True):
             p.grad = g
         limit = math.inf if self.clip_norm is None else self.clip_norm
+        self._has_effects = True
         norm = self.optimizer.update(limit, self._scale, self.precision.rounded())
         if self.ema is not None:
             self._update_average(None if self._scale is None else self.optimizer.skipped)
