@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from pathlib import Path
 
 import array_api_compat.numpy as numpy_namespace
@@ -15,7 +14,6 @@ from cuda_checks import TOLERANCE, both, check, draw
 from cuda_sim import SCALARS, decode, encode, error, guarded
 
 from tinyvit import functional as F
-from tinyvit.backend import cuda_graph
 from tinyvit.engine.tensor import Tensor, grad
 from tinyvit.kernels import cuda, reference
 from tinyvit.kernels.cuda import attention, attention_sm90a
@@ -199,87 +197,6 @@ def test_the_gradient_of_attention_on_hopper(folder, scalar, n, queries, dim):
         assert error(ours, exact) < TOLERANCE[scalar] / 2
     assert error(sums.astype(np.float64), decode(dqkv).sum(axis=1)) < 1e-6
     assert all(np.array_equal(*pair) for pair in zip((dqkv, sums), again, strict=True))
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """No kernel for Hopper has been compared with the other one yet; bf16 is compared by value, not by its bits."""
-    difference = attention_sm90a._difference
-    by_value = lambda xp, *pair: difference(xp, *(decode(x) for x in pair))
-    monkeypatch.setattr(attention_sm90a, "_agreed", {})
-    monkeypatch.setattr(attention_sm90a, "_difference", by_value)
-
-
-def test_attention_on_hopper_is_compared_and_used(folder, unchecked):
-    check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
-    assert attention_sm90a._agreed == {(0, "bf16", 197, 197, 64, backward): True for backward in (False, True)}
-
-
-def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, unchecked, monkeypatch):
-    """One warning for each, and the other kernels' results."""
-
-    def wrong(xp, *arguments):
-        y, log = attention.mma_forward(xp, *arguments[:6])
-        y[0, 7, 5] = 0x7FC0  # NaN
-        return y, log
-
-    def refused(*arguments):
-        raise RuntimeError("no such instruction\nmore")
-
-    monkeypatch.setattr(attention_sm90a, "forward", wrong)
-    monkeypatch.setattr(attention_sm90a, "backward", refused)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            check(folder, "qkv_attention", "bf16", [draw(0, (1, 197, 3 * 2 * 64))], {"num_heads": 2}, **HOPPER)
-    assert [str(w.message) for w in caught] == [
-        f"attention's {name} kernel for Hopper is not used for 197 tokens and heads of 64: {problem} "
-        "(TINYVIT_WGMMA=0 does not try it)"
-        for name, problem in (
-            ("forward", "it differs by nan, more than 2e-02"), ("backward", "RuntimeError: no such instruction")
-        )
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("broken", ["the second tile of a block", "logarithms"])
-def test_faults_that_few_heads_do_not_show_are_found(folder, unchecked, monkeypatch, broken):
-    """A block of few heads has one tile, and logarithms only matter to the gradient."""
-    heads_seen = []
-
-    def wrong(xp, qkv, factors, num_heads, queries, scale, with_log, heads=0):
-        y, log = attention.mma_forward(xp, qkv, factors, num_heads, queries, scale, with_log)
-        heads_seen.append(heads)
-        if broken == "logarithms":
-            log[0, 0, 100] += 1e-2
-        elif attention_sm90a.forward_plan(queries, queries, 64, heads).parts == 1:
-            y[0, 64:128] = 0
-        return y, log
-
-    monkeypatch.setattr(attention_sm90a, "forward", wrong)
-    with cuda_sim.device(folder, **HOPPER) as xp, pytest.warns(UserWarning, match="forward kernel .* it differs by"):
-        qkv = np.zeros((1, 197, 3 * 2 * 64), np.float16)
-        assert not attention_sm90a.takes(xp, qkv, cuda.NULL, 2, 197, attention.mma_forward)
-    assert heads_seen == [2, attention_sm90a.MANY]
-
-
-def test_which_attention_takes_hoppers_kernels(folder, unchecked, monkeypatch):
-    monkeypatch.setattr(attention_sm90a, "_agrees", lambda *_: True)
-
-    def takes(n=197, dim=64, queries=None, dtype=np.float16, factors=cuda.NULL, backward=False, **machine):
-        others = (attention.mma_forward, attention.mma_backward)[: 1 + backward]
-        with cuda_sim.device(folder, **HOPPER | machine) as xp:
-            qkv = np.zeros((1, n, 3 * 2 * dim), dtype)
-            return attention_sm90a.takes(xp, qkv, factors, 2, queries or n, *others)
-
-    with cuda_graph.capture():
-        assert not takes()  # nothing can be compared now
-    assert takes() and takes(n=577) and takes(dim=128) and takes(backward=True)
-    with cuda_graph.capture():
-        assert takes() and not takes(n=577, backward=True)
-    assert not any((takes(n=127), takes(dim=72), takes(queries=1), takes(dtype=np.float32), takes(capability=100)))
-    assert not takes(dim=128, backward=True) and not takes(factors=np.ones(1))
-    monkeypatch.setenv("TINYVIT_WGMMA", "0")
-    assert not takes()
 
 
 def test_hoppers_plans_fit_every_shape():

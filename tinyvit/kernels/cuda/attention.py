@@ -57,12 +57,12 @@ def qkv_attention(
     qkv = cuda.ready(_with_dim(xp, qkv, own_dim, dim))
     factors = cuda.NULL if dropout_mask is None else cuda.ready(dropout_mask)
     settings = factors, num_heads, queries, np.float32(1.0 / math.sqrt(own_dim))
-    hopper = attention_sm90a.takes(xp, qkv, *settings[:3], mma_forward)
+    hopper = attention_sm90a.takes(qkv, *settings[:3])
     y, row_log = (attention_sm90a.forward if hopper else mma_forward)(xp, qkv, *settings, needs[0])
 
     def vjp(dy: Array) -> tuple[Array]:
         dy = cuda.ready(_with_dim(xp, dy, own_dim, dim))
-        hopper = attention_sm90a.takes(xp, qkv, *settings[:3], mma_forward, mma_backward)
+        hopper = attention_sm90a.takes(qkv, *settings[:3], backward=True)
         with_sums = dim == own_dim and kernels.notes.get() is not None  # for the bias of the layer that made qkv
         backward = attention_sm90a.backward if hopper else mma_backward
         dqkv, sums = backward(xp, qkv, *settings, y, dy, row_log, with_sums)

@@ -1,7 +1,7 @@
 """Attention on Hopper: how `cuda/attention_*_sm90a.cu` are cut into blocks and launched, and whether they may be.
 
-Each runs only after it has agreed with the kernel for every GPU on random numbers, once a process for each shape of a
-head: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
+Each runs only after it has agreed with the kernel for every GPU on random numbers (`attention_trial.py`), for each shape
+of a head: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +16,13 @@ import numpy as np
 from tinyvit.backend import cuda_graph
 from tinyvit.backend.arrays import Array
 from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import trial
 
 LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
 KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
 MANY = 1 << 20  # heads: each has one block
 
-_agreed: dict[tuple, bool] = {}  # with the other kernel: what was found
+_problems: dict[tuple, trial.Problems] = {}  # with each shape of a head on each device: what was found
 
 
 class Plan(NamedTuple):
@@ -33,70 +33,39 @@ class Plan(NamedTuple):
     shared: int
 
 
-def takes(
-    xp: Any,
-    qkv: Array,
-    factors: Any,
-    num_heads: int,
-    queries: int,
-    other: Callable,
-    other_backward: Callable | None = None,
-) -> bool:
-    """Whether `forward`, or `backward`, computes attention of qkv (B, N, 3 H D) here: it agrees with the `other`."""
+def takes(qkv: Array, factors: Any, num_heads: int, queries: int, backward: bool = False) -> bool:
+    """Whether `forward`, or `backward`, computes attention of qkv (B, N, 3 H D) here."""
     n, dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or os.environ.get("TINYVIT_WGMMA") == "0":
         return False
     if n < LEAST_TOKENS or queries < LEAST_QUERIES or dim % 16 or factors is not cuda.NULL:
         return False
-    if other_backward and (dim > 64 or _backward_shared(queries) > cuda.shared_limit()):
+    if backward and not _has_backward(queries, dim):
         return False
-    kind = cuda.device(), cuda.scalar(qkv.dtype), n, queries, dim, other_backward is not None
-    if kind not in _agreed and not cuda_graph.capturing():  # a graph's function has run before it is captured
-        _agreed[kind] = _agrees(xp, qkv.dtype, n, queries, dim, other, other_backward)
-    return _agreed.get(kind, False)
+    kind = cuda.device(), cuda.scalar(qkv.dtype), n, queries, dim
+    if kind not in _problems and not cuda_graph.capturing():  # a graph's function has run before it is captured
+        _problems[kind] = _try(*kind[1:])
+    return kind in _problems and _problems[kind]["backward" if backward else "forward"] is None
 
 
-def _agrees(
-    xp: Any, dtype: np.dtype, n: int, queries: int, dim: int, other: Callable, other_backward: Callable | None
-) -> bool:
-    heads, rng = 2, np.random.default_rng(0)
+def _has_backward(queries: int, dim: int) -> bool:
+    return dim <= 64 and _backward_shared(queries) <= cuda.shared_limit()
 
-    def draw(*shape: int) -> Array:  # numbers below 2 in either type, by their bits
-        bits = rng.integers(0x3800, 0x4000, shape) | rng.integers(0, 2, shape) << 15
-        return xp.asarray(bits.astype(np.uint16).view(dtype))
 
-    arguments = (xp, draw(1, n, 3 * heads * dim), cuda.NULL, heads, queries, np.float32(1 / math.sqrt(dim)))
-    try:
-        results = other(*arguments, True)
-        if other_backward:
-            saved = results[0], draw(1, queries, heads * dim), results[1], True
-            pairs = [*zip(backward(*arguments, *saved), other_backward(*arguments, *saved), (2e-2, 2e-2), strict=True)]
-        else:  # with a head divided among blocks, and with all its queries in one
-            found = [forward(*arguments, True, many) for many in (heads, MANY)]
-            pairs = [triple for ours in found for triple in zip(ours, results, (2e-2, 1e-4), strict=True)]
-        problems = [problem for triple in pairs if (problem := _problem(xp, *triple))]
-    except Exception as error:  # the compiler, or the device, refuses it
-        problems = [f"{type(error).__name__}: {error}".splitlines()[0]]
-    if problems:
-        name = "backward" if other_backward else "forward"
+def _try(scalar: str, n: int, queries: int, dim: int) -> trial.Problems:
+    names = ("forward", "backward")[: 1 + _has_backward(queries, dim)]
+    request = {"scalar": scalar, "n": n, "queries": queries, "dim": dim, "backward": len(names) == 2}
+    sources = [cuda.source(f"attention_{name}_sm90a") for name in ("forward", "backward")]
+    sources += [(cuda.FOLDER / f"{name}.py").read_text() for name in ("attention_sm90a", "attention_trial")]
+    found = trial.find("tinyvit.kernels.cuda.attention_trial", names, request, sources)
+    for problem in filter(None, dict.fromkeys(found.values())):
+        kernels = " and ".join(name for name in names if found[name] == problem)
         warnings.warn(
-            f"attention's {name} kernel for Hopper is not used for {n} tokens and heads of {dim}: {problems[0]} "
+            f"attention's {kernels} kernel for Hopper is not used for {n} tokens and heads of {dim}: {problem} "
             "(TINYVIT_WGMMA=0 does not try it)",
             stacklevel=2,
         )
-    return not problems
-
-
-def _problem(xp: Any, ours: Array, other: Array, limit: float) -> str | None:
-    """What is wrong if they differ by more than rounding; NaN is, too."""
-    difference = _difference(xp, ours, other)
-    return None if difference < limit else f"it differs by {difference:.1e}, more than {limit:.0e}"
-
-
-def _difference(xp: Any, ours: Array, other: Array) -> float:
-    """The largest difference, beside the largest number."""
-    ours, other = ours.astype(xp.float32), other.astype(xp.float32)
-    return float(xp.max(xp.abs(ours - other)) / xp.max(xp.abs(other)))
+    return found
 
 
 def forward(

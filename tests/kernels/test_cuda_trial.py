@@ -1,0 +1,296 @@
+"""Kernels are tried in a process of their own before they are used; no GPU here, so children and kernels are stand-ins."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import warnings
+from types import SimpleNamespace
+
+import cuda_sim
+import numpy as np
+import pytest
+from cuda_checks import check, draw
+
+from tinyvit.backend import cuda_graph
+from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import attention, attention_sm90a, attention_trial, trial
+
+HOPPER = {"capability": 90, "shared_limit": 227 << 10, "multiprocessors": 1}
+NAMES = ("forward", "backward")
+
+needs_simulator = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
+
+# --- the child and what is kept of it ---------------------------------------------------------------------------------
+
+GOOD = 'print("started"); print(\'found ["forward", null]\'); print(\'found ["backward", "dq differs"]\')'
+CHILDREN = {  # what they do, what is then said of the backward kernel, whether that is kept
+    "good": (GOOD, "dq differs", True),
+    "chatty": (f'print("[what a library prints"); {GOOD}', "dq differs", True),
+    "crash": (
+        'print("started", flush=True); import os, signal; os.kill(os.getpid(), signal.SIGSEGV)',
+        "their trial ended with status -11", True,
+    ),
+    "hang": ('print("started", flush=True); import time; time.sleep(60)', "their trial did not end within 1 s", True),
+    # these say nothing of the kernels
+    "slow": ("import time; time.sleep(60)", "their trial did not end within 1 s", False),
+    "stopped": (
+        'print("started", flush=True); import os, signal; os.kill(os.getpid(), signal.SIGTERM)',
+        "their trial ended with status -15", False,
+    ),
+    "no memory": (
+        'print("started"); raise MemoryError("one GiB")', "their trial ended with status 1 (MemoryError: one GiB)", False
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def children(tmp_path, monkeypatch):
+    """Writes what a child does; the request that each one got, in their order."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(trial, "_gpu", lambda: ("0000:17:00.0", "H100", 90, 13000, [13, 0]))
+    begin = f"import sys; open({str(tmp_path / 'requests')!r}, 'a').write(sys.argv[1] + '\\n'); "
+
+    def write(text: str) -> None:
+        (tmp_path / "child_of_a_test.py").write_text(begin + text)
+
+    def requests() -> list:
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in (tmp_path / "requests").read_text().splitlines()]
+        return []
+
+    return SimpleNamespace(write=write, requests=requests, cache=tmp_path / "cache")
+
+
+def find(names=NAMES, n=197, sources=("a", "b")):
+    return trial.find("child_of_a_test", names, {"n": n}, sources)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("kind", CHILDREN)
+def test_what_children_find(children, monkeypatch, kind):
+    text, problem, is_kept = CHILDREN[kind]
+    if kind in ("hang", "slow"):
+        monkeypatch.setattr(trial, "SECONDS", 1)
+    children.write(text)
+    start = time.monotonic()
+    assert find() == {"forward": None if "started" in text and GOOD in text else problem, "backward": problem}
+    assert time.monotonic() - start < 20
+    again = find()["backward"]
+    assert again.startswith(problem) and ("as " + str(children.cache) in again) == is_kept
+    assert children.requests() == [{"gpu": "0000:17:00.0", "n": 197}] * (1 if is_kept else 2)
+
+
+def test_what_is_kept_is_of_one_machine_and_one_text(children, monkeypatch):
+    children.write(GOOD)
+    find(), find()
+    assert len(children.requests()) == 1
+    find(n=577), find(sources=("a", "c"))
+    assert len(children.requests()) == 3
+    for i, value in enumerate(("0000:65:00.0", "H200", 91, 13010, [13, 1])):  # the same card elsewhere is the same
+        machine = ["0000:17:00.0", "H100", 90, 13000, [13, 0]]
+        machine[i] = value
+        monkeypatch.setattr(trial, "_gpu", lambda machine=machine: tuple(machine))
+        find()
+        assert len(children.requests()) == 3 + i
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"forward": null}', '{"forward": null, "backward": 3}', "\udcff"])
+def test_damaged_files_are_written_anew(children, text):
+    children.write(GOOD)
+    right = find()
+    (file,) = children.cache.iterdir()
+    whole = file.read_text()
+    file.write_text(text, errors="surrogateescape")
+    assert find() == right and file.read_text() == whole and len(children.requests()) == 2
+
+
+def test_without_a_place_to_keep_it_each_process_tries(children, monkeypatch):
+    children.write(GOOD)
+    children.cache.write_text("a file")
+    assert find() == find() == {"forward": None, "backward": "dq differs"}
+    assert len(children.requests()) == 2
+
+
+def test_without_an_interpreter_nothing_is_used(children, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(children.cache / "python"))
+    assert all(problem.startswith("their trial did not begin") for problem in find().values())
+    assert not children.cache.exists()
+
+
+# --- attention for Hopper ---------------------------------------------------------------------------------------------
+
+
+def problems(folder, backward=True):
+    with cuda_sim.device(folder, **HOPPER) as xp:
+        return dict(attention_trial.problems(xp, scalar="f16", n=130, queries=70, dim=32, backward=backward))
+
+
+@needs_simulator
+def test_the_child_runs_the_kernels_on_the_device_that_it_is_told(folder, children, monkeypatch):
+    """From `takes` to the verdict, on the simulator."""
+    monkeypatch.setattr(attention_sm90a, "_problems", {})
+    code = f"""
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+import cuda_sim
+from tinyvit.kernels.cuda import attention_trial
+with contextlib.ExitStack() as stack:
+    use = lambda: stack.enter_context(cuda_sim.device(Path({str(folder)!r}), **{HOPPER}))
+    devices = {{"0000:17:00.0": SimpleNamespace(use=use)}}
+    device = SimpleNamespace(from_pci_bus_id=devices.__getitem__)
+    sys.modules["cupy"] = SimpleNamespace(cuda=SimpleNamespace(Device=device))
+    sys.modules["array_api_compat.cupy"] = cuda_sim.Namespace()
+    attention_trial.main(sys.argv[1])
+"""
+    children.write(code)
+    find_in = trial.find
+    monkeypatch.setattr(trial, "find", lambda module, *rest: find_in("child_of_a_test", *rest))
+    with warnings.catch_warnings(), cuda_sim.device(folder, **HOPPER):
+        warnings.simplefilter("error")
+        for _ in range(2):
+            for backward in (False, True):
+                qkv = np.zeros((1, 130, 3 * 2 * 32), np.float16)
+                assert attention_sm90a.takes(qkv, cuda.NULL, 2, 70, backward)
+    shape = {"scalar": "f16", "n": 130, "queries": 70, "dim": 32, "backward": True}
+    assert children.requests() == [{"gpu": "0000:17:00.0"} | shape]
+
+
+@needs_simulator
+def test_a_trial_fills_the_gpu(folder, monkeypatch):
+    heads, original = [], attention_sm90a.backward
+
+    def backward(xp, qkv, factors, num_heads, *rest):
+        heads.append(len(qkv) * num_heads)
+        return original(xp, qkv, factors, num_heads, *rest)
+
+    monkeypatch.setattr(attention_sm90a, "backward", backward)
+    assert problems(folder) == {"forward": None, "backward": None}
+    assert len(heads) == 2 and all(5 <= count < 9 for count in heads)  # on one multiprocessor
+    monkeypatch.setattr(attention_trial, "MOST_BYTES", 6 * 130 * 3 * 32)  # many tokens: no more than fit
+    heads.clear()
+    assert problems(folder) == {"forward": None, "backward": None} and heads == [3, 3]
+
+
+FAULTS = ["y", "logarithms", "the second tile of a block", "nan", "now and then", "dq", "dk", "dv", "sums", "refused"]
+
+
+@needs_simulator
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(folder, monkeypatch, fault):
+    """Each in one row, or in one number of float32; the other kernels stand for Hopper's."""
+    calls = []
+
+    def forward(*arguments):
+        y, row_log = attention.mma_forward(*arguments[:7])
+        calls.append(arguments[7])
+        if fault == "refused":
+            raise RuntimeError("no such instruction\nmore")
+        if fault == "y":
+            y[-1, 66, 32:64] *= 1.05
+        if fault == "logarithms":
+            row_log[-1, -1, -1] += 1e-2
+        if fault == "the second tile of a block" and arguments[7] == attention_sm90a.MANY:
+            y[0, 64:] = 0
+        if fault == "nan":
+            y[0, 7, 5] = np.nan
+        if fault == "now and then" and len(calls) == 2:
+            y.view(np.uint16)[0, 0, 0] ^= 1
+        return y, row_log
+
+    def backward(*arguments):
+        dqkv, sums = attention.mma_backward(*arguments)
+        if fault in ("dq", "dk", "dv"):
+            dqkv.reshape(-1, 130, 3, 3, 32)[-1, 69, ("dq", "dk", "dv").index(fault), -1] *= 1.05
+        if fault == "sums":
+            sums[-1, -1] *= 1.01
+        return dqkv, sums
+
+    monkeypatch.setattr(attention_sm90a, "forward", forward)
+    monkeypatch.setattr(attention_sm90a, "backward", backward)
+    named = {
+        "logarithms": "a logarithm differs", "the second tile of a block": "y differs", "nan": "y differs by nan",
+        "now and then": "y is not the same twice", "sums": "a sum differs", "refused": "RuntimeError: no such instruction",
+    }  # fmt: skip
+    found = problems(folder)
+    is_backward = fault in ("dq", "dk", "dv", "sums")
+    assert found.pop("backward" if is_backward else "forward").startswith(named.get(fault, f"{fault} differs"))
+    assert [*found.values()] == [None]
+    assert is_backward is False or {1, attention_sm90a.MANY} == {*calls}
+
+
+def test_a_trial_without_memory_gives_no_verdict(folder):
+    def run():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        attention_trial._problem(np, run)
+
+
+# --- what becomes of it -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What a trial finds; and which were made."""
+    state = SimpleNamespace(problems=dict.fromkeys(NAMES), tried=[])
+
+    def find(module, names, request, sources):
+        state.tried.append((names, request["n"], request["dim"]))
+        return {name: state.problems[name] for name in names}
+
+    monkeypatch.setattr(attention_sm90a, "_problems", {})
+    monkeypatch.setattr(trial, "find", find)
+    return state
+
+
+@needs_simulator
+@pytest.mark.parametrize("wrong", [(), ("forward",), ("backward",), NAMES])
+def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, found, monkeypatch, wrong):
+    """One warning, and the other kernels' results."""
+    used, kernel = set(), cuda.kernel
+
+    def launched(file, name, **constants):
+        used.add(file)
+        return cuda_sim._kernel(folder, file, name, tuple(constants.items()))
+
+    found.problems |= dict.fromkeys(wrong, "it is wrong")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            check(folder, "qkv_attention", "bf16", [draw(0, (1, 130, 3 * 2 * 32))], {"num_heads": 2}, **HOPPER)
+        with cuda_sim.device(folder, **HOPPER) as xp:
+            monkeypatch.setattr(cuda, "kernel", launched)
+            qkv = np.zeros((1, 130, 3 * 2 * 32), np.float16)
+            y, vjp = attention.qkv_attention(xp, qkv, num_heads=2, needs=(True,))
+            vjp(y)
+            monkeypatch.setattr(cuda, "kernel", kernel)
+    assert used == {f"attention_{name}" + "_sm90a" * (name not in wrong) for name in NAMES}
+    names = " and ".join(wrong)
+    assert {str(w.message) for w in caught} == ({
+        f"attention's {names} kernel for Hopper is not used for 130 tokens and heads of 32: it is wrong "
+        "(TINYVIT_WGMMA=0 does not try it)"
+    } if wrong else set())  # fmt: skip
+    assert len(caught) == 2 * bool(wrong) and found.tried == [(NAMES, 130, 32)] * 2  # for bf16 and for f16
+
+
+def test_which_attention_takes_hoppers_kernels(folder, found, monkeypatch):
+    def takes(n=197, dim=64, queries=None, dtype=np.float16, factors=cuda.NULL, backward=False, **machine):
+        with cuda_sim.device(folder, **HOPPER | machine):
+            return attention_sm90a.takes(np.zeros((1, n, 3 * 2 * dim), dtype), factors, 2, queries or n, backward)
+
+    with cuda_graph.capture():
+        assert not takes() and not found.tried  # nothing can be tried now
+    assert takes() and takes(n=577) and takes(dim=128) and takes(backward=True)
+    assert found.tried == [(NAMES, 197, 64), (NAMES, 577, 64), (("forward",), 197, 128)]
+    with cuda_graph.capture():
+        assert takes() and takes(n=577, backward=True) and not takes(n=578)
+    assert not any((takes(n=127), takes(dim=72), takes(queries=1), takes(dtype=np.float32), takes(capability=100)))
+    assert not takes(dim=128, backward=True) and not takes(factors=np.ones(1))
+    assert not takes(n=2048, shared_limit=140 << 10, backward=True)
+    monkeypatch.setenv("TINYVIT_WGMMA", "0")
+    assert not takes() and len(found.tried) == 3

@@ -1,0 +1,104 @@
+"""Tries attention's kernels for Hopper beside those for every GPU: `python -m tinyvit.kernels.cuda.attention_trial JSON`.
+
+With a load that fills the GPU: blocks share multiprocessors, and one follows the other there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from tinyvit.backend import arrays
+from tinyvit.backend.arrays import Array
+from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import attention, attention_sm90a, trial
+
+HEADS, ROUNDS, MOST_BYTES = 3, 5, 256 << 20  # of a sample; of blocks on each multiprocessor; of q, k and v
+LIMITS = {"bf16": 1e-2, "f16": 2e-3}  # of a row's |difference| / |row|; both round to 16 bits
+EXACT = 1e-4  # the same of what is in float32
+
+Comparisons = Iterator[tuple[str, Array, Array, float]]  # a name, our rows, right ones, and how far they may differ
+
+
+def main(text: str) -> None:
+    import array_api_compat.cupy as xp
+    import cupy
+
+    request = json.loads(text)
+    cupy.cuda.Device.from_pci_bus_id(request.pop("gpu")).use()
+    for found in problems(xp, **request):
+        print(trial.FOUND + json.dumps(found), flush=True)
+
+
+def problems(
+    xp: Any, *, scalar: str, n: int, queries: int, dim: int, backward: bool
+) -> Iterator[tuple[str, str | None]]:
+    """What is wrong with the forward kernel, and with the backward one where it takes such heads."""
+    dtype = arrays.resolve_dtype(xp, {"bf16": "bfloat16", "f16": "float16"}[scalar])
+    rng, width = np.random.default_rng(0), HEADS * dim
+    batch = min(math.ceil(ROUNDS * cuda.multiprocessors() / HEADS), max(1, MOST_BYTES // (6 * n * width)))
+    qkv, dy = (
+        xp.asarray(rng.standard_normal(shape, np.float32).astype(dtype))
+        for shape in ((batch, n, 3 * width), (batch, queries, width))
+    )
+    settings = xp, qkv, cuda.NULL, HEADS, queries, np.float32(1 / math.sqrt(dim))
+    y, row_log = attention.mma_forward(*settings, True)
+
+    limit, many = LIMITS[scalar], attention_sm90a.MANY
+
+    def forward(heads: int) -> Comparisons:
+        ours, logs = attention_sm90a.forward(*settings, True, heads)
+        yield "y", xp.reshape(ours, (-1, dim)), xp.reshape(y, (-1, dim)), limit
+        yield "a logarithm", xp.reshape(logs, (-1, 1)), xp.reshape(row_log, (-1, 1)), EXACT
+
+    def gradients() -> Comparisons:
+        ours, sums = attention_sm90a.backward(*settings, y, dy, row_log, True)
+        parts, others = (xp.reshape(x, (batch, n, 3, HEADS, dim)) for x in (ours, right))
+        for i, part in enumerate(("dq", "dk", "dv")):
+            yield part, parts[:, :, i], others[:, :, i], limit
+        yield "a sum", sums, xp.sum(ours.astype(xp.float32), axis=1), EXACT
+
+    print(trial.STARTED, flush=True)
+    # A head divided among as many blocks as may be, and with all its queries in one.
+    found = (_problem(xp, functools.partial(forward, heads)) for heads in (1, many))
+    yield "forward", next(filter(None, found), None)
+    if backward:
+        right, _ = attention.mma_backward(*settings, y, dy, row_log, False)
+        yield "backward", _problem(xp, gradients)
+
+
+def _problem(xp: Any, run: Callable[[], Comparisons]) -> str | None:
+    """What is wrong with what `run` gives, if anything: NaN is, too, and two runs that differ in a bit."""
+    try:
+        for (name, ours, other, limit), (_, again, *_) in zip(run(), run(), strict=True):
+            difference = _difference(xp, ours, other)
+            if not difference < limit:
+                return f"{name} differs by {difference:.1e}, more than {limit:.0e}"
+            bits, again_bits = (x.view(f"uint{8 * x.dtype.itemsize}") for x in (ours, again))
+            if xp.any(bits != again_bits):
+                return f"{name} is not the same twice"
+    except MemoryError:  # says nothing of the kernel
+        raise
+    except Exception as error:  # the compiler, or the device, refuses it
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _difference(xp: Any, ours: Array, other: Array) -> float:
+    """The largest |ours - other| / |other| of a row."""
+    ours, other = ours.astype(xp.float32), other.astype(xp.float32)
+
+    def norm(x: Array) -> Array:
+        return xp.sqrt(xp.sum(x * x, axis=-1))
+
+    return float(xp.max(norm(ours - other) / (norm(other) + 1e-30)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
