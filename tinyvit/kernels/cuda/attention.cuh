@@ -189,24 +189,34 @@ DEVICE void write_rows(T* to, int stride, const T* from, int first, int count, i
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
 // The sums over a head's n rows of y dy, into delta, and row_log beside them, for `rows` rows in whole tiles. Beyond n
-// q and dy are 0: any number does.
+// q and dy are 0: any number does. Several turns' numbers are on their way at once, before the first sum.
 DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, int stride, const float* row_log, int n,
                            int rows) {
-    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks);  // a row's
+    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks), height = THREADS / lanes, turns = 4;
     const int lane = threadIdx.x % lanes;
-    for (int first = 0; first < rows; first += THREADS / lanes) {  // as often for all: lanes meet in the sum
-        const int row = first + threadIdx.x / lanes;
-        float product = 0.0f;
-        if (row < n && lane < chunks) {
-            Vector<T, CHUNK> a = load<CHUNK>(y + row * stride + lane * CHUNK),
-                             b = load<CHUNK>(dy + row * stride + lane * CHUNK);
+    for (int above = 0; above < rows; above += turns * height) {
+        const int first = above + threadIdx.x / lanes;
+        Vector<T, CHUNK> a[turns] = {}, b[turns] = {};
+        float log[turns] = {};
 #pragma unroll
-            for (int i = 0; i < CHUNK; i++) product = fmaf(a[i], b[i], product);
+        for (int turn = 0; turn < turns; turn++) {
+            const int row = first + turn * height;
+            if (row >= n || lane >= chunks) continue;
+            a[turn] = load<CHUNK>(y + row * stride + lane * CHUNK);
+            b[turn] = load<CHUNK>(dy + row * stride + lane * CHUNK);
+            log[turn] = row_log[row];
         }
-        product = warp_sum<lanes>(product);
-        if (lane == 0 && row < rows) {
-            delta[row] = product;
-            logs[row] = row < n ? row_log[row] : 0.0f;
+#pragma unroll
+        for (int turn = 0; turn < turns; turn++) {  // as often for all: lanes meet in the sum
+            float product = 0.0f;
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) product = fmaf(a[turn][i], b[turn][i], product);
+            product = warp_sum<lanes>(product);
+            const int row = first + turn * height;
+            if (lane == 0 && row < rows) {
+                delta[row] = product;
+                logs[row] = log[turn];
+            }
         }
     }
 }

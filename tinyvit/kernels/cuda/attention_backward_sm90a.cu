@@ -80,7 +80,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     for (int i = threadIdx.x; i < (n - n_queries) * (D / 8); i += THREADS)  // tokens that are no queries
         store(dq + (n_queries + i / (D / 8)) * row_stride + i % (D / 8) * 8, Vector<T, 8>{});
-    row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n_queries, n_queries, QUERIES * steps);
 
     for (int first_key = 0; first_key < n; first_key += KEYS) {
         __syncthreads();  // the previous portion of keys is done with
@@ -88,6 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         copy_panel<KEYS>(values, q + 2 * heads * D, row_stride, first_key, n);
         copy_queries(0);
         cp_async_commit();
+        if (first_key == 0)
+            row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n_queries, n_queries,
+                           QUERIES * steps);
         wait_for_copies();
         unsigned key[D / 16][4], value[D / 16][4];  // of this warp's 16 rows
 #pragma unroll
