@@ -97,8 +97,8 @@ def hopper_variants() -> list[tuple[str, dict]]:
                            ("bf16", 64, 1025), ("bf16", 32, 197), ("bf16", 80, 257), ("f16", 128, 577)):  # fmt: skip
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "TOKENS": n} | attention_sm90a.forward_plan(n, n, dim, 1000)[0]
         found.append(("attention_forward_sm90a", constants))
-    for scalar, dim in (("bf16", 64), ("f16", 32)):
-        constants = {"SCALAR": scalar, "HEAD_DIM": dim, "WARPS": 8}
+    for scalar, dim, last in (("bf16", 64, 16), ("bf16", 64, 64), ("f16", 32, 48)):
+        constants = {"SCALAR": scalar, "HEAD_DIM": dim, "WARPS": 8, "LAST": last}
         found.append(("attention_backward_sm90a", constants))
     return found
 

@@ -252,7 +252,7 @@ def found(monkeypatch):
 @pytest.mark.parametrize("wrong", [(), ("forward",), ("backward",), NAMES])
 def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, found, monkeypatch, wrong):
     """One warning, and the other kernels' results."""
-    used, kernel = set(), cuda.kernel
+    used = set()
 
     def launched(file, name, **constants):
         used.add(file)
@@ -263,12 +263,11 @@ def test_kernels_for_hopper_that_are_wrong_are_not_used(folder, found, monkeypat
         warnings.simplefilter("always")
         for _ in range(2):
             check(folder, "qkv_attention", "bf16", [draw(0, (1, 130, 3 * 2 * 32))], {"num_heads": 2}, **HOPPER)
-        with cuda_sim.device(folder, **HOPPER) as xp:
-            monkeypatch.setattr(cuda, "kernel", launched)
+        with cuda_sim.device(folder, **HOPPER) as xp, monkeypatch.context() as patch:
+            patch.setattr(cuda, "kernel", launched)
             qkv = np.zeros((1, 130, 3 * 2 * 32), np.float16)
             y, vjp = attention.qkv_attention(xp, qkv, num_heads=2, needs=(True,))
             vjp(y)
-            monkeypatch.setattr(cuda, "kernel", kernel)
     assert used == {f"attention_{name}" + "_sm90a" * (name not in wrong) for name in NAMES}
     names = " and ".join(wrong)
     assert {str(w.message) for w in caught} == ({

@@ -4,13 +4,14 @@
 // further portion of keys, and dq in fp32; takes 10 N^2 D FLOPs a head.
 //
 // A block takes a head, and of its keys a portion of 128 after the other: 64 for each of two warpgroups, whose dk and dv
-// stay in its registers, as do its keys and values. Queries and dy pass through shared memory 64 at a time. Scores are
-// computed transposed (keys x queries), so that their accumulators are at once the left operands for dv = P^T dy and
-// dk = dS^T q. dS goes through shared memory for dq = dS k, which sums over the keys of both warpgroups: after every
-// second step each warpgroup makes dq of one of the last two. The portions add up dq in fp32 (`dq_sum`, scratch), always in
-// the same order: no atomics anywhere.
+// stay in its registers, as do its keys and values. Queries and dy pass through shared memory 64 at a time, in the last
+// step as many whole tiles of 16 as there are. Scores are computed transposed (keys x queries), so that their accumulators
+// are at once the left operands for dv = P^T dy and dk = dS^T q. dS goes through shared memory for dq = dS k, which sums
+// over the keys of both warpgroups: after every second step each warpgroup makes dq of one of the last two. The portions
+// add up dq in fp32 (`dq_sum`, scratch), always in the same order: no atomics anywhere.
 //
-// Compile for sm_90a with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16, up to 64) and WARPS = 8.
+// Compile for sm_90a with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16, up to 64), WARPS = 8 and LAST (the queries of
+// the last step, rounded up to 16).
 #include "attention.cuh"
 #include "warpgroup.cuh"
 
@@ -19,6 +20,7 @@ constexpr int BUFFERS = 2 * WARPGROUPS;  // of dS: those that dq is made of, and
 constexpr int KEY_PANEL = KEYS * 128, QUERY_PANEL = QUERIES * 128;
 
 static_assert(D % 16 == 0 && D <= 64, "a row is one panel wide");
+static_assert(LAST % 16 == 0 && LAST > 0 && LAST <= QUERIES, "queries come in whole tiles");
 
 // Starts copying 64 or 128 rows of a matrix of n into a panel, zeros where there are none.
 template <int rows>
@@ -138,8 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         };
 
         float dk[D / 2], dv[D / 2];
-#pragma unroll 1
-        for (int step = 0; step < steps; step++) {
+        // A step's scores and dS for its first `width` queries, and their shares of dk and dv.
+        auto take = [&](int step, auto width) {
+            constexpr int count = width.value;
             const unsigned char* queries = stages + step % 2 * 2 * QUERY_PANEL;
             const unsigned char* dys = queries + QUERY_PANEL;
             if (step > 0) wait_for_copies();  // these queries are here, and the dS of all earlier ones
@@ -147,21 +150,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             cp_async_commit();
             if (step > 0 && step % WARPGROUPS == 0) make_dq(step - WARPGROUPS + warpgroup);
 
-            float p[QUERIES / 2], ds[QUERIES / 2];
+            float p[count / 2], ds[count / 2];
             wgmma_fence();
 #pragma unroll
-            for (int d = 0; d < D / 16; d++) wgmma<T, QUERIES, false>(p, key[d], queries + 32 * d, d > 0);
+            for (int d = 0; d < D / 16; d++) wgmma<T, count, false>(p, key[d], queries + 32 * d, d > 0);
 #pragma unroll
-            for (int d = 0; d < D / 16; d++) wgmma<T, QUERIES, false>(ds, value[d], dys + 32 * d, d > 0);
+            for (int d = 0; d < D / 16; d++) wgmma<T, count, false>(ds, value[d], dys + 32 * d, d > 0);
             wgmma_commit();
             wgmma_wait<0>();
             pin_all(p);
             pin_all(ds);
 
-            unsigned left_p[QUERIES / 16][4], left_ds[QUERIES / 16][4];
+            unsigned left_p[count / 16][4], left_ds[count / 16][4];
             unsigned char* mine = scores + step % BUFFERS * KEY_PANEL;
 #pragma unroll
-            for (int j = 0; j < QUERIES / 8; j++) {
+            for (int j = 0; j < count / 8; j++) {
                 const int column = step * QUERIES + 8 * j + 2 * pair;
                 const float2 log = *reinterpret_cast<const float2*>(logs + column);
                 const float2 sum = *reinterpret_cast<const float2*>(delta + column);
@@ -182,19 +185,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < QUERIES / 16; j++) wgmma<T, D, true>(dv, left_p[j], dys + 2048 * j, step > 0 || j > 0);
+            for (int j = 0; j < count / 16; j++) wgmma<T, D, true>(dv, left_p[j], dys + 2048 * j, step > 0 || j > 0);
 #pragma unroll
-            for (int j = 0; j < QUERIES / 16; j++) wgmma<T, D, true>(dk, left_ds[j], queries + 2048 * j, step > 0 || j > 0);
+            for (int j = 0; j < count / 16; j++) wgmma<T, D, true>(dk, left_ds[j], queries + 2048 * j, step > 0 || j > 0);
             wgmma_commit();
             wgmma_wait<0>();
             pin_all(dk);
             pin_all(dv);
 #pragma unroll
-            for (int j = 0; j < QUERIES / 16 * 4; j++) {
+            for (int j = 0; j < count / 16 * 4; j++) {
                 pin(left_p[j / 4][j % 4]);
                 pin(left_ds[j / 4][j % 4]);
             }
-        }
+        };
+        const int whole = LAST < QUERIES ? steps - 1 : steps;
+#pragma unroll 1
+        for (int step = 0; step < whole; step++) take(step, Number<QUERIES>());
+        if constexpr (LAST < QUERIES) take(steps - 1, Number<LAST>());
         __syncthreads();  // dS is complete
         make_dq((steps - 1) / WARPGROUPS * WARPGROUPS + warpgroup);
 #pragma unroll

@@ -94,7 +94,8 @@ def backward(
     dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
     dq_sum = xp.empty((batch, num_heads, 64 * math.ceil(queries / 64), dim), dtype=xp.float32)
     name, warps = "attention_backward_sm90a", 8
-    variant = {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "WARPS": warps}
+    last = 16 * math.ceil(((queries - 1) % 64 + 1) / 16)  # queries of the last step
+    variant = {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "WARPS": warps, "LAST": last}
     sums = xp.empty((batch, width), dtype=xp.float32) if with_sums else cuda.NULL
     arguments = (qkv, y, dy, row_log, dqkv, dq_sum, sums, *map(np.int32, (num_heads, n, queries)), scale)
     kernel = cuda.kernel(name, name, **variant)
