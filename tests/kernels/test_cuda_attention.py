@@ -182,23 +182,35 @@ def test_attention_on_hopper(folder, scalar, heads, n, queries, dim, limit, plan
      ("bf16", 130, 128, 16, 64)],
 )  # fmt: skip
 def test_the_gradient_of_attention_on_hopper(folder, monkeypatch, scalar, n, queries, dim, last):
-    """Over several portions of keys, in any order of threads; tokens that are no queries get no gradient as such. Of the
-    last 64 queries no more are computed with than whole tiles hold.
+    """Over several portions of keys, in any order of threads, two heads in one block or in two; tokens that are no queries
+    get no gradient as such. Of the last 64 queries no more are computed with than whole tiles hold.
     """
     qkv, dy = (encode(draw(n, (1, rows, width * dim)), scalar) for rows, width in ((n, 3 * 2), (queries, 2)))
     settings = cuda.NULL, 2, queries, np.float32(1 / math.sqrt(dim))
     y, vjp = reference.qkv_attention(numpy_namespace, decode(qkv), num_heads=2, queries=queries, needs=(True,))
     (right,) = vjp(decode(dy))
-    results, widths = [], []
+    results, launches = [], []
+
+    def noting(kernel):
+        def find(*names, **constants):
+            def launch(grid, block, arguments, shared_mem):
+                dq_sum = arguments[5]
+                launches.append((constants["LAST"], grid, dq_sum.shape))
+                kernel(*names, **constants)(grid, block, arguments, shared_mem)
+                assert np.isfinite(dq_sum[:, :64]).all()  # each block has used its own
+
+            return launch
+
+        return find
+
     for seed in (0, 1):
-        with cuda_sim.device(folder, seed, **HOPPER) as xp, monkeypatch.context() as patch:
+        with cuda_sim.device(folder, seed, multiprocessors=2 - seed, **HOPPER) as xp, monkeypatch.context() as patch:
             _, log = attention_sm90a.forward(xp, guarded(qkv), *settings, True)
             given = guarded(encode(y, scalar)), guarded(dy), guarded(log)
-            kernel = cuda.kernel
-            patch.setattr(cuda, "kernel", lambda *names, **c: widths.append(c["LAST"]) or kernel(*names, **c))
+            patch.setattr(cuda, "kernel", noting(cuda.kernel))
             results.append(attention_sm90a.backward(xp, guarded(qkv), *settings, *given, True))
     (dqkv, sums), again = results
-    assert widths == [last, last]
+    assert launches == [(last, (blocks,), (blocks, 64 * math.ceil(queries / 64), dim)) for blocks in (2, 1)]
     for part in range(3):  # of q, k and v
         ours, exact = (x.reshape(n, 3, -1)[:, part] for x in (decode(dqkv), right))
         assert error(ours, exact) < TOLERANCE[scalar] / 2

@@ -46,14 +46,10 @@ DEVICE void pin_all(float (&c)[count]) {
     for (int i = 0; i < count; i++) pin(c[i]);
 }
 
-// grid: heads of all samples; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, and 2 floats for each
-// of Q rows rounded up to 64. dqkv (B, N, 3, H, D); dq_sum (B, H, Q rounded up to 64, D) fp32 is only touched if N > KEYS.
-// sums (B, 3, H, D) fp32, of dqkv over each sample's tokens, may be null.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    attention_backward_sm90a(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
-                             const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums,
-                             int heads, int n, int n_queries, float scale) {
-    DYNAMIC_SHARED(memory);
+// Of head `index` of all samples, by the whole block; `dq_sum` is the block's own.
+DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
+                          const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums, int heads,
+                          int n, int n_queries, float scale, int index, unsigned char* memory) {
     unsigned char* keys = memory;
     unsigned char* values = keys + KEY_PANEL;
     unsigned char* stages = values + KEY_PANEL;        // two stages of queries and dy
@@ -63,15 +59,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float* logs = delta + QUERIES * steps;
 
     const int warp = warp_index(), warpgroup = warp / 4, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
-    const int head = blockIdx.x % heads;
-    const long long sample = blockIdx.x / heads;
+    const int head = index % heads;
+    const long long sample = index / heads;
     const int row_stride = 3 * heads * D, out_stride = heads * D;  // N rows hold fewer than 2^31 numbers
     const long long first_element = sample * n * row_stride + head * D;
     const T* q = qkv + first_element;
     T* dq = dqkv + first_element;
     y += sample * n_queries * out_stride + head * D;
     dy += sample * n_queries * out_stride + head * D;
-    dq_sum += 1LL * blockIdx.x * steps * QUERIES * D;
+    row_log += 1LL * index * n_queries;
     const float exponent = scale * LOG2_E;
 
     auto copy_queries = [&](int step) {
@@ -84,14 +80,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         store(dq + (n_queries + i / (D / 8)) * row_stride + i % (D / 8) * 8, Vector<T, 8>{});
 
     for (int first_key = 0; first_key < n; first_key += KEYS) {
-        __syncthreads();  // the previous portion of keys is done with
+        __syncthreads();  // the previous portion of keys, or head, is done with
         copy_panel<KEYS>(keys, q + heads * D, row_stride, first_key, n);
         copy_panel<KEYS>(values, q + 2 * heads * D, row_stride, first_key, n);
         copy_queries(0);
         cp_async_commit();
         if (first_key == 0)
-            row_statistics(delta, logs, y, dy, out_stride, row_log + 1LL * blockIdx.x * n_queries, n_queries,
-                           QUERIES * steps);
+            row_statistics(delta, logs, y, dy, out_stride, row_log, n_queries, QUERIES * steps);
         wait_for_copies();
         unsigned key[D / 16][4], value[D / 16][4];  // of this warp's 16 rows
 #pragma unroll
@@ -213,4 +208,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     cp_async_wait<0>();
     if (sums) write_sums(sums + (sample * 3 * heads + head) * D, dq, heads, n, memory);
+}
+
+// grid: as many blocks as run at once, each of which takes one of the `all` heads of all samples after the other, so that
+// their dq_sum stays in the second-level cache; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, and
+// 2 floats for each of Q rows rounded up to 64. dqkv (B, N, 3, H, D); dq_sum (blocks, Q rounded up to 64, D) fp32 is only
+// touched if N > KEYS. sums (B, 3, H, D) fp32, of dqkv over each sample's tokens, may be null.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_backward_sm90a(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
+                             const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums,
+                             int all, int heads, int n, int n_queries, float scale) {
+    DYNAMIC_SHARED(memory);
+    dq_sum += 1LL * blockIdx.x * ((n_queries + QUERIES - 1) / QUERIES) * QUERIES * D;
+#pragma unroll 1
+    for (int index = blockIdx.x; index < all; index += gridDim.x)
+        head_gradient(qkv, y, dy, row_log, dqkv, dq_sum, sums, heads, n, n_queries, scale, index, memory);
 }

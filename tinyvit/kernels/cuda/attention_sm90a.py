@@ -92,14 +92,16 @@ def backward(
     batch, n, width = qkv.shape
     dim = width // (3 * num_heads)
     dqkv = xp.empty(qkv.shape, dtype=qkv.dtype)
-    dq_sum = xp.empty((batch, num_heads, 64 * math.ceil(queries / 64), dim), dtype=xp.float32)
+    heads = batch * num_heads
+    blocks = min(heads, cuda.multiprocessors())  # each takes a multiprocessor, and many heads
+    dq_sum = xp.empty((blocks, 64 * math.ceil(queries / 64), dim), dtype=xp.float32)
     name, warps = "attention_backward_sm90a", 8
     last = 16 * math.ceil(((queries - 1) % 64 + 1) / 16)  # queries of the last step
     variant = {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "WARPS": warps, "LAST": last}
     sums = xp.empty((batch, width), dtype=xp.float32) if with_sums else cuda.NULL
-    arguments = (qkv, y, dy, row_log, dqkv, dq_sum, sums, *map(np.int32, (num_heads, n, queries)), scale)
+    arguments = (qkv, y, dy, row_log, dqkv, dq_sum, sums, *map(np.int32, (heads, num_heads, n, queries)), scale)
     kernel = cuda.kernel(name, name, **variant)
-    kernel((batch * num_heads,), (32 * warps,), arguments, shared_mem=_backward_shared(queries))
+    kernel((blocks,), (32 * warps,), arguments, shared_mem=_backward_shared(queries))
     return dqkv, sums
 
 
