@@ -227,3 +227,15 @@ def test_hoppers_plans_fit_every_shape():
         assert stages == chunks or (3 <= stages < chunks and parts * constants["WARPGROUPS"] >= tiles)
         assert (shared + 1024) * constants["RESIDENT"] <= 228 << 10
         assert constants["RESIDENT"] * constants["WARPGROUPS"] <= 4
+
+
+@pytest.mark.parametrize(
+    "n, heads, parts",
+    [(197, 1, 4), (197, 132, 4), (197, 133, 2), (197, 384, 1), (197, 3072, 1), (577, 12, 3), (577, 132, 1), (577, 140, 3),
+     (577, 768, 1)],
+)  # fmt: skip
+def test_hoppers_heads_are_divided_where_that_is_faster(n, heads, parts):
+    """On an H200: 577 tokens are ten tiles for blocks of four, so 140 heads take two rounds of 3 x 4 tiles and a loading
+    of 2, or divided by three, four rounds of 4 and 2: 28 and 24."""
+    with cuda_sim.device(Path(), multiprocessors=132, **HOPPER):
+        assert attention_sm90a.forward_plan(n, n, 64, heads).parts == parts

@@ -21,6 +21,9 @@ from tinyvit.kernels.cuda import trial
 LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
 KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
 MANY = 1 << 20  # heads: each has one block
+# What a block's keys and values take, in tiles of 64 queries: 4 N D bytes at a multiprocessor's share of 4.3 TB/s, beside
+# 256 N D FLOPs at its share of 790 / 1.4 TFLOP/s. Predicted, like those 1.4 (bench/README.md).
+LOADING = 2
 
 _problems: dict[tuple, trial.Problems] = {}  # with each shape of a head on each device: what was found
 
@@ -114,7 +117,7 @@ def forward_plan(n: int, queries: int, dim: int, heads: int) -> Plan:
     """The plan for n tokens, of which the first `queries` ask, and so many heads of all samples.
 
     As many warpgroups as registers allow share a multiprocessor: in blocks of their own, if it has shared memory for so
-    many heads, else several in a block. Few heads are divided among several blocks.
+    many heads, else several in a block. A head is divided among several blocks where that takes less time.
     """
     warpgroups = 4 if dim <= 64 else 3 if dim <= 96 else 2
     row = 2 * 128 * math.ceil(dim / 64)  # bytes of a key and a value
@@ -125,9 +128,17 @@ def forward_plan(n: int, queries: int, dim: int, heads: int) -> Plan:
         fitting = (limit + 1024) // (shared + 1024)  # each block takes another 1024 bytes
         blocks = max(count for count in range(1, warpgroups + 1) if warpgroups % count == 0 and count <= fitting)
         stages, groups = chunks, min(tiles, warpgroups // blocks)
-        wanted = math.ceil(cuda.multiprocessors() * blocks / heads)
-        parts = min(math.ceil(tiles / groups), wanted)
+        parts = _parts(tiles, groups, heads, cuda.multiprocessors() * blocks)
     else:
         blocks, stages, groups = 1, limit // (KEYS * row), min(tiles, warpgroups)
         shared, parts = stages * KEYS * row, math.ceil(tiles / groups)
     return Plan({"KEYS": KEYS, "STAGES": stages, "WARPGROUPS": groups, "RESIDENT": blocks}, parts, shared)
+
+
+def _parts(tiles: int, groups: int, heads: int, resident: int) -> int:
+    """Blocks a head: rounds of `resident` blocks, times what each takes, are to be least."""
+
+    def time(parts: int) -> int:
+        return math.ceil(heads * parts / resident) * (groups * math.ceil(tiles / (groups * parts)) + LOADING)
+
+    return min(range(1, math.ceil(tiles / groups) + 1), key=time)
