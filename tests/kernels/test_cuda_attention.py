@@ -16,7 +16,7 @@ from cuda_sim import SCALARS, decode, encode, error, guarded
 from tinyvit import functional as F
 from tinyvit.engine.tensor import Tensor, grad
 from tinyvit.kernels import cuda, reference
-from tinyvit.kernels.cuda import attention, attention_sm90a
+from tinyvit.kernels.cuda import attention, attention_sm90a, cublas
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
@@ -66,6 +66,19 @@ def test_attention_over_several_blocks_and_portions_of_keys(folder, n, limit):
 def test_attention_of_the_first_tokens(folder, scalar, n, queries):
     qkv = np.random.default_rng(n).standard_normal((2, n, 3 * 2 * 16))
     check(folder, "qkv_attention", scalar, [qkv], {"num_heads": 2, "queries": queries})
+
+
+@pytest.mark.parametrize("n, dim", [(65, 64), (40, 128)])
+def test_attention_in_tf32(folder, n, dim):
+    """Products of operands rounded to 11 bits: errors of 2^-12 on average, where cut ones would have twice that."""
+    token = cublas.tf32.set(True)
+    try:
+        qkv = np.random.default_rng(n).standard_normal((1, n, 3 * 2 * dim))
+        actual, expected = both(folder, "qkv_attention", "float", [qkv], {"num_heads": 2})
+    finally:
+        cublas.tf32.reset(token)
+    for ours, right in zip(actual, expected, strict=True):
+        assert 2e-4 < error(decode(ours), right) < 8e-4
 
 
 @pytest.mark.parametrize("scalar, n, queries", [("bf16", 65, None), ("float", 33, 17), ("f16", 17, 1)])

@@ -78,15 +78,15 @@ INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarc
 
 def attention_variants() -> list[tuple[str, dict]]:
     """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
-    shapes = [("bf16", 64, n, dropout) for n, dropout in ((50, 1), (65, 0), (197, 0), (197, 1), (577, 0))]
-    shapes += [("f16", 80, 197, 1), ("bf16", 128, 197, 0), ("float", 64, 197, 0)]
+    shapes = [("bf16", 64, n, dropout, 0) for n, dropout in ((50, 1), (65, 0), (197, 0), (197, 1), (577, 0))]
+    shapes += [("f16", 80, 197, 1, 0), ("bf16", 128, 197, 0, 0), ("float", 64, 197, 0, 0), ("float", 64, 197, 0, 1)]
     found = []
-    for scalar, dim, n, dropout in shapes:
+    for scalar, dim, n, dropout, tf32 in shapes:
         size = 4 if scalar == "float" else 2
         forward = attention.forward_tiling(n, n, dim, size)
         backward = attention.backward_tiling(n, n, dim, size, dropout=bool(dropout))
         for file, plan in (("attention_forward", forward), ("attention_backward", backward)):
-            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": dropout} | plan.constants))
+            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": dropout, "TF32": tf32} | plan.constants))
     return [v for i, v in enumerate(found) if v not in found[:i]]
 
 

@@ -238,6 +238,8 @@ void mma_16x8x16(float* d, const unsigned* a, const unsigned* b) {
 inline void mma_bf16(float* d, const unsigned* a, const unsigned* b) { mma_16x8x16<__nv_bfloat16>(d, a, b); }
 inline void mma_f16(float* d, const unsigned* a, const unsigned* b) { mma_16x8x16<__half>(d, a, b); }
 
+inline float round_tf32(float x) { return __int_as_float((__float_as_int(x) + 0x1000) & ~0x1fff); }
+
 // D (16 x 8) += A (16 x 8) B (8 x 8) in tf32: the instruction passes over the last 13 bits of its operands.
 inline void mma_tf32(float* d, const float* a, const float* b) {
     struct Lane {

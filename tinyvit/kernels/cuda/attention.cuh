@@ -3,7 +3,7 @@
 // A warp multiplies 16 x 16 tiles: c (m x n) += a (m x k) b (k x n). Accumulators are float[8] a lane, with group =
 // lane / 4 and pair = lane % 4: element i stands in row group + 8 (i / 2 % 2) and column 8 (i / 4) + 2 pair + i % 2.
 // The sums are fp32; products of fp32 operands are made of three tf32 products of their upper and lower halves, which
-// leaves an error near 2^-21.
+// leaves an error near 2^-21, or with TF32 = 1 of one, of operands rounded to tf32, with an error near 2^-11.
 #pragma once
 #include "common.cuh"
 
@@ -34,17 +34,19 @@ DEVICE void multiply(float (&c)[8], const Operand<float>& a, const Operand<float
     float upper_a[8], lower_a[8], upper_b[8], lower_b[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        upper_a[i] = upper_half(a.x[i]);
+        upper_a[i] = TF32 ? round_tf32(a.x[i]) : upper_half(a.x[i]);
         lower_a[i] = a.x[i] - upper_a[i];
-        upper_b[i] = upper_half(b.x[i]);
+        upper_b[i] = TF32 ? round_tf32(b.x[i]) : upper_half(b.x[i]);
         lower_b[i] = b.x[i] - upper_b[i];
     }
 #pragma unroll
     for (int half = 0; half < 2; half++)  // of the columns
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            mma_tf32(c + 4 * half, lower_a + 4 * k, upper_b + 4 * half + 2 * k);
-            mma_tf32(c + 4 * half, upper_a + 4 * k, lower_b + 4 * half + 2 * k);
+            if constexpr (!TF32) {
+                mma_tf32(c + 4 * half, lower_a + 4 * k, upper_b + 4 * half + 2 * k);
+                mma_tf32(c + 4 * half, upper_a + 4 * k, lower_b + 4 * half + 2 * k);
+            }
             mma_tf32(c + 4 * half, upper_a + 4 * k, upper_b + 4 * half + 2 * k);
         }
 }

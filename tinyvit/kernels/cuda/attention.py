@@ -15,7 +15,7 @@ import numpy as np
 from tinyvit import kernels
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
-from tinyvit.kernels.cuda import attention_sm90a
+from tinyvit.kernels.cuda import attention_sm90a, cublas
 from tinyvit.kernels.cuda.linear import note_sums, sum_partials
 
 
@@ -117,7 +117,9 @@ def mma_backward(
 
 
 def _variant(qkv: Array, factors: Any, dim: int) -> dict[str, Any]:
-    return {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "DROPOUT": int(factors is not cuda.NULL)}
+    tf32 = cublas.tf32.get() and qkv.dtype.itemsize == 4
+    dropout = factors is not cuda.NULL
+    return {"SCALAR": cuda.scalar(qkv.dtype), "HEAD_DIM": dim, "DROPOUT": int(dropout), "TF32": int(tf32)}
 
 
 def _with_dim(xp: Any, x: Array, dim: int, wanted: int) -> Array:

@@ -12,6 +12,7 @@
 //
 // Compile for sm_90a with SCALAR (bf16 or f16), HEAD_DIM (a multiple of 16, up to 64), WARPS = 8 and LAST (the queries of
 // the last step, rounded up to 16).
+#define TF32 0  // of products of fp32 operands, which are not here
 #include "attention.cuh"
 #include "warpgroup.cuh"
 

@@ -84,6 +84,13 @@ __device__ __forceinline__ void mma_tf32(float* d, const float* a, const float* 
           "r"(__float_as_int(b[0])), "r"(__float_as_int(b[1])));
 }
 
+// The nearest number of tf32's 10 bits.
+__device__ __forceinline__ float round_tf32(float x) {
+    unsigned y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return __int_as_float(y);
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* p) {
     return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
