@@ -1,4 +1,4 @@
-"""Every CUDA source compiles for the architectures that matter, without a GPU, and no kernel spills registers."""
+"""Every CUDA source compiles for the architectures that matter, without a GPU, and no kernel spills registers or has a stack."""
 
 from __future__ import annotations
 
@@ -94,10 +94,11 @@ def hopper_variants() -> list[tuple[str, dict]]:
     """Forward with all chunks of keys in shared memory in one to four blocks a multiprocessor, or a ring of them."""
     found = []
     for scalar, dim, n in (("bf16", 64, 128), ("bf16", 64, 145), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 577),
-                           ("bf16", 64, 1025), ("bf16", 32, 197), ("bf16", 80, 257), ("f16", 128, 577)):  # fmt: skip
+                           ("bf16", 64, 1025), ("bf16", 16, 197), ("bf16", 32, 197), ("f16", 48, 130), ("bf16", 80, 257),
+                           ("bf16", 96, 257), ("bf16", 112, 197), ("f16", 128, 577)):  # fmt: skip
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "TOKENS": n} | attention_sm90a.forward_plan(n, n, dim, 1000)[0]
         found.append(("attention_forward_sm90a", constants))
-    for scalar, dim, last in (("bf16", 64, 16), ("bf16", 64, 64), ("f16", 32, 48)):
+    for scalar, dim, last in (("bf16", 64, 16), ("bf16", 64, 64), ("f16", 48, 32), ("f16", 32, 48), ("bf16", 16, 16)):
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "WARPS": 8, "LAST": last}
         found.append(("attention_backward_sm90a", constants))
     return found
@@ -152,7 +153,8 @@ def test_compiles_without_spills(file, constants, architecture, tmp_path):
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert set(kernels) == set(kernel_names(cuda.source(file)))
     assert len(frames) >= len(kernels)
-    assert all(int(spilled) == 0 for _, *pair in frames for spilled in pair), report
+    # A stack is where an array lies that is indexed by a number of the run time: no kernel needs one.
+    assert {*frames} == {("0", "0", "0")}, report
 
 
 def test_the_extra_brings_the_compiler_that_is_tested_here():
