@@ -7,6 +7,11 @@
 // multiple of 1024 bytes.
 // Rows of b are either its columns (`by_rows` = false: c = a b^T, 16 numbers of each row) or its k (`by_rows` = true).
 //
+// In doubt: `by_rows` with n < 64 (heads of 16, 32, 48; the second panel of 80, 96, 112) reads the first n columns of atoms
+// of 64 x 8 numbers. PTX ISA describes b by rows as whole atoms ("Canonical Layouts": ((T,8,m),(8,k)), 64 m columns) and
+// does not say what fewer columns read; CUTLASS takes narrower swizzles for them. It is the first suspect if such heads
+// are wrong on a GPU and heads of 64 and 128 right.
+//
 // The products run by themselves. wgmma_fence comes before the first one of several, after registers of theirs were
 // written; wgmma_commit closes a group; until wgmma_wait has waited for it, its registers c and a belong to it.
 #pragma once
