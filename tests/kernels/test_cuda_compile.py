@@ -157,6 +157,13 @@ def test_compiles_without_spills(file, constants, architecture, tmp_path):
     assert {*frames} == {("0", "0", "0")}, report
 
 
+def test_instructions_that_reach_memory_tell_the_compiler():
+    """Else it may move other accesses past them, also past a barrier between."""
+    text = "".join(path.read_text() for path in cuda.FOLDER.glob("*.cu*"))
+    found = [s for s in re.findall(r"asm volatile\((.*?)\);\s", text, re.DOTALL) if re.search(r'"(st|cp|ldmatrix)\.', s)]
+    assert len(found) == 7 and all('"memory"' in statement for statement in found), found
+
+
 def test_the_extra_brings_the_compiler_that_is_tested_here():
     """A machine with nothing but a driver has no toolkit: what compiles here must come with the extra."""
     extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]

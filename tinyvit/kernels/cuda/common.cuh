@@ -54,13 +54,13 @@ __device__ __forceinline__ void load_8(void* to, const void* from) {
 __device__ __forceinline__ void store_16(void* to, const void* from) {
     uint4 v;
     memcpy(&v, from, 16);
-    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 __device__ __forceinline__ void store_8(void* to, const void* from) {
     uint2 v;
     memcpy(&v, from, 8);
-    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(v.x), "r"(v.y));
+    asm volatile("st.global.v2.u32 [%0], {%1,%2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // d (16 x 8) += a (16 x 16) b (16 x 8), fp32 sums.
