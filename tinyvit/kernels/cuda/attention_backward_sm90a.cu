@@ -19,6 +19,7 @@
 constexpr int WARPGROUPS = WARPS / 4, KEYS = WARPS * 16, QUERIES = 64;
 constexpr int BUFFERS = 2 * WARPGROUPS;  // of dS: those that dq is made of, and those that come next
 constexpr int KEY_PANEL = KEYS * 128, QUERY_PANEL = QUERIES * 128;
+constexpr int SUM_ROWS = THREADS / 4, SUM_STRIDE = D + 8;  // so that the rows of half a warp lie in different banks
 
 static_assert(D % 16 == 0 && D <= 64, "a row is one panel wide");
 static_assert(LAST % 16 == 0 && LAST > 0 && LAST <= QUERIES, "queries come in whole tiles");
@@ -47,6 +48,16 @@ DEVICE void pin_all(float (&c)[count]) {
     for (int i = 0; i < count; i++) pin(c[i]);
 }
 
+// Adds this thread's two rows of a product, times `factor`, to its own sums of their columns.
+DEVICE void add_rows(float* sums, const float (&c)[D / 2], float factor) {
+#pragma unroll
+    for (int j = 0; j < D / 8; j++) {
+        float2* sum = reinterpret_cast<float2*>(sums + 8 * j);
+        const float x = c[4 * j] + c[4 * j + 2], y = c[4 * j + 1] + c[4 * j + 3];
+        *sum = float2{fmaf(x, factor, sum->x), fmaf(y, factor, sum->y)};
+    }
+}
+
 // Of head `index` of all samples, by the whole block; `dq_sum` is the block's own.
 DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
                           const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums, int heads,
@@ -58,6 +69,8 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
     float* delta = reinterpret_cast<float*>(scores + BUFFERS * KEY_PANEL);
     const int steps = (n_queries + QUERIES - 1) / QUERIES;
     float* logs = delta + QUERIES * steps;
+    float* partials = logs + QUERIES * steps;  // of the columns of dq, dk and dv: SUM_ROWS rows each
+    float* own = partials + threadIdx.x / 4 * SUM_STRIDE + threadIdx.x % 4 * 2;
 
     const int warp = warp_index(), warpgroup = warp / 4, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     const int head = index % heads;
@@ -86,8 +99,12 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
         copy_panel<KEYS>(values, q + 2 * heads * D, row_stride, first_key, n);
         copy_queries(0);
         cp_async_commit();
-        if (first_key == 0)
+        if (first_key == 0) {
             row_statistics(delta, logs, y, dy, out_stride, row_log, n_queries, QUERIES * steps);
+#pragma unroll
+            for (int i = 0; i < 3 * D / 8; i++)
+                *reinterpret_cast<float2*>(own + i / (D / 8) * SUM_ROWS * SUM_STRIDE + i % (D / 8) * 8) = float2{};
+        }
         wait_for_copies();
         unsigned key[D / 16][4], value[D / 16][4];  // of this warp's 16 rows
 #pragma unroll
@@ -133,6 +150,8 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
                 const int token = step * QUERIES + warp % 4 * 16 + group + 8 * half;
                 store_row<T, D>(dq + token * row_stride, sum, half, scale, token < n_queries);
             }
+            // A tile's rows beyond Q are 0; those of whole tiles beyond are of anything.
+            if (sums && step * QUERIES + warp % 4 * 16 < n_queries) add_rows(own, sum, scale);
         };
 
         float dk[D / 2], dv[D / 2];
@@ -206,15 +225,25 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
             store_row<T, D>(dq + token * row_stride + heads * D, dk, half, scale, token < n);
             store_row<T, D>(dq + token * row_stride + 2 * heads * D, dv, half, 1.0f, token < n);
         }
+        if (sums) {  // rows beyond N are 0
+            add_rows(own + SUM_ROWS * SUM_STRIDE, dk, scale);
+            add_rows(own + 2 * SUM_ROWS * SUM_STRIDE, dv, 1.0f);
+        }
     }
     cp_async_wait<0>();
-    if (sums) write_sums(sums + (sample * 3 * heads + head) * D, dq, heads, n, memory);
+    if (!sums) return;
+    __syncthreads();  // all have added up theirs
+    for (int i = threadIdx.x; i < 3 * D; i += THREADS) {
+        float total = 0.0f;
+        for (int row = 0; row < SUM_ROWS; row++) total += partials[(i / D * SUM_ROWS + row) * SUM_STRIDE + i % D];
+        sums[((sample * 3 + i / D) * heads + head) * D + i % D] = total;
+    }
 }
 
 // grid: as many blocks as run at once, each of which takes one of the `all` heads of all samples after the other, so that
-// their dq_sum stays in the second-level cache; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, and
-// 2 floats for each of Q rows rounded up to 64. dqkv (B, N, 3, H, D); dq_sum (blocks, Q rounded up to 64, D) fp32 is only
-// touched if N > KEYS. sums (B, 3, H, D) fp32, of dqkv over each sample's tokens, may be null.
+// their dq_sum stays in the second-level cache; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, 2
+// floats for each of Q rows rounded up to 64, and 3 SUM_ROWS * SUM_STRIDE floats. dqkv (B, N, 3, H, D); dq_sum (blocks, Q rounded up to 64, D) fp32 is only
+// touched if N > KEYS. sums (B, 3, H, D) fp32, of dqkv before it is rounded, over each sample's tokens, may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_backward_sm90a(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
                              const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums,

@@ -52,7 +52,7 @@ def takes(qkv: Array, factors: Any, num_heads: int, queries: int, backward: bool
 
 
 def _has_backward(queries: int, dim: int) -> bool:
-    return dim <= 64 and _backward_shared(queries) <= cuda.shared_limit()
+    return dim <= 64 and _backward_shared(queries, dim) <= cuda.shared_limit()
 
 
 def _try(scalar: str, n: int, queries: int, dim: int) -> trial.Problems:
@@ -104,13 +104,13 @@ def backward(
     sums = xp.empty((batch, width), dtype=xp.float32) if with_sums else cuda.NULL
     arguments = (qkv, y, dy, row_log, dqkv, dq_sum, sums, *map(np.int32, (heads, num_heads, n, queries)), scale)
     kernel = cuda.kernel(name, name, **variant)
-    kernel((blocks,), (32 * warps,), arguments, shared_mem=_backward_shared(queries))
+    kernel((blocks,), (32 * warps,), arguments, shared_mem=_backward_shared(queries, dim))
     return dqkv, sums
 
 
-def _backward_shared(queries: int) -> int:
-    """Panels of 128 keys, values and four of dS; of two stages of 64 queries and dy; two numbers a query."""
-    return 128 * (6 * 128 + 4 * 64) + 2 * 4 * 64 * math.ceil(queries / 64)
+def _backward_shared(queries: int, dim: int) -> int:
+    """Panels of 128 keys, values and four of dS; of two stages of 64 queries and dy; two numbers a query; sums."""
+    return 128 * (6 * 128 + 4 * 64) + 4 * (2 * 64 * math.ceil(queries / 64) + 3 * 64 * (dim + 8))
 
 
 def forward_plan(n: int, queries: int, dim: int, heads: int) -> Plan:
