@@ -16,7 +16,8 @@
 // With DROPOUT = 1 the weights were multiplied by `dropout_mask` (B, H, Q, N), and so are their gradients.
 //
 // Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), QUERIES (a multiple of 16), DROPOUT,
-// TF32 (1 rounds fp32 operands of products) and RESIDENT (the number of blocks that shall fit on a multiprocessor, which limits their registers).
+// TF32 (1 rounds fp32 operands of products) and RESIDENT (the number of blocks that shall fit on a multiprocessor, which
+// limits their registers).
 #include "attention.cuh"
 
 static_assert(QUERIES % 16 == 0, "queries come in whole tiles");

@@ -242,8 +242,9 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
 
 // grid: as many blocks as run at once, each of which takes one of the `all` heads of all samples after the other, so that
 // their dq_sum stays in the second-level cache; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, 2
-// floats for each of Q rows rounded up to 64, and 3 SUM_ROWS * SUM_STRIDE floats. dqkv (B, N, 3, H, D); dq_sum (blocks, Q rounded up to 64, D) fp32 is only
-// touched if N > KEYS. sums (B, 3, H, D) fp32, of dqkv before it is rounded, over each sample's tokens, may be null.
+// floats for each of Q rows rounded up to 64, and 3 SUM_ROWS * SUM_STRIDE floats. dqkv (B, N, 3, H, D); dq_sum (blocks, Q
+// rounded up to 64, D) fp32 is only touched if N > KEYS. sums (B, 3, H, D) fp32, of dqkv before it is rounded, over each
+// sample's tokens, may be null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_backward_sm90a(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
                              const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums,
