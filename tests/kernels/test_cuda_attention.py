@@ -195,8 +195,8 @@ def test_attention_on_hopper(folder, scalar, heads, n, queries, dim, limit, plan
      ("bf16", 130, 128, 16, 64)],
 )  # fmt: skip
 def test_the_gradient_of_attention_on_hopper(folder, monkeypatch, scalar, n, queries, dim, last):
-    """Over several portions of keys, in any order of threads, two heads in one block or in two; tokens that are no queries
-    get no gradient as such. Of the last 64 queries no more are computed with than whole tiles hold.
+    """Over several portions of keys, in any order of threads, two heads in one block or in two; tokens that are no
+    queries get no gradient as such. Of the last 64 queries no more are computed with than whole tiles hold.
     """
     qkv, dy = (encode(draw(n, (1, rows, width * dim)), scalar) for rows, width in ((n, 3 * 2), (queries, 2)))
     settings = cuda.NULL, 2, queries, np.float32(1 / math.sqrt(dim))
@@ -245,11 +245,12 @@ def test_hoppers_plans_fit_every_shape():
 
 @pytest.mark.parametrize(
     "n, heads, parts",
-    [(197, 1, 4), (197, 132, 4), (197, 133, 2), (197, 384, 1), (197, 3072, 1), (577, 12, 3), (577, 132, 1), (577, 140, 3),
-     (577, 768, 1)],
+    [(197, 1, 4), (197, 132, 4), (197, 133, 2), (197, 384, 1), (197, 3072, 1), (577, 12, 3), (577, 132, 1),
+     (577, 140, 3), (577, 768, 1)],
 )  # fmt: skip
 def test_hoppers_heads_are_divided_where_that_is_faster(n, heads, parts):
-    """On an H200: 577 tokens are ten tiles for blocks of four, so 140 heads take two rounds of 3 x 4 tiles and a loading
-    of 2, or divided by three, four rounds of 4 and 2: 28 and 24."""
+    """On an H200: 577 tokens are ten tiles for blocks of four, so 140 heads take two rounds of 3 x 4 tiles and a
+    loading of 2, or divided by three, four rounds of 4 and 2: 28 and 24.
+    """
     with cuda_sim.device(Path(), multiprocessors=132, **HOPPER):
         assert attention_sm90a.forward_plan(n, n, 64, heads).parts == parts

@@ -1,4 +1,4 @@
-"""Kernels are tried in a process of their own before they are used; no GPU here, so children and kernels are stand-ins."""
+"""Kernels are tried in a process of their own before they are used. Children and kernels are stand-ins here."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ CHILDREN = {  # what they do, what is then said of the backward kernel, whether 
         'print("started", flush=True); import os, signal; os.kill(os.getpid(), signal.SIGTERM)',
         "their trial ended with status -15", False,
     ),
+    "silent": ('print("started"); sys.stderr.write("\\n"); sys.exit(3)', "their trial ended with status 3", False),
     "no memory": (
-        'print("started"); raise MemoryError("one GiB")', "their trial ended with status 1 (MemoryError: one GiB)", False
+        'print("started"); raise MemoryError("1 GiB")', "their trial ended with status 1 (MemoryError: 1 GiB)", False
     ),
 }  # fmt: skip
 
@@ -214,13 +215,24 @@ def test_faults_are_found(folder, monkeypatch, fault):
     monkeypatch.setattr(attention_sm90a, "backward", backward)
     named = {
         "logarithms": "a logarithm differs", "the second tile of a block": "y differs", "nan": "y differs by nan",
-        "now and then": "y is not the same twice", "sums": "a sum differs", "refused": "RuntimeError: no such instruction",
+        "now and then": "y is not the same twice", "sums": "a sum differs",
+        "refused": "RuntimeError: no such instruction",
     }  # fmt: skip
     found = problems(folder)
     is_backward = fault in ("dq", "dk", "dv", "sums")
     assert found.pop("backward" if is_backward else "forward").startswith(named.get(fault, f"{fault} differs"))
     assert [*found.values()] == [None]
     assert is_backward is False or {1, attention_sm90a.MANY} == {*calls}
+
+
+@needs_simulator
+def test_after_a_wrong_address_there_is_a_verdict_on_both(folder, monkeypatch):
+    def dead(*arguments):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(attention_sm90a, "forward", dead)
+    monkeypatch.setattr(attention, "mma_backward", dead)
+    assert problems(folder) == dict.fromkeys(NAMES, "RuntimeError: an illegal memory access was encountered")
 
 
 def test_a_trial_without_memory_gives_no_verdict(folder):

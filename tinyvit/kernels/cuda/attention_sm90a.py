@@ -1,7 +1,7 @@
 """Attention on Hopper: how `cuda/attention_*_sm90a.cu` are cut into blocks and launched, and whether they may be.
 
-Each runs only after it has agreed with the kernel for every GPU on random numbers (`attention_trial.py`), for each shape
-of a head: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
+Each runs only after it has agreed with the kernel for every GPU on random numbers (`attention_trial.py`), for each
+shape of a head: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tinyvit.kernels.cuda import trial
 LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
 KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
 MANY = 1 << 20  # heads: each has one block
-# What a block's keys and values take, in tiles of 64 queries: 4 N D bytes at a multiprocessor's share of 4.3 TB/s, beside
-# 256 N D FLOPs at its share of 790 / 1.4 TFLOP/s. Predicted, like those 1.4 (bench/README.md).
+# What a block's keys and values take, in tiles of 64 queries: 4 N D bytes at a multiprocessor's share of 4.3 TB/s,
+# beside 256 N D FLOPs at its share of 790 / 1.4 TFLOP/s. Predicted, like those 1.4 (bench/README.md).
 LOADING = 2
 
 _problems: dict[tuple, trial.Problems] = {}  # with each shape of a head on each device: what was found
@@ -55,7 +55,7 @@ def _has_backward(queries: int, dim: int) -> bool:
     return dim <= 64 and _backward_shared(queries, dim) <= cuda.shared_limit()
 
 
-def _try(scalar: str, n: int, queries: int, dim: int) -> trial.Problems:
+def _try(scalar: str | None, n: int, queries: int, dim: int) -> trial.Problems:
     names = ("forward", "backward")[: 1 + _has_backward(queries, dim)]
     request = {"scalar": scalar, "n": n, "queries": queries, "dim": dim, "backward": len(names) == 2}
     sources = [cuda.source(f"attention_{name}_sm90a") for name in ("forward", "backward")]

@@ -1,8 +1,8 @@
 """Whether kernels that hardly any GPU has run are right on this one: a process of its own tries them, once.
 
-A kernel that touches a wrong address ends its process' use of the GPU, and another may never end: so it is a child, with
-a time limit, that runs them. What it finds is kept beside CuPy's compiled kernels, for each kind of GPU, driver, compiler
-and text of the sources.
+A kernel that touches a wrong address ends its process' use of the GPU, and another may never end: so it is a child,
+with a time limit, that runs them. What it finds is kept beside CuPy's compiled kernels, for each kind of GPU, driver,
+compiler and text of the sources.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ _CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)  # not the signals that somebody s
 Problems = dict[str, str | None]  # of each kernel: what is wrong with it, None if nothing
 
 
-def find(module: str, names: Iterable[str], request: dict[str, Any], sources: Iterable[str]) -> Problems:
+def find(module: str, names: tuple[str, ...], request: dict[str, Any], sources: list[str]) -> Problems:
     """What `python -m MODULE REQUEST` finds wrong with the kernels of these names."""
     address, *machine = _gpu()
     key = hashlib.sha256(json.dumps([module, request, machine, *sources]).encode()).hexdigest()[:32]
@@ -49,15 +48,14 @@ def find(module: str, names: Iterable[str], request: dict[str, Any], sources: It
     return problems
 
 
-def _try(module: str, names: Iterable[str], request: dict[str, Any]) -> tuple[Problems, bool]:
+def _try(module: str, names: tuple[str, ...], request: dict[str, Any]) -> tuple[Problems, bool]:
     """And whether it is the kernels that are at fault, if anything is."""
     command = [sys.executable or "python", "-P", "-m", module, json.dumps(request)]
     paths = os.pathsep.join(filter(None, [str(cuda.FOLDER.parents[2]), *sys.path]))  # it finds what this process finds
+    env = os.environ | {"PYTHONPATH": paths}
     errors, ended = b"", True
     try:
-        child = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=os.environ | {"PYTHONPATH": paths}
-        )  # fmt: skip
+        child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=env)
         output, errors, fault = child.stdout, child.stderr, f"their trial ended with status {child.returncode}"
         ended = child.returncode not in _CRASHES
     except subprocess.TimeoutExpired as error:
@@ -65,8 +63,8 @@ def _try(module: str, names: Iterable[str], request: dict[str, Any]) -> tuple[Pr
     except OSError as error:
         output, fault = b"", f"their trial did not begin: {error}"
     lines = output.decode(errors="replace").splitlines()
-    if errors:
-        fault += f" ({one_line(errors.decode(errors='replace').strip().splitlines()[-1])})"
+    for line in errors.decode(errors="replace").strip().splitlines()[-1:]:
+        fault += f" ({one_line(line)})"
     problems: Problems = dict.fromkeys(names, fault)
     found = dict(json.loads(line.removeprefix(FOUND)) for line in lines if line.startswith(FOUND))
     return problems | found, problems.keys() == found.keys() or (STARTED in lines and not ended)
