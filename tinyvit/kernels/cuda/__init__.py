@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,11 @@ def kernel(file: str, name: str, **constants: Any) -> Callable:
     It is called with grid, block (tuples), arguments (arrays and NumPy scalars) and `shared_mem`, in bytes.
     """
     return _kernel(device(), file, name, tuple(constants.items()))
+
+
+def cache_file(name: str) -> Path:
+    """A file beside CuPy's compiled kernels."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")) / name
 
 
 def capability() -> int:

@@ -141,17 +141,15 @@ class Tiling(NamedTuple):
     shared: int
 
 
-def forward_tiling(n: int, n_queries: int, dim: int, itemsize: int, **choices: int) -> Tiling:
+def forward_tiling(n: int, n_queries: int, dim: int, itemsize: int) -> Tiling:
     """The plan for n tokens, of which the first `n_queries` are queries.
 
     Two tiles of queries a warp halve the reading of keys from shared memory, where there are rows enough to fill them
     and registers to hold them; blocks are then of four warps, so that two fit on a multiprocessor. Short rows pass in
-    one step, which takes fewer registers, so that more blocks wait for memory at once. `choices` of TILES, KEYS and
-    WARPS (the most of a block) replace our own.
+    one step, which takes fewer registers, so that more blocks wait for memory at once.
     """
-    tiles = choices.get("TILES", 2 if n_queries > 112 and dim <= 80 and itemsize == 2 else 1)
-    keys = choices.get("KEYS", 32 if itemsize == 4 and dim > 64 else 16 * min(_tiles(n), 5 if n <= 80 else 4))
-    most = choices.get("WARPS", 8 // tiles)
+    tiles = 2 if n_queries > 112 and dim <= 80 and itemsize == 2 else 1
+    keys = 32 if itemsize == 4 and dim > 64 else 16 * min(_tiles(n), 5 if n <= 80 else 4)
     once = n <= keys
     resident = 8  # warps
     if dim <= 64 and itemsize == 2:
@@ -160,22 +158,19 @@ def forward_tiling(n: int, n_queries: int, dim: int, itemsize: int, **choices: i
     def shared(warps: int) -> int:
         return (16 * tiles * warps + (2 if once else 4) * keys) * _stride(dim) * itemsize
 
-    parts, warps = _split(math.ceil(_tiles(n_queries) / tiles), most, shared)
+    parts, warps = _split(math.ceil(_tiles(n_queries) / tiles), 8 // tiles, shared)
     blocks = max(1, resident // warps)
     constants = {"TILES": tiles, "KEYS": keys, "ONCE": int(once), "WARPS": warps, "RESIDENT": blocks}
     return Tiling(constants, parts, shared(warps))
 
 
-def backward_tiling(
-    n: int, n_queries: int, dim: int, itemsize: int, *, dropout: bool = False, **choices: int
-) -> Tiling | None:
+def backward_tiling(n: int, n_queries: int, dim: int, itemsize: int, *, dropout: bool = False) -> Tiling | None:
     """The plan for n tokens, of which the first `n_queries` are queries; None if shared memory is too small for them.
 
-    With dropout a block fewer is resident: its mask takes registers. `choices` of TILES, QUERIES and WARPS (the most of
-    a block) replace our own.
+    With dropout a block fewer is resident: its mask takes registers.
     """
-    tiles = choices.get("TILES", 2 if n > 112 and dim <= 64 and itemsize == 2 else 1)
-    queries = choices.get("QUERIES", 32)
+    tiles = 2 if n > 112 and dim <= 64 and itemsize == 2 else 1
+    queries = 32
     resident = 16 // tiles if dim <= 64 and itemsize == 2 else 8  # warps
 
     def shared(warps: int) -> int:
@@ -184,7 +179,7 @@ def backward_tiling(
 
     if shared(1) > cuda.shared_limit():
         return None
-    parts, warps = _split(math.ceil(_tiles(n) / tiles), choices.get("WARPS", 8), shared)
+    parts, warps = _split(math.ceil(_tiles(n) / tiles), 8, shared)
     blocks = max(1, resident // warps - int(dropout))
     constants = {"TILES": tiles, "QUERIES": queries, "WARPS": warps, "RESIDENT": blocks}
     return Tiling(constants, parts, shared(warps))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -16,12 +15,13 @@ import numpy as np
 
 from tinyvit.files import atomic
 from tinyvit.files.text import one_line
+from tinyvit.kernels import cuda
 
 SIZE = 64  # bytes of a cublasLtMatmulAlgo_t
 
 
 def path() -> Path:
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy/kernel_cache") / "tinyvit_products.json"
+    return cuda.cache_file("tinyvit_products.json")
 
 
 def find(product: str) -> np.ndarray | None:

@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from tinyvit.files.atomic import write_text
@@ -34,8 +33,7 @@ def find(module: str, names: tuple[str, ...], request: dict[str, Any], sources: 
     """What `python -m MODULE REQUEST` finds wrong with the kernels of these names."""
     address, *machine = _gpu()
     key = hashlib.sha256(json.dumps([module, request, machine, *sources]).encode()).hexdigest()[:32]
-    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
-    path = Path(folder) / f"tinyvit-{key}.json"
+    path = cuda.cache_file(f"tinyvit-{key}.json")
     with contextlib.suppress(OSError, ValueError):  # none, or a damaged one
         kept = json.loads(path.read_text())
         if isinstance(kept, dict) and kept.keys() == {*names} and all(isinstance(p, str | None) for p in kept.values()):
@@ -54,6 +52,7 @@ def _try(module: str, names: tuple[str, ...], request: dict[str, Any]) -> tuple[
     paths = os.pathsep.join(filter(None, [str(cuda.FOLDER.parents[2]), *sys.path]))  # it finds what this process finds
     env = os.environ | {"PYTHONPATH": paths}
     errors, ended = b"", True
+    print(f"tinyvit: trying kernels on this GPU, once: at most {SECONDS} seconds", file=sys.stderr, flush=True)
     try:
         child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS, env=env)
         output, errors, fault = child.stdout, child.stderr, f"their trial ended with status {child.returncode}"
