@@ -134,6 +134,8 @@ def test_corrupt_images_are_left_out_where_that_is_asked(home, tmp_path):
     assert str(bad) not in names and np.load(tmp_path / "e.npz")["paths"].tolist() == names
     assert [Path(each["attention"]).exists() for each in found["predictions"]] == 8 * [True]
     assert f"1; the first is {bad}" in tinyvit(*predict, "--skip-corrupt").stdout
+    missing = [*predict[:2], home / "images" / "test" / "red" / "00.png", "typo.png", "--skip-corrupt"]
+    assert "typo.png: no such file" in assert_one_line_error(tinyvit(*missing), 1)
     assert "none of the 1 images" in assert_one_line_error(tinyvit("predict", home / "run", bad, "--skip-corrupt"), 1)
 
 

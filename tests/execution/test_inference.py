@@ -26,7 +26,7 @@ class Counting:
 
     made: list[Counting]
 
-    def __init__(self, function: Any, depends_on: Any) -> None:
+    def __init__(self, function: Any, depends_on: Any, can_retry: Any) -> None:
         self.function, self.calls = function, 0
         Counting.made.append(self)
 

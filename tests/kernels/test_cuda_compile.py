@@ -78,7 +78,7 @@ INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarc
 
 def attention_variants() -> list[tuple[str, dict]]:
     """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
-    shapes = [("bf16", 64, n, dropout, 0) for n, dropout in ((50, 1), (65, 0), (197, 0), (197, 1), (577, 0))]
+    shapes = [("bf16", 64, n, dropout, 0) for n, dropout in ((50, 1), (65, 0), (65, 1), (197, 0), (197, 1), (577, 0))]
     shapes += [("f16", 80, 197, 1, 0), ("bf16", 128, 197, 0, 0), ("float", 64, 197, 0, 0), ("float", 64, 197, 0, 1)]
     found = []
     for scalar, dim, n, dropout, tf32 in shapes:
@@ -111,7 +111,7 @@ def variants() -> list[tuple[str, dict]]:
         patch.setattr(cuda, "shared_limit", lambda: HOPPERS_SHARED_LIMIT)
         patch.setattr(cuda, "multiprocessors", lambda: 132)
         found += hopper_variants()
-    for scalar, dim in (("bf16", 192), ("bf16", 768), ("f16", 1024), ("float", 768)):
+    for scalar, dim in (("bf16", 192), ("bf16", 768), ("f16", 1024), ("bf16", 1280), ("bf16", 4096), ("float", 768)):
         found.append(("layer_norm", {"SCALAR": scalar, "DIM": dim}))
     for scalar, vector, approximate in (("bf16", 8, 0), ("float", 4, 0), ("float", 4, 1), ("f16", 1, 1)):
         found.append(("columns", {"SCALAR": scalar, "VECTOR": vector, "APPROXIMATE": approximate}))

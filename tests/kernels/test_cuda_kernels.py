@@ -89,7 +89,7 @@ def test_sums_that_were_noted_end_with_the_pass(folder):
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("scalar, shape", [("bf16", (3, 5, 7)), ("f16", (16,)), ("float", (1000,)), ("bf16", ())])
+@pytest.mark.parametrize("scalar, shape", [("bf16", (3, 5, 7)), ("f16", (2, 8)), ("float", (1, 1000))])
 def test_gelu(folder, scalar, shape, approximate):
     x = np.asarray(draw(3, shape) * 3)
     check(folder, "gelu", scalar, [x], {"approximate": approximate})
@@ -99,7 +99,7 @@ def test_gelu(folder, scalar, shape, approximate):
 @pytest.mark.parametrize("scalar, tolerance", [("float", 1.5e-7), ("bf16", 4e-3), ("f16", 5e-4)])
 def test_gelu_everywhere(folder, scalar, tolerance, approximate):
     """Each value by itself, also far out, where powers of x overflow."""
-    x = np.concatenate([np.linspace(-9, 9, 4001), [0.0, 1e4, -1e4, 6e4, -6e4, 1e-5, -1e-5]])
+    x = np.concatenate([np.linspace(-9, 9, 4001), [0.0, 1e4, -1e4, 6e4, -6e4, 1e-5, -1e-5]])[None]
     actual, expected = both(folder, "gelu", scalar, [x], {"approximate": approximate})
     exact = decode(encode(x, scalar))
     assert (np.abs(decode(actual[0]) - expected[0]) / np.maximum(np.abs(exact), 1)).max() < tolerance

@@ -258,11 +258,3 @@ def test_the_count_of_steps_is_read_once_and_is_that_of_a_state_that_was_loaded(
         opt.step()
         opt.load_state_dict(state | {"steps": np.full(4, 7)})
         assert list(opt.state_dict()["steps"]) == [7] * 4
-
-
-@pytest.mark.parametrize("scalar", SCALARS)
-def test_sum_of_squares(folder, scalar):
-    x = encode(np.random.default_rng(2).standard_normal((70, 100)), scalar)
-    with cuda_sim.device(folder, seed=1) as xp:
-        total = cuda_version(reference.sum_of_squares)(xp, guarded(x))
-    assert float(total) == pytest.approx((decode(x) ** 2).sum(), rel=1e-12)

@@ -75,7 +75,7 @@ class Graphed:
         function: Callable[..., Results],
         depends_on: Callable[[], Hashable] = tuple,
         on_replay: Callable[[], None] = lambda: None,
-        can_retry: Callable[[], bool] = lambda: True,
+        can_retry: Callable[[], bool] = lambda: False,
     ) -> None:
         self._function, self._depends_on, self._on_replay = function, depends_on, on_replay
         self._can_retry = can_retry
@@ -157,7 +157,7 @@ class _Graph:
     def __init__(self, function: Callable[..., Results], inputs: tuple[Array, ...]) -> None:
         import cupy
 
-        gc.collect()  # graphs among what was let go; CuPy's own pools do the same before memory runs out
+        gc.collect()  # unreachable graphs, whose memory is given back then, as CuPy's own pools do when memory runs out
         _give_back()
         cupy.get_default_memory_pool().free_all_blocks()  # what calls in single launches needed, the graph needs now
         self._device, self._pool = cupy.cuda.Device(), cupy.cuda.MemoryPool(_once)

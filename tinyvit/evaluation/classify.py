@@ -161,6 +161,8 @@ def image_paths(paths: Sequence[str]) -> list[str]:
 
     found: list[str] = []
     for path in paths:
+        if not os.path.lexists(path):
+            raise EvaluationError(f"cannot read image {path}: no such file or directory")
         inside = [str(image) for image in images_in(Path(path))] if os.path.isdir(path) else [path]
         if not inside:
             raise EvaluationError(f"{path} holds no images")

@@ -108,10 +108,13 @@ class TrainStep:
         self.result = StepResult(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
         self._has_effects = False  # whether a step that fails has changed something already
-        me = weakref.proxy(self)  # so that the graph and its memory go with the step, without waiting for a collection
+        weak_self = weakref.proxy(
+            self
+        )  # so that the graph and its memory go with the step, without waiting for a collection
         self.graph = Graphed(
-            lambda *inputs: me._compute(*inputs), lambda: me._graph_key(), lambda: me.optimizer.begin_update(),
-            can_retry=lambda: not me._has_effects,
+            lambda *inputs: weak_self._compute(*inputs), lambda: weak_self._graph_key(),
+            lambda: weak_self.optimizer.begin_update(),
+            can_retry=lambda: not weak_self._has_effects,
         )  # fmt: skip
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
@@ -133,7 +136,8 @@ class TrainStep:
         self.model.train()
         like = self.parameters[0].data
         self._gradients = []  # the last step's: their memory is this one's
-        self._has_effects = self.group.size > 1  # the others of a group would not make their sums again
+        # Other processes would not repeat their all-reduce, and a module may change its buffers.
+        self._has_effects = self.group.size > 1 or any(True for _ in self.model.buffers())
         with parallel.limit(self.threads), arrays.on_device_of(like):
             images, labels = (arrays.convert(array_of(x), like) for x in (images, labels))
             every_label = self._differentiate.place(labels)

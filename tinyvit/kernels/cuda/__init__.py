@@ -95,6 +95,11 @@ def shared_limit() -> int:
     return _facts(device()).shared_limit
 
 
+def blocks_that_fit(shared: int) -> int:
+    """How many blocks with so many bytes of shared memory a multiprocessor has room for: each takes another 1024."""
+    return (shared_limit() + 1024) // (shared + 1024)
+
+
 def multiprocessors() -> int:
     return _facts(device()).multiprocessors
 

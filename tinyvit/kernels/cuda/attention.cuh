@@ -191,17 +191,17 @@ DEVICE void write_rows(T* to, int stride, const T* from, int first, int count, i
 __device__ constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
 // The sums over a head's n rows of y dy, into delta, and row_log beside them, for `rows` rows in whole tiles. Beyond n
-// q and dy are 0: any number does. Several turns' numbers are on their way at once, before the first sum.
+// q and dy are 0: any number does. The loads of four rows a thread are issued before the first sum.
 DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, int stride, const float* row_log, int n,
                            int rows) {
-    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks), height = THREADS / lanes, turns = 4;
+    constexpr int chunks = D / CHUNK, lanes = power_of_two(chunks), height = THREADS / lanes, unrolled = 4;
     const int lane = threadIdx.x % lanes;
-    for (int above = 0; above < rows; above += turns * height) {
-        const int first = above + threadIdx.x / lanes;
-        Vector<T, CHUNK> a[turns] = {}, b[turns] = {};
-        float log[turns] = {};
+    for (int start = 0; start < rows; start += unrolled * height) {
+        const int first = start + threadIdx.x / lanes;
+        Vector<T, CHUNK> a[unrolled] = {}, b[unrolled] = {};
+        float log[unrolled] = {};
 #pragma unroll
-        for (int turn = 0; turn < turns; turn++) {
+        for (int turn = 0; turn < unrolled; turn++) {
             const int row = first + turn * height;
             if (row >= n || lane >= chunks) continue;
             a[turn] = load<CHUNK>(y + row * stride + lane * CHUNK);
@@ -209,7 +209,7 @@ DEVICE void row_statistics(float* delta, float* logs, const T* y, const T* dy, i
             log[turn] = row_log[row];
         }
 #pragma unroll
-        for (int turn = 0; turn < turns; turn++) {  // as often for all: lanes meet in the sum
+        for (int turn = 0; turn < unrolled; turn++) {  // as often for all: lanes meet in the sum
             float product = 0.0f;
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) product = fmaf(a[turn][i], b[turn][i], product);

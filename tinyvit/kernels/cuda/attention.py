@@ -159,7 +159,7 @@ def forward_tiling(n: int, n_queries: int, dim: int, itemsize: int) -> Tiling:
         return (16 * tiles * warps + (2 if once else 4) * keys) * _stride(dim) * itemsize
 
     parts, warps = _split(math.ceil(_tiles(n_queries) / tiles), 8 // tiles, shared)
-    blocks = max(1, resident // warps)
+    blocks = max(1, min(resident // warps, cuda.blocks_that_fit(shared(warps))))
     constants = {"TILES": tiles, "KEYS": keys, "ONCE": int(once), "WARPS": warps, "RESIDENT": blocks}
     return Tiling(constants, parts, shared(warps))
 

@@ -58,7 +58,7 @@ DEVICE void add_rows(float* sums, const float (&c)[D / 2], float factor) {
     }
 }
 
-// Of head `index` of all samples, by the whole block; `dq_sum` is the block's own.
+// The gradient of head `index` of all samples, computed by the whole block; `dq_sum` is the block's.
 DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
                           const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums, int heads,
                           int n, int n_queries, float scale, int index, unsigned char* memory) {
@@ -70,7 +70,7 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
     const int steps = (n_queries + QUERIES - 1) / QUERIES;
     float* logs = delta + QUERIES * steps;
     float* partials = logs + QUERIES * steps;  // of the columns of dq, dk and dv: SUM_ROWS rows each
-    float* own = partials + threadIdx.x / 4 * SUM_STRIDE + threadIdx.x % 4 * 2;
+    float* own_sums = partials + threadIdx.x / 4 * SUM_STRIDE + threadIdx.x % 4 * 2;
 
     const int warp = warp_index(), warpgroup = warp / 4, lane = threadIdx.x % 32, group = lane / 4, pair = lane % 4;
     const int head = index % heads;
@@ -103,7 +103,7 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
             row_statistics(delta, logs, y, dy, out_stride, row_log, n_queries, QUERIES * steps);
 #pragma unroll
             for (int i = 0; i < 3 * D / 8; i++)
-                *reinterpret_cast<float2*>(own + i / (D / 8) * SUM_ROWS * SUM_STRIDE + i % (D / 8) * 8) = float2{};
+                *reinterpret_cast<float2*>(own_sums + i / (D / 8) * SUM_ROWS * SUM_STRIDE + i % (D / 8) * 8) = float2{};
         }
         wait_for_copies();
         unsigned key[D / 16][4], value[D / 16][4];  // of this warp's 16 rows
@@ -150,13 +150,13 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
                 const int token = step * QUERIES + warp % 4 * 16 + group + 8 * half;
                 store_row<T, D>(dq + token * row_stride, sum, half, scale, token < n_queries);
             }
-            // A tile's rows beyond Q are 0; those of whole tiles beyond are of anything.
-            if (sums && step * QUERIES + warp % 4 * 16 < n_queries) add_rows(own, sum, scale);
+            // A tile's rows beyond Q are 0; tiles wholly beyond Q hold arbitrary values.
+            if (sums && step * QUERIES + warp % 4 * 16 < n_queries) add_rows(own_sums, sum, scale);
         };
 
         float dk[D / 2], dv[D / 2];
         // A step's scores and dS for its first `width` queries, and their shares of dk and dv.
-        auto take = [&](int step, auto width) {
+        auto compute_step = [&](int step, auto width) {
             constexpr int count = width.value;
             const unsigned char* queries = stages + step % 2 * 2 * QUERY_PANEL;
             const unsigned char* dys = queries + QUERY_PANEL;
@@ -215,8 +215,8 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
         };
         const int whole = LAST < QUERIES ? steps - 1 : steps;
 #pragma unroll 1
-        for (int step = 0; step < whole; step++) take(step, Number<QUERIES>());
-        if constexpr (LAST < QUERIES) take(steps - 1, Number<LAST>());
+        for (int step = 0; step < whole; step++) compute_step(step, Number<QUERIES>());
+        if constexpr (LAST < QUERIES) compute_step(steps - 1, Number<LAST>());
         __syncthreads();  // dS is complete
         make_dq((steps - 1) / WARPGROUPS * WARPGROUPS + warpgroup);
 #pragma unroll
@@ -226,8 +226,8 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
             store_row<T, D>(dq + token * row_stride + 2 * heads * D, dv, half, 1.0f, token < n);
         }
         if (sums) {  // rows beyond N are 0
-            add_rows(own + SUM_ROWS * SUM_STRIDE, dk, scale);
-            add_rows(own + 2 * SUM_ROWS * SUM_STRIDE, dv, 1.0f);
+            add_rows(own_sums + SUM_ROWS * SUM_STRIDE, dk, scale);
+            add_rows(own_sums + 2 * SUM_ROWS * SUM_STRIDE, dv, 1.0f);
         }
     }
     cp_async_wait<0>();
@@ -240,7 +240,7 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
     }
 }
 
-// grid: as many blocks as run at once, each of which takes one of the `all` heads of all samples after the other, so that
+// grid: as many blocks as run at once, each of which takes one of the `total_heads` heads of all samples after the other, so that
 // their dq_sum stays in the second-level cache; shared memory: 2 KEY_PANEL + 4 QUERY_PANEL + BUFFERS * KEY_PANEL bytes, 2
 // floats for each of Q rows rounded up to 64, and 3 SUM_ROWS * SUM_STRIDE floats. dqkv (B, N, 3, H, D); dq_sum (blocks, Q
 // rounded up to 64, D) fp32 is only touched if N > KEYS. sums (B, 3, H, D) fp32, of dqkv before it is rounded, over each
@@ -248,10 +248,10 @@ DEVICE void head_gradient(const T* __restrict__ qkv, const T* __restrict__ y, co
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attention_backward_sm90a(const T* __restrict__ qkv, const T* __restrict__ y, const T* __restrict__ dy,
                              const float* __restrict__ row_log, T* __restrict__ dqkv, float* dq_sum, float* sums,
-                             int all, int heads, int n, int n_queries, float scale) {
+                             int total_heads, int heads, int n, int n_queries, float scale) {
     DYNAMIC_SHARED(memory);
     dq_sum += 1LL * blockIdx.x * ((n_queries + QUERIES - 1) / QUERIES) * QUERIES * D;
 #pragma unroll 1
-    for (int index = blockIdx.x; index < all; index += gridDim.x)
+    for (int index = blockIdx.x; index < total_heads; index += gridDim.x)
         head_gradient(qkv, y, dy, row_log, dqkv, dq_sum, sums, heads, n, n_queries, scale, index, memory);
 }

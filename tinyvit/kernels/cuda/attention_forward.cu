@@ -12,8 +12,8 @@
 // With DROPOUT = 1 each weight is multiplied by a number of `dropout_mask` (B, H, Q, N): N^2 numbers a head more.
 //
 // Compile with SCALAR, HEAD_DIM (a multiple of 8, up to 128), WARPS, TILES (1 or 2), KEYS (a multiple of 16), ONCE (1 if
-// N <= KEYS: nothing is scaled anew then), DROPOUT, TF32 (1 rounds fp32 operands of products) and RESIDENT (the number
-// of blocks that shall fit on a multiprocessor, which limits their registers).
+// N <= KEYS: no earlier result is rescaled then), DROPOUT, TF32 (1 rounds fp32 operands of products) and RESIDENT (the number
+// of blocks that should fit on a multiprocessor, which limits their registers).
 #include "attention.cuh"
 
 constexpr int ROWS = 16 * TILES;  // queries of a warp

@@ -104,7 +104,7 @@ def linear_gelu(xp: Any, x: Array, weight: Array, bias: Array, keep: bool) -> tu
 def input_gradient(xp: Any, dy: Array, weight: Array) -> Array | None:
     """dy W: dy (R, O), weight (O, I) -> (R, I); None if not covered."""
     if tf32.get() and dy.dtype == np.float32 and cuda.capability() == 90:
-        # Hopper's wgmma takes tf32 only where the numbers of a sum lie side by side, as they do in the forward product.
+        # Hopper's wgmma takes tf32 only from K-major operands, as those of the forward product are.
         return linear(xp, dy, cuda.ready(weight.T), None)
     dx = xp.empty((dy.shape[0], weight.shape[1]), dtype=dy.dtype)
     return dx if _product(xp, dy, weight, dx) else None
@@ -223,15 +223,16 @@ def search(key: _Key, measure: Callable[[], float], count: int = 8) -> list[floa
         time = measure()
         if _plans[key] is not None:  # it was not refused
             measured.append((time, algorithm))
-    best = min(measured, key=lambda pair: pair[0])[1]
-    _plans[key] = plan._replace(algorithm=best)
-    product_file.keep(_name(key), best)
+    if measured:
+        best = min(measured, key=lambda pair: pair[0])[1]
+        _plans[key] = plan._replace(algorithm=best)
+        product_file.keep(_name(key), best)
     return [time for time, _ in measured]
 
 
 def _name(key: _Key) -> str:
     kind = " ".join(f"{name}={value}" for name, value in key._asdict().items() if name != "device")
-    return f"{cuda.device_name()}, cuBLASLt {library().get_version()}: {kind}"
+    return f"{cuda.device_name()}, cuBLASLt {library().get_version()}, {WORKSPACE} bytes: {kind}"
 
 
 def _takes(key: _Key, description: int, layouts: tuple[int, ...], algorithm: np.ndarray) -> bool:

@@ -6,9 +6,9 @@
 // Forward: a warp takes a row and keeps it in registers, so that mean and variance cost no second reading; a lane
 // holds VECTORS vectors of WIDTH numbers. Backward: a thread takes one vector of every row of its group of threads, so
 // that its share of dweight, dbias and the sums of dx's columns (which the layer before needs, for its bias) stays in
-// registers; a group goes over the rows in steps of ROWS. The rows of the next step are copied to shared memory while
-// these are computed with; a thread reads what it has copied itself, so no barrier is needed. Each of a fixed number of
-// blocks writes its sums into `partial`, which `sum_partials` (columns.cu) adds up.
+// registers; a group goes over the rows in steps of ROWS. The next step's rows are copied to shared memory while this
+// step is computed (double buffering); a thread reads only what it has copied, so no barrier is needed. Each block
+// writes its sums into `partial`, which `sum_partials` (columns.cu) adds up.
 //
 // Compile with SCALAR and DIM.
 #include "common.cuh"
@@ -85,10 +85,10 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
     const long long step = 1LL * gridDim.x * GROUPS * ROWS;
     float totals[3][WIDTH] = {};  // of dweight, dbias and dx
     float centre[ROWS], scale[ROWS], next_centre[ROWS], next_scale[ROWS];
-    int turn = 0;
+    int stage = 0;
 
-    auto slot = [&](int stage, int r, int array) {
-        return slots + ((stage * ROWS + r) * 3 + array) * (THREADS * GROUPS) + threadIdx.y * THREADS + threadIdx.x;
+    auto slot = [&](int of_stage, int r, int array) {
+        return slots + ((of_stage * ROWS + r) * 3 + array) * (THREADS * GROUPS) + threadIdx.y * THREADS + threadIdx.x;
     };
     auto copy = [&](const T* from, long long row, V* to) {
         const bool live = inside && row < rows;
@@ -98,13 +98,13 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
         else
             *to = live ? load<WIDTH>(from) : zero;
     };
-    auto fetch = [&](long long start, int stage) {
+    auto fetch = [&](long long start, int to_stage) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const long long row = start + threadIdx.y * ROWS + r;
-            copy(dy, row, slot(stage, r, 0));
-            copy(x, row, slot(stage, r, 1));
-            if (other) copy(other, row, slot(stage, r, 2));
+            copy(dy, row, slot(to_stage, r, 0));
+            copy(x, row, slot(to_stage, r, 1));
+            if (other) copy(other, row, slot(to_stage, r, 2));
             next_centre[r] = row < rows ? mean[row] : 0.0f;
             next_scale[r] = row < rows ? rstd[row] : 0.0f;
         }
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
     };
 
     fetch(1LL * blockIdx.x * GROUPS * ROWS, 0);
-    for (long long start = 1LL * blockIdx.x * GROUPS * ROWS; start < rows; start += step, turn ^= 1) {
+    for (long long start = 1LL * blockIdx.x * GROUPS * ROWS; start < rows; start += step, stage ^= 1) {
         const long long first = start + threadIdx.y * ROWS;
         float sums[2 * ROWS];  // of g normal and of g, where g = dy weight
 #pragma unroll
@@ -120,11 +120,11 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
             centre[r] = next_centre[r];
             scale[r] = next_scale[r];
         }
-        fetch(start + step, turn ^ 1);
+        fetch(start + step, stage ^ 1);
         cp_async_wait<1>();
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            const V g = *slot(turn, r, 0), n = *slot(turn, r, 1);
+            const V g = *slot(stage, r, 0), n = *slot(stage, r, 1);
             float along = 0.0f, total = 0.0f;
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
@@ -137,11 +137,11 @@ extern "C" __global__ void __launch_bounds__(THREADS* GROUPS, BLOCKS)
             sums[2 * r] = along;
             sums[2 * r + 1] = total;
         }
-        block_sums<2 * ROWS>(sums, shared + (threadIdx.y * 2 + turn) * 2 * ROWS * (THREADS / 32));
+        block_sums<2 * ROWS>(sums, shared + (threadIdx.y * 2 + stage) * 2 * ROWS * (THREADS / 32));
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (!inside || first + r >= rows) continue;
-            const V g = *slot(turn, r, 0), n = *slot(turn, r, 1), more = other ? *slot(turn, r, 2) : zero;
+            const V g = *slot(stage, r, 0), n = *slot(stage, r, 1), more = other ? *slot(stage, r, 2) : zero;
             const float along = sums[2 * r] * (1.0f / DIM), total = sums[2 * r + 1] * (1.0f / DIM);
             V out;
 #pragma unroll

@@ -35,13 +35,13 @@ def layer_norm(
         dx = xp.empty(x.shape, dtype=x.dtype)
         threads = 32 * _vectors(x)
         groups = max(1, 256 // threads)
-        resident = cuda.multiprocessors() * max(1, 768 // (threads * groups))
+        shared = (12 * _width(x) * x.dtype.itemsize + 1) * threads * groups
+        resident = cuda.multiprocessors() * max(1, min(768 // (threads * groups), cuda.blocks_that_fit(shared)))
         blocks = min(math.ceil(rows / (2 * groups)), resident)
         partial = xp.empty((blocks, 3 * dim), dtype=xp.float32)
         more = cuda.NULL if other is None else cuda.ready(other)
         arguments = (cuda.ready(dy), x, weight, mean, rstd, more, dx, partial, np.int64(rows))
         kernel = cuda.kernel("layer_norm", "layer_norm_backward", **constants)
-        shared = (12 * _width(x) * x.dtype.itemsize + 1) * threads * groups
         kernel((blocks,), (threads, groups), arguments, shared_mem=shared)
         dweight, dbias, sums = sum_partials(xp, partial, x.dtype, parts=3)
         note_sums(dx, sums)

@@ -36,7 +36,7 @@ def add_linear(
 def product(xp: Any, rows: Array, weight: Array, bias: Array | None = None, added: Array | None = None) -> Array:
     """rows W^T + bias + added."""
     y = cublas.linear(xp, rows, weight, bias, added)
-    if y is None and bias is not None:  # cuBLASLt may lack nothing but the epilogue
+    if y is None and bias is not None:  # cuBLASLt may have the product without the epilogue
         y = product(xp, rows, weight, None, added)
         y += bias
     elif y is None:
@@ -156,8 +156,12 @@ def _linear_gelu(
     return y, hidden, bias
 
 
+def covers_gelu(x: Array, **_: Any) -> bool:
+    return cuda.covers(x) and x.ndim > 1
+
+
 def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
-    rows = cuda.ready(xp.reshape(x, (-1, x.shape[-1] if x.ndim else 1)))
+    rows = cuda.ready(xp.reshape(x, (-1, x.shape[-1])))
     y = xp.empty(rows.shape, dtype=x.dtype)
     columns("bias_gelu_forward", rows, rows, cuda.NULL, y, approximate=approximate)
 

@@ -20,11 +20,6 @@ TABLE = np.dtype(
 Filled = tuple[Array, np.int32, int]  # what Table.fill gives
 
 
-def sum_of_squares(xp: Any, x: Array) -> Array:
-    x = cuda.ready(x)
-    return _sum_of_squares(xp, cuda.scalar(x.dtype), Table(xp).fill([x.size], g=[cuda.address(x)]))
-
-
 def _sum_of_squares(xp: Any, scalar: str | None, filled: Filled) -> Array:
     """Of the gradients in a table."""
     table, count, pieces = filled
@@ -199,7 +194,6 @@ def update_average(
 
 
 KERNELS = {
-    reference.sum_of_squares: Kernel(sum_of_squares, cuda.covers),
     reference.UpdateState: Kernel(UpdateState),
     reference.update_adamw: Kernel(update_adamw, covers_update),
     reference.update_average: Kernel(update_average, covers_average),

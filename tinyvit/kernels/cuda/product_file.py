@@ -31,6 +31,7 @@ def find(product: str) -> np.ndarray | None:
 
 
 def keep(product: str, algorithm: np.ndarray) -> None:
+    _read.cache_clear()  # another process may have kept more since
     _read()[product] = algorithm.tobytes().hex()
     path().parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path(), json.dumps(_read(), indent=1))
