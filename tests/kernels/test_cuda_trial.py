@@ -67,7 +67,7 @@ def children(tmp_path, monkeypatch):
 
 
 def find(names=NAMES, n=197, sources=("a", "b")):
-    return trial.find("child_of_a_test", names, {"n": n}, sources)
+    return trial.verdicts("child_of_a_test", names, {"n": n}, sources)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
@@ -149,8 +149,8 @@ with contextlib.ExitStack() as stack:
     attention_trial.main(sys.argv[1])
 """
     children.write(code)
-    find_in = trial.find
-    monkeypatch.setattr(trial, "find", lambda module, *rest: find_in("child_of_a_test", *rest))
+    verdicts_in = trial.verdicts
+    monkeypatch.setattr(trial, "verdicts", lambda module, *rest: verdicts_in("child_of_a_test", *rest))
     with warnings.catch_warnings(), cuda_sim.device(folder, **HOPPER):
         warnings.simplefilter("error")
         for _ in range(2):
@@ -256,7 +256,7 @@ def found(monkeypatch):
         return {name: state.problems[name] for name in names}
 
     monkeypatch.setattr(attention_sm90a, "_problems", {})
-    monkeypatch.setattr(trial, "find", find)
+    monkeypatch.setattr(trial, "verdicts", find)
     return state
 
 

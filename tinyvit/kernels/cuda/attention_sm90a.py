@@ -23,9 +23,9 @@ KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
 MANY = 1 << 20  # heads: each has one block
 # What a block's keys and values take, in tiles of 64 queries: 4 N D bytes at a multiprocessor's share of 4.3 TB/s,
 # beside 256 N D FLOPs at its share of 790 / 1.4 TFLOP/s. Predicted, like those 1.4 (bench/README.md).
-LOADING = 2
+LOADING_COST = 2
 
-_problems: dict[tuple, trial.Problems] = {}  # with each shape of a head on each device: what was found
+_problems: dict[tuple, trial.Verdicts] = {}  # with each shape of a head on each device: what was found
 
 
 class Plan(NamedTuple):
@@ -55,12 +55,12 @@ def _has_backward(queries: int, dim: int) -> bool:
     return dim <= 64 and _backward_shared(queries, dim) <= cuda.shared_limit()
 
 
-def _try(scalar: str | None, n: int, queries: int, dim: int) -> trial.Problems:
+def _try(scalar: str | None, n: int, queries: int, dim: int) -> trial.Verdicts:
     names = ("forward", "backward")[: 1 + _has_backward(queries, dim)]
     request = {"scalar": scalar, "n": n, "queries": queries, "dim": dim, "backward": len(names) == 2}
     sources = [cuda.source(f"attention_{name}_sm90a") for name in ("forward", "backward")]
     sources += [(cuda.FOLDER / f"{name}.py").read_text() for name in ("attention_sm90a", "attention_trial")]
-    found = trial.find("tinyvit.kernels.cuda.attention_trial", names, request, sources)
+    found = trial.verdicts("tinyvit.kernels.cuda.attention_trial", names, request, sources)
     for problem in filter(None, dict.fromkeys(found.values())):
         kernels = " and ".join(name for name in names if found[name] == problem)
         warnings.warn(
@@ -139,6 +139,6 @@ def _parts(tiles: int, groups: int, heads: int, resident: int) -> int:
     """Blocks a head: rounds of `resident` blocks, times what each takes, are to be least."""
 
     def time(parts: int) -> int:
-        return math.ceil(heads * parts / resident) * (groups * math.ceil(tiles / (groups * parts)) + LOADING)
+        return math.ceil(heads * parts / resident) * (groups * math.ceil(tiles / (groups * parts)) + LOADING_COST)
 
     return min(range(1, math.ceil(tiles / groups) + 1), key=time)

@@ -26,10 +26,10 @@ SECONDS = 120  # of a trial: a few kernels are compiled in it
 STARTED, FOUND = "started", "found "
 _CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)  # not the signals that somebody sends to end a job
 
-Problems = dict[str, str | None]  # of each kernel: what is wrong with it, None if nothing
+Verdicts = dict[str, str | None]  # of each kernel: what is wrong with it, None if nothing
 
 
-def find(module: str, names: tuple[str, ...], request: dict[str, Any], sources: list[str]) -> Problems:
+def verdicts(module: str, names: tuple[str, ...], request: dict[str, Any], sources: list[str]) -> Verdicts:
     """What `python -m MODULE REQUEST` finds wrong with the kernels of these names."""
     address, *machine = _gpu()
     key = hashlib.sha256(json.dumps([module, request, machine, *sources]).encode()).hexdigest()[:32]
@@ -46,7 +46,7 @@ def find(module: str, names: tuple[str, ...], request: dict[str, Any], sources: 
     return problems
 
 
-def _try(module: str, names: tuple[str, ...], request: dict[str, Any]) -> tuple[Problems, bool]:
+def _try(module: str, names: tuple[str, ...], request: dict[str, Any]) -> tuple[Verdicts, bool]:
     """And whether it is the kernels that are at fault, if anything is."""
     command = [sys.executable or "python", "-P", "-m", module, json.dumps(request)]
     paths = os.pathsep.join(filter(None, [str(cuda.FOLDER.parents[2]), *sys.path]))  # it finds what this process finds
@@ -64,7 +64,7 @@ def _try(module: str, names: tuple[str, ...], request: dict[str, Any]) -> tuple[
     lines = output.decode(errors="replace").splitlines()
     for line in errors.decode(errors="replace").strip().splitlines()[-1:]:
         fault += f" ({one_line(line)})"
-    problems: Problems = dict.fromkeys(names, fault)
+    problems: Verdicts = dict.fromkeys(names, fault)
     found = dict(json.loads(line.removeprefix(FOUND)) for line in lines if line.startswith(FOUND))
     return problems | found, problems.keys() == found.keys() or (STARTED in lines and not ended)
 
