@@ -101,7 +101,7 @@ def test_attention_on_hopper(table, xp, rng, monkeypatch, name, batch, n, dim):
     qkv, kernel = rng.standard_normal((batch, n, 3 * 2 * dim)), table[reference.qkv_attention]
     with monkeypatch.context() as patch:
         patch.setattr(attention_sm90a, "_try", lambda *_: {"forward": None, "backward": None})
-        patch.setattr(attention_sm90a, "_problems", {})
+        patch.setattr(attention_sm90a, "_verdicts", {})
         check_kernel(kernel, xp, "qkv_attention", dtype(name), [qkv], num_heads=2)
     on_device = xp.asarray(qkv[:1].astype(dtype(name)))
     for backward in (False, True) if dim <= 64 else (False,):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_sim
@@ -25,25 +29,21 @@ needs_simulator = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ c
 
 # --- the child and what is kept of it ---------------------------------------------------------------------------------
 
-GOOD = 'print("started"); print(\'found ["forward", null]\'); print(\'found ["backward", "dq differs"]\')'
+FORWARD, BACKWARD = (f"print('tinyvit trial: ' + {found!r}, flush=True); " for found in (
+    '["forward", null]', '["backward", "dq differs"]'
+))  # fmt: skip
+GOOD = FORWARD + BACKWARD
+HANG = "import time; time.sleep(60)"
 CHILDREN = {  # what they do, what is then said of the backward kernel, whether that is kept
     "good": (GOOD, "dq differs", True),
-    "chatty": (f'print("[what a library prints"); {GOOD}', "dq differs", True),
-    "crash": (
-        'print("started", flush=True); import os, signal; os.kill(os.getpid(), signal.SIGSEGV)',
-        "their trial ended with status -11", True,
-    ),
-    "hang": ('print("started", flush=True); import time; time.sleep(60)', "their trial did not end within 1 s", True),
+    "chatty": (f"print('found [what a library prints'); print('tinyvit trial: [\"forw'); {GOOD}", "dq differs", True),
+    "crash at its end": (f"{GOOD}import os; os.abort()", "dq differs", True),
     # these say nothing of the kernels
-    "slow": ("import time; time.sleep(60)", "their trial did not end within 1 s", False),
-    "stopped": (
-        'print("started", flush=True); import os, signal; os.kill(os.getpid(), signal.SIGTERM)',
-        "their trial ended with status -15", False,
-    ),
-    "silent": ('print("started"); sys.stderr.write("\\n"); sys.exit(3)', "their trial ended with status 3", False),
-    "no memory": (
-        'print("started"); raise MemoryError("1 GiB")', "their trial ended with status 1 (MemoryError: 1 GiB)", False
-    ),
+    "crash": (f"{FORWARD}import os; os.abort()", "their trial ended with status -6", False),
+    "hang": (FORWARD + HANG, "their trial did not end within 1 s", False),
+    "stuck": (FORWARD + HANG, "their trial did not end within 1 s", False),
+    "silent": ('sys.stderr.write("\\n"); sys.exit(3)', "their trial ended with status 3", False),
+    "no memory": ('raise MemoryError("1 GiB")', "their trial ended with status 1 (MemoryError: 1 GiB)", False),
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def children(tmp_path, monkeypatch):
     """Writes what a child does; the request that each one got, in their order."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(trial, "_gpu", lambda: ("0000:17:00.0", "H100", 90, 13000, [13, 0]))
+    monkeypatch.setattr(trial, "_gpu", lambda: ("0000:17:00.0", "H100", 90, 13000, [13, 0], "14.0"))
     begin = f"import sys; open({str(tmp_path / 'requests')!r}, 'a').write(sys.argv[1] + '\\n'); "
 
     def write(text: str) -> None:
@@ -74,14 +74,19 @@ def find(names=NAMES, n=197, sources=("a", "b")):
 @pytest.mark.parametrize("kind", CHILDREN)
 def test_what_children_find(children, monkeypatch, kind):
     text, problem, is_kept = CHILDREN[kind]
-    if kind in ("hang", "slow"):
+    if HANG in text:
         monkeypatch.setattr(trial, "SECONDS", 1)
+    if kind == "stuck":  # in the driver
+        monkeypatch.setattr(trial, "DYING", 1)
+        monkeypatch.setattr(subprocess.Popen, "kill", lambda child: stuck.append(child.pid))
     children.write(text)
-    start = time.monotonic()
-    assert find() == {"forward": None if "started" in text and GOOD in text else problem, "backward": problem}
-    assert time.monotonic() - start < 20
+    start, stuck = time.monotonic(), []
+    assert find() == {"forward": None if FORWARD in text else problem, "backward": problem}
     again = find()["backward"]
-    assert again.startswith(problem) and ("as " + str(children.cache) in again) == is_kept
+    assert time.monotonic() - start < 30
+    for pid in stuck:
+        os.kill(pid, signal.SIGKILL)
+    assert again.startswith(problem) and again.endswith(".json says: delete it to try again") == is_kept
     assert children.requests() == [{"gpu": "0000:17:00.0", "n": 197}] * (1 if is_kept else 2)
 
 
@@ -91,12 +96,36 @@ def test_what_is_kept_is_of_one_machine_and_one_text(children, monkeypatch):
     assert len(children.requests()) == 1
     find(n=577), find(sources=("a", "c"))
     assert len(children.requests()) == 3
-    for i, value in enumerate(("0000:65:00.0", "H200", 91, 13010, [13, 1])):  # the same card elsewhere is the same
-        machine = ["0000:17:00.0", "H100", 90, 13000, [13, 0]]
+    machines = ("0000:65:00.0", "H200", 91, 13010, [13, 1], "14.1")
+    for i, value in enumerate(machines):  # the same card elsewhere is the same
+        machine = ["0000:17:00.0", "H100", 90, 13000, [13, 0], "14.0"]
         machine[i] = value
         monkeypatch.setattr(trial, "_gpu", lambda machine=machine: tuple(machine))
         find()
         assert len(children.requests()) == 3 + i
+    monkeypatch.setattr(cuda, "OPTIONS", ("-std=c++20",))
+    find()
+    assert len(children.requests()) == 9
+
+
+def test_a_child_finds_what_its_parent_finds(children, monkeypatch, tmp_path):
+    """Also by a path that is no string; and what lies beside the package does not stand before the standard library."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/module_of_a_test.py").touch()
+    (tmp_path / "beside/tinyvit/kernels").mkdir(parents=True)
+    (tmp_path / "beside/argparse.py").write_text("raise RuntimeError('a backport')")
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "elsewhere"])
+    monkeypatch.setattr(cuda, "FOLDER", tmp_path / "beside/tinyvit/kernels/cuda")
+    children.write(f"import argparse, module_of_a_test; {GOOD}")
+    assert find() == {"forward": None, "backward": "dq differs"}
+
+
+def test_the_first_process_says_that_it_tries(children, monkeypatch, capsys):
+    children.write(GOOD)
+    for rank in (0, 1):
+        monkeypatch.setattr(trial, "launched", lambda rank=rank: ("WORLD_SIZE", 2, rank))
+        find(n=rank)
+        assert capsys.readouterr().err.count("trying kernels on this GPU, once: at most 90 seconds\n") == 1 - rank
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"forward": null}', '{"forward": null, "backward": 3}', "\udcff"])
@@ -133,7 +162,7 @@ def problems(folder, backward=True):
 @needs_simulator
 def test_the_child_runs_the_kernels_on_the_device_that_it_is_told(folder, children, monkeypatch):
     """From `takes` to the verdict, on the simulator."""
-    monkeypatch.setattr(attention_sm90a, "_problems", {})
+    monkeypatch.setattr(attention_sm90a, "_verdicts", {})
     code = f"""
 import contextlib
 from pathlib import Path
@@ -249,13 +278,14 @@ def test_a_trial_without_memory_gives_no_verdict(folder):
 @pytest.fixture
 def found(monkeypatch):
     """What a trial finds; and which were made."""
-    state = SimpleNamespace(problems=dict.fromkeys(NAMES), tried=[])
+    state = SimpleNamespace(problems=dict.fromkeys(NAMES), tried=[], sources=[])
 
     def find(module, names, request, sources):
         state.tried.append((names, request["n"], request["dim"]))
+        state.sources = sources
         return {name: state.problems[name] for name in names}
 
-    monkeypatch.setattr(attention_sm90a, "_problems", {})
+    monkeypatch.setattr(attention_sm90a, "_verdicts", {})
     monkeypatch.setattr(trial, "verdicts", find)
     return state
 
@@ -298,6 +328,7 @@ def test_which_attention_takes_hoppers_kernels(folder, found, monkeypatch):
         assert not takes() and not found.tried  # nothing can be tried now
     assert takes() and takes(n=577) and takes(dim=128) and takes(backward=True)
     assert found.tried == [(NAMES, 197, 64), (NAMES, 577, 64), (("forward",), 197, 128)]
+    assert {cuda.source("attention_backward"), Path(attention.__file__).read_text()} < {*found.sources}
     with cuda_graph.capture():
         assert takes() and takes(n=577, backward=True) and not takes(n=578)
     assert not any((takes(n=127), takes(dim=72), takes(queries=1), takes(dtype=np.float32), takes(capability=100)))

@@ -25,7 +25,7 @@ MANY = 1 << 20  # heads: each has one block
 # beside 256 N D FLOPs at its share of 790 / 1.4 TFLOP/s. Predicted, like those 1.4 (bench/README.md).
 LOADING_COST = 2
 
-_problems: dict[tuple, trial.Verdicts] = {}  # with each shape of a head on each device: what was found
+_verdicts: dict[tuple, trial.Verdicts] = {}  # of each shape of a head on each device
 
 
 class Plan(NamedTuple):
@@ -46,9 +46,9 @@ def takes(qkv: Array, factors: Any, num_heads: int, queries: int, backward: bool
     if backward and not _has_backward(queries, dim):
         return False
     kind = cuda.device(), cuda.scalar(qkv.dtype), n, queries, dim
-    if kind not in _problems and not cuda_graph.capturing():  # a graph's function has run before it is captured
-        _problems[kind] = _try(*kind[1:])
-    return kind in _problems and _problems[kind]["backward" if backward else "forward"] is None
+    if kind not in _verdicts and not cuda_graph.capturing():  # a graph's function has run before it is captured
+        _verdicts[kind] = _try(*kind[1:])
+    return kind in _verdicts and _verdicts[kind]["backward" if backward else "forward"] is None
 
 
 def _has_backward(queries: int, dim: int) -> bool:
@@ -58,8 +58,8 @@ def _has_backward(queries: int, dim: int) -> bool:
 def _try(scalar: str | None, n: int, queries: int, dim: int) -> trial.Verdicts:
     names = ("forward", "backward")[: 1 + _has_backward(queries, dim)]
     request = {"scalar": scalar, "n": n, "queries": queries, "dim": dim, "backward": len(names) == 2}
-    sources = [cuda.source(f"attention_{name}_sm90a") for name in ("forward", "backward")]
-    sources += [(cuda.FOLDER / f"{name}.py").read_text() for name in ("attention_sm90a", "attention_trial")]
+    sources = [cuda.source(f"attention_{name}{which}") for name in ("forward", "backward") for which in ("", "_sm90a")]
+    sources += [(cuda.FOLDER / f"attention{which}.py").read_text() for which in ("", "_sm90a", "_trial")]
     found = trial.verdicts("tinyvit.kernels.cuda.attention_trial", names, request, sources)
     for problem in filter(None, dict.fromkeys(found.values())):
         kernels = " and ".join(name for name in names if found[name] == problem)

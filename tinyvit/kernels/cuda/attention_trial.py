@@ -66,7 +66,6 @@ def problems(
             yield part, parts[:, :, i], others[:, :, i], limit
         yield "a sum", sums, xp.sum(ours.astype(xp.float32), axis=1), limit  # ours before rounding
 
-    print(trial.STARTED, flush=True)
     # A head divided among as many blocks as may be, and with all its queries in one.
     found = (_problem(xp, functools.partial(forward, heads)) for heads in (1, many))
     yield "forward", next(filter(None, found), None)
