@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -206,7 +207,10 @@ def test_a_trial_fills_the_gpu(folder, monkeypatch):
     assert problems(folder) == {"forward": None, "backward": None} and heads == [3, 3]
 
 
-FAULTS = ["y", "logarithms", "the second tile of a block", "nan", "now and then", "dq", "dk", "dv", "sums", "refused"]
+FAULTS = [
+    "y", "logarithms", "the second tile of a block", "nan", "now and then", "refused",
+    "dq", "dk", "dv", "sum of dq", "sum of dk", "sum of dv", "sum is nan",
+]  # fmt: skip
 
 
 @needs_simulator
@@ -219,7 +223,7 @@ def test_faults_are_found(folder, monkeypatch, fault):
         y, row_log = attention.mma_forward(*arguments[:7])
         calls.append(arguments[7])
         if fault == "refused":
-            raise RuntimeError("no such instruction\nmore")
+            raise type("CompileException", (Exception,), {})("no such instruction\nmore")
         if fault == "y":
             y[-1, 66, 32:64] *= 1.05
         if fault == "logarithms":
@@ -236,19 +240,22 @@ def test_faults_are_found(folder, monkeypatch, fault):
         dqkv, sums = attention.mma_backward(*arguments)
         if fault in ("dq", "dk", "dv"):
             dqkv.reshape(-1, 130, 3, 3, 32)[-1, 69, ("dq", "dk", "dv").index(fault), -1] *= 1.05
-        if fault == "sums":
-            sums[-1, -1] *= 1.1
+        if fault.startswith("sum of"):  # by a hundredth of what it adds up
+            column = 96 * ("dq", "dk", "dv").index(fault[-2:]) + 7
+            sums[-1, column] += 0.01 * np.abs(dqkv[-1, :, column].astype(np.float32)).sum()
+        if fault == "sum is nan":
+            sums[0, 0] = np.nan
         return dqkv, sums
 
     monkeypatch.setattr(attention_sm90a, "forward", forward)
     monkeypatch.setattr(attention_sm90a, "backward", backward)
     named = {
         "logarithms": "a logarithm differs", "the second tile of a block": "y differs", "nan": "y differs by nan",
-        "now and then": "y is not the same twice", "sums": "a sum differs",
-        "refused": "RuntimeError: no such instruction",
+        "now and then": "y is not the same twice", "refused": "CompileException: no such instruction",
+        "sum is nan": "a sum differs by nan", **dict.fromkeys(FAULTS[-4:-1], "a sum differs by"),
     }  # fmt: skip
     found = problems(folder)
-    is_backward = fault in ("dq", "dk", "dv", "sums")
+    is_backward = fault in FAULTS[6:]
     assert found.pop("backward" if is_backward else "forward").startswith(named.get(fault, f"{fault} differs"))
     assert [*found.values()] == [None]
     assert is_backward is False or {1, attention_sm90a.MANY} == {*calls}
@@ -256,20 +263,44 @@ def test_faults_are_found(folder, monkeypatch, fault):
 
 @needs_simulator
 def test_after_a_wrong_address_there_is_a_verdict_on_both(folder, monkeypatch):
+    said = "cudaErrorIllegalAddress: an illegal memory access was encountered"
+
     def dead(*arguments):
-        raise RuntimeError("an illegal memory access was encountered")
+        raise type("CUDARuntimeError", (RuntimeError,), {})(said)
 
     monkeypatch.setattr(attention_sm90a, "forward", dead)
     monkeypatch.setattr(attention, "mma_backward", dead)
-    assert problems(folder) == dict.fromkeys(NAMES, "RuntimeError: an illegal memory access was encountered")
+    assert problems(folder) == dict.fromkeys(NAMES, f"CUDARuntimeError: {said}")
 
 
-def test_a_trial_without_memory_gives_no_verdict(folder):
+ERRORS = {  # as CuPy names and words them; whether the kernel is at fault
+    ("CompileException", "/tmp/x.cu(12): error: expected a ';'\n1 error"): True,
+    ("CUDADriverError", "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"): True,
+    ("CUDARuntimeError", "cudaErrorMisalignedAddress: misaligned address"): True,
+    ("CUDARuntimeError", "cudaErrorIllegalInstruction: an illegal instruction was encountered"): True,
+    ("CUDARuntimeError", "cudaErrorLaunchFailure: unspecified launch failure"): True,
+    ("CUDADriverError", "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"): True,
+    ("CUDADriverError", "CUDA_ERROR_LAUNCH_TIMEOUT: the launch timed out and was terminated"): True,
+    ("CUDADriverError", "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: too many resources requested for launch"): True,
+    ("OutOfMemoryError", "Out of memory allocating 268,435,456 bytes"): False,
+    ("CUDADriverError", "CUDA_ERROR_OUT_OF_MEMORY: out of memory"): False,
+    ("CUDARuntimeError", "cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable"): False,
+    ("CUDARuntimeError", "cudaErrorECCUncorrectable: uncorrectable ECC error encountered"): False,
+    ("OSError", "[Errno 28] No space left on device"): False,
+    ("MemoryError", "1 GiB"): False,
+}
+
+
+@pytest.mark.parametrize("name, text", ERRORS)
+def test_only_the_kernels_own_errors_are_verdicts(name, text):
     def run():
-        raise MemoryError
+        raise type(name, (Exception,), {})(text)
 
-    with pytest.raises(MemoryError):
-        attention_trial._problem(np, run)
+    if ERRORS[name, text]:
+        assert attention_trial._problem(np, run) == f"{name}: {text}".splitlines()[0]
+    else:
+        with pytest.raises(Exception, match=re.escape(text)):
+            attention_trial._problem(np, run)
 
 
 # --- what becomes of it -----------------------------------------------------------------------------------------------
