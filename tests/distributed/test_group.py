@@ -16,6 +16,7 @@ from tinyvit.backend import arrays, parallel
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, DistributedError, Group, launch, processes, reduction
+from tinyvit.distributed.group import SLOW
 from tinyvit.evaluation.metrics import evaluate
 from tinyvit.training import run
 from tinyvit.training.config import TrainConfig
@@ -215,6 +216,27 @@ def test_a_step_refuses_processes_that_would_not_keep_equal_weights(what, monkey
     monkeypatch.setattr(group, "exchange", exchange)
     with pytest.raises(DistributedError, match=f"rank 1 has another {what} than rank 0: 'other' and "):
         step(np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, int))
+
+
+def test_after_the_first_step_processes_wait_longer_for_each_other(monkeypatch):
+    """As a GPU's kernels are compiled and tried in it."""
+    group, asked, reduced = rank_of(0, 2), [], {}
+    model = tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
+    step = tinyvit.TrainStep(model, optim.SGD(model.parameters(), lr=0.1), group=group)
+
+    def add(shard, number, array):
+        reduced[number] = array
+
+    def finish():
+        asked.append("summed")
+        return [reduced[number] for number in sorted(reduced)]
+
+    sums = SimpleNamespace(begin=reduced.clear, add=add, finish=finish)
+    monkeypatch.setattr(group, "reduction", lambda like, shards: sums)
+    monkeypatch.setattr(group, "exchange", lambda value, patience=None: (asked.append(patience), [value, value])[1])
+    for _ in range(2):
+        step(np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, int))
+    assert asked == [SLOW, None, "summed", SLOW, None, "summed"]
 
 
 def test_weights_to_begin_with_are_compared_before_a_run_is_written(monkeypatch):

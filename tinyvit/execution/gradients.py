@@ -11,6 +11,7 @@ from tinyvit import functional as F
 from tinyvit import nn
 from tinyvit.backend import arrays, parallel, random
 from tinyvit.distributed import Group
+from tinyvit.distributed.group import SLOW
 from tinyvit.distributed.reduction import sum_in_order
 from tinyvit.engine.tensor import Array, Tensor, grad
 from tinyvit.execution import system_info
@@ -63,7 +64,7 @@ class BatchGradient:
         self.class_weights = None if class_weights is None else arrays.convert(arrays.as_array(class_weights), like)
         self.part = _Part(0, 0, 0)
         self._reductions: dict[int, Any] = {}  # by the number of shards
-        self._compared = False
+        self._compared = self._begun = False
 
     def place(self, labels: Array) -> Array:
         """Note which part of a batch this process has.
@@ -144,6 +145,9 @@ class BatchGradient:
             for _ in computed:
                 pass
             *gradients, loss, hits = reduction.finish()
+            if not self._begun:  # in one process kernels may have been compiled and tried for longer than in another
+                self.group.exchange(None, SLOW)
+                self._begun = True
             return loss, hits, gradients
 
     def _of_part(
