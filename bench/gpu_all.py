@@ -5,7 +5,7 @@
 
 First comes attention for Hopper by itself: if it hangs or ends its process, the other parts leave it out. Then kernels
 are compiled, in as many processes as there are cores, into a cache that all parts share. Attention and whole steps are
-timed beside PyTorch within the first eight minutes at worst. The other kernels' tests follow in groups, so that a
+timed beside PyTorch within the first ten minutes at worst. The other kernels' tests follow in groups, so that a
 kernel that ends its process leaves no more than its group unknown, then tests of whole steps, times of kernels, the
 recipes for CIFAR-10, and a search for faster matrix products. Each part is a command with a time limit of its own: one
 that fails, hangs or is not started leaves the others alone. DIR/PART.txt is what it printed, DIR/PART.json its figures,
@@ -82,7 +82,7 @@ def parts(folder: Path, data: str) -> list[Part]:
     steps = (*on_gpu, "--no-memory", "--steps", "5", "--peers", "tinyvit", "torch")
     first, *others = (kernels(f"kernels-{name}", 60, which) for name, which in GROUPS.items())
     return [
-        kernels(HOPPER, 70, "hopper"),
+        kernels(HOPPER, 120, "hopper"),  # in which a trial that hangs gets its verdict
         Part("compile", ["bench/gpu_all.py", "--compile"], 100, 20),
         first,
         script("attention", "attention_bench", 75, 20, *on_gpu, "--rounds", "8", "--cases", *cases),
@@ -132,9 +132,13 @@ def conclusion(log: Path, done: bool) -> list[str]:
     return [lines[-1].strip("= ")] if done and lines else list(dict.fromkeys(failed)) or lines[-5:]
 
 
-def _breaks(log: Path) -> bool:
-    """Whether a test has left its process without a GPU; results that differ are found before a kernel is used."""
-    return bool(re.search("CUDA(Runtime|Driver)Error|crashed while running", log.read_text(errors="replace")))
+def _breaks(log: Path, ended: bool) -> bool:
+    """Whether a test has left its process without a GPU, or hangs: took over a minute of a part that was `ended`.
+
+    Results that differ are found before a kernel is used.
+    """
+    signs = "CUDA(Runtime|Driver)Error|crashed while running|their trial did not end" + r"|Timeout \(" * ended
+    return bool(re.search(signs, log.read_text(errors="replace")))
 
 
 def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
@@ -150,7 +154,7 @@ def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
         if became != NOT_STARTED:
             records[-1]["conclusion"] = conclusion(folder / f"{part.name}.txt", became == "done")
             print(*(f"    {line}" for line in records[-1]["conclusion"][:MOST_SHOWN]), sep="\n", flush=True)
-            if part.name == HOPPER and (became.startswith("ended") or _breaks(folder / f"{part.name}.txt")):
+            if part.name == HOPPER and _breaks(folder / f"{part.name}.txt", became.startswith("ended")):
                 os.environ["TINYVIT_WGMMA"] = "0"
                 print("    the other parts run without attention for Hopper (TINYVIT_WGMMA=0)", flush=True)
         with atomic.atomic_write(folder / "gpu_all.json") as file:
