@@ -365,5 +365,7 @@ def test_which_attention_takes_hoppers_kernels(folder, found, monkeypatch):
     assert not any((takes(n=127), takes(dim=72), takes(queries=1), takes(dtype=np.float32), takes(capability=100)))
     assert not takes(dim=128, backward=True) and not takes(factors=np.ones(1))
     assert not takes(n=2048, shared_limit=140 << 10, backward=True)
-    monkeypatch.setenv("TINYVIT_WGMMA", "0")
-    assert not takes() and len(found.tried) == 3
+    for text, wanted in ("0", False), ("1", True), ("False", False), ("", True), ("off", False):
+        monkeypatch.setenv("TINYVIT_WGMMA", text)
+        assert takes() is wanted
+    assert len(found.tried) == 3

@@ -1,13 +1,12 @@
 """Attention on Hopper: how `cuda/attention_*_sm90a.cu` are cut into blocks and launched, and whether they may be.
 
 Each runs only after it has agreed with the kernel for every GPU on random numbers (`attention_trial.py`), for each
-shape of a head: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
+dtype, number of tokens and of queries and head dimension: no GPU has run them yet. TINYVIT_WGMMA=0 leaves them out.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from tinyvit.backend import cuda_graph
 from tinyvit.backend.arrays import Array
-from tinyvit.kernels import cuda
+from tinyvit.kernels import cuda, jit
 from tinyvit.kernels.cuda import trial
 
 LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
@@ -39,7 +38,7 @@ class Plan(NamedTuple):
 def takes(qkv: Array, factors: Any, num_heads: int, queries: int, backward: bool = False) -> bool:
     """Whether `forward`, or `backward`, computes attention of qkv (B, N, 3 H D) here."""
     n, dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or os.environ.get("TINYVIT_WGMMA") == "0":
+    if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or jit.refused("TINYVIT_WGMMA"):
         return False
     if n < LEAST_TOKENS or queries < LEAST_QUERIES or dim % 16 or factors is not cuda.NULL:
         return False

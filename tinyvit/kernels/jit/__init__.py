@@ -28,7 +28,12 @@ _few: contextvars.ContextVar[bool] = contextvars.ContextVar("tinyvit_few_images"
 
 def wanted(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether these kernels are to be used: numba is installed, and the environment does not say TINYVIT_JIT=0."""
-    return environment.get("TINYVIT_JIT", "").lower() not in ("0", "false", "no", "off") and _installed()
+    return not refused("TINYVIT_JIT", environment) and _installed()
+
+
+def refused(variable: str, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a variable of the environment says no."""
+    return environment.get(variable, "").lower() in ("0", "false", "no", "off")
 
 
 def missing(environment: Mapping[str, str] = os.environ) -> str:
