@@ -46,7 +46,8 @@ ATTENTION = [(2, 65, 3, 64), (2, 197, 3, 64), (1, 577, 2, 64), (1, 257, 1, 80), 
 
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("batch, n, heads, dim", ATTENTION)
-def test_attention(table, xp, rng, name, batch, n, heads, dim):
+def test_attention(table, xp, rng, monkeypatch, name, batch, n, heads, dim):
+    monkeypatch.setenv("TINYVIT_WGMMA", "0")  # the kernels for every GPU, and without trials
     kernel, qkv = table[reference.qkv_attention], rng.standard_normal((batch, n, 3 * heads * dim))
     check_kernel(kernel, xp, "qkv_attention", dtype(name), [qkv], num_heads=heads)
 
@@ -97,10 +98,12 @@ def hopper(monkeypatch):
 
 def test_attention_for_hopper_passes_its_trial(hopper, xp):
     """In a process of its own: the others of these tests run the kernels in this one."""
+    from tinyvit.kernels import cuda
+
     qkv = xp.zeros((1, 197, 3 * 2 * 64), dtype=dtype("bfloat16"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # which says by how much they differ
-        assert all(hopper.takes(qkv, np.uint64(0), 2, 197, backward) for backward in (False, True))
+        assert all(hopper.takes(qkv, cuda.NULL, 2, 197, backward) for backward in (False, True))
 
 
 HOPPER = [  # B, N, D of two heads; of 600 heads each has one block
