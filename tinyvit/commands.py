@@ -70,7 +70,8 @@ def eval_(args: Namespace) -> None:
         what = f"{data.name}, {', '.join(counts) if counts[1:] else next(iter(parts)) + ' split'}"
     if not group.leads:
         return
-    skipped = [name for part in parts.values() for name in part.skipped]
+    read = [data.train, *parts.values()] if args.probe else parts.values()
+    skipped = [name for part in read for name in part.skipped]
     if args.confusion:
         metrics.write_confusion(args.confusion, scores)
     if args.predictions:

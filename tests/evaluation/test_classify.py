@@ -133,7 +133,7 @@ def test_corrupt_images_are_left_out_where_that_is_asked(home, tmp_path):
     names = [each["image"] for each in found["predictions"]]
     assert str(bad) not in names and np.load(tmp_path / "e.npz")["paths"].tolist() == names
     assert [Path(each["attention"]).exists() for each in found["predictions"]] == 8 * [True]
-    assert f"1; the first is {bad}" in tinyvit(*predict, "--skip-corrupt").stdout
+    assert f"left out 1 image that cannot be read; the first is {bad}" in tinyvit(*predict, "--skip-corrupt").stdout
     missing = [*predict[:2], home / "images" / "test" / "red" / "00.png", "typo.png", "--skip-corrupt"]
     assert "typo.png: no such file" in assert_one_line_error(tinyvit(*missing), 1)
     assert "none of the 1 images" in assert_one_line_error(tinyvit("predict", home / "run", bad, "--skip-corrupt"), 1)
@@ -146,5 +146,8 @@ def test_eval_says_what_it_left_out(home, tmp_path):
     measure = ["eval", home / "run", "--data", folder, "--split", "test", "--skip-corrupt"]
     found = json.loads(tinyvit(*measure, "--json").stdout)
     assert found["images"] == 8 and found["skipped"] == [str(bad)]
-    assert f"1; the first is {bad}" in tinyvit(*measure).stdout
+    assert f"left out 1 image that cannot be read; the first is {bad}" in tinyvit(*measure).stdout
+    (folder / "train" / "red" / "00.png").write_bytes(b"nonsense")  # a probe learns from these
+    found = json.loads(tinyvit(*measure, "--probe", "knn", "--json").stdout)
+    assert found["skipped"] == [str(folder / "train" / "red" / "00.png"), str(bad)]
     assert "skipped" not in json.loads(tinyvit(*measure[:-1], "--json", "--data", home / "images").stdout)

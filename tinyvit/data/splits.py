@@ -163,7 +163,7 @@ SKIP_HINT = " (--skip-corrupt leaves such images out)"
 
 def left_out(images: Sequence[str]) -> str:
     """What is said of the images that were left out."""
-    return f"left out, for they cannot be read: {len(images)}; the first is {images[0]}"
+    return f"left out {len(images)} image{'s' * (len(images) > 1)} that cannot be read; the first is {images[0]}"
 
 
 def resident(data: Data, device: Any) -> Data:

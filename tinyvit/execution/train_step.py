@@ -108,9 +108,8 @@ class TrainStep:
         self.result = StepResult(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
         self._has_effects = False  # whether a step that fails has changed something already
-        weak_self = weakref.proxy(
-            self
-        )  # so that the graph and its memory go with the step, without waiting for a collection
+        # The graph and its memory go with the step, without waiting for a garbage collection.
+        weak_self = weakref.proxy(self)
         self.graph = Graphed(
             lambda *inputs: weak_self._compute(*inputs), lambda: weak_self._graph_key(),
             lambda: weak_self.optimizer.begin_update(),

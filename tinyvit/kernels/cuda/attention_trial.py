@@ -73,8 +73,8 @@ def problems(
         for i, part in enumerate(("dq", "dk", "dv")):
             yield part, parts[:, :, i], _of_rows(xp, parts[:, :, i], others[:, :, i]), limit
         summed = ours.astype(xp.float32)
-        apart = xp.abs(sums - xp.sum(summed, axis=1)) / (xp.sum(xp.abs(summed), axis=1) + TINY)
-        yield "a sum", sums, apart, SUMS[scalar]
+        differences = xp.abs(sums - xp.sum(summed, axis=1)) / (xp.sum(xp.abs(summed), axis=1) + TINY)
+        yield "a sum", sums, differences, SUMS[scalar]
 
     # A head divided among as many blocks as may be, and with all its queries in one.
     found = (_problem(xp, functools.partial(forward, heads)) for heads in (1, many))
@@ -86,8 +86,8 @@ def problems(
 def _problem(xp: Any, run: Callable[[], Comparisons]) -> str | None:
     """What is wrong with what `run` gives, if anything: NaN is, too, and two runs that differ in a bit."""
     try:
-        for (name, ours, apart, limit), (_, again, *_) in zip(run(), run(), strict=True):
-            difference = float(xp.max(apart))
+        for (name, ours, differences, limit), (_, again, *_) in zip(run(), run(), strict=True):
+            difference = float(xp.max(differences))
             if not difference < limit:
                 return f"{name} differs by {difference:.1e}, more than {limit:.0e}"
             bits, again_bits = (x.view(f"uint{8 * x.dtype.itemsize}") for x in (ours, again))

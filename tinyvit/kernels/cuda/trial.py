@@ -23,7 +23,7 @@ from tinyvit.files.text import one_line
 from tinyvit.kernels import cuda
 
 SECONDS = 90  # of a trial: a few kernels are compiled in it
-DYING = 5  # seconds until a killed child is left to itself: the driver may hold it
+KILL_WAIT = 5  # seconds until a killed child is left to itself: the driver may hold it
 FOUND = "tinyvit trial: "  # what a child prints before each JSON [name, problem]
 
 Verdicts = dict[str, str | None]  # of each kernel: what is wrong with it, None if nothing
@@ -68,7 +68,7 @@ def _try(module: str, request: dict[str, Any]) -> tuple[Verdicts, str]:
         output, fault = error.stdout or b"", f"their trial did not end within {SECONDS} s"
         child.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.communicate(timeout=DYING)
+            child.communicate(timeout=KILL_WAIT)
     except BaseException:
         child.kill()
         raise
