@@ -113,7 +113,7 @@ def test_a_failure_keeps_graphs_from_calls_of_its_kind_alone(driver):
     assert driver.held() == [3 * 8]  # what failed holds nothing
 
 
-@pytest.mark.parametrize("can_retry", [True, False])
+@pytest.mark.parametrize("can_retry", [True, False, None])
 def test_a_call_that_finds_no_memory_beside_a_graph_takes_that_of_the_graph(driver, can_retry):
     calls = []
 
@@ -123,7 +123,8 @@ def test_a_call_that_finds_no_memory_beside_a_graph_takes_that_of_the_graph(driv
             raise MemoryError
         return (cuda_sim.empty(x.size, float),), []
 
-    graphed = Graphed(function, can_retry=lambda: can_retry)
+    graphed = Graphed(function) if can_retry is None else Graphed(function, can_retry=lambda: can_retry)
+    can_retry = bool(can_retry)  # not unless that is said
     graphed(np.ones(4)), graphed(np.ones(4))
     assert driver.held() == [4 * 8]
     with contextlib.nullcontext() if can_retry else pytest.raises(MemoryError):

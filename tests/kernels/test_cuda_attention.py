@@ -143,6 +143,14 @@ def test_attention_of_large_logits(folder, scalar, negative):
     assert error(decode(actual[1]), expected[1]) < 3e-2
 
 
+def test_short_attention_is_compiled_for_the_blocks_that_fit():
+    """More than shared memory holds would only take registers away."""
+    for limit, queries, blocks in ((227, 65, 4), (99, 65, 2), (227, 1, 8)):
+        with cuda_sim.device(Path(), shared_limit=limit << 10):
+            constants = attention.forward_tiling(65, queries, 64, 2).constants
+        assert (constants["ONCE"], constants["RESIDENT"]) == (1, blocks)
+
+
 def test_attention_plans_fit_every_shape():
     """Whatever N and D are: every row has a warp, no part is empty, and no block takes more than there is."""
     for limit, dim, itemsize in itertools.product((99 << 10, 163 << 10, 227 << 10), range(8, 129, 8), (2, 4)):

@@ -46,6 +46,21 @@ def test_layer_norm(folder, scalar, shape):
     check(folder, "layer_norm", scalar, [x, weight, bias], {"eps": 1e-6}, multiprocessors=1)
 
 
+@pytest.mark.parametrize("kilobytes, blocks", [(99, 2), (163, 3), (227, 3)])
+def test_the_norms_blocks_run_at_once(folder, kilobytes, blocks):
+    """As many as the shared memory of a multiprocessor holds: 48 KB are too much for three on cards with 99."""
+    with cuda_sim.device(folder, multiprocessors=1, shared_limit=kilobytes << 10) as xp:
+        x, weight = np.ones((60, 192), np.float32).astype(np.float16), np.ones(192, np.float16)
+        launched, run = [], cuda_sim.Kernel.__call__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_sim.Kernel, "__call__", lambda *a, **k: launched.append(a[1]) or run(*a, **k))
+            y, vjp = cuda_version(reference.layer_norm)(
+                xp, *map(guarded, (x, weight, weight)), eps=1e-6, needs=(True,) * 3
+            )
+            vjp(y)
+    assert launched[1] == (blocks,)
+
+
 def test_a_residual_block_adds_and_sums_in_the_norms_kernel(folder):
     """y = x + linear(norm(x)), twice: the gradients of x meet in the norm, which also gives the bias's before it."""
     rng, launched = np.random.default_rng(0), []

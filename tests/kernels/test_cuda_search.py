@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,14 @@ def test_the_fastest_is_used_from_then_on(folder, file):
     assert used(folder, CuBLASLt(), np.float16) == 7  # of which nothing is known
 
 
-def test_searches_add_to_the_file(folder):
+def test_searches_add_to_the_file(folder, file):
     product_file.keep("another product", np.ones(64, np.uint8))
     search(folder, CuBLASLt())
     assert used(folder, CuBLASLt()) == 8 and (product_file.find("another product") == 1).all()
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"of another process": 64 * "02"}))  # after this one has read it
+    product_file.keep("a third", np.ones(64, np.uint8))
+    assert json.loads(file.read_text()).keys() == {*kept, "of another process", "a third"}
 
 
 def test_an_algorithm_is_for_its_device_and_version(folder, monkeypatch):
@@ -76,6 +81,8 @@ def test_an_algorithm_is_for_its_device_and_version(folder, monkeypatch):
         patch.setattr(cublas.cuda, "device_name", lambda: "another")
         multiply(xp)
     assert library.algorithms == [7]
+    monkeypatch.setattr(cublas, "WORKSPACE", 1 << 20)  # which an algorithm may need more of
+    assert used(folder, CuBLASLt()) == 7
 
 
 def test_an_algorithm_that_is_not_taken_is_forgotten_in_silence(folder):
@@ -91,6 +98,20 @@ def test_a_search_leaves_out_what_is_refused(folder):
     with pytest.warns(UserWarning, match="cuBLASLt refuses"):
         assert search(folder, library) == [3.0, 2.0]
     assert used(folder, CuBLASLt()) == 9
+
+
+def test_a_search_in_which_all_is_refused_keeps_nothing(folder, file):
+    library = CuBLASLt()
+    with cuda_sim.device(folder, library=library) as xp:
+        multiply(xp)
+        (key,) = cublas._plans
+
+        def refuse() -> float:
+            cublas._plans[key] = None
+            return 1.0
+
+        assert cublas.search(key, refuse) == [] and cublas._plans[key] is None
+    assert not file.exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"a": 5}', '{"a": "77"}', '{"a": "x"}', b"\xff\xfe"])
