@@ -182,7 +182,8 @@ def test_an_evaluation_shares_images_however_few():
     given, all_gave = {}, threading.Barrier(5)
 
     def scores(rank, stop=lambda: False):
-        def exchange(value):
+        def exchange(value, patience):
+            assert patience == SLOW  # for a GPU's kernels are compiled and tried in some batches
             given[rank] = value
             all_gave.wait(30)
             found = [given[r] for r in range(5)]

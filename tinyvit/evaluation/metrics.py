@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.distributed import ALONE, Group
+from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, UsageError
 from tinyvit.files.atomic import atomic_write
 
@@ -165,7 +166,7 @@ def evaluate(
             raise EvaluationError("the model's outputs are not finite")
         measured.append(measure(logits, true[done : done + len(logits)]))
         done += len(logits)
-    found = np.concatenate(group.exchange(np.concatenate(measured, axis=1)), axis=1)
+    found = np.concatenate(group.exchange(np.concatenate(measured, axis=1), SLOW), axis=1)
     return Scores(tuple(class_names), labels, found) if found.shape[1] == len(labels) else None
 
 
@@ -197,10 +198,11 @@ def in_step(
 ) -> Iterator[np.ndarray]:
     """`outputs` of the batches of this process's share of so many `images`, until `stop()` is true in one process.
 
-    Before each batch the processes wait for each other, so that one that hangs is noticed.
+    Before each batch the processes wait for each other, so that one that is gone is noticed; long, as a GPU's kernels
+    may be compiled and tried for a batch in one process and not in another.
     """
     for _ in range(0, -(-images // group.size), BATCH_SIZE):
-        if any(group.exchange(bool(stop()))):
+        if any(group.exchange(bool(stop()), SLOW)):
             return
         yield from itertools.islice(outputs, 1)
 
