@@ -19,8 +19,8 @@ from tinyvit._version import __version__
 from tinyvit.distributed import ALONE, Failed, init
 from tinyvit.errors import ReportedError, Stopped
 from tinyvit.execution.precision import PREDICTION_PRECISIONS
-from tinyvit.files.text import printable
-from tinyvit.training.config import FIELDS, UsageError, flag, image_size, nearest, one_of, whole
+from tinyvit.files.text import nearest, printable
+from tinyvit.training.config import FIELDS, UsageError, flag, image_size, one_of, whole
 
 
 class Parser(argparse.ArgumentParser):

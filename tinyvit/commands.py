@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from tinyvit._version import __version__
 from tinyvit.distributed import init
 from tinyvit.files.atomic import check_output
-from tinyvit.files.text import aligned, printable
-from tinyvit.training.config import FIELDS, UsageError, height_and_width, merge, nearest, read_toml
+from tinyvit.files.text import aligned, nearest, printable
+from tinyvit.training.config import FIELDS, UsageError, height_and_width, merge, read_toml
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint

@@ -230,6 +230,8 @@ BAD_USAGE = [
     (["train", "--ema", "1"], "--ema: expected a number from 0 to below 1"),
     (["train", "--val-fraction", "0"], "--val-fraction: expected a number between 0 and 1"),
     (["train", "--optimizer", "lion"], "--optimizer: expected adamw, muon, adam or sgd, got 'lion'"),
+    (["train", "--precision", "int8"], "bf16 or fp16, got 'int8': it is for predictions alone, train in bf16 or fp32"),
+    (["eval", "run", "--data", "shapes", "--precision", "BF16"], "fp16 or int8, got 'BF16'; did you mean bf16?"),
     (["train", "--schedule", "square"], "--schedule: expected cosine, linear, step or constant, got 'square'"),
     (
         ["train", "--policy", "randaugment"],

@@ -401,9 +401,17 @@ def test_precisions_that_are_not_known(monkeypatch):
     needs = 'numba 0.62 or newer (pip install "tinyvit[jit]")'
     for name, of_training, of_predictions in (
         ("half", f"{known}, got 'half'", f"{known}, int8, got 'half'"),
+        *(
+            (
+                wrong,
+                f"{known}, got '{wrong}'; did you mean {right}?",
+                f"{known}, int8, got '{wrong}'; did you mean {right}?",
+            )
+            for wrong, right in (("BF16", "bf16"), ("bfloat16", "bf16"), ("fp-16", "fp16"), ("TF32", "tf32"))
+        ),
         (
             "int8",
-            f"{known}, got 'int8': int8 has no gradients",
+            f"{known}, got 'int8': it is for predictions alone, train in bf16 or fp32",
             f"precision int8 needs {needs}: expected fp32",
         ),
     ):

@@ -22,6 +22,7 @@ import numpy as np
 
 from tinyvit.backend import arrays
 from tinyvit.engine.tensor import Array, Tensor
+from tinyvit.files.text import nearest
 from tinyvit.kernels import bf16, int8, jit, packed_weights
 from tinyvit.kernels.cuda import cublas
 from tinyvit.nn import Buffer, Module, Parameter
@@ -30,6 +31,11 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PREDICTION_PRECISIONS = (*PRECISIONS, "int8")
 _CPU_OF_INT8 = "a CPU with AVX512-VNNI, AMX that Linux lets it use, or ARM's BF16 and I8MM"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def hint(name: str, known: Sequence[str]) -> str:
+    """What to say of a name that is not a `known` precision."""
+    return ": it is for predictions alone, train in bf16 or fp32" if name == "int8" else nearest(name, known)
 
 
 class Precision:
@@ -49,8 +55,7 @@ class Precision:
 
     def __init__(self, name: str, weights: Sequence[Tensor], gradients: bool = False) -> None:
         if name not in (known := PRECISIONS if gradients else PREDICTION_PRECISIONS):
-            reason = ": int8 has no gradients" if name == "int8" else ""
-            raise ValueError(f"expected a precision of {', '.join(known)}, got {name!r}{reason}")
+            raise ValueError(f"expected a precision of {', '.join(known)}, got {name!r}{hint(str(name), known)}")
         self.name, self._weights = name, list(weights)
         self._packed: packed_weights.Packed | None = None  # for a CPU's products of 16 or 8 bits
         self._stay = not gradients  # whether the weights do: packed ones are kept then

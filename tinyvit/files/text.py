@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def printable(text: str) -> str:
@@ -11,6 +12,13 @@ def printable(text: str) -> str:
     These are control characters, newlines and tabs included, and bytes of a file name that are no text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for the known word that begins with `word` or is most like it; all are lower case."""
+    word, known = word.lower(), list(known)
+    found = [other for other in known if other.startswith(word)] or difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def one_line(error: object) -> str:

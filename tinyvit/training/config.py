@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinyvit.errors import UsageError
-from tinyvit.execution.precision import PRECISIONS
+from tinyvit.execution.precision import PRECISIONS, hint
 from tinyvit.files.fields import shown as shown_value
 from tinyvit.files.reading import read_text
+from tinyvit.files.text import nearest
 from tinyvit.training.recipes import FILES, read_recipe
 
 LONGEST_TOML, MOST_DOTS = 100_000, 1000  # bytes, and dots: a key of many parts takes tomllib minutes
@@ -31,19 +31,20 @@ class ValueOfOptionError(argparse.ArgumentTypeError, ValueError):
 class Reader:
     """Reads the text of an option: gives what `convert` makes of it if that `fits`, else raises ValueOfOptionError.
 
-    `metavar` stands for the value in the help.
+    `metavar` stands for the value in the help; what `hint` says of a text that does not fit ends the message.
     """
 
     metavar: str
     expected: str
     convert: Callable[[str], Any]
     fits: Callable[[Any], bool] = lambda value: True
+    hint: Callable[[str], str] = lambda text: ""
 
     def __call__(self, text: str) -> Any:
         with contextlib.suppress(ValueError):
             if self.fits(value := self.convert(text)):
                 return value
-        raise ValueOfOptionError(f"expected {self.expected}, got {text!r}")
+        raise ValueOfOptionError(f"expected {self.expected}, got {text!r}{self.hint(text)}")
 
 
 def whole(least: int) -> Reader:
@@ -51,10 +52,10 @@ def whole(least: int) -> Reader:
     return Reader("N", f"a whole number of at least {least}", int, lambda x: x >= least)
 
 
-def one_of(*choices: str) -> Reader:
+def one_of(*choices: str, hint: Callable[[str, Sequence[str]], str] = nearest) -> Reader:
     """A reader of one of a few words."""
     expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
-    return Reader("|".join(choices), expected, str, choices.__contains__)
+    return Reader("|".join(choices), expected, str, choices.__contains__, lambda text: hint(text, choices))
 
 
 def _sides(text: str) -> int | str:
@@ -196,7 +197,7 @@ class TrainConfig:
     )
     seed: int = option(0, whole(0), "decides every random choice", "S")
     device: str = option("auto", device, "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
-    precision: str = option("fp32", one_of(*PRECISIONS), "of the arithmetic; weights are kept in fp32")
+    precision: str = option("fp32", one_of(*PRECISIONS, hint=hint), "of the arithmetic; weights are kept in fp32")
     threads: int | None = option(
         None, whole(1), "threads that share a batch, or a process's part of it (default: one a core)", free=True
     )
@@ -227,13 +228,6 @@ FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 def flag(name: str) -> str:
     """How an option is written on the command line: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the known word that begins with `word` or is most like it, or nothing."""
-    known = list(known)
-    found = [other for other in known if other.startswith(word)] or difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
