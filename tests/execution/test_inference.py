@@ -224,6 +224,10 @@ def test_what_is_no_batch_is_refused_with_the_cure():
             predict(model, wrong)
     with pytest.raises(ValueError, match=r"got one of shape \(3, 32, 32\): use images\[None\]"):
         predict(model, np.zeros((3, 32, 32), np.float32))
+    with pytest.raises(
+        ValueError, match=r"^expected images \(B, 3, 32, 32\), got \(B, 3, 8, 8\)$"
+    ):  # not a shard's size
+        predict(model, np.zeros((600, 3, 8, 8), np.float32))
 
 
 def test_a_change_of_the_weights_shows_in_the_next_output_on_a_cpu():

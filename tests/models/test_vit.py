@@ -103,9 +103,9 @@ def test_images_of_any_library_and_precision_follow_the_model():
 @pytest.mark.parametrize(
     "images, message",
     [
-        (np.zeros((2, 3, 8, 9)), "expected images (B, 3, 8, 8), got (2, 3, 8, 9)"),
+        (np.zeros((2, 3, 8, 9)), "expected images (B, 3, 8, 8), got (B, 3, 8, 9)"),
         (np.zeros((3, 8, 8)), "expected images (B, 3, 8, 8), got (3, 8, 8); pass one image as images[None]"),
-        (np.zeros((2, 1, 8, 8)), "expected images (B, 3, 8, 8), got (2, 1, 8, 8)"),
+        (np.zeros((2, 1, 8, 8)), "expected images (B, 3, 8, 8), got (B, 1, 8, 8)"),
         (np.zeros((2, 3, 8, 8), np.uint8), "expected floating images, scaled and normalised, got uint8"),
         ([[1.0]], "expected an array of images (B, C, H, W), got list"),
     ],

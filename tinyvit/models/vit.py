@@ -344,7 +344,9 @@ class VisionTransformer(nn.Module):
         expected, shape = (self.config.in_chans, *self.config.image_size), tuple(data.shape)
         if shape[1:] != expected:
             cure = "; pass one image as images[None]" if shape == expected else ""
-            raise ValueError(f"expected images (B, {', '.join(map(str, expected))}), got {shape}{cure}")
+            given = ("B", *shape[1:]) if len(shape) == 4 else shape  # this may be a part of the caller's batch
+            wanted, got = (f"({', '.join(map(str, sides))})" for sides in (("B", *expected), given))
+            raise ValueError(f"expected images {wanted}, got {got}{cure}")
         if not arrays.is_floating(data):
             raise TypeError(f"expected floating images, scaled and normalised, got {data.dtype}")
         if isinstance(images, Tensor) and images.requires_grad:
