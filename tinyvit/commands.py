@@ -106,7 +106,6 @@ def predict(args: Namespace) -> None:
         checkpoint = opened(args)
     images = image_paths(args.images)
     overlays = overlay_paths(args.attention, images) if args.attention else []
-    unreadable: list[int] | None = [] if args.skip_corrupt else None
     if args.embed:
         check_features_path(args.embed, Path(args.checkpoint))
     labels = read_labels(args.labels, checkpoint.similarity) if args.labels else None
@@ -121,10 +120,10 @@ def predict(args: Namespace) -> None:
 
     with nn.forward_pre_hook(drop):
         try:
-            outputs = run_on_images(model, images, args.precision, unreadable)
+            outputs = run_on_images(model, images, args.precision, args.skip_corrupt)
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT if images[1:] else ''}") from None
-    out = set(unreadable or ())
+    out = outputs.unreadable
     if len(out) == len(images):
         raise DataError(f"none of the {len(images)} images can be read, the first is {images[0]}")
     skipped = [images[i] for i in sorted(out)]

@@ -61,10 +61,14 @@ def likeliest(names: Sequence[str], probabilities: np.ndarray, top: int) -> list
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """A model's features (N, D) float32 and logits (N, num_classes) float64 of N images."""
+    """A model's features (N, D) float32 and logits (N, num_classes) float64 of N images.
+
+    `unreadable` are the positions of images that were left out.
+    """
 
     features: np.ndarray
     logits: np.ndarray
+    unreadable: frozenset[int] = frozenset()
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -74,38 +78,33 @@ class Outputs:
 
 
 def run_on_images(
-    model: VisionTransformer,
-    images: Sequence[ImageLike],
-    precision: str = "fp32",
-    unreadable: list[int] | None = None,
+    model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32", skip_corrupt: bool = False
 ) -> Outputs:
     """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`.
 
-    With a list `unreadable`, images that cannot be read are left out, and their positions added to it.
+    With `skip_corrupt` images that cannot be read are left out.
     """
+    unreadable: set[int] = set()
 
     def prepared(position: int) -> np.ndarray | None:
         try:
             return model_input(model, rgb(images[position]))
         except DataError:
-            if unreadable is None:
+            if not skip_corrupt:
                 raise
+            unreadable.add(position)
             return None
 
     def batches() -> Iterator[np.ndarray]:
         for start in range(0, len(images), BATCH_SIZE):
-            positions = range(start, min(start + BATCH_SIZE, len(images)))
-            found = dict(zip(positions, in_threads(prepared, positions), strict=True))
-            if unreadable is not None:
-                unreadable.extend(i for i, x in found.items() if x is None)
-            if readable := [x for x in found.values() if x is not None]:
+            found = in_threads(prepared, range(start, min(start + BATCH_SIZE, len(images))))
+            if readable := [x for x in found if x is not None]:
                 yield np.concatenate(readable)
 
     with jit.worth_it_for(len(images)):
         outputs = list(predictions(Features(model, logits=True), batches(), precision=precision))
-    if not outputs:
-        return Outputs(np.zeros((0, model.config.embed_dim), np.float32), np.zeros((0, model.config.num_classes)))
-    return _separated(model, np.concatenate(outputs))
+    none = np.zeros((0, model.config.embed_dim + model.config.num_classes), np.float32)
+    return dataclasses.replace(_separated(model, np.concatenate(outputs or [none])), unreadable=frozenset(unreadable))
 
 
 def run_on_split(model: VisionTransformer, split: Split, transform: Augment, precision: str = "fp32") -> Outputs:
