@@ -6,6 +6,7 @@ NumPy's arrays stand for CuPy's (`cuda_sim`), a stand-in for cuBLASLt. Graphs ar
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,23 @@ def test_a_step_of_16_bits(device, accumulate):
         for p in ours[3].model.parameters():
             assert np.array_equal(copies[id(p)], p.data.astype(np.float16))
     compare(ours, right, 2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_copy_of_a_step_goes_on_by_itself(device, precision):
+    """Also after a step that overflowed, which the device alone counts."""
+    with device(CuBLASLt()):
+        *_, step = train(precision=precision)
+        images, labels = np.ones((3, 3, 8, 8), np.float32), np.array([0, 1, 2])
+        if precision == "fp16":
+            step(np.full_like(images, 6e4), labels)
+        twin, before = copy.deepcopy(step), step.model.state_dict()
+        losses = [float(twin(images, labels)) for _ in range(3)]
+        assert all(np.array_equal(x, before[name]) for name, x in step.model.state_dict().items())
+        assert losses == [float(step(images, labels)) for _ in range(3)]
+        for ours, theirs in ((twin.model, step.model), (twin.ema, step.ema), (twin.optimizer, step.optimizer)):
+            expected = theirs.state_dict()
+            assert all(np.array_equal(x, expected[name]) for name, x in ours.state_dict().items())
 
 
 class Counting:

@@ -6,6 +6,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,13 +109,19 @@ class TrainStep:
         self.result = StepResult(math.nan, 0, math.nan)
         self._gradients: list[Array] = []
         self._has_effects = False  # whether a step that fails has changed something already
+
+    @cached_property
+    def graph(self) -> Graphed:
         # The graph and its memory go with the step, without waiting for a garbage collection.
         weak_self = weakref.proxy(self)
-        self.graph = Graphed(
+        return Graphed(
             lambda *inputs: weak_self._compute(*inputs), lambda: weak_self._graph_key(),
             lambda: weak_self.optimizer.begin_update(),
             can_retry=lambda: not weak_self._has_effects,
         )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name != "graph"}  # a copy makes its own
 
     def __call__(self, images: Array, labels: Array) -> Tensor:
         """Do one step.

@@ -81,6 +81,9 @@ class EMA:
         self._refuse_if_applied("state_dict")
         return {name: copy_to_numpy(value) for name, value in self._average.items()}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_state": None}  # a copy makes its own, beside its own arrays
+
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `state`; errors as for `Optimizer.load_state_dict`."""
         self._refuse_if_applied("load_state_dict")

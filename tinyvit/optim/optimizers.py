@@ -164,13 +164,21 @@ class Optimizer:
 
     def state_dict(self) -> State:
         """Copies of all state: "lr", "steps" (int64, one per parameter) and "<index>.<name>" for each array."""
+        self._count_steps()
+        steps = np.array([slot.steps for slot in self._slots], dtype=np.int64)
+        copies = {key: copy_to_numpy(value) for key, value in self._arrays().items()}
+        return {"lr": np.array(self.lr), "steps": steps} | copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._count_steps()
+        return vars(self) | {"_state": None}  # a copy makes its own, beside its own arrays
+
+    def _count_steps(self) -> None:
+        """Learn from a device how many steps were not skipped."""
         counted = None if self._state is None else self._state.steps_done()
         if counted is not None:
             for slot in self._updated:
                 slot.steps = counted
-        steps = np.array([slot.steps for slot in self._slots], dtype=np.int64)
-        copies = {key: copy_to_numpy(value) for key, value in self._arrays().items()}
-        return {"lr": np.array(self.lr), "steps": steps} | copies
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from `state`, as `state_dict` gave it for the same parameters.
