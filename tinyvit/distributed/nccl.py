@@ -26,7 +26,6 @@ class NCCLReduction:
             from cupy.cuda import nccl
         except ImportError as error:
             raise DistributedError(f"several GPUs need NCCL: pip install nvidia-nccl-cu12 or -cu13 ({error})") from None
-        self._nccl = nccl
         unique = group.from_first(nccl.get_unique_id() if group.leads else None)
         try:
             self._communicator = nccl.NcclCommunicator(group.size, tuple(unique), group.rank)

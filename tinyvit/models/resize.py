@@ -41,12 +41,8 @@ def resize_weights(
             state["pos_embed"] = resize_positions(
                 state["pos_embed"], old.grid_size, new.grid_size, prefix=prefix, interpolation=interpolation
             )
-    kernel = "patch_embed.proj.weight"
-    if new.patch_size != old.patch_size and _shape(state, kernel) == (
-        old.embed_dim,
-        old.feature_chans,
-        *old.patch_size,
-    ):
+    kernel, before = "patch_embed.proj.weight", (old.embed_dim, old.feature_chans, *old.patch_size)
+    if new.patch_size != old.patch_size and _shape(state, kernel) == before:
         state[kernel] = resize_kernel(state[kernel], new.patch_size)
     if new.representation_size != old.representation_size:
         state = {name: array for name, array in state.items() if not name.startswith("pre_logits.")}

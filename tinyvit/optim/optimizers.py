@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from tinyvit.optim.state import State, check_like, check_state, copy_like, copy_
 
 Parameter = Any  # anything with .data, .grad and .changed(): a tinyvit.nn.Parameter
 Params = Iterable[Parameter | Mapping[str, Any]]  # parameters, or groups with options of their own
-S = TypeVar("S")
-T = TypeVar("T")
 
 
 # --- optimizers -------------------------------------------------------------------------------------------

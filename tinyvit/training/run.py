@@ -205,7 +205,8 @@ def start_run(
     steps_per_epoch = len(data.train) // options.batch_size
     length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
     data = on_device(options, data, checkpoint, display, group)
-    shards = usual_shards(options, group)
+    threads = options.threads or group.threads or parallel.available_cores()
+    shards = group.size * threads  # into which all processes cut a batch on a CPU
     parts = make_parts(options, data, checkpoint, shards, group)
     introduce(options, parts, data, checkpoint, display)
     if group.leads:
@@ -242,11 +243,6 @@ def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: C
     group.same(given)
     if (batch := options.batch_size or 0) < group.size:
         raise UsageError(f"--batch-size {batch} is less than one image for each of {group.size} processes")
-
-
-def usual_shards(options: TrainConfig, group: Group) -> int:
-    """Into how many shards all processes cut a batch on a CPU: one for each of their threads."""
-    return group.size * (options.threads or group.threads or parallel.available_cores())
 
 
 def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Display, group: Group) -> Progress:
