@@ -274,12 +274,7 @@ def head(g: Graph, m: vit.VisionTransformer, x: str) -> str:
 
 
 def write_onnx(
-    checkpoint: Checkpoint,
-    path: Path,
-    *,
-    preprocess: bool = False,
-    softmax: bool = False,
-    precision: str = "fp32",
+    checkpoint: Checkpoint, path: Path, *, preprocess: bool = False, softmax: bool = False, precision: str = "fp32"
 ) -> None:
     """Write a model for inference: input "images" (batch, C, H, W), output "output", class names in the metadata.
 

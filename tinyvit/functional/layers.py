@@ -244,11 +244,7 @@ def patch_embed(images: Input, weight: Input, bias: Input | None = None) -> Tens
 
 
 def conv2d(
-    x: Input,
-    weight: Input,
-    bias: Input | None = None,
-    stride: int | Pair = 1,
-    padding: int | Pair | str = 0,
+    x: Input, weight: Input, bias: Input | None = None, stride: int | Pair = 1, padding: int | Pair | str = 0
 ) -> Tensor:
     """A convolution in deep learning's sense (cross-correlation).
 

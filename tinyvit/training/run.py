@@ -190,12 +190,7 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
 
 
 def start_run(
-    options: TrainConfig,
-    data: Data,
-    checkpoint: Checkpoint | None,
-    started: float,
-    display: Display,
-    group: Group,
+    options: TrainConfig, data: Data, checkpoint: Checkpoint | None, started: float, display: Display, group: Group
 ) -> Progress:
     """Train in a new run directory; `options` are complete."""
     assert options.out is not None and options.batch_size is not None

@@ -27,15 +27,7 @@ import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.readers.common import DTYPES, open_zip, read_bytes, reason, widen
-from tinyvit.files.plain_pickle import (
-    MOST_DIMENSIONS,
-    PLAIN,
-    Function,
-    StandIn,
-    as_it_is,
-    as_text,
-    load_pickle,
-)
+from tinyvit.files.plain_pickle import MOST_DIMENSIONS, PLAIN, Function, StandIn, as_it_is, as_text, load_pickle
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 SHARED = 1 << 26  # bytes that tensors may have beyond the file's size, when they share storages

@@ -32,9 +32,7 @@ def find_cifar10(directory: Path) -> Path | None:
 
 
 def load_cifar10(
-    directory: Path,
-    image_size: int | tuple[int, int] | None = None,
-    fit_options: Mapping[str, Any] | None = None,
+    directory: Path, image_size: int | tuple[int, int] | None = None, fit_options: Mapping[str, Any] | None = None
 ) -> Data:
     """CIFAR-10 from a directory of batch files in either layout; raises DataError naming the file that is at fault."""
     binary = (directory / "data_batch_1.bin").is_file()
