@@ -171,6 +171,42 @@ def test_attention_over_many_tokens_rounds_its_operands(tokens, queries):
         assert np.median(part) < 1e-6 * largest and part.max() < 2e-3 * largest
 
 
+@pytest.mark.parametrize("queries, model", [(1, 32), (130, 64), (200, 51)])
+def test_a_query_that_is_not_finite_spoils_its_own_result_alone(queries, model):
+    qkv = np.random.default_rng(0).standard_normal((1, 200, 3 * model), np.float32)
+    qkv[0, 0, 3] = np.nan
+    with np.errstate(invalid="ignore"):
+        y, _ = all_kernels._merged("cpu", "jit", "bf16")[reference.qkv_attention](
+            None, qkv, num_heads=1, queries=queries, needs=(False,)
+        )
+    assert np.isnan(y[0, 0]).all() and np.isfinite(y[0, 1:]).all()
+
+
+@pytest.mark.parametrize("rows, inner, hidden, columns", [(1, 1, 1, 1), (5, 40, 33, 130), (391, 64, 300, 49)])
+def test_the_products_of_an_mlp_round_what_is_between_them(rows, inner, hidden, columns):
+    loops, table = (importlib.import_module(f"tinyvit.kernels.bf16.{name}") for name in ("loops", "table"))
+    rng = np.random.default_rng(0)
+    residual, x, weight1, bias1, weight2, bias2 = (
+        rng.standard_normal(s, np.float32)
+        for s in ((rows, columns), (rows, inner), (hidden, inner), hidden, (columns, hidden), columns)
+    )
+    packed1, packed2 = table._pack(weight1), table._pack(weight2)
+    packed1[-1, :, (hidden - 1) % 32 + 1 :] = 0x7FC07FC0  # NaN, which nothing may depend on
+    y = np.empty((rows, columns), np.float32)
+    loops.mlp(residual, x, packed1, bias1, packed2, bias2, y, importlib.import_module("tinyvit.kernels.jit.loops").GELU)
+    between = torch.nn.functional.gelu(rounded(x) @ rounded(weight1).T + torch.tensor(bias1))
+    expected = rounded(between.float().numpy()) @ rounded(weight2).T + torch.tensor(bias2) + torch.tensor(residual)
+    wrong = np.abs(y - expected.numpy()) / float(expected.abs().max())
+    assert np.median(wrong) < 1e-6 and wrong.max() < 2e-3  # a number may be rounded to the other side
+
+
+@pytest.mark.parametrize("size", [1, 16, 31, 1000])
+def test_room_begins_with_a_line_of_the_cache(size):
+    """Loads of tiles take twice as long elsewhere."""
+    rooms = [importlib.import_module("tinyvit.kernels.jit.compiling").lines(size) for _ in range(5)]
+    assert all(room.ctypes.data % 64 == 0 and room.size == size for room in rooms)
+
+
 def test_few_tokens_attend_in_float32():
     qkv = np.random.default_rng(0).standard_normal((2, 127, 96), np.float32)
     found = [

@@ -84,6 +84,15 @@ def test_small_and_large_numbers_meet_their_inverse(size):
     assert np.abs(y - 31).max() < 1
 
 
+@pytest.mark.parametrize("large", ["rows", "weights"])
+def test_a_finite_result_of_huge_numbers_is_finite(large):
+    huge, small = np.full((40, 64), 1e34, np.float32), np.full((40, 64), 0.01, np.float32)
+    y, _ = table()[reference.linear](
+        None, *((huge, small) if large == "rows" else (small, huge)), None, needs=(False,) * 3
+    )
+    assert np.abs(y / 6.4e33 - 1).max() < 1e-5
+
+
 def test_scales_whose_product_is_infinite_spoil_nothing():
     x, weight = np.zeros((1, 64), np.float32), np.zeros((32, 64), np.float32)
     x[0, 0], weight[:, 2] = 1e21, 1e22

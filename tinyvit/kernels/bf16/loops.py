@@ -6,14 +6,17 @@ Rounded matrices are those of `dot_products`: a group is a pair.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
 from numba import float32, int64, types, void
 from numba.extending import intrinsic
 
-from tinyvit.kernels.jit.compiling import compiled, read, written
+from tinyvit.kernels.jit.compiling import compiled, lines, read, widest, written
 from tinyvit.kernels.jit.dot_blocks import (
+    CONFIGURATION,
     GROUPS,
     KIND,
     PANEL,
@@ -21,11 +24,33 @@ from tinyvit.kernels.jit.dot_blocks import (
     SIZE,
     allow_instructions,
     load,
+    release_tiles,
     shuffled,
     store,
+    use_tiles,
 )
-from tinyvit.kernels.jit.dot_products import BAND, groups, multiply
-from tinyvit.kernels.jit.loops import NOTHING, TANH_GELU, add_rows, bias_gelu, multiply_and_sum, softmax, softmax_vjp
+from tinyvit.kernels.jit.dot_products import (
+    BAND,
+    STRIP,
+    SUMS,
+    WIDTH,
+    expect,
+    gelu,
+    groups,
+    in_panels,
+    multiply,
+    multiply_panels,
+    put,
+)
+from tinyvit.kernels.jit.loops import (
+    NOTHING,
+    ONE,
+    TANH_GELU,
+    add_rows,
+    exp,
+    multiply_and_sum,
+    softmax_vjp,
+)
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
@@ -95,19 +120,22 @@ def _transpose(typing, x, x_row, y, y_row):
     return void(*(int64,) * 4), generate
 
 
+_sums = types.Array(float32, 3, "A", readonly=True)
 _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apart, each in one piece
 
 
 @compiled(int64, int64, result=groups(2))
 def rows_of_pairs(rows, columns):
     """Room for what `round_rows` and `round_columns` make: rows of an odd multiple of 64 bytes use all of a cache."""
-    return np.empty(((rows + PANEL - 1) // PANEL * PANEL, ((columns + 31) // 32 | 1) * BATCH), np.int32)
+    rows, pairs = (rows + PANEL - 1) // PANEL * PANEL, ((columns + 31) // 32 | 1) * BATCH
+    return lines(rows * pairs).view(np.int32).reshape(rows, pairs)
 
 
 @compiled(int64, int64, result=groups(3))
 def panels_of_pairs(rows, columns):
     """Room for what `pack_rows` and `pack_columns` make."""
-    panels = np.empty(((rows + PANEL - 1) // PANEL, (columns + 31) // 32 * BATCH, PANEL), np.int32)
+    count, pairs = (rows + PANEL - 1) // PANEL, (columns + 31) // 32 * BATCH
+    panels = lines(count * pairs * PANEL).view(np.int32).reshape(count, pairs, PANEL)
     panels[:, (columns + 1) // 2 :] = 0
     return panels
 
@@ -126,6 +154,15 @@ def round_rows(x, out):
             for j in range(whole, columns):
                 rest[j - whole] = x[i, j]
             _round_row(rest.ctypes.data, to + 2 * whole)
+
+
+@compiled(_sums, groups(2), int64, int64, int64, int64)
+def _round_panels(sums, out, top, bottom, left, columns):
+    """Sums (P, R, PANEL) of these rows -> their pairs from column `left` on, of so many in all."""
+    for i in range(top, bottom):
+        for column in range(left, min(columns, left + PANEL * len(sums)), PANEL):
+            at = sums.ctypes.data + (column - left) // PANEL * sums.strides[0] + (i - top) * sums.strides[1]
+            _round_row(at, out.ctypes.data + 4 * (i * out.shape[1] + column // 2))
 
 
 @compiled(_strided, groups(3), int64)
@@ -186,22 +223,59 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
     `residual` and `slope` have no rows, and `saved`, for the packed x^T, no panels, where they are not wanted.
     """
     rows, columns = y.shape
-    pairs = rows_of_pairs(BAND, x.shape[1])
-    start = np.zeros(0 if len(residual) else len(weight) * PANEL, np.float32)
-    if len(start) and then == NOTHING:
-        start[:columns] = bias
+    pairs, depth = rows_of_pairs(BAND, x.shape[1]), weight.shape[1]
+    start = np.zeros(len(weight) * PANEL, np.float32)
+    start[:columns] = bias
+    part, slopes = lines(SUMS), lines(SUMS if len(slope) else 0)
+    sums, slope_sums, none = in_panels(part), in_panels(slopes), slope[:0]
+    use_tiles(CONFIGURATION.ctypes.data)
     for top in range(0, rows, BAND):
-        bottom = min(rows, top + BAND)
-        band, out = x[top:bottom], y[top:bottom]
-        round_rows(band, pairs)
-        pack_rows(band, saved, top // 2)
-        if len(residual):
-            for i in range(len(out)):
-                for j in range(columns):
-                    out[i, j] = residual[top + i, j] + bias[j]
-        multiply(pairs, weight, start, out, False)
-        if then != NOTHING:
-            bias_gelu(out, bias, slope[top:bottom], then == TANH_GELU)
+        last = min(rows, top + BAND)
+        round_rows(x[top:last], pairs)
+        pack_rows(x[top:last], saved, top // 2)
+        for left in range(0, columns, WIDTH * PANEL):
+            for i in range(top, last, STRIP):
+                bottom = min(last, i + STRIP)
+                expect(y, i, bottom, left)
+                if len(slope):
+                    expect(slope, i, bottom, left)
+                multiply_panels(pairs, i - top, bottom - top, weight, 0, depth, left, columns, start, sums, False)
+                if then != NOTHING:
+                    gelu(part, bottom - i, slopes, then == TANH_GELU)
+                    if len(slope):
+                        put(slope_sums, none, slope, i, bottom, left)
+                put(sums, residual, y, i, bottom, left)
+    release_tiles()
+
+
+@compiled(read(2), read(2), groups(3), read(1), groups(3), read(1), written(2), int64)
+def mlp(residual, x, weight1, bias1, weight2, bias2, y, then):
+    """residual + GELU(x W1^T + b1) W2^T + b2: what is between the layers stays rounded in the cache."""
+    rows, hidden, columns = len(x), len(bias1), len(bias2)
+    pairs, middle = rows_of_pairs(BAND, x.shape[1]), rows_of_pairs(BAND, hidden)
+    start1, start2 = np.zeros(len(weight1) * PANEL, np.float32), np.zeros(len(weight2) * PANEL, np.float32)
+    start1[:hidden], start2[:columns] = bias1, bias2
+    part = lines(SUMS)
+    sums, depth1, depth2 = in_panels(part), weight1.shape[1], weight2.shape[1]
+    use_tiles(CONFIGURATION.ctypes.data)
+    for top in range(0, rows, BAND):
+        last = min(rows, top + BAND)
+        round_rows(x[top:last], pairs)
+        for left in range(0, hidden, WIDTH * PANEL):
+            for i in range(0, last - top, STRIP):
+                bottom = min(last - top, i + STRIP)
+                multiply_panels(pairs, i, bottom, weight1, 0, depth1, left, hidden, start1, sums, False)
+                gelu(part, bottom - i, part[:0], then == TANH_GELU)
+                if left + WIDTH * PANEL > hidden:
+                    part.reshape(STRIP, WIDTH * PANEL)[:, hidden - left :] = 0
+                _round_panels(sums, middle, i, bottom, left, hidden)
+        for left in range(0, columns, WIDTH * PANEL):
+            for i in range(top, last, STRIP):
+                bottom = min(last, i + STRIP)
+                expect(y, i, bottom, left)
+                multiply_panels(middle, i - top, bottom - top, weight2, 0, depth2, left, columns, start2, sums, False)
+                put(sums, residual, y, i, bottom, left)
+    release_tiles()
 
 
 @compiled(read(2), read(2), groups(3), groups(3), written(2), written(2), written(1))
@@ -212,9 +286,9 @@ def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
     W^T, `saved` the packed x^T.
     """
     rows, outputs = dy.shape
-    none, zeros = np.zeros(len(weight) * PANEL, np.float32), np.zeros(len(saved) * PANEL, np.float32)
     pairs, columns = rows_of_pairs(BAND, outputs), rows_of_pairs(len(dweight), rows)
     room = np.empty((BAND if len(slope) else 0, outputs), np.float32)
+    use_tiles(CONFIGURATION.ctypes.data)
     for top in range(0, rows, BAND):
         bottom = min(rows, top + BAND)
         dh = dy[top:bottom]
@@ -225,38 +299,105 @@ def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
             add_rows(dh, dbias)
         if len(dx):
             round_rows(dh, pairs)
-            multiply(pairs, weight, none, dx[top:bottom], False)
+            multiply(pairs, weight, dx[top:bottom])
         if len(dweight):
             round_columns(dh, columns, top // 2)
     if len(dweight):
-        multiply(columns, saved, zeros, dweight, False)
+        multiply(columns, saved, dweight)
+    release_tiles()
 
 
-@compiled(read(3), written(3), written(1), int64, int64)
-def attention(qkv, y, weights, heads, tile):
+def _over_row(combine: Callable[..., Any]) -> Any:
+    """A function that combines the PANEL numbers at an address, and puts the result in the place of each."""
+
+    @intrinsic
+    def function(typing, row):
+        def generate(context, builder, signature, args):
+            x, y = (load(builder, args[0], SIZE(j)) for j in (0, 16))
+            x = combine(builder, x, y)
+            for step in (8, 4, 2, 1):
+                x = combine(builder, x, shuffled(builder, x, x, [i ^ step for i in range(16)]))
+            for j in (0, 16):
+                store(builder, x, args[0], SIZE(j))
+            return context.get_dummy_value()
+
+        return void(int64), generate
+
+    return function
+
+
+_highest_of_row = _over_row(lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y))
+_sum_of_row = _over_row(lambda builder, x, y: builder.fadd(x, y))
+
+
+@compiled(written(3), int64, float32, written(1), written(1), reorder=True)
+def _softmax(scores, columns, scale, highest, shares):
+    """The softmax of each row of scale * scores, in panels (P, R, PANEL), in their place; 0 behind the last column.
+
+    `highest` and `shares` have room for R PANEL numbers.
+    """
+    widest()
+    panels, rows = scores.shape[:2]
+    for i in range(rows):
+        for j in range(columns - (panels - 1) * PANEL, PANEL):
+            scores[panels - 1, i, j] = -np.inf
+    highest[:] = -np.inf
+    flat = scores.reshape(panels, rows * PANEL)
+    for panel in range(panels):
+        part = flat[panel]
+        for j in range(len(part)):
+            highest[j] = part[j] if part[j] > highest[j] else highest[j]  # not NaN, whose exponential is NaN anyway
+    for i in range(rows):
+        _highest_of_row(highest.ctypes.data + 4 * PANEL * i)
+    shares[:] = 0
+    for panel in range(panels):
+        part = flat[panel]
+        for j in range(len(part)):
+            x = exp((part[j] - highest[j]) * scale)
+            part[j] = x
+            shares[j] += x
+    for i in range(rows):
+        _sum_of_row(shares.ctypes.data + 4 * PANEL * i)
+    for j in range(len(shares)):
+        shares[j] = ONE / shares[j]
+    for panel in range(panels):
+        part = flat[panel]
+        for j in range(len(part)):
+            part[j] *= shares[j]
+
+
+@compiled(read(3), written(3), written(4), int64)
+def attention(qkv, y, weights, heads):
     """`jit.loops.attention` with the operands of both products rounded."""
     batch, n = qkv.shape[:2]
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
     scale = np.float32(1.0 / math.sqrt(dim))
     keys, values = panels_of_pairs(n, dim), panels_of_pairs(dim, n)
+    query, shares = rows_of_pairs(STRIP, dim), rows_of_pairs(STRIP, n)
+    scores = lines(len(keys) * STRIP * PANEL).reshape(len(keys), STRIP, PANEL)
+    sums = lines(len(values) * STRIP * PANEL).reshape(len(values), STRIP, PANEL)
     zeros = np.zeros(PANEL * max(len(keys), len(values)), np.float32)
-    query, shares = rows_of_pairs(tile, dim), rows_of_pairs(tile, n)
-    kept = len(weights) == batch * heads * queries * n
+    highest, totals = np.empty(STRIP * PANEL, np.float32), np.empty(STRIP * PANEL, np.float32)
+    use_tiles(CONFIGURATION.ctypes.data)
     for b in range(batch):
         for h in range(heads):
             q, k, v = h * dim, model + h * dim, 2 * model + h * dim
             pack_columns(qkv[b, :, k : k + dim], keys)
             pack_rows(qkv[b, :, v : v + dim], values, 0)
-            for start in range(0, queries, tile):
-                rows = min(tile, queries - start)
-                first = ((b * heads + h) * queries + start) * n if kept else 0
-                w, out = weights[first : first + rows * n], y[b, start : start + rows, q : q + dim]
-                round_rows(qkv[b, start : start + rows, q : q + dim], query)
-                multiply(query, keys, zeros, w.reshape(rows, n), False)
-                softmax(w, n, scale)
-                round_rows(w.reshape(rows, n), shares)
-                multiply(shares, values, zeros, out, False)
+            out, none = y[b, :, q : q + dim], y[b, :0, :dim]
+            for start in range(0, queries, STRIP):
+                last = min(queries, start + STRIP)
+                count = last - start
+                round_rows(qkv[b, start:last, q : q + dim], query)
+                multiply_panels(query, 0, count, keys, 0, keys.shape[1], 0, n, zeros, scores, False)
+                _softmax(scores, n, scale, highest, totals)
+                if len(weights):
+                    put(scores, none, weights[b, h], start, last, 0)
+                _round_panels(scores, shares, 0, count, 0, n)
+                multiply_panels(shares, 0, count, values, 0, values.shape[1], 0, dim, zeros, sums, False)
+                put(sums, none, out, start, last, 0)
+    release_tiles()
 
 
 @compiled(read(3), read(3), read(3), read(4), written(3), int64)
@@ -265,12 +406,13 @@ def attention_vjp(dy, qkv, y, weights, dqkv, heads):
     batch, n = qkv.shape[:2]
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
-    scale, zeros = np.float32(1.0 / math.sqrt(dim)), np.zeros(n + dim + PANEL, np.float32)
+    scale = np.float32(1.0 / math.sqrt(dim))
     keys, values = panels_of_pairs(dim, n), panels_of_pairs(n, dim)
     query, gradient = panels_of_pairs(dim, queries), panels_of_pairs(dim, queries)
     along_heads, along_keys = rows_of_pairs(BAND, dim), rows_of_pairs(BAND, n)
     transposed_scores, transposed_weights = rows_of_pairs(n, queries), rows_of_pairs(n, queries)
     scratch = np.empty((BAND, n), np.float32)
+    use_tiles(CONFIGURATION.ctypes.data)
     for b in range(batch):
         for h in range(heads):
             q = slice(h * dim, h * dim + dim)
@@ -281,13 +423,14 @@ def attention_vjp(dy, qkv, y, weights, dqkv, heads):
                 here = slice(start, min(queries, start + BAND))
                 dout, w, scores = dy[b, here, q], weights[b, h, here], scratch[: min(BAND, queries - start)]
                 round_rows(dout, along_heads)
-                multiply(along_heads, values, zeros, scores, False)
+                multiply(along_heads, values, scores)
                 softmax_vjp(scores, w, dout, y[b, here, q], scale)
                 round_rows(scores, along_keys)
-                multiply(along_keys, keys, zeros, dqkv[b, here, q], False)
+                multiply(along_keys, keys, dqkv[b, here, q])
                 round_columns(scores, transposed_scores, start // 2)
                 round_columns(w, transposed_weights, start // 2)
                 pack_rows(qkv[b, here, q], query, start // 2)
                 pack_rows(dout, gradient, start // 2)
-            multiply(transposed_scores, query, zeros, dqkv[b, :, k], False)
-            multiply(transposed_weights, gradient, zeros, dqkv[b, :, v], False)
+            multiply(transposed_scores, query, dqkv[b, :, k])
+            multiply(transposed_weights, gradient, dqkv[b, :, v])
+    release_tiles()

@@ -45,13 +45,21 @@ def _linear(residual, x, weight, bias, y, then, sgemm):  # type: ignore[no-untyp
     return run if weight == block.BFLOAT16 else None
 
 
+@overload(block.mlp)
+def _mlp(residual, x, fc1, fc1_bias, fc2, fc2_bias, hidden, y, then, sgemm):  # type: ignore[no-untyped-def]
+    def run(residual, x, fc1, fc1_bias, fc2, fc2_bias, hidden, y, then, sgemm):  # type: ignore[no-untyped-def]
+        loops.mlp(residual, x, fc1, fc1_bias, fc2, fc2_bias, y, then)
+
+    return run if fc1 == block.BFLOAT16 else None
+
+
 @overload(block.attention)
 def _attention(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-untyped-def]
     def run(weight, qkv, y, scores, heads, tile, sgemm):  # type: ignore[no-untyped-def]
         if qkv.shape[1] < _LEAST_TOKENS:
             jit_loops.attention(qkv, y, scores, heads, tile, sgemm)
         else:
-            loops.attention(qkv, y, scores, heads, tile)
+            loops.attention(qkv, y, scores[:0].reshape(0, 1, 1, 1), heads)
 
     return run if weight == block.BFLOAT16 else None
 

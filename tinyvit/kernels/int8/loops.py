@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import float32, int32, int64, types, uint8
+from llvmlite import ir
+from numba import float32, int32, int64, types, uint8, void
+from numba.extending import intrinsic
 
-from tinyvit.kernels.jit.compiling import bits_of_float, compiled, maximum, read, widest, written
-from tinyvit.kernels.jit.dot_blocks import PANEL
-from tinyvit.kernels.jit.dot_products import BAND, groups, multiply
-from tinyvit.kernels.jit.loops import NOTHING, ROUND, TANH_GELU, bias_gelu
+from tinyvit.kernels.jit.compiling import bits_of_float, compiled, lines, maximum, read, widest, written
+from tinyvit.kernels.jit.dot_blocks import (
+    CONFIGURATION,
+    GROUPS,
+    PANEL,
+    REALS,
+    SIZE,
+    load,
+    release_tiles,
+    shuffled,
+    store,
+    use_tiles,
+)
+from tinyvit.kernels.jit.dot_products import (
+    BAND,
+    STRIP,
+    SUMS,
+    WIDTH,
+    expect,
+    gelu,
+    groups,
+    in_panels,
+    multiply_panels,
+    put,
+)
+from tinyvit.kernels.jit.loops import NOTHING, ROUND, TANH_GELU
+from tinyvit.kernels.jit.vectors import CONTRACT
 
-# mypy: disable-error-code="no-untyped-def, call-arg"
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
 _LARGEST, _SMALLEST = np.float32(127), np.float32(3.8e-37)  # whose ratio is finite
 _SIGNS = -0x7F7F7F80  # 0x80808080
@@ -52,24 +77,56 @@ def pack(x, out, sums):
         sums[i] = 128 * total
 
 
+@intrinsic
+def _scale_row(typing, row, scale, sums, scales, bias):
+    """PANEL sums of products become what they stand for: (x - sums) scales scale + bias."""
+
+    def generate(context, builder, signature, args):
+        row, scale, sums, scales, bias = args
+        first = builder.insert_element(ir.Constant(REALS, ir.Undefined), scale, SIZE(0))
+        one = shuffled(builder, first, first, [0] * 16)
+        for j in range(0, PANEL, 16):
+            whole = builder.sub(load(builder, row, SIZE(j), GROUPS), load(builder, sums, SIZE(j), GROUPS))
+            other = load(builder, scales, SIZE(j))
+            less = builder.fcmp_ordered("<", one, other)
+            x = builder.fmul(builder.sitofp(whole, REALS), builder.select(less, one, other))
+            x = builder.fmul(x, builder.select(less, other, one), flags=CONTRACT)  # the larger one last: x stays finite
+            store(builder, builder.fadd(x, load(builder, bias, SIZE(j)), flags=CONTRACT), row, SIZE(j))
+        return context.get_dummy_value()
+
+    return void(int64, float32, int64, int64, int64), generate
+
+
 @compiled(read(2), read(2), groups(3), read(1), types.Array(int32, 1, "C", readonly=True), read(1), written(2), int64)
 def linear(residual, x, weight, scales, sums, bias, y, then):
-    """residual + x W^T + b, or GELU of x W^T + b; `residual` is (R, O), or (0, O) for none."""
+    """residual + x W^T + b, or GELU of x W^T + b; `residual` is (R, O), or (0, O) for none.
+
+    `scales` and `sums` have numbers for whole panels of the packed weight.
+    """
     rows, columns = y.shape
-    depth = weight.shape[1]
-    activations, row_scales = np.zeros((BAND, 4 * depth), np.uint8), np.empty(BAND, np.float32)
-    zeros, no_slope = np.zeros(len(weight) * PANEL, np.float32), np.empty((0, columns), np.float32)
+    depth, shift, zeros = weight.shape[1], np.zeros(len(scales), np.float32), np.zeros(len(scales), np.float32)
+    shift[:columns] = bias
+    rounded, row_scales = lines(BAND * depth).view(np.int32).reshape(BAND, depth), np.zeros(BAND, np.float32)
+    rounded[:] = 0
+    part, in_bytes = lines(SUMS), rounded.view(np.uint8)
+    products = in_panels(part)
+    use_tiles(CONFIGURATION.ctypes.data)
     for top in range(0, rows, BAND):
-        out = y[top : min(rows, top + BAND)]
-        quantise_rows(x[top : top + len(out)], activations, row_scales)
-        multiply(activations.view(np.int32), weight, zeros, out, True)
-        for i in range(len(out)):
-            scale = row_scales[i]
-            for j in range(columns):
-                out[i, j] = float32(bits_of_float(out[i, j]) - sums[j]) * scale * scales[j] + bias[j]
-        if then != NOTHING:
-            bias_gelu(out, zeros[:columns], no_slope, then == TANH_GELU)
-        elif len(residual):
-            for i in range(len(out)):
-                for j in range(columns):
-                    out[i, j] += residual[top + i, j]
+        last = min(rows, top + BAND)
+        quantise_rows(x[top:last], in_bytes, row_scales)
+        for left in range(0, columns, WIDTH * PANEL):
+            for i in range(top, last, STRIP):
+                bottom = min(last, i + STRIP)
+                expect(y, i, bottom, left)
+                multiply_panels(rounded, i - top, bottom - top, weight, 0, depth, left, columns, zeros, products, True)
+                for column in range(left, min(columns, left + WIDTH * PANEL), PANEL):
+                    for k in range(bottom - i):
+                        _scale_row(
+                            part.ctypes.data + 4 * (k * WIDTH * PANEL + column - left), row_scales[i - top + k],
+                            sums.ctypes.data + 4 * column, scales.ctypes.data + 4 * column,
+                            shift.ctypes.data + 4 * column,
+                        )  # fmt: skip
+                if then != NOTHING:
+                    gelu(part, bottom - i, part[:0], then == TANH_GELU)
+                put(products, residual, y, i, bottom, left)
+    release_tiles()

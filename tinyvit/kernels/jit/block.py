@@ -14,21 +14,25 @@ from numba import float32, int32, int64, types
 from numba.extending import overload
 
 from tinyvit.backend.arrays import VJP, Array
-from tinyvit.kernels import reference
+from tinyvit.kernels import jit, reference
 from tinyvit.kernels.jit import layers, loops
-from tinyvit.kernels.jit.compiling import compiled, read, written
+from tinyvit.kernels.jit.compiling import compiled, lines, read, written
 from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU, layer_norm
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
 # Tokens that are computed at a time: with packed weights as many as stay in the second cache, if the block is so narrow
 # that reading the weights as often costs less; else many, so that little memory is taken. Measured.
-_FEW_TOKENS, _NARROW, _MANY_TOKENS = 512, 512, 4096
+_FEW_TOKENS, _NARROW, _MANY_TOKENS = (1024 if jit.dot_instructions() == "amx" else 512), 512, 4096
 FLOAT32, BFLOAT16 = read(2), types.Array(int32, 3, "C")
 
 
 def linear(residual, x, weight, bias, y, then, sgemm):
     """residual + x W^T + b, or GELU of x W^T + b; `residual` is (R, O), or (0, O) for none."""
+
+
+def mlp(residual, x, fc1, fc1_bias, fc2, fc2_bias, hidden, y, then, sgemm):
+    """residual + GELU(x W1^T + b1) W2^T + b2; `hidden` has room for what is between the layers."""
 
 
 def attention(weight, qkv, y, scores, heads, tile, sgemm):
@@ -45,6 +49,18 @@ def _linear(residual, x, weight, bias, y, then, sgemm):
             loops.linear(residual, x, weight, bias, y, sgemm)
         else:
             loops.linear_gelu(x, weight, bias, y, y[:0], then == TANH_GELU, sgemm)
+
+    return run
+
+
+@overload(mlp)
+def _mlp(residual, x, fc1, fc1_bias, fc2, fc2_bias, hidden, y, then, sgemm):
+    if fc1 == BFLOAT16:
+        return None
+
+    def run(residual, x, fc1, fc1_bias, fc2, fc2_bias, hidden, y, then, sgemm):
+        linear(hidden[:0], x, fc1, fc1_bias, hidden, then, sgemm)
+        linear(residual, hidden, fc2, fc2_bias, y, NOTHING, sgemm)
 
     return run
 
@@ -67,8 +83,11 @@ def _block(
     """x (B, N, D) -> y, so many images at a time."""
     batch, n, dim = x.shape
     rows, before, after = images * n, x.reshape(-1, dim), y.reshape(-1, dim)
-    normal, middle = np.empty((rows, dim), np.float32), np.empty((rows, dim), np.float32)
-    wide, hidden = np.empty((rows, 3 * dim), np.float32), np.empty((rows, len(fc1_bias)), np.float32)
+    normal, middle = lines(rows * dim).reshape(rows, dim), lines(rows * dim).reshape(rows, dim)
+    wide, hidden = (
+        lines(rows * 3 * dim).reshape(rows, 3 * dim),
+        lines(rows * len(fc1_bias)).reshape(rows, len(fc1_bias)),
+    )
     moments, scores = np.empty((rows, 2), np.float32), np.empty(tile * n, np.float32)
     for start in range(0, batch, images):
         count = min(images, batch - start)
@@ -80,8 +99,7 @@ def _block(
         attention(qkv, packed, attended, scores, heads, tile, sgemm)
         linear(before[here], normal[:m], proj, proj_bias, middle[:m], NOTHING, sgemm)
         layer_norm(middle[:m], norm2, shift2, eps2, normal[:m], moments[:m])
-        linear(hidden[:0], normal[:m], fc1, fc1_bias, hidden[:m], then, sgemm)
-        linear(middle[:m], hidden[:m], fc2, fc2_bias, after[here], NOTHING, sgemm)
+        mlp(middle[:m], normal[:m], fc1, fc1_bias, fc2, fc2_bias, hidden[:m], after[here], then, sgemm)
 
 
 def kernel(precision: str, weight: types.Type, prepared: Callable[[Array], Any]) -> Callable[..., Any]:

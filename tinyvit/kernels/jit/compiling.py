@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import boolean, config, float32, int32, int64, njit, types, void
 from numba.core import event
@@ -87,6 +88,15 @@ def compiled(
 
 
 _announce = _Announce()
+
+
+@compiled(int64, result=written(1))
+def lines(size):
+    """Room for so many numbers from the start of a line of the cache, 64 bytes: a tile's rows are lines."""
+    room = np.empty(size + 16, np.float32)
+    skip = -(room.ctypes.data // 4) & 15
+    return room[skip : skip + size]
+
 
 # --- what LLVM has and Python has not ---------------------------------------------------------------------------------
 

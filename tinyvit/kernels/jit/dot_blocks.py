@@ -166,6 +166,34 @@ def block_of(of_bytes: bool, width: int) -> Any:
     return function
 
 
+@intrinsic
+def add_row(typing, x, y, to):
+    """PANEL numbers x + y, of addresses."""
+
+    def generate(context, builder, signature, args):
+        x, y, to = args
+        for j in range(0, PANEL, 16):
+            total = builder.fadd(load(builder, x, SIZE(j)), load(builder, y, SIZE(j)))
+            store(builder, total, to, SIZE(j))
+        return context.get_dummy_value()
+
+    return void(int64, int64, int64), generate
+
+
+@intrinsic
+def fetch(typing, address):
+    """Bring the line at an address to the second cache."""
+
+    def generate(context, builder, signature, args):
+        place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+        builder.call(function, [place, INT(0), INT(2), INT(1)])  # to be read, by the second cache, data
+        return context.get_dummy_value()
+
+    return void(int64), generate
+
+
 CONFIGURATION = np.zeros(64, np.uint8)  # of 8 tiles of 16 rows and 64 bytes
 CONFIGURATION[0] = 1
 CONFIGURATION[16:32:2], CONFIGURATION[48:56] = 64, 16

@@ -147,7 +147,10 @@ def tile_of(queries: int, n: int) -> int:
 
 
 def attention(forward: Callable[..., None], backward: Callable[..., None]) -> Callable[..., tuple[Array, VJP]]:
-    """The kernel of `reference.qkv_attention` with loops in the place of `loops.attention` and its gradient."""
+    """The kernel of `reference.qkv_attention` with these loops.
+
+    `forward(qkv, y, weights, heads)` fills y (B, Q, H D), and weights (B, H, Q, N) unless they have room for none.
+    """
 
     def qkv_attention(
         xp: Any,
@@ -162,10 +165,9 @@ def attention(forward: Callable[..., None], backward: Callable[..., None]) -> Ca
         qkv = contiguous(qkv)
         batch, n, width = qkv.shape
         queries = n if queries is None else queries
-        tile = tile_of(queries, n)
         y = np.empty((batch, queries, width // 3), qkv.dtype)
-        weights = np.empty((batch, num_heads, queries, n) if needs[0] else (1, 1, tile, n), qkv.dtype)
-        forward(qkv, y, weights.reshape(-1), num_heads, tile)
+        weights = np.empty((batch if needs[0] else 0, num_heads, queries, n), qkv.dtype)
+        forward(qkv, y, weights, num_heads)
 
         def vjp(dy: Array) -> tuple[Array]:
             dqkv = np.empty_like(qkv)

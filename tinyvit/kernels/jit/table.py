@@ -66,13 +66,19 @@ def adamw(
     return p, m, v
 
 
+def _attention_forward(qkv: np.ndarray, y: np.ndarray, weights: np.ndarray, heads: int) -> None:
+    tile = layers.tile_of(*weights.shape[2:])
+    scores = weights if len(weights) else np.empty(tile * qkv.shape[1], np.float32)
+    loops.attention(qkv, y, scores.reshape(-1), heads, tile, layers.SGEMM)
+
+
 def _attention_vjp(
     dy: np.ndarray, qkv: np.ndarray, y: np.ndarray, weights: np.ndarray, dqkv: np.ndarray, heads: int
 ) -> None:
     loops.attention_vjp(dy, qkv, y, weights, dqkv, heads, layers.tile_of(*weights.shape[2:]), layers.SGEMM)
 
 
-_attention = layers.attention(lambda *arguments: loops.attention(*arguments, layers.SGEMM), _attention_vjp)
+_attention = layers.attention(_attention_forward, _attention_vjp)
 
 KERNELS = {
     reference.linear: Kernel(in_fp32(layers.linear), _biased),
