@@ -61,7 +61,7 @@ def eval_(args: Namespace) -> None:
         shown = ", ".join(f"{name} {value:g}" for name, value in setting.items())
         what = f"{data.test_name} split of {data.name}, {args.probe} probe ({shown})"
     else:
-        parts = metrics.chosen_parts(data, args.split)
+        parts = metrics.chosen_parts(checkpoint, data, args.split)
         of_parts = metrics.evaluate_parts(checkpoint, model, data, parts, args.precision, group)
         scores = metrics.combined(list(of_parts.values()))
         splits = {name: {"images": s.images, "accuracy": s.accuracy} for name, s in of_parts.items()}

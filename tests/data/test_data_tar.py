@@ -210,6 +210,37 @@ def test_a_damaged_archive(shards, tmp_path):
     assert_error("ROOT/pets-train-001.tar: it has no images with a class beside them, .*" + HINT, shards, tmp_path)
 
 
+def test_images_that_were_trained_on_are_never_validation(tmp_path, capsys):
+    """A part is drawn by class and number: where one image more or less cannot be told, it is another part."""
+    source, out = tmp_path / "shards", tmp_path / "run"
+    shard(source / "1.tar", [0, 1] * 10)
+    whole = shard(source / "0.tar", [0, 1] * 10).read_bytes()
+    bad = whole.replace(b"IDAT", b"idat", 1)  # an image of the training part
+
+    def tinyvit(*words):
+        main([*map(str, words), "--data", str(source), "--skip-corrupt"])
+        return capsys.readouterr()
+
+    def measured(run, content, *words):
+        (source / "0.tar").write_bytes(content)
+        return tinyvit("eval", out / run, "--json", *words)
+
+    def train(run):
+        tinyvit("train", *NANO, "--epochs", 1, "--batch-size", 8, "--out", out / run)
+
+    train("whole")
+    assert json.loads(measured("whole", whole).out)["splits"].keys() == {"train", "val"}
+    assert json.loads(measured("whole", bad, "--split", "train").out)["images"] == 35
+    for run, content in {"label": whole.replace(b"0\n", b"\xff\n", 1), "cut": whole[:9000]}.items():
+        for part in ("train", "val"):
+            refusal = measured("whole", content, "--split", part).err
+            assert re.search(r"shards has \d+ images to draw a part from, the model's run had 40: which of", refusal)
+        assert json.loads(measured("whole", content).out)["splits"].keys() == {"train and val"}
+        train(run)
+        assert json.loads(measured(run, content, "--split", "val").out)["images"] > 1
+        assert "the model's run had" in measured(run, whole, "--split", "val").err
+
+
 def test_an_archive_that_shrinks_while_it_is_read(tmp_path):
     source = shard(tmp_path / "a.tar", [0, 1] * 4, size=(80, 80))
     data = load_data(source, image_size=80)

@@ -39,6 +39,12 @@ def test_training_and_held_out_images_are_the_training_images(tmp_path, size):
     assert sorted(p for p, _ in parts) == sorted(known) and all(labels[p] == label for p, label in parts)
     other = hold_out(whole, 0.3, 6).val
     assert not np.array_equal(other.read(np.arange(9)), pixels[2])
+    for name in ("red/03.png", "red/07.png", "green/00.png"):  # images that become unreadable move no others
+        (tmp_path / "images" / "train" / name).write_bytes(b"nonsense")
+    damaged = hold_out(load_data(tmp_path / "images", image_size=size, skip_corrupt=True), 0.3, 5)
+    assert len(damaged.train) + len(damaged.val) == 27 and damaged.drawn_from == 30
+    for split, before in ((damaged.train, pixels[1]), (damaged.val, pixels[2])):
+        assert {image.tobytes() for image in split.read(np.arange(len(split)))} <= {image.tobytes() for image in before}
 
 
 def test_one_image_a_class_cannot_be_held_out(tmp_path):

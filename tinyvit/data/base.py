@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -30,6 +30,11 @@ class Split(Protocol):
         """The images that were left out on request, because they cannot be read."""
         ...
 
+    @property
+    def gaps(self) -> Sequence[tuple[int, int]]:
+        """Of the first of `skipped` the place that each had before, and its class; both are unknown for the others."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -50,7 +55,8 @@ class Data:
     `fit_options` say how images were resized and cut: arguments of `read_image` that differ from its defaults.
     `own_test` is false where the test images were drawn from the training ones; `test_name` is what they are called,
     "test" or "val". `val` are validation images apart from them, if there are any. `no_images` are files among the
-    training images that were passed over, because they are none.
+    training images that were passed over, because they are none. `drawn_from` counts the images of which a part was
+    drawn at random, with those that could not be read; 0 where none was drawn.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Data:
     test_name: str = "test"
     no_images: tuple[str, ...] = ()
     val: Split | None = None
+    drawn_from: int = 0
 
     @property
     def parts(self) -> dict[str, Split]:

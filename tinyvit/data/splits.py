@@ -33,6 +33,7 @@ class ArraySplit:
     images: Array
     labels: np.ndarray
     skipped: list[str]
+    gaps: Sequence[tuple[int, int]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -62,6 +63,7 @@ class ResizedSplit:
     skipped: list[str]
     size: tuple[int, int]
     fit_options: Mapping[str, Any] = field(default_factory=dict)
+    gaps: Sequence[tuple[int, int]] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,6 +94,7 @@ class FileSplit:
     size: tuple[int, int]
     transform: ImageTransform | None
     fit_options: Mapping[str, Any] = field(default_factory=dict)
+    gaps: Sequence[tuple[int, int]] = ()
 
     @property
     def labels(self) -> np.ndarray:
@@ -137,13 +140,23 @@ def draw_share(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def hold_out(data: Data, share: float, seed: int) -> Data:
-    """`data` with a random `share` of each class's training images as `val`, which then chooses the epoch."""
-    drawn = draw_share(data.train.labels, share, seed)
-    if not drawn.any():
+    """`data` with a random `share` of each class's training images as `val`, which then chooses the epoch.
+
+    It is drawn as if none of them had been left out: whether one can be read must not decide where others belong.
+    """
+    whole, count = data.train, len(data.train) + len(data.train.gaps)
+    places, classes = np.array(whole.gaps, np.int64).reshape(-1, 2).T
+    kept = np.delete(np.arange(count), places)
+    labels = np.empty(count, np.int64)
+    labels[kept], labels[places] = whole.labels, classes
+    drawn = draw_share(labels, share, seed)
+    train, val = (whole.take(np.flatnonzero(drawn[kept] == held)) for held in (False, True))
+    if not len(val):
         raise DataError(f"{data.name} has one training image a class, so none can be held out")
-    val: Any = data.train.take(np.flatnonzero(drawn))
-    val = replace(val, skipped=[])
-    return replace(data, train=data.train.take(np.flatnonzero(~drawn)), val=val)
+    if missing := set(whole.labels.tolist()) - set(train.labels.tolist()):
+        raise DataError(f"class {data.class_names[min(missing)]} of {data.name} has no readable image to train on")
+    val = replace(val, skipped=[])  # type: ignore[type-var]
+    return replace(data, train=train, val=val, drawn_from=count)
 
 
 def without_augmentation(split: Split) -> Split:

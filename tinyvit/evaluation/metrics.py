@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tinyvit.backend import arrays
+from tinyvit.data.base import DataError
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, UsageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from tinyvit.nn import Module
 
 BATCH_SIZE = 256
+DRAWN = {"train", "val"}  # the parts of images that are divided at random
 
 
 class EvaluationError(ReportedError):
@@ -182,6 +184,8 @@ def evaluate_parts(
         scores = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=precision, group=group)
         assert scores is not None  # nothing stops it
         found[name] = scores
+    if found.keys() >= DRAWN and drawn_otherwise(checkpoint, data):
+        return {"train and val": combined([found.pop(name) for name in ("train", "val")]), **found}
     return found
 
 
@@ -232,13 +236,29 @@ def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1)) - true
 
 
-def chosen_parts(data: Data, name: str | None) -> dict[str, Split]:
-    """The split of that name, or all of them for "all" and None. Raises UsageError."""
+def chosen_parts(checkpoint: Checkpoint, data: Data, name: str | None) -> dict[str, Split]:
+    """The split of that name, or all of them for "all" and None. Raises UsageError, DataError."""
     if name in (None, "all"):
         return data.parts
     if name not in data.parts:
         raise UsageError(f"{data.name} has no {name} images, expected --split {', '.join(data.parts)} or all")
+    if name in DRAWN and (why := drawn_otherwise(checkpoint, data)):
+        raise DataError(f"{why}; leave --split out to measure all")
     return {name: data.parts[name]}
+
+
+def drawn_otherwise(checkpoint: Checkpoint, data: Data) -> str:
+    """Why parts that were drawn are not those of the checkpoint's run; "" where they are, or nothing was drawn.
+
+    One image more or less gives others, so that images that the run trained on would be among those it held out.
+    """
+    if not (checkpoint.split and data.drawn_from):
+        return ""
+    then = checkpoint.split.get("images")  # older runs did not record it: then no image may be missing from the draw
+    if data.drawn_from == then or (then is None and len(data.train.skipped) == len(data.train.gaps)):
+        return ""
+    drawn = f"{data.name} has {data.drawn_from} images to draw a part from, the model's run had {then or 'more'}"
+    return f"{drawn}: which of them it trained on is not known"
 
 
 def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False, group: Group = ALONE) -> Data:
@@ -255,7 +275,7 @@ def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False, gr
         fit_options=checkpoint.preprocessing.fit,
         statistics=checkpoint.preprocessing.statistics,
         group=group,
-        **checkpoint.split,
+        **{name: checkpoint.split[name] for name in ("val_fraction", "seed") if name in checkpoint.split},
     )
     if data.in_chans != (channels := checkpoint.config.in_chans):
         raise EvaluationError(

@@ -14,7 +14,7 @@ from tinyvit.data import Augment, DataError, Split
 from tinyvit.data.augment import normalise
 from tinyvit.evaluation.classify import Outputs, run_on_split
 from tinyvit.evaluation.heatmap import beside
-from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, labels_for, ranks
+from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, drawn_otherwise, labels_for, ranks
 from tinyvit.files.atomic import check_output, write_text
 from tinyvit.models import inspection
 from tinyvit.models.summary import short, summarise
@@ -95,13 +95,14 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str) -> 
     p, predicted = outputs.probabilities, outputs.probabilities.argmax(axis=1)
     hit, confidence = predicted == labels, p.max(axis=1)
     what = f"{len(labels)} {data.test_name} images of {data.name}"
+    doubt = drawn_otherwise(checkpoint, data)
     counts = confusion_counts(labels, predicted, len(names))
     top5 = ranks(p, labels) < 5
     calibration = figures.calibration(p, labels)
     error = measures.calibrate(p, labels).error
     yield (
         "Accuracy",
-        f"Of {what}.",
+        f"Of {what}{doubt and f' ({doubt})'}.",
         facts({"": {"top-1": f"{hit.mean():.2%}", "top-5": f"{top5.mean():.2%}",
                     "expected calibration error": f"{error:.2%}"}}),
     )  # fmt: skip

@@ -160,6 +160,7 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     if reading.transform is None and max(size) > SMALL:
         crop = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
         reading = replace(reading, transform=crop)
+    drawn_from = sum(map(len, parts.values())) if parts[test_name].drawn else 0
     in_order = sorted(parts, key=("train", "test", "val").index)
     read = {part: load_split(part, parts[part], size, reading) for part in in_order}
     parts, splits = ({part: found[0] for part, found in read.items()}, {part: found[1] for part, found in read.items()})
@@ -182,6 +183,7 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
         test_name=test_name,
         no_images=parts["train"].no_images,
         val=splits["val"] if test_name == "test" and "val" in splits else None,
+        drawn_from=drawn_from,
     )
 
 
@@ -273,14 +275,14 @@ def load_split(
     positions = np.arange(count) if everything else sampled(count)
     images = np.empty((count if keep else 0, 3, *size), np.uint8)
     readable: list[int] = []
-    skipped = list(listing.skipped)
+    gaps: list[tuple[int, int]] = []
 
     def sums() -> Iterator[np.ndarray]:
         for chunk, (pixels, totals, failures) in decode(part, listing, positions, size, keep, reading):
             if failures and not skip_corrupt:
                 raise DataError(f"{failures[0][1]}{SKIP_HINT}")
             unreadable = [i for i, _ in failures]
-            skipped.extend(map(listing.name, unreadable))
+            gaps.extend((i, int(listing.labels[i])) for i in unreadable)
             if keep:
                 images[len(readable) : len(readable) + len(pixels)] = pixels
             readable.extend(np.setdiff1d(chunk, unreadable))
@@ -289,11 +291,12 @@ def load_split(
             raise DataError(f"none of the {count} images of {listing.root} can be read")
 
     statistics = mean_and_std(sums())
+    skipped = [*(listing.name(i) for i, _ in gaps), *listing.skipped]
     if everything:
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
-        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped), statistics
-    return listing, FileSplit(listing, skipped, size, transform, reading.fit_options), statistics
+        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped, gaps), statistics
+    return listing, FileSplit(listing, skipped, size, transform, reading.fit_options, gaps), statistics
 
 
 def decode(
