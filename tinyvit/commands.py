@@ -71,7 +71,7 @@ def eval_(args: Namespace) -> None:
     if not group.leads:
         return
     read = [data.train, *parts.values()] if args.probe else parts.values()
-    skipped = [name for part in read for name in part.skipped]
+    skipped = list(dict.fromkeys(name for part in read for name in part.skipped))
     if args.confusion:
         metrics.write_confusion(args.confusion, scores)
     if args.predictions:

@@ -237,7 +237,9 @@ def test_images_that_were_trained_on_are_never_validation(tmp_path, capsys):
             assert re.search(r"shards has \d+ images to draw a part from, the model's run had 40: which of", refusal)
         assert json.loads(measured("whole", content).out)["splits"].keys() == {"train and val"}
         train(run)
-        assert json.loads(measured(run, content, "--split", "val").out)["images"] > 1
+        known = json.loads(measured(run, content, "--split", "val").out)
+        assert known["images"] > 1 and len(known["skipped"]) == 1 and "0.tar" in known["skipped"][0]
+        assert json.loads(measured(run, content).out)["skipped"] == known["skipped"]
         assert "the model's run had" in measured(run, whole, "--split", "val").err
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from running import NANO, assert_one_line_error, make_images, tinyvit
 
 from tinyvit.data import DataError, load_data
+from tinyvit.data.image import open_rgb, to_array
 from tinyvit.data.splits import draw_share, hold_out
 
 
@@ -39,10 +40,15 @@ def test_training_and_held_out_images_are_the_training_images(tmp_path, size):
     assert sorted(p for p, _ in parts) == sorted(known) and all(labels[p] == label for p, label in parts)
     other = hold_out(whole, 0.3, 6).val
     assert not np.array_equal(other.read(np.arange(9)), pixels[2])
-    for name in ("red/03.png", "red/07.png", "green/00.png"):  # images that become unreadable move no others
-        (tmp_path / "images" / "train" / name).write_bytes(b"nonsense")
+    bad = [tmp_path / "images" / "train" / name for name in ("green/00.png", "red/03.png", "red/07.png")]
+    held = [path for path in bad if to_array(open_rgb(path)).tobytes() in {image.tobytes() for image in pixels[2]}]
+    for path in bad:  # images that become unreadable move no others
+        path.write_bytes(b"nonsense")
     damaged = hold_out(load_data(tmp_path / "images", image_size=size, skip_corrupt=True), 0.3, 5)
     assert len(damaged.train) + len(damaged.val) == 27 and damaged.drawn_from == 30
+    if size is None:
+        assert damaged.val.skipped == [str(path) for path in held] and 0 < len(held) < 3
+    assert sorted(damaged.train.skipped + damaged.val.skipped) == sorted(map(str, bad))
     for split, before in ((damaged.train, pixels[1]), (damaged.val, pixels[2])):
         assert {image.tobytes() for image in split.read(np.arange(len(split)))} <= {image.tobytes() for image in before}
 

@@ -27,7 +27,10 @@ class Split(Protocol):
 
     @property
     def skipped(self) -> list[str]:
-        """The images that were left out on request, because they cannot be read."""
+        """The images that were left out on request, because they cannot be read.
+
+        Those of which it is not known to which of two drawn parts they belong are in both.
+        """
         ...
 
     @property

@@ -144,18 +144,25 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
 
     It is drawn as if none of them had been left out: whether one can be read must not decide where others belong.
     """
-    whole, count = data.train, len(data.train) + len(data.train.gaps)
+    whole: Any = data.train
+    count = len(whole) + len(whole.gaps)
     places, classes = np.array(whole.gaps, np.int64).reshape(-1, 2).T
     kept = np.delete(np.arange(count), places)
     labels = np.empty(count, np.int64)
     labels[kept], labels[places] = whole.labels, classes
     drawn = draw_share(labels, share, seed)
-    train, val = (whole.take(np.flatnonzero(drawn[kept] == held)) for held in (False, True))
+
+    def part(held: bool) -> Any:
+        lost = np.flatnonzero(drawn[places] == held)
+        skipped = [whole.skipped[i] for i in lost] + whole.skipped[len(places) :]
+        gaps = [whole.gaps[i] for i in lost]
+        return replace(whole.take(np.flatnonzero(drawn[kept] == held)), skipped=skipped, gaps=gaps)
+
+    train, val = part(False), part(True)
     if not len(val):
         raise DataError(f"{data.name} has one training image a class, so none can be held out")
     if missing := set(whole.labels.tolist()) - set(train.labels.tolist()):
         raise DataError(f"class {data.class_names[min(missing)]} of {data.name} has no readable image to train on")
-    val = replace(val, skipped=[])  # type: ignore[type-var]
     return replace(data, train=train, val=val, drawn_from=count)
 
 

@@ -367,8 +367,8 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     where = system_info.one_line(system_info.collect(), alone) if on_host else devices.describe_device(like)
     slow = ": slower than fp32 on this processor" if on_host and parts.step.precision.dtype is not None else ""
     display.line(where if options.precision == "fp32" else f"{options.precision} on {where}{slow}")
-    if skipped := [*data.train.skipped, *data.validation.skipped]:
-        display.line(left_out(skipped))
+    if skipped := dict.fromkeys([*data.train.skipped, *data.validation.skipped]):
+        display.line(left_out(list(skipped)))
     if data.no_images:
         display.line(f"passed over {len(data.no_images)} files that are no images, the first is {data.no_images[0]}")
 

@@ -229,7 +229,7 @@ def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float,
     for label, name in enumerate(names):
         if np.count_nonzero(listing.labels == label) < 2:
             raise DataError(f"class {name} of {listing.root} has one image, at least two are needed to split it")
-    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True, skipped=())
+    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True)
 
 
 def common_size(listings: Sequence[Listing], group: Group) -> tuple[int, int] | None:
