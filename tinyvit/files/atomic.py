@@ -18,8 +18,17 @@ def check_output(option: str, path: Path | None) -> None:
     """
     if path is not None and path.is_dir():
         raise UsageError(f"{option} {path} is a directory, expected the name of a file")
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no directory {path.parent}")
+    if path is not None and not (folder := _without_links(path).parent).is_dir():
+        raise UsageError(f"{option} {path}: there is no directory {folder}")
+    if path is not None and path.is_symlink() and path.is_file() and str(path).startswith(("/dev/", "/proc/")):
+        raise UsageError(
+            f"{option} {path} is the open file {_without_links(path)}, expected a file or a pipe of its own"
+        )
+
+
+def _without_links(path: Path) -> Path:
+    """The file that a link leads to, whether or not it is there."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 @contextlib.contextmanager
@@ -27,9 +36,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a path beside `path` to write to; it takes the place of `path` only once it is whole and on disk.
 
     When the block raises, `path` is as it was before and nothing is left beside it. A process killed inside the
-    block leaves the hidden file `.NAME.PID.tmp`.
+    block leaves the hidden file `.NAME.PID.tmp`. A link stays one: the file that it leads to is replaced. A pipe or a
+    device, such as /dev/stdout, has no contents to keep: `path` itself is given, and written to straight.
     """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    path = _without_links(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
