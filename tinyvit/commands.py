@@ -61,6 +61,7 @@ def eval_(args: Namespace) -> None:
         shown = ", ".join(f"{name} {value:g}" for name, value in setting.items())
         what = f"{data.test_name} split of {data.name}, {args.probe} probe ({shown})"
     else:
+        data = metrics.held_out_as_in_run(checkpoint, data)
         parts = metrics.chosen_parts(checkpoint, data, args.split)
         of_parts = metrics.evaluate_parts(checkpoint, model, data, parts, args.precision, group)
         scores = metrics.combined(list(of_parts.values()))

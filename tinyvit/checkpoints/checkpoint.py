@@ -37,9 +37,10 @@ class Checkpoint:
     """Weights and what is needed to use them on an image.
 
     `split` says how the training run divided a folder without a test part (`val_fraction`, `seed`), so that an
-    evaluation divides it alike, and how many `images` there were to divide. `names_known` is false where nothing said
-    what the classes are, and `class_names` only number them. `similarity` says how a model that was trained with a text
-    tower compares an image with a text: the "scale" of the cosine between them, and SigLIP's "bias".
+    evaluation divides it alike, how many `images` there were to divide, and whether it so `held_out` images of a data
+    set that has a test part. `names_known` is false where nothing said what the classes are, and `class_names` only
+    number them. `similarity` says how a model that was trained with a text tower compares an image with a text: the
+    "scale" of the cosine between them, and SigLIP's "bias".
     """
 
     path: Path

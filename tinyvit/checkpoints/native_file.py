@@ -39,7 +39,8 @@ KEY = "tinyvit"
 FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
 
 SIMILARITY = {"scale": number(0, 1e30), "bias": number(-1e30, 1e30)}
-SPLIT = {"val_fraction": number(0, 1), "seed": integer(0, 10**100), "images": integer(1, 10**12)}
+SPLIT = {"val_fraction": number(0, 1), "seed": integer(0, 10**100), "images": integer(1, 10**12),
+         "held_out": boolean}  # fmt: skip
 METADATA = {
     "config": lambda values: checked(values, FIELDS),
     "class_names": list_of(text, 0, 1_000_000),

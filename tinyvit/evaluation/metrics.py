@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, UsageError
 from tinyvit.files.atomic import atomic_write
+from tinyvit.files.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
@@ -247,6 +249,29 @@ def chosen_parts(checkpoint: Checkpoint, data: Data, name: str | None) -> dict[s
     return {name: data.parts[name]}
 
 
+def held_out_as_in_run(checkpoint: Checkpoint, data: Data) -> Data:
+    """`data` with `val`, the training images that the checkpoint's run held out of data with a test part, if it did."""
+    from tinyvit.data.splits import hold_out
+
+    split = checkpoint.split
+    if "val_fraction" not in split or not data.own_test or data.val is not None:
+        return data
+    held_out = split["held_out"] if "held_out" in split else _held_out(checkpoint, data.train)
+    return hold_out(data, split["val_fraction"], split.get("seed", 0)) if held_out else data
+
+
+def _held_out(checkpoint: Checkpoint, train: Split) -> bool:
+    """Whether a run that did not record it divided the images of `train`: then its two parts are as many."""
+    try:
+        config = parse_json(read_text(checkpoint.path.with_name("config.json")))
+        divided = config["data"]["train"] + config["data"]["val"]
+        return config["options"]["val_fraction"] is not None and 0 <= divided - len(train) <= len(train.gaps)
+    except (OSError, ValueError, LookupError, TypeError):
+        if checkpoint.split["val_fraction"] != 0.1:  # not the default
+            warnings.warn(f"{checkpoint.path} does not say whether training images were held out", stacklevel=2)
+        return False
+
+
 def drawn_otherwise(checkpoint: Checkpoint, data: Data) -> str:
     """Why parts that were drawn are not those of the checkpoint's run; "" where they are, or nothing was drawn.
 
@@ -254,15 +279,19 @@ def drawn_otherwise(checkpoint: Checkpoint, data: Data) -> str:
     """
     if not (checkpoint.split and data.drawn_from):
         return ""
-    then = checkpoint.split.get("images")  # older runs did not record it: then no image may be missing from the draw
-    if data.drawn_from == then or (then is None and len(data.train.skipped) == len(data.train.gaps)):
+    then = checkpoint.split.get("images")
+    if then is None:  # an older run: none may be missing from the draw; those that it held out it drew without gaps
+        alike = all(len(x.skipped) <= (0 if data.own_test else len(x.gaps)) for x in (data.train, data.validation))
+    else:
+        alike = then == data.drawn_from
+    if alike:
         return ""
     drawn = f"{data.name} has {data.drawn_from} images to draw a part from, the model's run had {then or 'more'}"
     return f"{drawn}: which of them it trained on is not known"
 
 
 def data_for(checkpoint: Checkpoint, source: str, skip_corrupt: bool = False, group: Group = ALONE) -> Data:
-    """A data set (see `data.load_data`), prepared for a checkpoint and divided as in its run.
+    """A data set (see `data.load_data`), prepared for a checkpoint; without a test part, divided as in its run.
 
     Raises DataError, and EvaluationError where the model takes images of other channels.
     """

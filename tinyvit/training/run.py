@@ -331,6 +331,7 @@ def make_trainer(
     """The trainer of a run, with what its files say of it; `more` as for `Trainer`."""
     split = {"val_fraction": options.val_fraction or VAL_FRACTION, "seed": options.seed}
     split |= {"images": data.drawn_from} if data.drawn_from else {}
+    split["held_out"] = data.own_test and data.drawn_from > 0
     preprocessing = Preprocessing(data.mean, data.std, **data.fit_options)
     description = describe(parts.model.config, data.class_names, preprocessing, split)
     sizes = {"train": len(data.train), "val": len(data.validation), "test": len(data.test)}
