@@ -13,7 +13,7 @@ from running import NANO
 from tinyvit.cli import main
 from tinyvit.data import DataError, Loader, default_augment, load_data
 from tinyvit.data.sources import tar_shards
-from tinyvit.data.splits import FileSplit
+from tinyvit.data.splits import UNCOUNTED, FileSplit, left_out
 
 
 def picture(colour, ending="png", size=(8, 8)):
@@ -185,7 +185,7 @@ def test_members_that_cannot_be_used(tmp_path, monkeypatch, members, message):
     assert_error(f"ROOT/a.tar, {message}{HINT}", source, tmp_path)
     data = load_data(source, val_fraction=0.5, skip_corrupt=True)
     assert sorted(map(tuple, colours(data.train) + colours(data.test))) == [(i, 0) for i in range(4)]
-    assert data.train.skipped and all(name.startswith(f"{source}, ") for name in data.train.skipped)
+    assert len(data.train.skipped) == 1 and data.train.skipped[0].startswith(f"{source}, ")
 
 
 def test_corrupt_images_are_named(tmp_path):
@@ -203,7 +203,11 @@ def test_a_damaged_archive(shards, tmp_path):
     assert_error(cut, shards, tmp_path)
     data = load_data(shards, skip_corrupt=True)
     assert colours(data.train)[:3] == [[0, 0], [1, 1], [0, 2]] and len(data.train) == 7
-    assert "cut off" in data.train.skipped[0]
+    archive, image = data.train.skipped
+    assert re.fullmatch(r"an unknown number of images of .*pets-train-001.tar \(it is cut off.*\)", archive)
+    assert left_out([archive]) == f"left out {archive}" and "0004.png (it has no class" in image
+    assert left_out([archive, image]) == f"left out 1 image that cannot be read; the first is {image}; and {archive}"
+    assert "; and an unknown number of images of a, and of 2 more archives" in left_out([image, *3 * [f"{UNCOUNTED}a"]])
     (shards / "pets-train-001.tar").write_bytes(b"\x1f\x8b" + content)
     assert_error("ROOT/pets-train-001.tar: it is compressed: decompress it" + HINT, shards, tmp_path)
     pack(shards / "pets-train-001.tar", [("notes.txt", b"")])

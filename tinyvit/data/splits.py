@@ -181,9 +181,20 @@ def image_names(name: str, split: Split) -> list[str]:
 SKIP_HINT = " (--skip-corrupt leaves such images out)"
 
 
-def left_out(images: Sequence[str]) -> str:
-    """What is said of the images that were left out."""
-    return f"left out {len(images)} image{'s' * (len(images) > 1)} that cannot be read; the first is {images[0]}"
+UNCOUNTED = "an unknown number of images of "  # begins what `skipped` says of an archive that was not read to its end
+
+
+def left_out(skipped: Sequence[str]) -> str:
+    """What is said of the images that were left out, of which there are some."""
+    images = [name for name in skipped if not name.startswith(UNCOUNTED)]
+    archives = [name for name in skipped if name.startswith(UNCOUNTED)]
+    said = (
+        [f"{len(images)} image{'s' * (len(images) > 1)} that cannot be read; the first is {images[0]}"]
+        if images
+        else []
+    )
+    more = f", and of {len(archives) - 1} more archives" if archives[1:] else ""
+    return f"left out {'; and '.join(said + [name + more for name in archives[:1]])}"
 
 
 def resident(data: Data, device: Any) -> Data:

@@ -22,7 +22,7 @@ from tinyvit.data.base import DataError
 from tinyvit.data.image import known_endings
 from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
-from tinyvit.data.splits import SKIP_HINT, in_threads
+from tinyvit.data.splits import SKIP_HINT, UNCOUNTED, in_threads
 from tinyvit.data.stored import Members, Texts
 from tinyvit.files.fields import checked, either, integer, text
 from tinyvit.files.reading import LARGEST_JSON, open_regular, parse_json, read_text
@@ -86,7 +86,7 @@ def read_shard(path: Path, skip_corrupt: bool) -> Shard:
     def wrong(what: str, problem: object) -> None:
         if not skip_corrupt:
             raise DataError(f"{path}{what}: {problem}{SKIP_HINT}")
-        shard.skipped.append(f"{path}{what} ({problem})")
+        shard.skipped.append(f"{'' if what else UNCOUNTED}{path}{what} ({problem})")
 
     with open_regular(path, buffering=4096) as file:
         try:
@@ -104,6 +104,8 @@ def read_shard(path: Path, skip_corrupt: bool) -> Shard:
             except ValueError as error:
                 if note and (image or ".cls" in group):  # a .json alone may say anything
                     wrong(f", {note.name}", error)
+                continue
+            if "refused" in group and not (image and label):  # which is said already
                 continue
             if not image:
                 named = note or group["view"]
@@ -123,7 +125,8 @@ def read_shard(path: Path, skip_corrupt: bool) -> Shard:
 def sort(member: Member, groups: dict[str, dict[str, Member]]) -> None:
     """Put a member that counts into the group of its key: as "image", ".cls" or ".json", or as "view".
 
-    A view is an image whose ending says more, such as 0001.left.jpg. Raises ValueError.
+    A view is an image whose ending says more, such as 0001.left.jpg. One that cannot be used becomes "refused". Raises
+    ValueError for the first of a key.
     """
     folder, slash, name = member.name.rpartition("/")
     stem, dot, ending = name.partition(".")
@@ -136,14 +139,18 @@ def sort(member: Member, groups: dict[str, dict[str, Member]]) -> None:
         what = "view" if Path(ending).suffix in known_endings() else ""
     if not (stem and dot and what) or member.kind == "a folder":
         return
-    if what != "view":
-        if member.kind:
-            raise ValueError(f"it is {member.kind}, expected a regular file")
-        if what in groups.get(key, {}):
-            raise ValueError(f"it is the second {what} of {key}")
-        if what == "image" and member.size > LARGEST_IMAGE:
-            raise ValueError(f"it has {member.size} bytes, at most {LARGEST_IMAGE} are read")
-    groups.setdefault(key, {})[what] = member
+    group = groups.setdefault(key, {})
+    problem = ""
+    if what != "view" and member.kind:
+        problem = f"it is {member.kind}, expected a regular file"
+    elif what != "view" and what in group:
+        problem = f"it is the second {what} of {key}"
+    elif what == "image" and member.size > LARGEST_IMAGE:
+        problem = f"it has {member.size} bytes, at most {LARGEST_IMAGE} are read"
+    said = "refused" in group
+    group["refused" if problem else what] = member
+    if problem and not said:
+        raise ValueError(problem)
 
 
 def class_of(file: BinaryIO, member: Member) -> str:
