@@ -79,7 +79,9 @@ def eval_(args: Namespace) -> None:
         images = [name for part in parts.items() for name in image_names(*part)]
         metrics.write_predictions(args.predictions, scores, images)
     if args.json:
-        print_json({**about, "precision": args.precision, **scores.as_dict(), **skipped_of(args, skipped)})
+        print_json(
+            {**about, "precision": args.precision, **scores.as_dict(), **skipped_of(args, skipped, data.no_images)}
+        )
         return
     what += "" if args.precision == "fp32" else f", in {args.precision}"
     loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
@@ -87,7 +89,7 @@ def eval_(args: Namespace) -> None:
     print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
     rows = [(name, "-" if a is None else f"{a:.2%}", str(n)) for name, a, n in scores.per_class]
     print_table([("class", "accuracy", "images"), *rows])
-    print_skipped(skipped)
+    print_skipped(skipped, data.no_images)
 
 
 def predict(args: Namespace) -> None:
@@ -105,7 +107,7 @@ def predict(args: Namespace) -> None:
 
     with mapped():
         checkpoint = opened(args)
-    images = image_paths(args.images)
+    images, no_images = image_paths(args.images)
     overlays = overlay_paths(args.attention, images) if args.attention else []
     if args.embed:
         check_features_path(args.embed, Path(args.checkpoint))
@@ -143,7 +145,7 @@ def predict(args: Namespace) -> None:
         if overlays:
             predictions[i]["attention"] = str(overlays[i])
     if args.json:
-        print_json({"predictions": predictions, **skipped_of(args, skipped)})
+        print_json({"predictions": predictions, **skipped_of(args, skipped, no_images)})
         return
     width = max((len(printable(c["name"])) for each in predictions for c in each["classes"]), default=0)
     for each in predictions:
@@ -154,7 +156,7 @@ def predict(args: Namespace) -> None:
             print(printable(f"  attention in {each['attention']}"))
     if args.embed:
         print(printable(f"features in {args.embed}"))
-    print_skipped(skipped)
+    print_skipped(skipped, no_images)
 
 
 def summary(args: Namespace) -> None:
@@ -268,17 +270,19 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=encoding != "utf8"))
 
 
-def skipped_of(args: Namespace, images: list[str]) -> dict[str, list[str]]:
-    """What JSON says of --skip-corrupt."""
-    return {"skipped": images} if args.skip_corrupt else {}
+def skipped_of(args: Namespace, images: Sequence[str], no_images: Sequence[str]) -> dict[str, Sequence[str]]:
+    """What JSON says of --skip-corrupt, and of files that are no images if there are any."""
+    return {**({"skipped": images} if args.skip_corrupt else {}), **({"no_images": no_images} if no_images else {})}
 
 
-def print_skipped(images: Sequence[str]) -> None:
-    """What --skip-corrupt left out, if it did."""
-    from tinyvit.data.splits import left_out
+def print_skipped(images: Sequence[str], no_images: Sequence[str]) -> None:
+    """What --skip-corrupt left out, if it did, and files that are no images, if there are any."""
+    from tinyvit.data.splits import left_out, passed_over
 
     if images:
         print(printable(left_out(images)))
+    if no_images:
+        print(printable(passed_over(no_images)))
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 
 import numpy as np
@@ -109,10 +110,30 @@ def test_an_image_without_an_ending_is_one_and_other_files_are_counted(tmp_path)
     grow(tmp_path / "train", 4)
     grow(tmp_path / "test", 4)
     (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "train" / "cat" / "0")
-    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    notes = [tmp_path / part / "cat" / "notes.txt" for part in ("train", "test")]
+    for file in notes:
+        file.write_text("no image")
     data = load_data(tmp_path)
     assert len(data.train) == 8
-    assert data.no_images == (str(tmp_path / "train" / "cat" / "notes.txt"),)
+    assert data.no_images == tuple(map(str, notes))
+
+
+def test_files_that_are_no_images_are_named_by_every_command(home, tmp_path):
+    """Such as an image without an ending that is damaged."""
+    images = shutil.copytree(home / "images", tmp_path / "images")
+    damaged = images / "test" / "red" / "00"
+    damaged.with_suffix(".png").rename(damaged)
+    damaged.write_bytes(b"nonsense")
+    said = f"passed over 1 file that is no image, the first is {damaged}"
+    commands = [
+        ["train", "--data", images, *NANO, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run"],
+        ["eval", home / "run", "--data", images],
+        ["predict", home / "run", images],
+    ]
+    for command in commands:
+        assert said in tinyvit(*command).stdout.splitlines()
+    for command in commands[1:]:
+        assert json.loads(tinyvit(*command, "--json").stdout)["no_images"] == [str(damaged)]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs an executable script")

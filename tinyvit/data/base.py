@@ -58,7 +58,7 @@ class Data:
     `fit_options` say how images were resized and cut: arguments of `read_image` that differ from its defaults.
     `own_test` is false where the test images were drawn from the training ones; `test_name` is what they are called,
     "test" or "val". `val` are validation images apart from them, if there are any. `no_images` are files among the
-    training images that were passed over, because they are none. `drawn_from` counts the images of which a part was
+    images of any part that were passed over, because they are none. `drawn_from` counts the images of which a part was
     drawn at random, with those that could not be read; 0 where none was drawn.
     """
 

@@ -197,6 +197,12 @@ def left_out(skipped: Sequence[str]) -> str:
     return f"left out {'; and '.join(said + [name + more for name in archives[:1]])}"
 
 
+def passed_over(files: Sequence[str]) -> str:
+    """What is said of files among images that are none, of which there are some."""
+    what = f"{len(files)} files that are no images" if files[1:] else "1 file that is no image"
+    return f"passed over {what}, the first is {files[0]}"
+
+
 def resident(data: Data, device: Any) -> Data:
     """`data` whose training and validation images lie on `device` (as for `nn.Module.to`), as uint8, where they fit.
 

@@ -154,16 +154,20 @@ def model_input(model: VisionTransformer, image: Image.Image) -> np.ndarray:
     return model.preprocessing(image, model.config.image_size)[None]
 
 
-def image_paths(paths: Sequence[str]) -> list[str]:
-    """The paths, with each directory replaced by the images in and below it, by name. Raises EvaluationError."""
+def image_paths(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The paths, with each directory replaced by the images in and below it, by name; and the other files in those.
+
+    Raises EvaluationError.
+    """
     from tinyvit.data.sources.image_folder import images_in
 
-    found: list[str] = []
+    found, others = list[str](), list[str]()
     for path in paths:
         if not os.path.lexists(path):
             raise EvaluationError(f"cannot read image {path}: no such file or directory")
-        inside = [str(image) for image in images_in(Path(path))] if os.path.isdir(path) else [path]
+        inside, passed = images_in(Path(path)) if os.path.isdir(path) else ([path], [])
         if not inside:
             raise EvaluationError(f"{path} holds no images")
         found += inside
-    return found
+        others += passed
+    return found, others

@@ -19,7 +19,7 @@ from tinyvit.checkpoints.checkpoint import Checkpoint, describe
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Data, cifar10_batches, load_data, resident
 from tinyvit.data.sources.listing import SMALL
-from tinyvit.data.splits import hold_out, left_out
+from tinyvit.data.splits import hold_out, left_out, passed_over
 from tinyvit.distributed import ALONE, Group, init
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
@@ -371,7 +371,7 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     if skipped := dict.fromkeys([*data.train.skipped, *data.validation.skipped]):
         display.line(left_out(list(skipped)))
     if data.no_images:
-        display.line(f"passed over {len(data.no_images)} files that are no images, the first is {data.no_images[0]}")
+        display.line(passed_over(data.no_images))
 
 
 def parameters(model: VisionTransformer) -> str:

@@ -86,9 +86,12 @@ def list_images(root: Path, names: tuple[str, ...]) -> Rows:
     return Rows(root, files, classes, no_images=tuple(sorted(others)))
 
 
-def images_in(folder: Path) -> list[Path]:
-    """All images in and below a folder, by name."""
-    return sorted(folder / file for file in files_below(folder, "") if is_image(folder / file))
+def images_in(folder: Path) -> tuple[list[str], list[str]]:
+    """All images in and below a folder, by name, and its other files."""
+    images, others = list[str](), list[str]()
+    for file in sorted(folder / file for file in files_below(folder, "")):
+        (images if is_image(file) else others).append(str(file))
+    return images, others
 
 
 def files_below(root: Path, name: str) -> Iterator[str]:

@@ -181,7 +181,7 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
         fit_options=options,
         own_test=not parts[test_name].drawn,
         test_name=test_name,
-        no_images=parts["train"].no_images,
+        no_images=tuple(dict.fromkeys(file for part in parts.values() for file in part.no_images)),
         val=splits["val"] if test_name == "test" and "val" in splits else None,
         drawn_from=drawn_from,
     )
