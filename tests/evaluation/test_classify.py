@@ -146,6 +146,9 @@ def test_eval_says_what_it_left_out(home, tmp_path):
     measure = ["eval", home / "run", "--data", folder, "--split", "test", "--skip-corrupt"]
     found = json.loads(tinyvit(*measure, "--json").stdout)
     assert found["images"] == 8 and found["skipped"] == [str(bad)]
+    assert tinyvit(*measure, "--predictions", tmp_path / "p.csv").returncode == 0
+    rows = (tmp_path / "p.csv").read_text().splitlines()[1:]  # images of this size are decoded once and kept
+    assert {row.split(",")[0] for row in rows} == {str(path) for path in folder.glob("test/*/*.png")} - {str(bad)}
     assert f"left out 1 image that cannot be read; the first is {bad}" in tinyvit(*measure).stdout
     (folder / "train" / "red" / "00.png").write_bytes(b"nonsense")  # a probe learns from these
     found = json.loads(tinyvit(*measure, "--probe", "knn", "--json").stdout)

@@ -28,12 +28,16 @@ ImageTransform = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """Images held in memory, the host's or a device's: `images` (N, C, H, W) uint8, `labels` (N,) int64, NumPy."""
+    """Images held in memory, the host's or a device's: `images` (N, C, H, W) uint8, `labels` (N,) int64, NumPy.
+
+    `listing` has their names, where they have any.
+    """
 
     images: Array
     labels: np.ndarray
     skipped: list[str]
     gaps: Sequence[tuple[int, int]] = ()
+    listing: Listing | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,7 +52,8 @@ class ArraySplit:
 
     def take(self, indices: np.ndarray) -> Self:
         """The images at `indices`, in that order."""
-        return replace(self, images=self.read(indices), labels=self.labels[indices])
+        listing = None if self.listing is None else self.listing.take(indices)
+        return replace(self, images=self.read(indices), labels=self.labels[indices], listing=listing)
 
 
 @dataclass(frozen=True)
@@ -173,9 +178,8 @@ def without_augmentation(split: Split) -> Split:
 
 def image_names(name: str, split: Split) -> list[str]:
     """What the images of the split `name` are called: their files, or the name with their number."""
-    if isinstance(split, FileSplit):
-        return [split.images.name(i) for i in range(len(split))]
-    return [f"{name}/{i}" for i in range(len(split))]
+    listing = split.images if isinstance(split, FileSplit) else getattr(split, "listing", None)
+    return [f"{name}/{i}" if listing is None else listing.name(i) for i in range(len(split))]
 
 
 SKIP_HINT = " (--skip-corrupt leaves such images out)"

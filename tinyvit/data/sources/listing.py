@@ -295,7 +295,8 @@ def load_split(
     if everything:
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
-        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped, gaps), statistics
+        named = replace(listing, contents=None)  # does not keep what was decoded in memory as it was stored, too
+        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped, gaps, named), statistics
     return listing, FileSplit(listing, skipped, size, transform, reading.fit_options, gaps), statistics
 
 
