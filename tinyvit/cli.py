@@ -120,8 +120,8 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
         sub.take("run_directory", Path, "", "RUN")
     for sub in (ev, predict, report):
         sub.take_as_train("device", default="auto")
-    for sub in (ev, predict):
         sub.switch("--skip-corrupt", FIELDS["skip_corrupt"].metadata["help"])
+    for sub in (ev, predict):
         sub.take(
             "--precision",
             one_of(*PREDICTION_PRECISIONS),

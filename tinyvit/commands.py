@@ -191,7 +191,7 @@ def report(args: Namespace) -> None:
     from tinyvit.backend.devices import pick_device
     from tinyvit.viz.report import write_report
 
-    page = write_report(args.checkpoint, args.data, args.out, pick_device(args.device))
+    page = write_report(args.checkpoint, args.data, args.out, pick_device(args.device), args.skip_corrupt)
     print(printable(f"report in {page}"))
 
 

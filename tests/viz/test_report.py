@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -87,6 +88,18 @@ def test_the_numbers_are_those_of_eval(run, report):
         assert shown[2] == f"{accuracy:.2%}"
     for heading in ("Curves", "Confusion", "Calibration", "Attention rollout", "Heads", "Patch filters", "Positions"):
         assert heading in page
+
+
+def test_what_was_left_out_is_said(run, tmp_path):
+    images = shutil.copytree(run / "images", tmp_path / "images")
+    bad = images / "test" / "red" / "<00>.png"
+    bad.write_bytes(b"nonsense")
+    (images / "test" / "red" / "00.png").unlink()
+    options = ["report", run / "run1", "--data", images, "--out", tmp_path / "x.html"]
+    assert "--skip-corrupt" in assert_one_line_error(tinyvit(*options), 1)
+    assert tinyvit(*options, "--skip-corrupt").returncode == 0
+    said = f"Of 17 test images of images; left out 1 image that cannot be read; the first is {bad}."
+    assert said in Page((tmp_path / "x.html").read_text(encoding="utf-8")).text
 
 
 def test_a_checkpoint_without_a_run_and_a_data_set_that_is_gone(run, tmp_path):

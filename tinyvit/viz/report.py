@@ -12,6 +12,7 @@ from tinyvit.checkpoints.checkpoint import LAST, Checkpoint
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Augment, DataError, Split
 from tinyvit.data.augment import normalise
+from tinyvit.data.splits import left_out
 from tinyvit.evaluation.classify import Outputs, run_on_split
 from tinyvit.evaluation.heatmap import beside
 from tinyvit.evaluation.metrics import check_head, confusion_counts, data_for, drawn_otherwise, labels_for, ranks
@@ -32,13 +33,16 @@ MOST_WEIGHTS = 1 << 25  # attention weights of a block that are held at a time
 Section = tuple[str, str, str]  # heading, explanation, HTML
 
 
-def write_report(path: str, source: str | None, out: str | Path | None, device: str = "cpu") -> Path:
+def write_report(
+    path: str, source: str | None, out: str | Path | None, device: str = "cpu", skip_corrupt: bool = False
+) -> Path:
     """Write the report on the run or checkpoint at `path`, and return where it is.
 
     Args:
         source: the data set whose test images are measured; a run's own if None, none for a checkpoint.
         out: the page; report.html in the run, or NAME-report.html beside the checkpoint, if None.
         device: as for `nn.Module.to`.
+        skip_corrupt: leave out images that cannot be read; the page says how many.
 
     Raises:
         CheckpointError, DataError, EvaluationError, UsageError, OSError: each with a message of one line.
@@ -53,7 +57,7 @@ def write_report(path: str, source: str | None, out: str | Path | None, device: 
     measured = source or (run.record.options["data"] if run is not None else None)
     if measured:
         try:
-            sections += _measured(checkpoint, model, measured)
+            sections += _measured(checkpoint, model, measured, skip_corrupt)
         except DataError as error:
             if source:
                 raise
@@ -86,23 +90,23 @@ def _about(checkpoint: Checkpoint, run: Run | None) -> Iterator[Section]:
         )
 
 
-def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str) -> Iterator[Section]:
+def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, skip_corrupt: bool) -> Iterator[Section]:
     """What the model does with the test images of a data set."""
-    data = data_for(checkpoint, source)
+    data = data_for(checkpoint, source, skip_corrupt)
     split, names = data.test, checkpoint.class_names
     labels = labels_for(checkpoint, split.labels, data.class_names)
     outputs = run_on_split(model, split, Augment(*checkpoint.preprocessing.statistics))
     p, predicted = outputs.probabilities, outputs.probabilities.argmax(axis=1)
     hit, confidence = predicted == labels, p.max(axis=1)
     what = f"{len(labels)} {data.test_name} images of {data.name}"
-    doubt = drawn_otherwise(checkpoint, data)
+    doubts = [drawn_otherwise(checkpoint, data), left_out(split.skipped) if split.skipped else ""]
     counts = confusion_counts(labels, predicted, len(names))
     top5 = ranks(p, labels) < 5
     calibration = figures.calibration(p, labels)
     error = measures.calibrate(p, labels).error
     yield (
         "Accuracy",
-        f"Of {what}{doubt and f' ({doubt})'}.",
+        f"Of {what}{''.join(f'; {doubt}' for doubt in doubts if doubt)}.",
         facts({"": {"top-1": f"{hit.mean():.2%}", "top-5": f"{top5.mean():.2%}",
                     "expected calibration error": f"{error:.2%}"}}),
     )  # fmt: skip
