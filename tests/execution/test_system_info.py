@@ -91,9 +91,16 @@ def test_settings_that_cost_nothing_are_shown_but_not_blamed(monkeypatch):
     assert "OMP_NUM_THREADS=8" in as_table(machine)
 
 
+@pytest.mark.parametrize("value", ["0", "off ", " No", "n", "FALSE", "disable"])
+def test_a_variable_says_no(value):
+    assert jit.refused("TINYVIT_JIT", {"TINYVIT_JIT": value})
+    assert not any(jit.refused("TINYVIT_JIT", given) for given in ({}, {"TINYVIT_JIT": ""}, {"TINYVIT_JIT": "1"}))
+
+
 def test_this_machine_can_be_examined():
-    machine = collect({"OPENBLAS_CORETYPE": "Prescott", "HOME": "/home"})
-    assert machine.settings == {"OPENBLAS_CORETYPE": "Prescott"}
+    settings = {"OPENBLAS_CORETYPE": "Prescott", "TINYVIT_WGMMA": "0"}
+    machine = collect({**settings, "HOME": "/home"})
+    assert machine.settings == settings
     assert 1 <= machine.usable == parallel.available_cores()
     assert json.loads(json.dumps(machine.to_dict()))["findings"] == slowdowns(machine)
 

@@ -24,7 +24,7 @@ _INSTRUCTIONS = {"fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf
 _INSTRUCTIONS |= {"asimd", "asimdhp", "bf16", "i8mm", "sve"}  # ARM's
 _OF_FLOAT32 = {"fma", "avx2", "avx512f", "asimd", "sve"}  # that compilers use for it
 _GAIN = "training is 1.05 (ViT-B/16) to 1.8 times as fast (cct_2_3x3_32)"
-_SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_", "TINYVIT_JIT")
+_SETTINGS = ("OPENBLAS_", "OMP_", "MKL_", "GOTO_", "BLIS_", "VECLIB_", "TINYVIT_")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SystemInfo:
             grants, None without a limit; usable: what tinyvit uses.
         blas: NumPy's BLAS: library, version, core type, threads; None if none is known.
         kernels: which of them compute on a CPU, and what numba's would bring.
-        settings: environment variables that steer kernels, BLAS or its threads.
+        settings: environment variables that steer tinyvit, BLAS or its threads.
         memory_gib: physical memory.
         gpu: each GPU's name, memory and compute capability, or the reason why there is none.
         cache: where downloads go.
