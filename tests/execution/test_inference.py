@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from reference_models import randomise
 from tinyvit import create_model, nn, predict
 from tinyvit.backend import arrays, parallel, random
 from tinyvit.execution import inference
-from tinyvit.kernels import cuda
+from tinyvit.kernels import cuda, packed_weights
 from tinyvit.models import inspection
 
 
@@ -236,3 +237,22 @@ def test_a_change_of_the_weights_shows_in_the_next_output_on_a_cpu():
     first = next(stream)
     model.weight.data = 2 * model.weight.data
     assert np.array_equal(next(stream), 2 * first)
+
+
+def test_a_weight_is_packed_although_its_packing_is_interrupted_by_a_prediction():
+    """As by a signal's handler, which runs in the same thread."""
+    weight, calls = np.zeros(3), []
+
+    def pack(array: np.ndarray) -> int:
+        calls.append(array)
+        return len(calls) if calls[1:] else packed_weights.packed(weight, pack)
+
+    def interrupted() -> None:
+        packed_weights.current.set(packed_weights.Packed("int8", {id(weight): None}))
+        found.append(packed_weights.packed(weight, pack))
+
+    found: list[int] = []
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found == [2]

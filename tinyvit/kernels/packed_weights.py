@@ -20,7 +20,8 @@ class Packed(NamedTuple):
 # None where linear layers compute in float32, or in arrays of 16 bits.
 current: ContextVar[Packed | None] = ContextVar("tinyvit_packed_weights", default=None)
 
-_one_at_a_time = threading.Lock()  # or each thread would pack the weight that all begin with
+# Or each thread would pack the weight that all begin with. A signal's handler that predicts may come in between.
+_one_at_a_time = threading.RLock()
 
 
 def packed(weight: Array, pack: Callable[[Array], Any]) -> Any:
