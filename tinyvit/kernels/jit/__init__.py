@@ -33,7 +33,7 @@ def wanted(environment: Mapping[str, str] = os.environ) -> bool:
 
 def refused(variable: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Whether a variable of the environment says no."""
-    return environment.get(variable, "").strip().lower() in ("0", "false", "f", "no", "n", "off", "disable", "disabled")
+    return environment.get(variable, "").strip().lower() in ("0", "false", "no", "n", "off")
 
 
 def missing(environment: Mapping[str, str] = os.environ) -> str:
