@@ -18,8 +18,8 @@ from tinyvit.kernels.jit.loops import bias_gelu
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
 # Rows of a layer that are rounded at a time, and the part of its result that is made at a time: STRIP rows of WIDTH
-# panels, which what follows finds in the first cache. All measured.
-BAND, STRIP, WIDTH = (192 if KIND == "amx" else 96), 32, 4
+# panels, which what follows finds in the first cache. Measured with AMX.
+BAND, STRIP, WIDTH = 96, 32, 4
 SUMS = STRIP * WIDTH * PANEL
 _DEPTH, _MOST = (128 if KIND == "amx" else 768), 768  # groups at a time: for the first cache, and for the second
 _ZEROS = np.zeros(SUMS, np.float32)
