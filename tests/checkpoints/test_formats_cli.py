@@ -177,3 +177,18 @@ def test_the_number_of_heads_can_be_given_where_the_warning_asks_for_it(tmp_path
     assert np.array_equal(library.predict(expected, x), library.predict(model, x))
     assert tinyvit("summary", path, "--num-heads", 4).stderr == ""
     assert_one_line_error(tinyvit("predict", path, image, "--num-heads", 7), 1)
+
+
+def test_the_number_of_heads_that_a_checkpoint_records_cannot_be_changed(checkpoint, images, tmp_path):
+    run, hugging, data = tmp_path / "run", tmp_path / "hugging", ["--data", images]
+    convert(checkpoint, run, "tinyvit")
+    convert(checkpoint, hugging, "huggingface")
+    image, new = images / "test" / "red" / "00.png", tmp_path / "new"
+    runs = [("eval", run, *data), ("predict", run, image), ("export", run, new), ("convert", run, new, "--to", "timm"),
+            ("summary", run), ("train", *data, "--out", new, "--init", run)]  # fmt: skip
+    for command in (*runs, ("summary", checkpoint), ("summary", hugging)):
+        message = assert_one_line_error(tinyvit(*command, "--num-heads", 8), 1)
+        assert "its model has 2 attention heads, not 8: leave num_heads (--num-heads) out" in message
+    assert not new.exists()
+    for path in (run, checkpoint, hugging):
+        assert library.load_model(path, num_heads=2).config == library.load_model(path).config

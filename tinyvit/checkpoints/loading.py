@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
     Args:
         path: a run directory, of which the best weights are read and without them the last; a checkpoint; or a name of
             the Hugging Face hub, "hf:OWNER/NAME" or "hf:OWNER/NAME@REVISION".
-        overrides: fields of the config, for what the files do not say (None: not given): num_heads, which replaces the
-            config's, and image_size. A guess is warned of.
+        overrides: fields of the config, for what the files do not say (None: not given): num_heads and image_size. A
+            guess is warned of.
 
     Raises:
-        CheckpointError: it cannot be read; the message is one line.
-        TypeError, ValueError: a number of heads that the model cannot have.
+        CheckpointError: it cannot be read, or says another number of heads; the message is one line.
     """
     path = hub.fetch(str(path)) if str(path).startswith(hub.PREFIX) else Path(path)
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -43,9 +41,10 @@ def open_checkpoint(path: str | os.PathLike[str], **overrides: Any) -> Checkpoin
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     check_sizes(checkpoint)
-    if "num_heads" in overrides:  # no weight depends on it
-        config = checkpoint.config.replace(num_heads=overrides["num_heads"])
-        return dataclasses.replace(checkpoint, config=config)
+    said = checkpoint.config.num_heads
+    if (heads := overrides.get("num_heads", said)) != said:  # no weight would show the mistake
+        problem = f"its model has {said} attention heads, not {heads}: leave num_heads (--num-heads) out"
+        raise CheckpointError(f"{path}: {problem}")
     return checkpoint
 
 

@@ -243,18 +243,23 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
 
 
 def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: int) -> int:
-    """How many heads: from the config, else from a model's name (or size) in `name`, else from the width, warned of."""
+    """How many heads: from the config, else as the caller or a model's name (or size) says, else from the width.
+
+    The last is warned of. `name` is the config's or, when it has none, the file's, which counts less than the caller.
+    """
     if "num_heads" in card:
         return card["num_heads"]
-    if (known := timm_names.heads(name, embed_dim)) is not None:
+    known, given = timm_names.heads(name, embed_dim), files.overrides.get("num_heads")
+    if given is not None and (known is None or "architecture" not in card):
+        return given
+    if known is not None:
         return known
     heads = next(h for h in range(max(1, embed_dim // HEAD_WIDTH), 0, -1) if embed_dim % h == 0)
-    if "num_heads" not in files.overrides:
-        warnings.warn(
-            f"{files.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads "
-            "(--num-heads)",
-            stacklevel=2,
-        )
+    warnings.warn(
+        f"{files.path}: nothing says how many attention heads the model has, {heads} are assumed: give num_heads "
+        "(--num-heads)",
+        stacklevel=2,
+    )
     return heads
 
 
