@@ -143,7 +143,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         given = f", got {rest[0]}" if rest else ""
         raise UsageError(f"expected a command: {', '.join(names[:-1])} or {names[-1]}{given}")
     if rest:
-        options = args.parser.format_usage().replace("[", " ").split() if rest[0].startswith("-") else ()
+        options = re.findall(r"--[\w-]+", args.parser.format_usage()) if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")
     return args
 

@@ -15,10 +15,13 @@ def printable(text: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for the known word that begins with `word` or is most like it; all are lower case."""
-    word, known = word.lower(), list(known)
-    found = [other for other in known if other.startswith(word)] or difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
+    """ "; did you mean X?" for the known word that begins with `word` or is most like it; all are lower case.
+
+    The dashes of options make no two of them alike.
+    """
+    word, by_name = word.lower().lstrip("-"), {other.lstrip("-"): other for other in known}
+    found = [name for name in by_name if name.startswith(word)] or difflib.get_close_matches(word, by_name, n=1)
+    return f"; did you mean {by_name[found[0]]}?" if word and found else ""
 
 
 def one_line(error: object) -> str:
