@@ -32,7 +32,7 @@ def test_a_run_beside_torch(tmp_path, monkeypatch, capsys):
     images = make_images(tmp_path / "images", train=12, test=6)
     target = tmp_path / "out.json"
     cifar10_speedrun.main(
-        ["--recipe", "finetune", "--data", str(images), "--seeds", "0", "1", "--torch", "--json", str(target),
+        ["--recipe", "shapes", "--data", str(images), "--seeds", "0", "1", "--torch", "--json", str(target),
          "--plot", str(tmp_path / "out.png")]
     )  # fmt: skip
     result = json.loads(target.read_text())

@@ -74,3 +74,9 @@ def test_keras_s_recipe_trains_on_images_of_any_size(tmp_path):
 def test_an_unknown_recipe_is_refused(tmp_path):
     result = tinyvit("train", "--recipe", "keras", "--out", tmp_path / "run")
     assert ", keras-cifar10 or shapes, got 'keras'" in assert_one_line_error(result, 2)
+
+
+def test_fine_tuning_needs_weights(tmp_path):
+    result = tinyvit("train", "--recipe", "finetune", "--out", tmp_path / "run")
+    assert "--recipe finetune goes on from the weights of --init, and there is none" in assert_one_line_error(result, 2)
+    assert not (tmp_path / "run").exists()

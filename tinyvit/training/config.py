@@ -293,6 +293,8 @@ def check_pairs(given: Mapping[str, Any]) -> None:
         raise UsageError(f"{flag(name)} {given[name]} and --init {init} exclude each other: weights bring their model")
     if freeze is not None and not init:
         raise UsageError(f"--freeze {freeze} keeps weights of --init, and there is none")
+    if options.get("recipe") == "finetune" and not init:
+        raise UsageError("--recipe finetune goes on from the weights of --init, and there is none")
     chosen = [name for name, value in given.items() if value not in (None, FIELDS[name].default)]
     augment = freeze != ALL_BUT_HEAD if options.get("augment") is None else options["augment"]
     if not augment and (idle := [name for name in chosen if name in VARIATIONS]):
