@@ -187,9 +187,11 @@ def test_a_checkpoint_that_must_not_be_read_is_not_called_missing(unbroken, monk
 
 def test_a_missing_checkpoint_is_called_missing(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "file"):
-        with pytest.raises(CheckpointError, match="there is no last"):
+    for path in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match="there is no such directory"):
             RunDirectory(path).read_record()
+    with pytest.raises(CheckpointError, match=r"there is no last.*begins anew by its command without --resume"):
+        RunDirectory(tmp_path).read_record()
 
 
 @pytest.mark.parametrize("text", ["0.48145466,0.4578275,0.40821073", "0.5", "1,0.1,0.30000000000000004"])

@@ -94,7 +94,7 @@ def test_a_terminal_does_not_wait_for_a_file_to_become_a_run(tmp_path, monkeypat
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert main(["watch", str(tmp_path / "model.safetensors")]) == 1
-    assert "there is no last.safetensors" in capsys.readouterr().err
+    assert "there is no such directory" in capsys.readouterr().err
 
 
 def test_what_cannot_be_watched(run, tmp_path):

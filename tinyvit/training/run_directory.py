@@ -138,7 +138,11 @@ class RunDirectory:
         try:
             self.last.stat()  # not exists(), which may call a file missing that must not be read
         except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(f"{self.path}: there is no {LAST}, so no run to go on with or to show") from None
+            if not self.path.is_dir():
+                raise CheckpointError(f"{self.path}: there is no such directory") from None
+            anew = "one that stopped before its first step begins anew by its command without --resume"
+            problem = f"there is no {LAST}, so no run to go on with or to show; {anew}"
+            raise CheckpointError(f"{self.path}: {problem}") from None
         path = self.path / CONFIG
         try:
             content = parse_json(read_text(path))
