@@ -138,10 +138,13 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments. Raises UsageError; --help and --version end the process."""
     parser, names = make_parser()
+    expected = f"expected a command: {', '.join(names[:-1])} or {names[-1]}"
+    command = next((word for word in argv if not word.startswith("-")), None)
+    if command is not None and command not in names:
+        raise UsageError(f"{expected}, got {command!r}{nearest(command, names)}")
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
-        given = f", got {rest[0]}" if rest else ""
-        raise UsageError(f"expected a command: {', '.join(names[:-1])} or {names[-1]}{given}")
+        raise UsageError(expected + (f", got {rest[0]}" if rest else ""))
     if rest:
         options = re.findall(r"--[\w-]+", args.parser.format_usage()) if rest[0].startswith("-") else ()
         raise UsageError(f"{args.command} does not know {rest[0]}{nearest(rest[0], options)}")

@@ -207,7 +207,7 @@ BAD_USAGE = [
         "expected a command: train, eval, predict, summary, convert, export, report, compare, watch, plot, recipes, "
         "models or info",
     ),
-    (["trian"], "invalid choice: 'trian'"),
+    (["trian"], "models or info, got 'trian'; did you mean train?"),
     (["--verbose"], "--verbose"),
     (["train", "--epoch", "3"], "train does not know --epoch; did you mean --epochs?"),
     (["train", "--opt", "sgd"], "train does not know --opt; did you mean --optimizer?"),

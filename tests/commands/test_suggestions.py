@@ -14,6 +14,7 @@ from tinyvit.cli import main
         ("train --foo", "train does not know --foo"),
         ("predict run a.png --ckpt", "predict does not know --ckpt"),
         ("train --optimizer adamW", "got 'adamW'; did you mean adamw?"),
+        ("--foo evaluate run --data shapes", "models or info, got 'evaluate'; did you mean eval?"),
         ("train --optimizer=", "got ''"),
     ],
 )

@@ -257,8 +257,11 @@ def test_no_such_source(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.png is a file, expected shapes, cifar10, a directory, or"):
         load_data(tmp_path / "a.png")
-    with pytest.raises(DataError, match="no data at shape: expected shapes, cifar10, a directory, or"):
-        load_data("shape")
+    with pytest.raises(DataError, match=r"no data at images: expected shapes, cifar10, a directory, or .* file$"):
+        load_data("images")
+    for word, meant in (("shape", "shapes"), ("Shaped", "shapes"), ("cifar-10", "cifar10")):
+        with pytest.raises(DataError, match=f"no data at {word}: .*; did you mean {meant}"):
+            load_data(word)
 
 
 # --- images that cannot be read ---------------------------------------------------------------------------

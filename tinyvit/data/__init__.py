@@ -24,6 +24,7 @@ from tinyvit.data.sources.shards import files_of
 from tinyvit.data.sources.tar_shards import find_in_tar
 from tinyvit.data.splits import ImageTransform, resident
 from tinyvit.distributed.group import ALONE, Group
+from tinyvit.files.text import nearest
 
 __all__ = [
     "Augment", "Data", "DataError", "Loader", "Split", "default_augment", "load_data", "read_image", "resident",
@@ -104,7 +105,7 @@ def existing(src: str | os.PathLike[str]) -> Path:
     if "{" in path.name and path.suffix.lower() == ".tar" and not path.exists():
         return path
     if not path.exists():
-        raise DataError(f"no data at {src}: {expected}")
+        raise DataError(f"no data at {src}: {expected}" + nearest(str(src), ("shapes", "cifar10")))
     if path.is_file() and path.suffix.lower() in ARCHIVES:
         raise DataError(f"{src} is an archive: unpack it and give the directory (of shards, decompress each to a .tar)")
     if not path.is_dir() and not (path.is_file() and path.suffix.lower() in (".csv", ".parquet", ".tar")):
