@@ -250,6 +250,8 @@ def test_other_objects_have_stand_ins_beside_the_weights_and_are_refused_among_t
 def test_things_among_the_weights_that_are_no_tensors(tmp_path):
     assert "epoch cannot be read: expected a tensor, found a int" in refusal(save({"epoch": 1}, tmp_path / "a.pth"))
     assert "holds a list, expected a state dict" in refusal(save([torch.zeros(2)], tmp_path / "b.pth"))
+    whole = refusal(save(torch.nn.Linear(2, 2), tmp_path / "c.pth"))
+    assert whole.endswith("Linear, expected a state dict, as torch.save(model.state_dict(), path) writes it")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -150,7 +150,8 @@ def weights_in(content: Any, path: Path) -> dict[Any, Any]:
                 warnings.warn(said, stacklevel=3)
             content = content[name]
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds {describe(content)}, expected a state dict")
+        expected = "expected a state dict, as torch.save(model.state_dict(), path) writes it"
+        raise CheckpointError(f"{path}: holds {describe(content)}, {expected}")
     if not all(isinstance(name, str | bytes) for name in content) or len(content) > MOST_TENSORS:
         raise CheckpointError(f"{path}: holds a dictionary that is no state dict")
     return content
