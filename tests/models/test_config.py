@@ -46,12 +46,16 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(image_size=33), "image size 33x33 is not divisible by patch size 4"),
-        (dict(image_size=(32, 33)), "image size 32x33 is not divisible by patch size 4"),
-        (dict(image_size=(32, 33), patch_size=(4, 2)), "image size 32x33 is not divisible by patch size 4x2"),
+        (dict(image_size=33), "image size 33x33 is not divisible by patch size 4: try 32x32 or 36x36"),
+        (dict(image_size=3, trim_image=True), "image size 3x3 is not divisible by patch size 4: try 4x4"),
+        (dict(image_size=(7, 8)), "image size 7x8 is not divisible by patch size 4: try 4x8 or 8x8"),
+        (
+            dict(image_size=(32, 33), patch_size=(4, 2)),
+            "image size 32x33 is not divisible by patch size 4x2: try 32x32 or 32x34",
+        ),
         (
             dict(image_size=33, resnet_layers=(1, 1)),
-            "image size 33x33 makes a feature map of 5x5, which is not divisible by patch size 4",
+            "image size 33x33 makes a feature map of 5x5, which is not divisible by patch size 4: try 32x32 or 64x64",
         ),
         (
             dict(resnet_layers=(1, 0)),
@@ -84,7 +88,7 @@ def test_a_config_survives_json():
             dict(patch_size=(4,)),
             "patch_size is a tuple, " + SIZE,
         ),
-        (dict(embed_dim=13), "embed_dim 13 is not divisible by num_heads 3"),
+        (dict(embed_dim=13), "embed_dim 13 is not divisible by num_heads 3: try 1 or 13"),
         (dict(depth=0), "depth is 0, expected a whole number from 1 to 1000"),
         (dict(num_heads=2.0), "num_heads is 2.0, expected a whole number from 1 to 65536"),
         (dict(num_classes=-1), "num_classes is -1, expected a whole number from 0 to 1000000"),

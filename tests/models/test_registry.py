@@ -96,6 +96,8 @@ def test_overrides_and_unknown_names():
             call("resnet")
         with pytest.raises(TypeError, match="unknown model setting 'classes'; did you mean num_classes"):
             call("vit_nano_patch8_32", classes=3)
+        with pytest.raises(ValueError, match=r"^vit_tiny_patch16_224: embed_dim 192 .* num_heads 5: try 4 or 6$"):
+            call("vit_tiny_patch16_224", num_heads=5)
 
 
 def test_the_seed_alone_decides_the_weights():

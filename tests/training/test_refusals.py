@@ -168,7 +168,8 @@ def test_a_batch_larger_than_the_data_is_refused(images, tmp_path):
 
 def test_images_that_the_patch_does_not_divide_are_refused(images, tmp_path):
     result = tinyvit("train", "--data", images, "--out", tmp_path / "run", *NANO, "--image-size", "33")
-    assert "image size 33x33 is not divisible by patch size 8" in assert_one_line_error(result, 1)
+    problem = "vit_nano_patch8_32: image size 33x33 is not divisible by patch size 8: try 32x32 or 40x40"
+    assert assert_one_line_error(result, 1) == problem
 
 
 def test_a_checkpoint_that_must_not_be_read_is_not_called_missing(unbroken, monkeypatch):

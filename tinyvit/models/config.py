@@ -156,7 +156,10 @@ class ViTConfig:
         self._check_patches()
         self._check_head()
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+            fitting = [heads for heads in range(1, self.embed_dim + 1) if self.embed_dim % heads == 0]
+            near = sorted(sorted(fitting, key=lambda heads: abs(heads - self.num_heads))[:2])
+            problem = f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}"
+            raise ValueError(f"{problem}: try {' or '.join(map(str, near))}")
         if self.rope and self.embed_dim // self.num_heads % 4:
             raise ValueError(f"rope needs heads of a width divisible by 4, got {self.embed_dim // self.num_heads}")
         if self.pos_embed == "sincos2d" and self.embed_dim % 4:
@@ -177,7 +180,12 @@ class ViTConfig:
             image = f"image size {self.image_size[0]}x{self.image_size[1]}"
             if self.resnet_layers is not None:
                 image += f" makes a feature map of {rows}x{columns}, which"
-            raise ValueError(f"{image} is not divisible by patch size {h if h == w else f'{h}x{w}'}")
+            steps = tuple(zip(self.image_size, (h * self.stride, w * self.stride), strict=True))
+            smaller = "x".join(str(max(1, side // step) * step) for side, step in steps)
+            larger = "x".join(str(-(-side // step) * step) for side, step in steps)
+            near = " or ".join(dict.fromkeys((smaller, larger)))
+            patch = h if h == w else f"{h}x{w}"
+            raise ValueError(f"{image} is not divisible by patch size {patch}: try {near}")
 
     def _check_head(self) -> None:
         if self.fc_norm and self.global_pool != "avg":
@@ -205,12 +213,16 @@ class ViTConfig:
         return () if self.conv_chans is None else (self.in_chans, *self.conv_chans, self.embed_dim)
 
     @property
+    def stride(self) -> int:
+        """Pixels between the places of what is cut into patches: 1 in an image, more in a feature map."""
+        if self.conv_chans is not None:
+            return 2 ** (len(self.conv_chans) + 1)
+        return 1 if self.resnet_layers is None else resnet.stride(self.resnet_layers)
+
+    @property
     def feature_size(self) -> tuple[int, int]:
         """Height and width of what is cut into patches: the image's, or those of the feature map."""
-        stride = 1 if self.resnet_layers is None else resnet.stride(self.resnet_layers)
-        if self.conv_chans is not None:
-            stride = 2 ** (len(self.conv_chans) + 1)
-        return -(-self.image_size[0] // stride), -(-self.image_size[1] // stride)  # rounded up
+        return -(-self.image_size[0] // self.stride), -(-self.image_size[1] // self.stride)  # rounded up
 
     @property
     def feature_chans(self) -> int:

@@ -107,7 +107,10 @@ def model_config(name: str, **overrides: Any) -> ViTConfig:
         close = difflib.get_close_matches(name, _MODELS, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "tinyvit.list_models() lists them all"
         raise ValueError(f"unknown model {name!r}; {hint}")
-    return _MODELS[name].replace(**overrides)
+    try:
+        return _MODELS[name].replace(**overrides)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def create_model(name: str, *, seed: int = 0, **overrides: Any) -> VisionTransformer:

@@ -111,13 +111,11 @@ def wanted_size(options: TrainConfig, checkpoint: Checkpoint | None) -> tuple[in
 
 def check_model(options: TrainConfig, checkpoint: Checkpoint | None) -> None:
     """Refuse sizes that make no model, before data are read. Raises ValueError."""
+    settings = {"image_size": wanted_size(options, checkpoint), **model_settings(options)}
     if checkpoint is not None:
-        config = checkpoint.config
+        checkpoint.config.replace(**settings)
     elif options.model is not None:
-        config = model_config(options.model)
-    else:
-        return
-    config.replace(image_size=wanted_size(options, checkpoint), **model_settings(options))
+        model_config(options.model, **settings)
 
 
 def load(options: TrainConfig, checkpoint: Checkpoint | None, display: Display, group: Group = ALONE) -> Data:
