@@ -387,8 +387,11 @@ def test_a_model_trained_in_python_is_saved_and_opened(tmp_path):
             assert np.array_equal(again.state_dict()[name], array)
     tinyvit.save_model(again, tmp_path / "m.safetensors")  # as it was loaded
     assert tinyvit.load_model(tmp_path / "m.safetensors").class_names == ("a", "b")
-    with pytest.raises(ValueError, match="give the data set"):
+    with pytest.raises(ValueError, match=r"data set that it learned \(data=\.\.\.\), or set model.preprocessing = "):
         tinyvit.save_model(model, tmp_path / "n.safetensors")
+    model.preprocessing = tinyvit.models.preprocessing.Preprocessing(MEAN, STD)  # as the message says
+    tinyvit.save_model(model, tmp_path / "m.safetensors")
+    assert tinyvit.load_model(tmp_path / "m.safetensors").preprocessing == model.preprocessing
     with pytest.raises(ValueError, match="3 outputs, the data 2 classes"):
         tinyvit.save_model(tinyvit.create_model("vit_nano_patch8_32", num_classes=3), tmp_path / "n", images)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "m.safetensors"]

@@ -143,7 +143,7 @@ def save_model(model: VisionTransformer, path: str | os.PathLike[str], data: Dat
         model: its weights and config are written.
         path: a name that ends in .safetensors, which is replaced; another name is that of a new directory.
         data: the data set that it learned, which gives the class names and how images are prepared; None for those
-            that the model was loaded with.
+            that the model was loaded with, or that `model.preprocessing` and `model.class_names` are set to.
 
     Raises:
         ValueError: nothing says how images are prepared, or the model and the data have other numbers of classes.
@@ -153,7 +153,10 @@ def save_model(model: VisionTransformer, path: str | os.PathLike[str], data: Dat
     if data is not None:
         names, preprocessing = data.class_names, Preprocessing(data.mean, data.std, **data.fit_options)
     if preprocessing is None:
-        raise ValueError("nothing says how images are prepared for this model: give the data set that it learned")
+        raise ValueError(
+            "nothing says how images are prepared for this model: give the data set that it learned (data=...), or set "
+            "model.preprocessing = tinyvit.models.preprocessing.Preprocessing(mean, std)"
+        )
     known = len(names) > 0
     names = names if known else tuple(map(str, range(config.num_classes)))
     if config.num_classes and len(names) != config.num_classes:
