@@ -125,7 +125,7 @@ def make_parser() -> tuple[Parser, Sequence[str]]:
         sub.take(
             "--precision",
             one_of(*PREDICTION_PRECISIONS),
-            "of the arithmetic; int8 on a CPU, tf32 and fp16 on a GPU",
+            "of the arithmetic; tf32 on a GPU alone, int8 on a CPU alone, where fp16 is slow",
             default="fp32",
         )
     for sub in (ev, predict, summary, convert, export):

@@ -378,7 +378,7 @@ def test_the_command_line(tmp_path):
     images = make_images(tmp_path / "images")
     common = ["--data", images, "--model", "vit_nano_patch8_32", "--epochs", 1, "--device", "cpu"]
     message = assert_one_line_error(tinyvit("train", *common, "--precision", "tf32", "--out", tmp_path / "a"), 1)
-    assert message == f"{TF32_ON_CPU} or bf16"
+    assert message == f"{TF32_ON_CPU}, bf16 or fp16"
     message = assert_one_line_error(tinyvit("train", *common, "--precision", "half"), 2)
     assert message == "--precision: expected fp32, tf32, bf16 or fp16, got 'half'"
     assert tinyvit("train", *common, "--precision", "bf16", "--out", tmp_path / "b").returncode == 0
@@ -412,7 +412,7 @@ def test_precisions_that_are_not_known(monkeypatch):
         (
             "int8",
             f"{known}, got 'int8': it is for predictions alone, train in bf16 or fp32",
-            f"precision int8 needs {needs}: expected fp32",
+            f"precision int8 needs {needs}: expected fp32, bf16 or fp16",
         ),
     ):
         with pytest.raises(ValueError) as caught:
@@ -423,7 +423,7 @@ def test_precisions_that_are_not_known(monkeypatch):
         assert str(caught.value) == of_predictions
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     with pytest.raises(
-        ValueError, match=r"bf16 on a CPU needs numba .* or, slower than fp32, ml_dtypes .*: expected fp32"
+        ValueError, match=r"bf16 on a CPU needs numba .* or, slower than fp32, ml_dtypes .*: expected fp32 or fp16"
     ):
         predict(model, batch()[0], precision="bf16")
     with pytest.raises(ValueError, match="precision int8 is for models on a CPU: --device cpu, or model"):

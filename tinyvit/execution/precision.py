@@ -68,7 +68,7 @@ class Precision:
         if other := {arrays.dtype_name(p.dtype) for p in self._weights} - {"float32"}:
             raise ValueError(f"precision {name} expects a float32 model, got {', '.join(sorted(other))}")
         if name == "tf32":
-            _check_tf32(like, "fp32 or bf16" if gradients else "fp32, bf16 or int8")
+            _check_tf32(like, "fp32, bf16 or fp16" if gradients else "fp32, bf16, fp16 or int8")
             return
         on_cpu = arrays.namespace(like) is arrays.numpy_namespace
         if name == "int8":
@@ -76,7 +76,7 @@ class Precision:
                 raise ValueError('precision int8 is for models on a CPU: --device cpu, or model.to("cpu")')
             if not int8.available():
                 fitting = "a numba that works with this NumPy" if int8.possible() else _CPU_OF_INT8
-                raise ValueError(f"precision int8 needs {jit.missing() or fitting}: expected fp32")
+                raise ValueError(f"precision int8 needs {jit.missing() or fitting}: expected fp32, bf16 or fp16")
             self._packed = packed_weights.Packed("int8", {})
             return
         if name == "bf16" and on_cpu and bf16.available():
@@ -87,7 +87,7 @@ class Precision:
         except TypeError as error:
             if name == "bf16" and on_cpu and (lacks := jit.missing()):
                 slow = "slower than fp32, ml_dtypes (pip install ml_dtypes)"
-                raise ValueError(f"precision bf16 on a CPU needs {lacks} or, {slow}: expected fp32") from None
+                raise ValueError(f"precision bf16 on a CPU needs {lacks} or, {slow}: expected fp32 or fp16") from None
             raise ValueError(f"precision {name}: {error}") from None
 
     @contextlib.contextmanager

@@ -197,7 +197,11 @@ class TrainConfig:
     )
     seed: int = option(0, whole(0), "decides every random choice", "S")
     device: str = option("auto", device, "auto (a GPU where one works), cpu, cuda or cuda:N", free=True)
-    precision: str = option("fp32", one_of(*PRECISIONS, hint=hint), "of the arithmetic; weights are kept in fp32")
+    precision: str = option(
+        "fp32",
+        one_of(*PRECISIONS, hint=hint),
+        "of the arithmetic; tf32 on a GPU alone, fp16 is slow on a CPU; weights are kept in fp32",
+    )
     threads: int | None = option(
         None, whole(1), "threads that share a batch, or a process's part of it (default: one a core)", free=True
     )
