@@ -166,6 +166,15 @@ def test_a_batch_larger_than_the_data_is_refused(images, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_holds_all_variants_of_its_images(images, tmp_path):
+    command = ["train", "--data", images, "--out", tmp_path / "run", *NANO, "--repeats", 7, "--epochs", 1]
+    for given, fitting in ((16, 14), (3, 7)):
+        message = assert_one_line_error(tinyvit(*command, "--batch-size", given), 2)
+        assert message == f"--batch-size {given}: expected a multiple of --repeats 7, such as {fitting}"
+    assert tinyvit(*command).returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["batch_size"] == 14
+
+
 def test_images_that_the_patch_does_not_divide_are_refused(images, tmp_path):
     result = tinyvit("train", "--data", images, "--out", tmp_path / "run", *NANO, "--image-size", "33")
     problem = "vit_nano_patch8_32: image size 33x33 is not divisible by patch size 8: try 32x32 or 40x40"

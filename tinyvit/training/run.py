@@ -159,8 +159,11 @@ def complete(options: TrainConfig, data: Data) -> TrainConfig:
     default_model = "vit_micro_patch4_32" if small else "vit_tiny_patch16_224"
     model = options.model or (Path(options.init).resolve().stem if options.init else default_model)
     epochs = EPOCHS if options.epochs is None and options.minutes is None else options.epochs
-    images = len(data.train)
-    batch_size = options.batch_size or min(64, math.ceil(images / 8))
+    images, repeats = len(data.train), options.repeats
+    batch_size = options.batch_size or math.ceil(min(64, images / 8) / repeats) * repeats
+    if batch_size % repeats:
+        fitting = max(1, batch_size // repeats) * repeats
+        raise UsageError(f"--batch-size {batch_size}: expected a multiple of --repeats {repeats}, such as {fitting}")
     if batch_size > images:
         whose = f" of --recipe {options.recipe}" if options.recipe else ""
         raise UsageError(
