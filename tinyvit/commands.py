@@ -103,6 +103,7 @@ def predict(args: Namespace) -> None:
     from tinyvit.evaluation.export import check_features_path, overlay_paths, write_features, write_overlays
     from tinyvit.evaluation.metrics import check_head
     from tinyvit.evaluation.zero_shot import read_labels
+    from tinyvit.files.bar import bar
     from tinyvit.models.vit import Block
 
     with mapped():
@@ -121,9 +122,9 @@ def predict(args: Namespace) -> None:
         for p in module.parameters() if isinstance(module, Block) else []:
             drop_pages(p.data)
 
-    with nn.forward_pre_hook(drop):
+    with nn.forward_pre_hook(drop), bar("images", len(images)) as done:
         try:
-            outputs = run_on_images(model, images, args.precision, args.skip_corrupt)
+            outputs = run_on_images(model, images, args.precision, args.skip_corrupt, done)
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT if images[1:] else ''}") from None
     out = outputs.unreadable
@@ -134,7 +135,8 @@ def predict(args: Namespace) -> None:
     overlays = [path for i, path in enumerate(overlays) if i not in out]
     if args.embed:
         write_features(args.embed, outputs, images, checkpoint, args.checkpoint)
-    write_overlays(overlays, images[: len(overlays)], model)
+    with bar("attention", len(overlays)) as done:
+        write_overlays(overlays, images[: len(overlays)], model, done)
 
     names = labels.names if labels else checkpoint.class_names
     probabilities = labels.probabilities(outputs) if labels else outputs.probabilities

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from tinyvit.data import Augment, DataError, Split
 from tinyvit.data.image import open_rgb, to_rgb
 from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError, outputs_of
 from tinyvit.execution.inference import predictions
+from tinyvit.files.bar import bar
 from tinyvit.kernels import jit
 from tinyvit.models.inspection import Features
 from tinyvit.models.vit import VisionTransformer
@@ -78,11 +78,15 @@ class Outputs:
 
 
 def run_on_images(
-    model: VisionTransformer, images: Sequence[ImageLike], precision: str = "fp32", skip_corrupt: bool = False
+    model: VisionTransformer,
+    images: Sequence[ImageLike],
+    precision: str = "fp32",
+    skip_corrupt: bool = False,
+    done: Callable[[int], object] = lambda count: None,
 ) -> Outputs:
     """The features and logits of images, prepared as the model's preprocessing says; errors as `classify`.
 
-    With `skip_corrupt` images that cannot be read are left out.
+    With `skip_corrupt` images that cannot be read are left out. `done` is called with numbers of images that are done.
     """
     unreadable: set[int] = set()
 
@@ -93,6 +97,7 @@ def run_on_images(
             if not skip_corrupt:
                 raise
             unreadable.add(position)
+            done(1)
             return None
 
     def batches() -> Iterator[np.ndarray]:
@@ -102,7 +107,7 @@ def run_on_images(
                 yield np.concatenate(readable)
 
     with jit.worth_it_for(len(images)):
-        outputs = list(predictions(Features(model, logits=True), batches(), precision=precision))
+        outputs = list(predictions(Features(model, logits=True), batches(), precision=precision, done=done))
     none = np.zeros((0, model.config.embed_dim + model.config.num_classes), np.float32)
     return dataclasses.replace(_separated(model, np.concatenate(outputs or [none])), unreadable=frozenset(unreadable))
 
@@ -112,11 +117,8 @@ def run_on_split(model: VisionTransformer, split: Split, transform: Augment, pre
 
     Raises EvaluationError where an output is not finite, DataError where an image cannot be read.
     """
-    with tqdm(total=len(split), desc="images", leave=False, disable=None) as bar:
-        outputs = []
-        for output in outputs_of(Features(model, logits=True), split, transform, precision=precision):
-            outputs.append(output)
-            bar.update(len(output))
+    with bar("images", len(split)) as done:
+        outputs = list(outputs_of(Features(model, logits=True), split, transform, precision=precision, done=done))
     return _separated(model, np.concatenate(outputs))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +63,10 @@ def overlay_paths(directory: Path, images: Sequence[str]) -> list[Path]:
     return paths
 
 
-def write_overlays(paths: Sequence[Path], images: Sequence[str], model: VisionTransformer) -> None:
-    """Each image beside its attention rollout as a PNG image, each whole or not at all."""
+def write_overlays(
+    paths: Sequence[Path], images: Sequence[str], model: VisionTransformer, done: Callable[[int], object]
+) -> None:
+    """Each image beside its attention rollout as a PNG image, each whole or not at all; after each call `done(1)`."""
     from tinyvit.data.image import open_rgb
     from tinyvit.evaluation.heatmap import rollout_beside
 
@@ -73,3 +75,4 @@ def write_overlays(paths: Sequence[Path], images: Sequence[str], model: VisionTr
         drawn = rollout_beside(model, open_rgb(image))[1]
         with atomic_write(path) as beside:
             drawn.save(beside, format="png")
+        done(1)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyvit import nn
 from tinyvit.data import Augment, Data, Split
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
-from tinyvit.evaluation.metrics import in_step, outputs_of, share
+from tinyvit.evaluation.metrics import in_step, outputs_of, progress, share
 
 
 class FeatureSplit(ArraySplit):
@@ -32,14 +31,10 @@ def with_features(
 
     def features(split: Split) -> FeatureSplit:
         own, _ = share(split, group)
-        computed = []
-        outputs = outputs_of(body, own, Augment(data.mean, data.std), threads or group.threads, precision)
-        for batch in in_step(outputs, len(split), group):
-            computed.append(batch)
-            bar.update(len(batch))
+        outputs = outputs_of(body, own, Augment(data.mean, data.std), threads or group.threads, precision, done)
+        computed = list(in_step(outputs, len(split), group))
         everyone = [part for parts in group.exchange(computed, SLOW) for part in parts if len(part)]
         return FeatureSplit(np.concatenate(everyone), split.labels, split.skipped)
 
-    hidden = None if group.leads else True  # None: unless on a terminal
-    with tqdm(total=len(data.train) + len(data.validation), desc="features", leave=False, disable=hidden) as bar:
+    with progress(group, data.train, data.validation) as done:
         return dataclasses.replace(data, train=features(data.train), val=features(data.validation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -18,6 +19,7 @@ from tinyvit.distributed import ALONE, Group
 from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, UsageError
 from tinyvit.files.atomic import atomic_write
+from tinyvit.files.bar import bar
 from tinyvit.files.reading import parse_json, read_text
 
 if TYPE_CHECKING:
@@ -131,7 +133,12 @@ def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def outputs_of(
-    model: Module, split: Split, transform: Callable[..., Any], threads: int | None = None, precision: str = "fp32"
+    model: Module,
+    split: Split,
+    transform: Callable[..., Any],
+    threads: int | None = None,
+    precision: str = "fp32",
+    done: Callable[[int], object] = lambda count: None,
 ) -> Iterator[np.ndarray]:
     """What the model gives for all images of a split in their order, by batches; arguments as for `evaluate`."""
     from tinyvit.data import Loader
@@ -139,7 +146,7 @@ def outputs_of(
 
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
-    return predictions(model, (images for images, _ in loader.epoch(0)), threads, precision=precision)
+    return predictions(model, (images for images, _ in loader.epoch(0)), threads, None, precision, done)
 
 
 def evaluate(
@@ -153,23 +160,25 @@ def evaluate(
     precision: str = "fp32",
     stop: Callable[[], Any] = lambda: False,
     group: Group = ALONE,
+    done: Callable[[int], object] = lambda count: None,
 ) -> Scores | None:
     """Run `model` over all of `split`, whose images have the classes `labels` (N,) in the model's order.
 
     The processes of a `group` share the images, and all get the scores of all.
 
     `transform` is as for `data.Loader`, mostly `Augment(mean, std)`; `threads` and `precision` are as for `predict`.
+    `done` is called with numbers of images that this process has done.
     Returns None when `stop()` became true on the way. Raises EvaluationError when an output is not finite.
     """
     own, mine = share(split, group)
     threads = threads or group.threads
-    measured, done, true = [np.empty((4, 0))], 0, labels[mine]
-    for outputs in in_step(outputs_of(model, own, transform, threads, precision), len(split), group, stop):
+    measured, first, true = [np.empty((4, 0))], 0, labels[mine]
+    for outputs in in_step(outputs_of(model, own, transform, threads, precision, done), len(split), group, stop):
         logits = outputs.astype(np.float64)  # (B, K)
         if not np.all(np.isfinite(logits)):
             raise EvaluationError("the model's outputs are not finite")
-        measured.append(measure(logits, true[done : done + len(logits)]))
-        done += len(logits)
+        measured.append(measure(logits, true[first : first + len(logits)]))
+        first += len(logits)
     found = np.concatenate(group.exchange(np.concatenate(measured, axis=1), SLOW), axis=1)
     return Scores(tuple(class_names), labels, found) if found.shape[1] == len(labels) else None
 
@@ -181,14 +190,20 @@ def evaluate_parts(
     from tinyvit.data import Augment
 
     scaling, found = Augment(*checkpoint.preprocessing.statistics), {}
-    for name, split in parts.items():
-        labels = labels_for(checkpoint, split.labels, data.class_names)
-        scores = evaluate(model, split, labels, checkpoint.class_names, scaling, precision=precision, group=group)
-        assert scores is not None  # nothing stops it
-        found[name] = scores
+    with progress(group, *parts.values()) as done:
+        for name, split in parts.items():
+            labels, names = labels_for(checkpoint, split.labels, data.class_names), checkpoint.class_names
+            scores = evaluate(model, split, labels, names, scaling, precision=precision, group=group, done=done)
+            assert scores is not None  # nothing stops it
+            found[name] = scores
     if found.keys() >= DRAWN and drawn_otherwise(checkpoint, data):
         return {"train and val": combined([found.pop(name) for name in ("train", "val")]), **found}
     return found
+
+
+def progress(group: Group, *splits: Split) -> contextlib.AbstractContextManager[Callable[[int], object]]:
+    """The first process shows how far its share of the splits is; see `bar`."""
+    return bar("images", sum(len(range(*group.part(len(split)))) for split in splits), group.leads)
 
 
 def share(split: Split, group: Group) -> tuple[Split, slice]:

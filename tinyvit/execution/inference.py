@@ -68,8 +68,11 @@ def predictions(
     threads: int | None = None,
     shards_per_batch: int | None = None,
     precision: str = "fp32",
+    done: Callable[[int], object] = lambda count: None,
 ) -> Iterator[np.ndarray]:
     """The outputs of `predict` for batches (B, C, H, W), one after the other.
+
+    `done` is called with the size of each shard when it is computed, on a CPU from several threads.
 
     A GPU computes a batch while the one before it is read, so a change of the weights between two outputs shows one
     output later; on a CPU it shows at once. On a CPU bf16 and int8 pack the weights once for all batches, and again
@@ -90,7 +93,9 @@ def predictions(
                     shards = _shards(model, like, batch.shape[0], threads, shards_per_batch)
 
                     def run(start: int, stop: int, x: Array = batch) -> Array:
-                        return compute(x[start:stop, ...])
+                        outputs = compute(x[start:stop, ...])
+                        done(stop - start)
+                        return outputs
 
                     computed = list(parallel.run(shards, run))
                     last, unread = unread, [arrays.start_copy_to_host(x) for x in computed]

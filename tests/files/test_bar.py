@@ -1,0 +1,94 @@
+"""How far long work is, on a terminal and elsewhere."""
+
+import io
+import os
+import sys
+import time
+
+import pytest
+from running import NANO, make_images
+
+from tinyvit.cli import main
+from tinyvit.distributed import Group
+from tinyvit.evaluation.metrics import progress
+from tinyvit.files import bar
+
+
+def shown_within(read):
+    """What is shown after 4 of 10 images, and after all."""
+    with bar.bar("images", 10) as done:
+        done(3)
+        done(1)
+        deadline = time.monotonic() + 10
+        while " 4/10 " not in (text := read()):
+            assert time.monotonic() < deadline, text
+    return text, read()
+
+
+@pytest.mark.parametrize("columns", [0, 50])
+def test_a_terminal_gets_a_bar_that_vanishes(monkeypatch, columns):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(terminal, "fileno", lambda: 2)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 0)))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(bar, "PATIENCE", 60)  # a busy machine may stand still for a second
+    with bar.bar("images", 10) as done:
+        done(10)
+    assert terminal.getvalue() == "", "nothing for what is soon over"
+    monkeypatch.setattr(bar, "PATIENCE", 0.01)
+    text, whole = shown_within(terminal.getvalue)
+    assert text.startswith("\rimages: ") and "\n" not in whole
+    assert whole.split("\r")[-2:] == [" " * ((columns or 100) - 1), ""]
+
+
+def test_a_file_gets_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with bar.bar("images", 10) as done:
+        done(10)
+    assert sys.stderr.getvalue() == ""
+    monkeypatch.setattr(bar, "SILENCE", 0.01)
+    _, whole = shown_within(sys.stderr.getvalue)
+    assert all(line.startswith("images: ") for line in whole.splitlines()) and whole.endswith("\n")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("bar")
+    make_images(home / "images", train=8)
+    assert main(["train", "--data", str(home / "images"), *NANO, "--epochs", "1", "--out", str(home / "run")]) == 0
+    return home
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["eval", "run", "--data", "images"],
+        ["eval", "run", "--data", "images", "--probe", "knn", "--json"],
+        ["predict", "run", "images/test"],
+        ["predict", "run", "images/test/red", "--attention", "attention", "--json"],
+        ["report", "run"],
+    ],
+)
+def test_commands_show_it_beside_the_same_output(home, monkeypatch, capsys, options):
+    monkeypatch.chdir(home)
+    assert main(options) == 0
+    plain = capsys.readouterr()
+    assert plain.err == ""
+    monkeypatch.setattr(bar, "SILENCE", 0.0001)
+    assert main(options) == 0
+    found = capsys.readouterr()
+    assert found.out == plain.out and "images: " in found.err
+    assert ("attention: " in found.err) == ("--attention" in options)
+
+
+def test_the_first_of_several_processes_shows_it(monkeypatch, capsys):
+    monkeypatch.setattr(bar, "SILENCE", 0.001)
+    for rank in (0, 1):
+        group = Group()
+        group.rank, group.size = rank, 2
+        with progress(group, range(7), range(4)) as done:
+            done(2)
+            time.sleep(0.1)
+        found = capsys.readouterr().err
+        assert ("| 2/5 " in found) == (rank == 0) and (rank == 0 or not found)
