@@ -112,7 +112,9 @@ def test_a_checkpoint_without_a_run_and_a_data_set_that_is_gone(run, tmp_path):
     kept = config.read_text()
     try:
         config.write_text(kept.replace(str(run / "images"), str(run / "gone")))
-        assert tinyvit("report", run / "run1", "--out", tmp_path / "x.html").returncode == 0
+        result = tinyvit("report", run / "run1", "--out", tmp_path / "x.html")
+        assert result.returncode == 0 and result.stderr.count("\n") == 1
+        assert str(run / "gone") in result.stderr and "--data DIR" in result.stderr
         page = Page((tmp_path / "x.html").read_text(encoding="utf-8")).text
         assert "data set cannot be read" in page and "Curves" in page
     finally:

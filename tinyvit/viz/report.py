@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def write_report(
         except DataError as error:
             if source:
                 raise
-            sections.append(("Images", f"The run's data set cannot be read: {error}. Name another with --data.", ""))
+            why = f"run's data set cannot be read: {error}"
+            warnings.warn(f"the {why}; name another with --data DIR", stacklevel=2)
+            sections.append(("Images", f"The {why}. Name another with --data DIR.", ""))
     sections += _weights(model)
     name = checkpoint.path.name if run is None else run.name
     write_text(target, page(f"{name}: {summarise(checkpoint.config).parameters / 1e6:.2f} M parameters", sections))
