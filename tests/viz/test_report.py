@@ -165,6 +165,14 @@ def test_names_of_columns_end_below_the_heading(length):
     assert start - 7 * length > heading, "7 pixels a letter, upwards"
 
 
+@pytest.mark.parametrize("highest", [1.0, 1.5e-4, 2e-7, 3e5, 123456.0])
+def test_labels_of_ticks_end_beside_the_heading(highest):
+    chart = svg.lines("x", {"x": ((1, 2), (0.0, highest))}, "epoch", "learning rate")
+    heading = int(re.search(r"translate\((\d+) \d+\) rotate", chart)[1])
+    labels = re.findall(r'x="([\d.]+)"[^>]*"end">([^<]*)<', chart)
+    assert labels and all(float(x) - 7.7 * len(text) > heading + 4 for x, text in labels), "7.7 pixels a digit at most"
+
+
 def test_compare_shows_what_differs(run, tmp_path):
     page = tmp_path / "both.html"
     result = tinyvit("compare", run / "run0", run / "run1", "--out", page)

@@ -16,7 +16,7 @@ from tinyvit.files.text import printable
 
 COLOURS = ("#2f6fd6", "#d1582b", "#2c9462", "#a24ac2", "#b8860b", "#0f8ea3", "#c23b6d", "#6b7f2a", "#7a6652", "#5d5fc9")
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 72, 14, 14, 44  # margins around the axes
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 14, 44  # margins around the axes; LEFT grows with the labels there
 MOST_DOTS = 60  # points of a line that are marked, at most
 
 Range = tuple[float, float]
@@ -58,22 +58,23 @@ class Axes:
         self.x, self.y = (r if r[1] > r[0] else (r[0] - 0.5, r[0] + 0.5) for r in (x, y))
         self.marks: list[str] = []
         y_ticks, x_ticks = ticks(*self.y), [t for t in ticks(*self.x) if not whole_x or t == round(t)]
-        for t in y_ticks:
+        y_labels = [f"{100 * t:.6g} %" if percent else f"{t:.6g}" for t in y_ticks]
+        self.left = max(LEFT, 26 + 8 * max(map(len, y_labels), default=0))
+        for t, text in zip(y_ticks, y_labels, strict=True):
             place = self.down(t)
-            text = f"{100 * t:.6g} %" if percent else f"{t:.6g}"
-            self.marks.append(f'<path class="grid" d="M{LEFT} {place:.1f}H{WIDTH - RIGHT}"/>')
-            self.text(LEFT - 6, place + 4, text, "end")
+            self.marks.append(f'<path class="grid" d="M{self.left} {place:.1f}H{WIDTH - RIGHT}"/>')
+            self.text(self.left - 6, place + 4, text, "end")
         for t in x_ticks:
             self.text(self.across(t), HEIGHT - BOTTOM + 18, f"{t:.6g}", "middle")
-        self.marks.append(f'<path class="axis" d="M{LEFT} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
-        self.text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle")
+        self.marks.append(f'<path class="axis" d="M{self.left} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
+        self.text((self.left + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle")
         middle = (TOP + HEIGHT - BOTTOM) / 2
         self.marks.append(
             f'<text transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">{label(y_label)}</text>'
         )
 
     def across(self, x: float) -> float:
-        return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
+        return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - self.left - RIGHT)
 
     def down(self, y: float) -> float:
         return HEIGHT - BOTTOM - (y - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
