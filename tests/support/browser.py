@@ -24,7 +24,9 @@ const a=light(rgb(e.tagName=="text"?s.fill:s.color).slice(0,3)),b=light(back),
 c=(Math.max(a,b)+.05)/(Math.min(a,b)+.05);if(c<least){least=c;where=walk.currentNode.data}}
 const out=document.createElement("pre");out.id="found";out.textContent=JSON.stringify({width:innerWidth,
 overflow:document.documentElement.scrollWidth-document.documentElement.clientWidth,images:document.images.length,
-missing:[...document.images].filter(i=>!i.naturalWidth).length,contrast:least,where});parent.document.body.append(out)})</script>"""
+missing:[...document.images].filter(i=>!i.naturalWidth).length,contrast:least,where,
+unequal:[...document.querySelectorAll(".row")].filter(r=>new Set([...r.children].map(e=>e.offsetWidth)).size>1)
+.length});parent.document.body.append(out)})</script>"""
 
 
 def look(page, folder, width, media=""):
@@ -33,7 +35,7 @@ def look(page, folder, width, media=""):
     With `media`, such as "print", the rules for that medium hold.
 
     Returns `width`, `overflow` (pixels beyond the window), `images`, `missing` (images that do not show), `contrast`
-    (the least between text and what is behind it) and `console` (errors).
+    (the least between text and what is behind it), `unequal` (rows whose parts differ in width) and `console` (errors).
     """
     copy = folder / f"{page.stem}-{width}.html"
     text = page.read_text(encoding="utf-8")

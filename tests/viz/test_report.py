@@ -188,7 +188,7 @@ def test_compare_shows_what_differs(run, tmp_path):
 def test_a_browser_shows_the_page(report, tmp_path, width, media):
     found = browser.look(report, tmp_path, width, media)
     assert found["overflow"] <= 0 and found["images"] > 10 and not found["missing"] and not found["console"], found
-    assert found["contrast"] >= 4.5, found
+    assert found["contrast"] >= 4.5 and not found["unequal"], found
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="Chromium is not installed")

@@ -19,7 +19,8 @@ body{margin:0 auto;max-width:68rem;padding:1rem;font:15px/1.5 system-ui,sans-ser
 body{color:var(--text);background:var(--back)}
 h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .3rem;border-bottom:1px solid var(--line)}
 p{color:var(--quiet);margin:.3rem 0 .8rem;max-width:46rem}
-.row{display:flex;flex-wrap:wrap;gap:1rem}.row>div{flex:1 1 24rem;min-width:0}
+.row{--least:24rem;display:grid;gap:1rem}.row>div{min-width:0}
+.row{grid-template-columns:repeat(auto-fill,minmax(min(var(--least),100%),1fr))}
 .wide{overflow-x:auto}.wide svg.chart{max-width:none}
 img{max-width:100%}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -28,9 +29,9 @@ th,td{padding:.2rem .7rem .2rem 0;text-align:right;border-bottom:1px solid var(-
 th button:focus-visible{outline:2px solid}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(6.5rem,1fr));gap:.8rem}
 figure{margin:0}figure img{width:100%}
-.row>img{width:9rem;align-self:start}
+.photo{width:9rem}
 figcaption{font-size:.8rem;line-height:1.3;overflow-wrap:anywhere}
-@media print{body{max-width:none}.row>div{flex-basis:15rem}h2{break-after:avoid}figure,svg.chart{break-inside:avoid}}
+@media print{body{max-width:none}.row{--least:15rem}h2{break-after:avoid}figure,svg.chart{break-inside:avoid}}
 """
 SORT = """
 for(const b of document.querySelectorAll("th button"))b.onclick=()=>{const th=b.closest("th"),t=th.closest("table"),

@@ -197,8 +197,8 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
     )
     heads = measures.head_attention(model, inputs[: min(HEADS, at_a_time)])
     by_head = (
-        f'<div><div class="row">{figures.embedded(image, "an image", photo=True)}'
-        f'<div class="wide">{figures.heads_picture(heads[:, i]).html}</div></div></div>'
+        f'<div><figure class="photo">{figures.embedded(image, "an image", photo=True)}</figure>'
+        f'<div class="wide">{figures.heads_picture(heads[:, i]).html}</div></div>'
         for i, image in enumerate(images_of(split, places[: heads.shape[1]]))
     )
     yield (
