@@ -229,6 +229,13 @@ def test_figures_are_arrays_with_pictures(run):
         shapes["curves"][0].image()
 
 
+def test_dots_of_heads_have_one_colour_and_stand_apart():
+    chart = viz.figures.distance_chart(np.full((3, 12), 5.0))
+    dots = re.findall(r'<circle cx="([\d.]+)"[^>]*fill="([^"]*)"', chart)
+    places = [float(x) for x, _ in dots]
+    assert len(set(places)) == 36 and places == sorted(places) and len({colour for _, colour in dots}) == 1
+
+
 @pytest.mark.parametrize(
     "values, least, within, expected",
     [

@@ -91,12 +91,14 @@ def attention_distance(model: VisionTransformer, images: ImageLike | Sequence[Im
 
 
 def distance_chart(data: np.ndarray) -> str:
-    """One dot for each head (depth, heads), over the number of its block."""
+    """One dot for each head (depth, heads), side by side over the number of their block."""
     axes = svg.Axes((0.5, len(data) + 0.5), (0.0, 1.05 * float(data.max())), "block", "mean distance, pixels",
                     whole_x=True)  # fmt: skip
     for block, heads in enumerate(data.tolist(), start=1):
+        axes.rule(block + 0.5)
         for head, distance in enumerate(heads, start=1):
-            axes.dot(block, distance, head - 1, f"block {block}, head {head}: {distance:.2f} pixels", radius=4)
+            place = block + 0.8 * ((head - 0.5) / len(heads) - 0.5)
+            axes.dot(place, distance, 0, f"block {block}, head {head}: {distance:.2f} pixels")
     return axes.svg("mean attention distance of each head by block")
 
 

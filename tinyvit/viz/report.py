@@ -210,7 +210,8 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
     distance = measures.attention_distance(model, normalise(np.asarray(many), *checkpoint.preprocessing.statistics))
     yield (
         "Attention distance",
-        f"How far each head looks, in pixels, as a mean over {len(many)} images. Small values are local heads.",
+        f"How far each head looks, in pixels, as a mean over {len(many)} images. Small values are local heads. "
+        "The heads of a block stand side by side, in their order.",
         figures.distance_chart(distance),
     )
 

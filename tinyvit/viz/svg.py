@@ -82,6 +82,10 @@ class Axes:
     def text(self, x: float, y: float, text: str, anchor: str) -> None:
         self.marks.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{label(text)}</text>')
 
+    def rule(self, x: float) -> None:
+        """A pale line from bottom to top."""
+        self.marks.append(f'<path class="grid" d="M{self.across(x):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
+
     def dot(self, x: float, y: float, series: int, hint: str, radius: float = 3) -> None:
         self.marks.append(
             f'<circle cx="{self.across(x):.1f}" cy="{self.down(y):.1f}" r="{radius}" fill="{colour(series)}">'
