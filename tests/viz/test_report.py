@@ -33,6 +33,7 @@ def run(tmp_path_factory):
         (folder / "images" / part / "blue").rename(folder / "images" / part / NAME)
     for number, lr in enumerate((0.001, 0.003)):
         options = ["--data", folder / "images", "--out", folder / f"run{number}", "--lr", lr, "--epochs", 2]
+        options += ["--no-augment"] * number
         assert tinyvit("train", *NANO, *options).returncode == 0
     return folder
 
@@ -152,9 +153,13 @@ def test_a_hybrid_has_a_report_without_patch_filters(run, tmp_path):
 def test_settings_without_effect_are_left_out(run):
     """The rate that muon's AdamW has would be taken for AdamW's own."""
     found = Run.read(run / "run0")
-    assert "lr" in found.settings and "adam_lr" not in found.settings
+    assert "--lr" in found.settings and "--adam-lr" not in found.settings
     with_muon = replace(found.record, options={**found.record.options, "optimizer": "muon"})
-    assert "adam_lr" in replace(found, record=with_muon).settings
+    assert "--adam-lr" in replace(found, record=with_muon).settings
+    idle = {"--layer-decay": "1", "--repeats": "1", "--accumulate": "1", "--mixup": "0", "--policy": "none"}
+    assert found.settings.items() >= {**idle, "--skip-corrupt": "off", "--patience": "none"}.items()
+    assert not found.settings_in_effect.keys() & {*idle, "--skip-corrupt", "--patience"}
+    assert found.settings_in_effect.items() >= {"--clip-norm": "1", "--augment": "on"}.items()
 
 
 @pytest.mark.parametrize("length", [1, 5, 18])
@@ -178,7 +183,8 @@ def test_compare_shows_what_differs(run, tmp_path):
     result = tinyvit("compare", run / "run0", run / "run1", "--out", page)
     assert result.returncode == 0, result.stderr
     rows = {line[:25].strip(): line[25:].split() for line in result.stdout.splitlines()}
-    assert rows["lr"] == ["0.001", "0.003"] and "weight decay" not in rows and rows["epochs"] == ["2/2", "2/2"]
+    assert rows["--lr"] == ["0.001", "0.003"] and rows["--augment"] == ["on", "off"]
+    assert "--weight-decay" not in rows and rows["epochs"] == ["2/2", "2/2"]
     text = Page(page.read_text(encoding="utf-8")).text
     assert "run0 validation" in text and "0.003" in text
 

@@ -28,10 +28,7 @@ def rows(runs: dict[str, Run]) -> dict[str, dict[str, str]]:
     settings = {name: run.settings for name, run in runs.items()}
     every = dict.fromkeys(key for own in settings.values() for key in own)
     different = [key for key in every if len({own.get(key) for own in settings.values()}) > 1]
-    return {
-        name: run.facts() | {key.replace("_", " "): settings[name].get(key, "-") for key in different}
-        for name, run in runs.items()
-    }
+    return {name: run.facts() | {key: settings[name].get(key, "-") for key in different} for name, run in runs.items()}
 
 
 def write_comparison(runs: dict[str, Run], out: Path) -> None:

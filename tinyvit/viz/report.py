@@ -83,7 +83,7 @@ def _about(checkpoint: Checkpoint, run: Run | None) -> Iterator[Section]:
         yield "Model", "A checkpoint, without a record of its training.", facts({"": of_model})
         return
     yield "Run", "What was trained on what, how long and how fast.", facts({"": run.facts()})
-    yield "Settings", "The options of the run that are not zero or off.", facts({"": run.settings})
+    yield "Settings", "The options of the run that are not none, zero or off.", facts({"": run.settings_in_effect})
     if run.rows:
         yield (
             "Curves",

@@ -10,10 +10,12 @@ from typing import Any
 from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.summary import short, summarise
+from tinyvit.training.config import flag
 from tinyvit.training.display import clock
 from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import Record, RunDirectory
 
+_NOTHING_AT_1 = ("layer_decay", "repeats", "accumulate")
 _NOT_SETTINGS = ("out", "data", "model", "epochs", "device", "threads", "log")  # shown by themselves, or without effect
 
 
@@ -40,11 +42,16 @@ class Run:
 
     @property
     def settings(self) -> dict[str, str]:
-        """The options that decide the result, as text; those that were not chosen are left out."""
+        """The options that decide the result, as text: "none", "0", "off" and the like for those without effect."""
         options = self.record.options
         left_out = _NOT_SETTINGS if options["optimizer"] == "muon" else (*_NOT_SETTINGS, "adam_lr")
-        return {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in options.items()
-                if name not in left_out and v not in (None, 0.0, False, "none")}  # fmt: skip
+        return {flag(name): _text(value) for name, value in options.items() if name not in left_out}
+
+    @property
+    def settings_in_effect(self) -> dict[str, str]:
+        """`settings` without those that are none, 0 or off."""
+        off = {flag(name): "1" for name in _NOTHING_AT_1}
+        return {name: v for name, v in self.settings.items() if v not in ("none", "0", "off", off.get(name))}
 
     def facts(self) -> dict[str, str]:
         """What was trained on what, how long, how fast and how well: text by heading."""
@@ -62,3 +69,9 @@ class Run:
             "best accuracy": f"{p.best_accuracy:.2%} in epoch {p.best_epoch}" if p.best_epoch else "none yet",
             "last validation loss": f"{self.rows[-1]['val_loss']:.4f}" if self.rows else "none yet",
         }
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", False: "off", True: "on"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
