@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from tinyvit.evaluation.metrics import Scores
 from tinyvit.training.progress import Progress
 from tinyvit.training.run import train
+from tinyvit.training.run_directory import curves_png
 from tinyvit.training.trainer import Trainer, TrainError
 
 
@@ -45,6 +46,19 @@ def test_a_run_writes_what_the_contract_says(unbroken, images):
     assert " cores, " in lines[1]
     best = max(row["val_accuracy"] for row in rows)
     assert f"{best:.2%}" in lines[-1] and str(out / "best.safetensors") in lines[-1]
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 40])
+def test_epochs_in_curves_are_whole_numbers(monkeypatch, epochs):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: drawn.append(figure))
+    values = dict.fromkeys(("train_loss", "val_loss", "train_accuracy", "val_accuracy"), 0.5)
+    curves_png.__wrapped__([{"epoch": 1 + i, **values} for i in range(epochs)], "", "")
+    for axes in drawn[0].axes:
+        ticks = axes.get_xticks()
+        assert len(ticks) and all(tick == round(tick) for tick in ticks)
 
 
 def test_best_holds_the_averaged_weights_of_the_best_epoch(unbroken):

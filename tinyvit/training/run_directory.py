@@ -246,7 +246,7 @@ def curves_png(rows: list[dict[str, Any]], title: str, training_loss: str) -> by
             values = [scale * row[f"{part}_{what}"] for row in rows]
             axes.plot(epochs, values, label=label, marker="o" if len(rows) < 30 else None, markersize=4)
         axes.set(title=what.capitalize(), xlabel="epoch", ylabel=unit)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     png = io.BytesIO()
