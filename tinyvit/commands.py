@@ -84,9 +84,8 @@ def eval_(args: Namespace) -> None:
         )
         return
     what += "" if args.precision == "fp32" else f", in {args.precision}"
-    loss = "" if scores.loss is None else f"   loss {scores.loss:.4f}"
     print(printable(f"{what}: {scores.images} images"))
-    print(f"accuracy {scores.accuracy:.2%}   top-5 {scores.top5:.2%}{loss}\n")
+    print(f"{scores.summary}\n")
     rows = [(name, "-" if a is None else f"{a:.2%}", str(n)) for name, a, n in scores.per_class]
     print_table([("class", "accuracy", "images"), *rows])
     print_skipped(skipped, data.no_images)

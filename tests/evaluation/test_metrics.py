@@ -25,6 +25,7 @@ def test_scores_are_scikit_learn_s(images, classes, seed):
     assert scores.loss == pytest.approx(metrics.log_loss(labels, probabilities, labels=numbers))
     best_five = np.argsort(-logits, axis=1)[:, :5]
     assert scores.top5 == pytest.approx((best_five == labels[:, None]).any(axis=1).mean())
+    assert (f"top-5 {scores.top5:.2%}" in scores.summary) == (classes > 5)
     names, recall, counts = zip(*scores.per_class, strict=True)
     assert names == scores.class_names and list(counts) == np.bincount(labels, minlength=classes).tolist()
     expected = metrics.recall_score(labels, predicted, labels=numbers, average=None, zero_division=np.nan)

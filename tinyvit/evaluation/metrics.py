@@ -67,6 +67,13 @@ class Scores:
         return float(np.mean(self.measured[0] < 5))
 
     @property
+    def summary(self) -> str:
+        """The figures in a line; the top five of five classes or fewer say nothing."""
+        top5 = f"   top-5 {self.top5:.2%}" if len(self.class_names) > 5 else ""
+        loss = "" if self.loss is None else f"   loss {self.loss:.4f}"
+        return f"accuracy {self.accuracy:.2%}{top5}{loss}"
+
+    @property
     def loss(self) -> float | None:
         """The mean cross-entropy."""
         return float(self.measured[1].mean()) if self.probabilities else None

@@ -104,15 +104,14 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, ski
     what = f"{len(labels)} {data.test_name} images of {data.name}"
     doubts = [drawn_otherwise(checkpoint, data), left_out(split.skipped) if split.skipped else ""]
     counts = confusion_counts(labels, predicted, len(names))
-    top5 = ranks(p, labels) < 5
+    top5 = {"top-5": f"{(ranks(p, labels) < 5).mean():.2%}"} if len(names) > 5 else {}
     calibration = figures.calibration(p, labels)
     error = measures.calibrate(p, labels).error
     yield (
         "Accuracy",
         f"Of {what}{''.join(f'; {doubt}' for doubt in doubts if doubt)}.",
-        facts({"": {"top-1": f"{hit.mean():.2%}", "top-5": f"{top5.mean():.2%}",
-                    "expected calibration error": f"{error:.2%}"}}),
-    )  # fmt: skip
+        facts({"": {"top-1": f"{hit.mean():.2%}", **top5, "expected calibration error": f"{error:.2%}"}}),
+    )
     yield "Classes", "A click on a heading sorts.", _class_table(counts, names)
     yield (
         "Confusion",
