@@ -123,7 +123,7 @@ def predict(args: Namespace) -> None:
 
     with nn.forward_pre_hook(drop), bar("images", len(images)) as done:
         try:
-            outputs = run_on_images(model, images, args.precision, args.skip_corrupt, done)
+            outputs = run_on_images(model, images, args.precision, args.skip_corrupt and len(images) > 1, done)
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT if images[1:] else ''}") from None
     out = outputs.unreadable

@@ -306,6 +306,10 @@ def test_a_class_without_readable_images(tmp_path):
     spoil(tmp_path, *(f"{split}/{k}/{i}.png" for split in ("train", "test") for k in ("cat", "dog") for i in range(5)))
     with pytest.raises(DataError, match=f"none of the 80 images of {re.escape(str(tmp_path))}/train can be read"):
         load_data(tmp_path, skip_corrupt=True)
+    grow(tmp_path / "alone" / "train", count=2)
+    spoil(tmp_path, "alone/test/cat/0.png")
+    with pytest.raises(DataError, match=f"^no image of {re.escape(str(tmp_path))}/alone/test can be read"):
+        load_data(tmp_path / "alone", skip_corrupt=True)
 
 
 def test_dangling_link_is_named(tmp_path):

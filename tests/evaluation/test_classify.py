@@ -136,7 +136,10 @@ def test_corrupt_images_are_left_out_where_that_is_asked(home, tmp_path):
     assert f"left out 1 image that cannot be read; the first is {bad}" in tinyvit(*predict, "--skip-corrupt").stdout
     missing = [*predict[:2], home / "images" / "test" / "red" / "00.png", "typo.png", "--skip-corrupt"]
     assert "typo.png: no such file" in assert_one_line_error(tinyvit(*missing), 1)
-    assert "none of the 1 images" in assert_one_line_error(tinyvit("predict", home / "run", bad, "--skip-corrupt"), 1)
+    alone = assert_one_line_error(tinyvit("predict", home / "run", bad, "--skip-corrupt"), 1)
+    assert alone.startswith(f"cannot read image {bad}: "), "the one that there is"
+    both = assert_one_line_error(tinyvit("predict", home / "run", bad, bad, "--skip-corrupt"), 1)
+    assert both == f"none of the 2 images can be read, the first is {bad}"
 
 
 def test_eval_says_what_it_left_out(home, tmp_path):

@@ -288,7 +288,8 @@ def load_split(
             readable.extend(np.setdiff1d(chunk, unreadable))
             yield totals
         if not readable:
-            raise DataError(f"none of the {count} images of {listing.root} can be read")
+            which = f"none of the {count} images" if count > 1 else "no image"
+            raise DataError(f"{which} of {listing.root} can be read")
 
     statistics = mean_and_std(sums())
     skipped = [*(listing.name(i) for i, _ in gaps), *listing.skipped]
