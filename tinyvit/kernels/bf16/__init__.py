@@ -24,7 +24,7 @@ def gains(instructions: str) -> bool:
     """Whether such products are faster than float32's; of ARM's its makers say so, and it was not measured.
 
     AMD does VDPBF16PS, two float32 FMAs in one, as often as those. Intel does it at a quarter of that (88 GFLOP/s a
-    core, float32's products 165, measured): its processors gain from AMX alone (1,000 to 2,000).
+    core, float32's products 165, measured): its processors gain from AMX alone (1,450 to 1,750).
     """
     on_amd = instructions == "avx512" and jit.has("avx512bf16") and jit.processor_name().startswith("znver")
     return on_amd or instructions in ("amx", "arm")
