@@ -1,12 +1,15 @@
 """What `eval` measures, held against scikit-learn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from tinyvit.evaluation.metrics import Scores, combined, confusion_counts, measure, ranks
+from tinyvit import create_model
+from tinyvit.evaluation.metrics import EvaluationError, Scores, combined, confusion_counts, labels_for, measure, ranks
 
 
 def drawn(images, classes, seed):
@@ -44,3 +47,11 @@ def test_parts_together_have_the_scores_of_the_whole():
     parts = [slice(0, 1), slice(1, 30), slice(30, 50)]
     together = combined([Scores(whole.class_names, labels[part], whole.measured[:, part]) for part in parts])
     assert together.as_dict() == whole.as_dict() and np.array_equal(together.predicted, whole.predicted)
+
+
+def test_classes_are_matched_by_name_and_an_unknown_one_is_told_with_its_cures():
+    model = create_model("vit_nano_patch8_32", num_classes=3)
+    checkpoint = SimpleNamespace(class_names=("cat", "dog", "owl"), config=model.config, path="a.safetensors")
+    assert labels_for(checkpoint, np.array([0, 1, 1]), ["owl", "cat"]).tolist() == [2, 0, 0]
+    with pytest.raises(EvaluationError, match=r"class 'ball' is not one of the model's: cat, dog, owl; --probe knn "):
+        labels_for(checkpoint, np.array([0]), ["ball"])

@@ -345,6 +345,7 @@ def labels_for(checkpoint: Checkpoint, labels: np.ndarray, class_names: Sequence
         raise EvaluationError(
             f"the data set's class {unknown[0]!r} is not one of the model's: {', '.join(checkpoint.class_names[:12])}"
             + (", …" if len(index) > 12 else "")
+            + "; --probe knn measures the features on any classes, train --init learns these"
         )
     if several := [name for name in class_names if checkpoint.class_names.count(name) > 1]:
         raise EvaluationError(f"the data set's class {several[0]!r} is the name of several classes of the model")
