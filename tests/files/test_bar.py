@@ -32,11 +32,11 @@ def test_a_terminal_gets_a_bar_that_vanishes(monkeypatch, columns):
     monkeypatch.setattr(terminal, "fileno", lambda: 2)
     monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((columns, 0)))
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(bar, "PATIENCE", 60)  # a busy machine may stand still for a second
+    monkeypatch.setattr(bar, "INTERVAL", 60)  # a busy machine may stand still for a second
     with bar.bar("images", 10) as done:
         done(10)
     assert terminal.getvalue() == "", "nothing for what is soon over"
-    monkeypatch.setattr(bar, "PATIENCE", 0.01)
+    monkeypatch.setattr(bar, "INTERVAL", 0.01)
     text, whole = shown_within(terminal.getvalue)
     assert text.startswith("\rimages: ") and "\n" not in whole
     assert whole.split("\r")[-2:] == [" " * ((columns or 100) - 1), ""]

@@ -201,9 +201,9 @@ def test_the_products_of_an_mlp_round_what_is_between_them(rows, inner, hidden, 
 
 
 @pytest.mark.parametrize("size", [1, 16, 31, 1000])
-def test_room_begins_with_a_line_of_the_cache(size):
+def test_room_is_aligned_to_cache_lines(size):
     """Loads of tiles take twice as long elsewhere."""
-    rooms = [importlib.import_module("tinyvit.kernels.jit.compiling").lines(size) for _ in range(5)]
+    rooms = [importlib.import_module("tinyvit.kernels.jit.compiling").aligned(size) for _ in range(5)]
     assert all(room.ctypes.data % 64 == 0 and room.size == size for room in rooms)
 
 

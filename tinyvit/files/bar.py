@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-PATIENCE = 1.0  # seconds of which a terminal shows nothing, and between two drawings
+INTERVAL = 1.0  # seconds until a terminal shows a bar, and between two drawings
 SILENCE = 30.0  # seconds between two lines where there is no terminal
 
 
@@ -35,7 +35,7 @@ def _show(what: str, total: int, done: list[int], over: threading.Event) -> None
     """Not by tqdm's own drawing, which waits for the next image, and is silent where a terminal has 0 columns."""
     begun, terminal, columns = time.monotonic(), sys.stderr.isatty(), 0
     with contextlib.suppress(OSError):  # nobody reads on
-        while not over.wait(PATIENCE if terminal else SILENCE):
+        while not over.wait(INTERVAL if terminal else SILENCE):
             from tqdm import tqdm
 
             columns = (os.get_terminal_size(sys.stderr.fileno()).columns if terminal else 0) or 100

@@ -17,7 +17,7 @@ def printable(text: str) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" for the known word that begins with `word` or is most like it; all are lower case.
 
-    The dashes of options make no two of them alike.
+    Leading dashes are not compared.
     """
     word, by_name = word.lower().lstrip("-"), {other.lstrip("-"): other for other in known}
     found = [name for name in by_name if name.startswith(word)] or difflib.get_close_matches(word, by_name, n=1)

@@ -8,9 +8,8 @@ import threading
 import time
 from typing import Any, Self
 
+from tinyvit.files.bar import SILENCE
 from tinyvit.files.text import printable
-
-SILENCE = 30.0  # seconds after which a line is due, if a little less, where there is no bar
 
 
 def clock(seconds: float) -> str:

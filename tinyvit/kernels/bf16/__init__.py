@@ -1,4 +1,4 @@
-"""Products of NumPy arrays with operands rounded to bfloat16: twice as fast as float32's on AMD's processors.
+"""Products of NumPy arrays with operands rounded to bfloat16: faster than float32's, on AMD's processors twice.
 
 It takes numba, and AMD's AVX512-BF16, Intel's AMX or ARM's BF16 and I8MM. These are the products of linear layers, and
 attention's from as many tokens as gain from it. Weights, activations, sums and all else stay in float32.

@@ -14,9 +14,8 @@ from llvmlite import ir
 from numba import float32, int64, types, void
 from numba.extending import intrinsic
 
-from tinyvit.kernels.jit.compiling import compiled, lines, read, widest, written
+from tinyvit.kernels.jit.compiling import aligned, compiled, read, widest, written
 from tinyvit.kernels.jit.dot_blocks import (
-    CONFIGURATION,
     GROUPS,
     KIND,
     PANEL,
@@ -34,12 +33,12 @@ from tinyvit.kernels.jit.dot_products import (
     STRIP,
     SUMS,
     WIDTH,
-    expect,
     gelu,
     groups,
     in_panels,
     multiply,
     multiply_panels,
+    prefetch_rows,
     put,
 )
 from tinyvit.kernels.jit.loops import (
@@ -128,14 +127,14 @@ _strided = types.Array(float32, 2, "A", readonly=True)  # whose rows may lie apa
 def rows_of_pairs(rows, columns):
     """Room for what `round_rows` and `round_columns` make: rows of an odd multiple of 64 bytes use all of a cache."""
     rows, pairs = (rows + PANEL - 1) // PANEL * PANEL, ((columns + 31) // 32 | 1) * BATCH
-    return lines(rows * pairs).view(np.int32).reshape(rows, pairs)
+    return aligned(rows * pairs).view(np.int32).reshape(rows, pairs)
 
 
 @compiled(int64, int64, result=groups(3))
 def panels_of_pairs(rows, columns):
     """Room for what `pack_rows` and `pack_columns` make."""
     count, pairs = (rows + PANEL - 1) // PANEL, (columns + 31) // 32 * BATCH
-    panels = lines(count * pairs * PANEL).view(np.int32).reshape(count, pairs, PANEL)
+    panels = aligned(count * pairs * PANEL).view(np.int32).reshape(count, pairs, PANEL)
     panels[:, (columns + 1) // 2 :] = 0
     return panels
 
@@ -158,7 +157,7 @@ def round_rows(x, out):
 
 @compiled(_sums, groups(2), int64, int64, int64, int64)
 def _round_panels(sums, out, top, bottom, left, columns):
-    """Sums (P, R, PANEL) of these rows -> their pairs from column `left` on, of so many in all."""
+    """Sums (P, R, PANEL) -> the pairs of these rows of `out`, which has so many columns, from column `left` on."""
     for i in range(top, bottom):
         for column in range(left, min(columns, left + PANEL * len(sums)), PANEL):
             at = sums.ctypes.data + (column - left) // PANEL * sums.strides[0] + (i - top) * sums.strides[1]
@@ -226,9 +225,9 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
     pairs, depth = rows_of_pairs(BAND, x.shape[1]), weight.shape[1]
     start = np.zeros(len(weight) * PANEL, np.float32)
     start[:columns] = bias
-    part, slopes = lines(SUMS), lines(SUMS if len(slope) else 0)
+    part, slopes = aligned(SUMS), aligned(SUMS if len(slope) else 0)
     sums, slope_sums, none = in_panels(part), in_panels(slopes), slope[:0]
-    use_tiles(CONFIGURATION.ctypes.data)
+    use_tiles()
     for top in range(0, rows, BAND):
         last = min(rows, top + BAND)
         round_rows(x[top:last], pairs)
@@ -236,9 +235,9 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
         for left in range(0, columns, WIDTH * PANEL):
             for i in range(top, last, STRIP):
                 bottom = min(last, i + STRIP)
-                expect(y, i, bottom, left)
+                prefetch_rows(y, i, bottom, left)
                 if len(slope):
-                    expect(slope, i, bottom, left)
+                    prefetch_rows(slope, i, bottom, left)
                 multiply_panels(pairs, i - top, bottom - top, weight, 0, depth, left, columns, start, sums, False)
                 if then != NOTHING:
                     gelu(part, bottom - i, slopes, then == TANH_GELU)
@@ -255,9 +254,9 @@ def mlp(residual, x, weight1, bias1, weight2, bias2, y, then):
     pairs, middle = rows_of_pairs(BAND, x.shape[1]), rows_of_pairs(BAND, hidden)
     start1, start2 = np.zeros(len(weight1) * PANEL, np.float32), np.zeros(len(weight2) * PANEL, np.float32)
     start1[:hidden], start2[:columns] = bias1, bias2
-    part = lines(SUMS)
+    part = aligned(SUMS)
     sums, depth1, depth2 = in_panels(part), weight1.shape[1], weight2.shape[1]
-    use_tiles(CONFIGURATION.ctypes.data)
+    use_tiles()
     for top in range(0, rows, BAND):
         last = min(rows, top + BAND)
         round_rows(x[top:last], pairs)
@@ -272,7 +271,7 @@ def mlp(residual, x, weight1, bias1, weight2, bias2, y, then):
         for left in range(0, columns, WIDTH * PANEL):
             for i in range(top, last, STRIP):
                 bottom = min(last, i + STRIP)
-                expect(y, i, bottom, left)
+                prefetch_rows(y, i, bottom, left)
                 multiply_panels(middle, i - top, bottom - top, weight2, 0, depth2, left, columns, start2, sums, False)
                 put(sums, residual, y, i, bottom, left)
     release_tiles()
@@ -288,7 +287,7 @@ def linear_vjp(dy, slope, weight, saved, dx, dweight, dbias):
     rows, outputs = dy.shape
     pairs, columns = rows_of_pairs(BAND, outputs), rows_of_pairs(len(dweight), rows)
     room = np.empty((BAND if len(slope) else 0, outputs), np.float32)
-    use_tiles(CONFIGURATION.ctypes.data)
+    use_tiles()
     for top in range(0, rows, BAND):
         bottom = min(rows, top + BAND)
         dh = dy[top:bottom]
@@ -375,11 +374,11 @@ def attention(qkv, y, weights, heads):
     scale = np.float32(1.0 / math.sqrt(dim))
     keys, values = panels_of_pairs(n, dim), panels_of_pairs(dim, n)
     query, shares = rows_of_pairs(STRIP, dim), rows_of_pairs(STRIP, n)
-    scores = lines(len(keys) * STRIP * PANEL).reshape(len(keys), STRIP, PANEL)
-    sums = lines(len(values) * STRIP * PANEL).reshape(len(values), STRIP, PANEL)
+    scores = aligned(len(keys) * STRIP * PANEL).reshape(len(keys), STRIP, PANEL)
+    sums = aligned(len(values) * STRIP * PANEL).reshape(len(values), STRIP, PANEL)
     zeros = np.zeros(PANEL * max(len(keys), len(values)), np.float32)
     highest, totals = np.empty(STRIP * PANEL, np.float32), np.empty(STRIP * PANEL, np.float32)
-    use_tiles(CONFIGURATION.ctypes.data)
+    use_tiles()
     for b in range(batch):
         for h in range(heads):
             q, k, v = h * dim, model + h * dim, 2 * model + h * dim
@@ -412,7 +411,7 @@ def attention_vjp(dy, qkv, y, weights, dqkv, heads):
     along_heads, along_keys = rows_of_pairs(BAND, dim), rows_of_pairs(BAND, n)
     transposed_scores, transposed_weights = rows_of_pairs(n, queries), rows_of_pairs(n, queries)
     scratch = np.empty((BAND, n), np.float32)
-    use_tiles(CONFIGURATION.ctypes.data)
+    use_tiles()
     for b in range(batch):
         for h in range(heads):
             q = slice(h * dim, h * dim + dim)

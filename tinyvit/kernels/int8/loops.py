@@ -7,9 +7,8 @@ from llvmlite import ir
 from numba import float32, int32, int64, types, uint8, void
 from numba.extending import intrinsic
 
-from tinyvit.kernels.jit.compiling import bits_of_float, compiled, lines, maximum, read, widest, written
+from tinyvit.kernels.jit.compiling import aligned, bits_of_float, compiled, maximum, read, widest, written
 from tinyvit.kernels.jit.dot_blocks import (
-    CONFIGURATION,
     GROUPS,
     PANEL,
     REALS,
@@ -25,11 +24,11 @@ from tinyvit.kernels.jit.dot_products import (
     STRIP,
     SUMS,
     WIDTH,
-    expect,
     gelu,
     groups,
     in_panels,
     multiply_panels,
+    prefetch_rows,
     put,
 )
 from tinyvit.kernels.jit.loops import NOTHING, ROUND, TANH_GELU
@@ -106,18 +105,18 @@ def linear(residual, x, weight, scales, sums, bias, y, then):
     rows, columns = y.shape
     depth, shift, zeros = weight.shape[1], np.zeros(len(scales), np.float32), np.zeros(len(scales), np.float32)
     shift[:columns] = bias
-    rounded, row_scales = lines(BAND * depth).view(np.int32).reshape(BAND, depth), np.zeros(BAND, np.float32)
+    rounded, row_scales = aligned(BAND * depth).view(np.int32).reshape(BAND, depth), np.zeros(BAND, np.float32)
     rounded[:] = 0
-    part, in_bytes = lines(SUMS), rounded.view(np.uint8)
+    part, in_bytes = aligned(SUMS), rounded.view(np.uint8)
     products = in_panels(part)
-    use_tiles(CONFIGURATION.ctypes.data)
+    use_tiles()
     for top in range(0, rows, BAND):
         last = min(rows, top + BAND)
         quantise_rows(x[top:last], in_bytes, row_scales)
         for left in range(0, columns, WIDTH * PANEL):
             for i in range(top, last, STRIP):
                 bottom = min(last, i + STRIP)
-                expect(y, i, bottom, left)
+                prefetch_rows(y, i, bottom, left)
                 multiply_panels(rounded, i - top, bottom - top, weight, 0, depth, left, columns, zeros, products, True)
                 for column in range(left, min(columns, left + WIDTH * PANEL), PANEL):
                     for k in range(bottom - i):

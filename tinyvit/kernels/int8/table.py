@@ -12,7 +12,7 @@ from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.int8 import loops
 from tinyvit.kernels.jit import block
-from tinyvit.kernels.jit.compiling import lines, written
+from tinyvit.kernels.jit.compiling import aligned, written
 from tinyvit.kernels.jit.dot_blocks import PANEL, STEP
 from tinyvit.kernels.jit.dot_products import groups
 from tinyvit.kernels.jit.layers import contiguous, linear_layers, rows_of
@@ -39,7 +39,7 @@ def _packed(weight: Array) -> _Packed:
 def _pack(weight: Array) -> _Packed:
     outputs, depth = len(weight), -(-weight.shape[1] // (4 * STEP)) * STEP
     rounded = np.full((outputs, 4 * depth), 128, np.uint8)
-    panels = lines(-(-outputs // PANEL) * PANEL * depth).view(np.int32).reshape(-1, depth, PANEL)
+    panels = aligned(-(-outputs // PANEL) * PANEL * depth).view(np.int32).reshape(-1, depth, PANEL)
     scales, sums = np.zeros(len(panels) * PANEL, np.float32), np.zeros(len(panels) * PANEL, np.int32)
     panels[:] = 0
     loops.quantise_rows(contiguous(weight), rounded, scales)

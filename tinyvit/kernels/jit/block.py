@@ -16,7 +16,7 @@ from numba.extending import overload
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import jit, reference
 from tinyvit.kernels.jit import layers, loops
-from tinyvit.kernels.jit.compiling import compiled, lines, read, written
+from tinyvit.kernels.jit.compiling import aligned, compiled, read, written
 from tinyvit.kernels.jit.loops import GELU, NOTHING, TANH_GELU, layer_norm
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
@@ -83,10 +83,10 @@ def _block(
     """x (B, N, D) -> y, so many images at a time."""
     batch, n, dim = x.shape
     rows, before, after = images * n, x.reshape(-1, dim), y.reshape(-1, dim)
-    normal, middle = lines(rows * dim).reshape(rows, dim), lines(rows * dim).reshape(rows, dim)
+    normal, middle = aligned(rows * dim).reshape(rows, dim), aligned(rows * dim).reshape(rows, dim)
     wide, hidden = (
-        lines(rows * 3 * dim).reshape(rows, 3 * dim),
-        lines(rows * len(fc1_bias)).reshape(rows, len(fc1_bias)),
+        aligned(rows * 3 * dim).reshape(rows, 3 * dim),
+        aligned(rows * len(fc1_bias)).reshape(rows, len(fc1_bias)),
     )
     moments, scores = np.empty((rows, 2), np.float32), np.empty(tile * n, np.float32)
     for start in range(0, batch, images):

@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tinyvit.kernels import jit
+from tinyvit.kernels.jit.compiling import compiled
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
@@ -181,27 +182,26 @@ def add_row(typing, x, y, to):
 
 
 @intrinsic
-def fetch(typing, address):
-    """Bring the line at an address to the second cache."""
+def prefetch(typing, address):
+    """Bring the cache line at an address to the L2 cache."""
 
     def generate(context, builder, signature, args):
         place = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [place.type, INT, INT, INT])
         function = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(function, [place, INT(0), INT(2), INT(1)])  # to be read, by the second cache, data
+        builder.call(function, [place, INT(0), INT(2), INT(1)])  # for reading, locality 2: the L2 cache, data
         return context.get_dummy_value()
 
     return void(int64), generate
 
 
-CONFIGURATION = np.zeros(64, np.uint8)  # of 8 tiles of 16 rows and 64 bytes
-CONFIGURATION[0] = 1
-CONFIGURATION[16:32:2], CONFIGURATION[48:56] = 64, 16
+_CONFIGURATION = np.zeros(64, np.uint8)  # of 8 tiles of 16 rows and 64 bytes
+_CONFIGURATION[0] = 1
+_CONFIGURATION[16:32:2], _CONFIGURATION[48:56] = 64, 16
 
 
 @intrinsic
-def use_tiles(typing, configuration):
-    """With AMX, configure the tiles of this thread, until `release_tiles`; else nothing."""
+def _configure_tiles(typing, configuration):
 
     def generate(context, builder, signature, args):
         if KIND == "amx":
@@ -210,6 +210,12 @@ def use_tiles(typing, configuration):
         return context.get_dummy_value()
 
     return void(int64), generate
+
+
+@compiled()
+def use_tiles():
+    """With AMX, configure the tiles of this thread, until `release_tiles`; else nothing."""
+    _configure_tiles(_CONFIGURATION.ctypes.data)
 
 
 @intrinsic

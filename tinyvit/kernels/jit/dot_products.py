@@ -11,17 +11,20 @@ from __future__ import annotations
 import numpy as np
 from numba import boolean, float32, int32, int64, types
 
-from tinyvit.kernels.jit.compiling import compiled, lines, read
-from tinyvit.kernels.jit.dot_blocks import KIND, PANEL, TILE, add_row, block_of, fetch
+from tinyvit.kernels.jit.compiling import aligned, compiled, read
+from tinyvit.kernels.jit.dot_blocks import KIND, PANEL, TILE, add_row, block_of, prefetch
 from tinyvit.kernels.jit.loops import bias_gelu
 
 # mypy: disable-error-code="no-untyped-def, call-arg"
 
 # Rows of a layer that are rounded at a time, and the part of its result that is made at a time: STRIP rows of WIDTH
-# panels, which what follows finds in the first cache. Measured with AMX.
+# panels, which stay in the L1 cache for what follows. Measured with AMX.
 BAND, STRIP, WIDTH = 96, 32, 4
 SUMS = STRIP * WIDTH * PANEL
-_DEPTH, _MOST = (128 if KIND == "amx" else 768), 768  # groups at a time: for the first cache, and for the second
+_DEPTH, _MOST = (
+    (128 if KIND == "amx" else 768),
+    768,
+)  # groups at a time, for the L1 and the L2 cache
 _ZEROS = np.zeros(SUMS, np.float32)
 
 _of_bytes, _narrow_of_bytes = block_of(True, PANEL), block_of(True, PANEL // 2)
@@ -35,8 +38,8 @@ def groups(ndim: int) -> types.Array:
     return types.Array(int32, ndim, "C")
 
 
-# numba counts the users of each array that is made, atomically, which takes as long as a small block's product. So no
-# array is made for a block: rows and columns are numbers.
+# numba counts the references to each array and slice, atomically, which takes as long as a small block's product. So
+# these functions take the numbers of rows and columns instead of slices.
 
 
 @compiled(groups(2), int64, int64, groups(3), int64, int64, int64, int64, read(1), _sums, boolean)
@@ -80,12 +83,12 @@ def gelu(strip, rows, slopes, tanh):
 
 
 @compiled(_result, int64, int64, int64)
-def expect(c, top, bottom, left):
-    """Fetch what `put` will change in these rows of C, WIDTH panels from column `left` on."""
+def prefetch_rows(c, top, bottom, left):
+    """Prefetch what `put` will write in these rows of C: WIDTH panels from column `left` on."""
     size = 4 * min(WIDTH * PANEL, c.shape[1] - left)
     for i in range(top, bottom):
         for j in range(0, size, 64):
-            fetch(c.ctypes.data + i * c.strides[0] + 4 * left + j)
+            prefetch(c.ctypes.data + i * c.strides[0] + 4 * left + j)
 
 
 @compiled(_sums, _residual, _result, int64, int64, int64)
@@ -110,13 +113,13 @@ def multiply(a, b, c):
     """C = A B^T of bfloat16, with B packed. Rows of C may lie apart. The tiles are in use."""
     rows, columns = c.shape
     depth, none = b.shape[1], c[:0]
-    sums, zeros = in_panels(lines(SUMS)), np.zeros(len(b) * PANEL, np.float32)
+    sums, zeros = in_panels(aligned(SUMS)), np.zeros(len(b) * PANEL, np.float32)
     for near in range(0, depth, _MOST):
         far, before = min(depth, near + _MOST), c if near else none
         for top in range(0, rows, BAND):
             for left in range(0, columns, WIDTH * PANEL):
                 for i in range(top, min(rows, top + BAND), STRIP):
                     bottom = min(rows, i + STRIP)
-                    expect(c, i, bottom, left)
+                    prefetch_rows(c, i, bottom, left)
                     multiply_panels(a, i, bottom, b, near, far, left, columns, zeros, sums, False)
                     put(sums, before, c, i, bottom, left)

@@ -14,11 +14,11 @@ from numba import boolean, float32, int32, int64, types
 
 from tinyvit.kernels.cpu.layers import _PHI_TANH
 from tinyvit.kernels.jit.compiling import (
+    aligned,
     bits_of_float,
     compiled,
     copysign,
     float_of_bits,
-    lines,
     maximum,
     product,
     read,
@@ -356,7 +356,7 @@ def attention(qkv, y, weights, heads, tile, sgemm):
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
     dim = model // heads
-    scale, turned = f(1.0 / math.sqrt(dim)), lines(dim * n)
+    scale, turned = f(1.0 / math.sqrt(dim)), aligned(dim * n)
     kept = len(weights) == batch * heads * queries * n
     for b in range(batch):
         for h in range(heads):
@@ -392,9 +392,9 @@ def attention_vjp(dy, qkv, y, weights, dqkv, heads, tile, sgemm):
     """The gradient dqkv (B, N, 3 H D) of `attention` with all its weights, so many queries at a time."""
     batch, n, width = qkv.shape
     queries, model = y.shape[1], y.shape[2]
-    dim, scratch = model // heads, lines(tile * n).reshape(tile, n)
+    dim, scratch = model // heads, aligned(tile * n).reshape(tile, n)
     ds = scratch.ctypes.data
-    scale, turned = f(1.0 / math.sqrt(dim)), lines(dim * n)
+    scale, turned = f(1.0 / math.sqrt(dim)), aligned(dim * n)
     for b in range(batch):
         for h in range(heads):
             here = 4 * (b * n * width + h * dim)

@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from tinyvit.kernels import jit
-from tinyvit.kernels.jit.compiling import compiled, lines, product, read, written
+from tinyvit.kernels.jit.compiling import aligned, compiled, product, read, written
 from tinyvit.kernels.jit.vectors import CONTRACT, REAL, SIZE, at, repeated
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
@@ -138,7 +138,7 @@ def panels_of_rows(x):
     """x (K, N) in panels (P, K, COLUMNS), of which the last two may overlap."""
     depth, columns = x.shape
     count = (columns + COLUMNS - 1) // COLUMNS
-    panels = lines(count * depth * COLUMNS).reshape(count, depth, COLUMNS)
+    panels = aligned(count * depth * COLUMNS).reshape(count, depth, COLUMNS)
     for panel in range(len(panels)):
         row, to = x.ctypes.data + 4 * min(COLUMNS * panel, columns - COLUMNS), panels[panel].ctypes.data
         for k in range(depth):
@@ -151,7 +151,7 @@ def panels_of_columns(x):
     """x^T of x (N, K), likewise."""
     columns, depth = x.shape
     count = (columns + COLUMNS - 1) // COLUMNS
-    panels = lines(count * depth * COLUMNS).reshape(count, depth, COLUMNS)
+    panels = aligned(count * depth * COLUMNS).reshape(count, depth, COLUMNS)
     for panel in range(len(panels)):
         left = min(COLUMNS * panel, columns - COLUMNS)
         _transpose(x[left:].ctypes.data, depth, COLUMNS, depth, panels[panel].ctypes.data, COLUMNS)
@@ -193,7 +193,7 @@ def can_add(rows, columns):
 def add_transposed(a, b, c):
     """C += A^T B for a few rows of A and B, which are in a cache."""
     depth, rows = a.shape
-    columns, panel = b.shape[1], lines(depth * COLUMNS).reshape(depth, COLUMNS)
+    columns, panel = b.shape[1], aligned(depth * COLUMNS).reshape(depth, COLUMNS)
     for j in range(0, columns, COLUMNS):
         for k in range(depth):
             _copy(b.ctypes.data + 4 * (k * columns + j), panel.ctypes.data + 4 * k * COLUMNS)
