@@ -211,8 +211,8 @@ def test_images_beyond_the_memory_are_read_with_their_row_group(snacks, pa, monk
     kept = load_data(snacks)
     monkeypatch.setattr(parquet, "KEPT", 100)
     monkeypatch.setattr(parquet, "CACHE", 0)
+    monkeypatch.setattr(parquet.Shard, "images", None)  # which would read them all
     data = load_data(snacks, image_size=80)
-    assert isinstance(data.train.images.contents, parquet.RowGroups)
     assert data.train.labels.tolist() == kept.train.labels.tolist()
     assert colours(data.train) == colours(kept.train) and colours(data.test) == colours(kept.test)
     assert data.fingerprint == kept.fingerprint

@@ -80,9 +80,9 @@ def load_data(
         else:
             path = existing(src)
             kind, find = layout(path, skip_corrupt)
-            names, parts = number_classes(path, *find(path), val_fraction, seed)
+            numbered = number_classes(path, *find(path), val_fraction, seed)
             reading = Reading(image_size, skip_corrupt, image_transform, fit_options or {}, statistics, group)
-            data = load_listings(kind, path, names, parts, reading)
+            data = load_listings(kind, path, *numbered, reading)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or src}: {error.strerror or error}") from error
     return data if statistics is None else replace(data, mean=statistics[0], std=statistics[1])

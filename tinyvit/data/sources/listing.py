@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -29,7 +29,7 @@ from tinyvit.data.splits import (
     in_threads,
     stack,
 )
-from tinyvit.data.stored import Contents, Listing
+from tinyvit.data.stored import Listing
 from tinyvit.distributed.group import ALONE, Group
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
@@ -50,7 +50,7 @@ def digest_of_list(parts: Mapping[str, Listing]) -> str:
     digest = hashlib.sha256()
     for part, listing in parts.items():
         digest.update(repr((part, len(listing), listing.labels.tolist())).encode())
-        digest.update("\0".join(listing.files).encode(errors="surrogateescape"))
+        digest.update("\0".join(map(listing.file, range(len(listing)))).encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -63,9 +63,8 @@ def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], threads: in
     """A digest of the classes and of each image's name, class and bytes; of many images, the bytes of SAMPLE."""
 
     def mark(listing: Listing, positions: np.ndarray) -> list[str]:
-        if listing.contents is None:
-            return [digest_of(listing.root / listing.files[i]) for i in positions]
-        return [hashlib.sha256(listing.contents.read(i)).hexdigest() for i in positions]
+        images = map(listing.image, positions)
+        return [digest_of(x) if isinstance(x, Path) else hashlib.sha256(x.read()).hexdigest() for x in images]
 
     digest = hashlib.sha256(repr(names).encode())
     for part in parts:
@@ -73,8 +72,8 @@ def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], threads: in
         read = np.zeros(len(part), bool)
         read[sampled(len(part))] = True
         marks = chain.from_iterable(in_threads(partial(mark, part), chunks(np.flatnonzero(read), FILES), threads))
-        for i, (file, label) in enumerate(zip(part.files, part.labels, strict=True)):
-            digest.update(repr((file, int(label), next(marks) if read[i] else "")).encode())
+        for i, label in enumerate(part.labels):
+            digest.update(repr((part.file(i), int(label), next(marks) if read[i] else "")).encode())
     return digest.hexdigest()[:16]
 
 
@@ -96,7 +95,7 @@ class Rows:
     root: Path
     files: Sequence[str]
     classes: Sequence[str]
-    contents: Contents | None = None
+    contents: Callable[[int], bytes] | None = None
     skipped: tuple[str, ...] = ()
     no_images: tuple[str, ...] = ()
 
@@ -104,13 +103,14 @@ class Rows:
         """The listing with each class as its place in `names`."""
         index = {name: i for i, name in enumerate(names)}
         labels = np.fromiter((index[c] for c in self.classes), np.int64, len(self.classes))
-        return Listing(self.root, self.files, labels, self.contents, False, self.no_images, self.skipped)
+        places = np.arange(len(labels))
+        return Listing(self.root, self.files, places, labels, self.contents, self.no_images, self.skipped)
 
 
 def number_classes(
     source: Path, parts: Mapping[str, Rows], order: Sequence[str], val_fraction: float, seed: int
-) -> tuple[tuple[str, ...], dict[str, Listing]]:
-    """The names of the classes, and the images of each part: "train" with "val", "test" or both.
+) -> tuple[tuple[str, ...], dict[str, Listing], int]:
+    """The names of the classes, the images of each part, "train" with "val", "test" or both, and `Data.drawn_from`.
 
     The classes are those of the training images: first those in `order`, then the others by the alphabet. Without
     other parts, `val_fraction` of each class is drawn as "val". Raises DataError.
@@ -126,9 +126,11 @@ def number_classes(
             f"(they have {', '.join(names)[:200]})"
         )
     listings = {part: rows.numbered(names) for part, rows in parts.items()}
-    if len(listings) == 1:
-        listings["train"], listings["val"] = split_classes(listings["train"], names, val_fraction, seed)
-    return names, listings
+    if len(listings) > 1:
+        return names, listings, 0
+    whole = listings["train"]
+    train, val = split_classes(whole, names, val_fraction, seed)
+    return names, {"train": train, "val": val}, len(whole)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ class Reading:
     group: Group
 
 
-def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[str, Listing], reading: Reading) -> Data:
+def load_listings(
+    kind: str, source: Path, names: tuple[str, ...], parts: dict[str, Listing], drawn_from: int, reading: Reading
+) -> Data:
     """The images of each part of `source` as a data set, its classes called `names`.
 
     `kind` begins the fingerprint. Raises DataError.
@@ -160,7 +164,6 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
     if reading.transform is None and max(size) > SMALL:
         crop = partial(random_resized_crop, size=size, interpolation=options.get("interpolation", "bicubic"))
         reading = replace(reading, transform=crop)
-    drawn_from = sum(map(len, parts.values())) if parts[test_name].drawn else 0
     in_order = sorted(parts, key=("train", "test", "val").index)
     read = {part: load_split(part, parts[part], size, reading) for part in in_order}
     parts, splits = ({part: found[0] for part, found in read.items()}, {part: found[1] for part, found in read.items()})
@@ -179,7 +182,7 @@ def load_listings(kind: str, source: Path, names: tuple[str, ...], parts: dict[s
         in_chans=3,
         fingerprint=f"{kind}-{fingerprint}",
         fit_options=options,
-        own_test=not parts[test_name].drawn,
+        own_test=not drawn_from,
         test_name=test_name,
         no_images=tuple(dict.fromkeys(file for part in parts.values() for file in part.no_images)),
         val=splits["val"] if test_name == "test" and "val" in splits else None,
@@ -229,7 +232,7 @@ def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float,
     for label, name in enumerate(names):
         if np.count_nonzero(listing.labels == label) < 2:
             raise DataError(f"class {name} of {listing.root} has one image, at least two are needed to split it")
-    return listing.take(np.flatnonzero(~test)), replace(listing.take(np.flatnonzero(test)), drawn=True)
+    return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test))
 
 
 def common_size(listings: Sequence[Listing], group: Group) -> tuple[int, int] | None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
-from tinyvit.data.stored import Contents
 from tinyvit.files.text import one_line
 
 if TYPE_CHECKING:
@@ -67,11 +65,11 @@ def read_split(root: Path, shards: Sequence[Shard]) -> Rows | None:
     return Rows(base, names, classes, contents_of(shards))
 
 
-def contents_of(shards: Sequence[Shard]) -> Contents:
-    """The images of all shards. Raises DataError for row groups that are too large to be read one by one."""
+def contents_of(shards: Sequence[Shard]) -> Callable[[int], bytes]:
+    """What gives the bytes of each image of all shards. Raises DataError for too large row groups."""
     sizes = [size for shard in shards for size in shard.group_sizes]
     if sum(sizes) <= KEPT:
-        return Kept([content for shard in shards for content in shard.images()])
+        return [content for shard in shards for content in shard.images()].__getitem__
     if max(sizes) > LARGEST_GROUP:
         large = next(shard.file for shard in shards if max(shard.group_sizes, default=0) > LARGEST_GROUP)
         raise DataError(f"{large} has row groups of {max(sizes):,} bytes, expected at most {LARGEST_GROUP:,}")
@@ -79,40 +77,11 @@ def contents_of(shards: Sequence[Shard]) -> Contents:
     shard, group = (np.repeat([each[k] for each in lengths], [each[2] for each in lengths]) for k in (0, 1))
     row = np.concatenate([np.arange(rows) for *_, rows in lengths])
     kept = lru_cache(max(2, CACHE // max(sizes)))(lambda s, g: shards[s].group(g))
-    return RowGroups(kept, shard, group, row)
 
+    def read(i: int) -> bytes:
+        return kept(int(shard[i]), int(group[i]))[int(row[i])].as_py() or b""
 
-@dataclass(frozen=True)
-class Kept:
-    """Images' bytes in memory."""
-
-    images: list[bytes]
-
-    def read(self, i: int) -> bytes:
-        """Those of image i."""
-        return self.images[i]
-
-    def take(self, positions: np.ndarray) -> Self:
-        """The images at `positions`, in that order."""
-        return replace(self, images=[self.images[i] for i in positions])
-
-
-@dataclass(frozen=True)
-class RowGroups:
-    """Images that are read with their row group: image i is row `row[i]` of `column(shard[i], group[i])`."""
-
-    column: Callable[[int, int], Any]
-    shard: np.ndarray
-    group: np.ndarray
-    row: np.ndarray
-
-    def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises DataError."""
-        return self.column(int(self.shard[i]), int(self.group[i]))[int(self.row[i])].as_py() or b""
-
-    def take(self, positions: np.ndarray) -> Self:
-        """The images at `positions`, in that order."""
-        return replace(self, shard=self.shard[positions], group=self.group[positions], row=self.row[positions])
+    return read
 
 
 class Shard:

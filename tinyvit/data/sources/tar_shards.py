@@ -8,6 +8,7 @@ Other members are passed over.
 
 from __future__ import annotations
 
+import errno
 import sys
 from array import array
 from collections.abc import Sequence
@@ -16,14 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from tinyvit.data.base import DataError
 from tinyvit.data.image import known_endings
 from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
 from tinyvit.data.splits import SKIP_HINT, UNCOUNTED, in_threads
-from tinyvit.data.stored import Members, Texts
+from tinyvit.data.stored import Texts
 from tinyvit.files.fields import checked, either, integer, text
 from tinyvit.files.reading import LARGEST_JSON, open_regular, parse_json, read_text
 from tinyvit.files.tar import Member, read_members
@@ -74,8 +73,17 @@ def read_part(base: Path, files: Sequence[Path], skip_corrupt: bool) -> Rows:
         offset += shard.offset
         size += shard.size
         skipped += shard.skipped
-    members = Members(tuple(files), *(np.array(column, np.int64) for column in (archive, offset, size)))
-    return Rows(base, names, classes, members, tuple(skipped))
+
+    def read(i: int) -> bytes:
+        path = files[archive[i]]
+        with open_regular(path, buffering=0) as file:
+            file.seek(offset[i])
+            content = file.read(size[i])
+        if len(content) < size[i]:
+            raise OSError(errno.EIO, "it has become shorter since it was opened", str(path))
+        return content
+
+    return Rows(base, names, classes, read, tuple(skipped))
 
 
 def read_shard(path: Path, skip_corrupt: bool) -> Shard:
