@@ -156,6 +156,7 @@ def device(
     shared_limit: int = 163 << 10,
     multiprocessors: int = 3,
     capability: int = 80,
+    compiler: tuple[int, int] = (13, 0),
     library: Any = None,
 ) -> Iterator[Namespace]:
     """Within this context the wrappers of CuPy's kernels work on NumPy arrays.
@@ -164,6 +165,7 @@ def device(
         folder: where compiled kernels are kept.
         seed: shuffles the order of threads; 0 for none.
         shared_limit, multiprocessors, capability: the device's.
+        compiler: NVIDIA's run-time compiler's version.
         library: stands for cuBLASLt; None for a machine without it.
     """
     global _seed
@@ -176,6 +178,7 @@ def device(
         "shared_limit": lambda: shared_limit,
         "multiprocessors": lambda: multiprocessors,
         "capability": lambda: capability,
+        "compiler": lambda: compiler,
         "ready": lambda x: ready(np.asarray(x)),  # NumPy makes scalars of arrays without dimensions
         "upload": _upload,
         "device": lambda: 0,

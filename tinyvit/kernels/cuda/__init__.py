@@ -16,8 +16,8 @@ from tinyvit.backend.arrays import Array
 
 FOLDER = Path(__file__).parent
 NULL = np.uint64(0)  # a pointer to nothing, as a kernel's argument
-# The compiler of CUDA 13.0 takes a lambda with `auto` parameters for a function of the host without the second.
-OPTIONS = ("-std=c++17", "-default-device")
+# CuPy adds -ftz=true, -arch=… and --device-as-default-execution-space; before CUDA 12.9 none may be given twice.
+OPTIONS = ("-std=c++17",)
 _SCALARS = {"float32": "float", "float16": "f16", "bfloat16": "bf16"}
 
 
@@ -88,6 +88,13 @@ def cache_file(name: str) -> Path:
 def capability() -> int:
     """The current device's compute capability, 90 for 9.0."""
     return _facts(device()).capability
+
+
+def compiler() -> tuple[int, int]:
+    """The version of NVIDIA's run-time compiler that CuPy uses, (12, 9) for 12.9."""
+    import cupy
+
+    return cupy.cuda.nvrtc.getVersion()
 
 
 def shared_limit() -> int:

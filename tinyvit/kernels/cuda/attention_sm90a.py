@@ -17,6 +17,7 @@ from tinyvit.backend.arrays import Array
 from tinyvit.kernels import cuda, jit
 from tinyvit.kernels.cuda import trial
 
+COMPILER = 12, 9  # the first that takes an architecture from us beside CuPy's
 LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
 KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
 MANY = 1 << 20  # heads: each has one block
@@ -39,6 +40,8 @@ def takes(qkv: Array, factors: Any, num_heads: int, queries: int, backward: bool
     """Whether `forward`, or `backward`, computes attention of qkv (B, N, 3 H D) here."""
     n, dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or jit.refused("TINYVIT_WGMMA"):
+        return False
+    if cuda.compiler() < COMPILER:
         return False
     if n < LEAST_TOKENS or queries < LEAST_QUERIES or dim % 16 or factors is not cuda.NULL:
         return False

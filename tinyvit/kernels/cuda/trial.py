@@ -89,5 +89,4 @@ def _gpu() -> tuple[str, str, int, int, list[int], str]:
     number, runtime = cuda.device(), cupy.cuda.runtime
     name = runtime.getDeviceProperties(number)["name"].decode()
     place = cupy.cuda.Device(number).pci_bus_id
-    compiler = [*cupy.cuda.nvrtc.getVersion()]
-    return place, name, cuda.capability(), runtime.driverGetVersion(), compiler, cupy.__version__
+    return place, name, cuda.capability(), runtime.driverGetVersion(), [*cuda.compiler()], cupy.__version__
