@@ -1,4 +1,4 @@
-"""Which instructions products of 16 and 8 bits take; and those of AMX on other processors, by a signal handler."""
+"""Which instructions products of 16 and 8 bits take; AMX's and AVX-VNNI's on other processors, by a signal handler."""
 
 import ctypes
 import os
@@ -26,7 +26,9 @@ SUPPORT = HERE.parent / "support"
         ("avx512", "cooperlake", True, False),
         ("amx", "sapphirerapids", True, True),
         ("arm", "neoverse-v1", False, True),
-        ("", "haswell", False, False),
+        ("avx2", "haswell", False, False),
+        ("avxvnni", "alderlake", False, False),
+        ("", "nehalem", False, False),
     ],
 )
 def test_a_processor_gains_unless_it_is_intel_s_without_amx(monkeypatch, instructions, name, has_bf16, gains):
@@ -50,7 +52,10 @@ AMX = {"amx-bf16", "amx-int8", "avx512bf16", "avx512vnni"}
         ("linux", {"avx512vnni"}, True, "avx512"),
         ("darwin", {"bf16", "i8mm"}, True, "arm"),
         ("linux", {"bf16"}, True, ""),
-        ("linux", {"avx2"}, True, ""),
+        ("linux", {"avx2", "fma"}, True, "avx2"),
+        ("win32", {"avx2", "avxvnni"}, True, "avxvnni"),
+        ("linux", {"avx2", "avxvnni", "avx512vnni"}, True, "avx512"),
+        ("linux", {"sse4.2"}, True, ""),
     ],
 )
 def test_the_instructions_of_a_processor(monkeypatch, system, features, permitted, found):
@@ -87,22 +92,35 @@ def test_arm_s_features(monkeypatch, system, machine, said, found):
     assert jit._arm_features.__wrapped__() == found
 
 
-@pytest.mark.skipif(
-    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="the signal handler is Linux's on x86-64"
-)
-def test_the_tests_of_16_and_8_bits_pass_by_amx(tmp_path):
+def emulated(tmp_path, kind, command):
+    """The output of `python COMMAND` on a processor with instructions of this kind that a signal handler carries out."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the signal handler is Linux's on x86-64")
     pytest.importorskip("numba")
     if not (compiler := shutil.which("cc")):
         pytest.skip("there is no C compiler")
+    library = tmp_path / "instructions.so"
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, SUPPORT / "instructions.c"], check=True)
+    more = {"PYTHONPATH": f"{SUPPORT}{os.pathsep}{HERE.parents[1]}", "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    environment = os.environ | more | {"EMULATOR": str(library), "EMULATED": kind}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=HERE.parents[1]
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_tests_of_16_and_8_bits_pass_by_amx(tmp_path):
     if jit.has("amx-tile") or not jit.has("avx512bf16"):
         pytest.skip("this processor has AMX itself, or does not round to bfloat16, as those with AMX do")
-    library = tmp_path / "amx.so"
-    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, SUPPORT / "amx.c"], check=True)
-    more = {"PYTHONPATH": str(SUPPORT), "AMX_EMULATOR": str(library), "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
-    options = ["-m", "pytest", "-n", "0", "-q", "-p", "no:faulthandler", "-p", "emulated_amx", "-k"]
+    options = ["-m", "pytest", "-n", "0", "-q", "-p", "no:faulthandler", "-p", "emulated", "-k"]
     which = "products or special or many_tokens or finite"
-    tests = [HERE / name for name in ("test_bf16.py", "test_int8.py")]
-    command = [sys.executable, *options, which, *tests]
-    done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True, cwd=HERE.parents[1])
-    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
-    assert int(re.search(r"AMX instructions: (\d+)", done.stdout)[1]) > 100_000
+    out = emulated(tmp_path, "amx", [*options, which, *(HERE / name for name in ("test_bf16.py", "test_int8.py"))])
+    assert "skipped" not in out and int(re.search(r"instructions: (\d+)", out)[1]) > 100_000, out[-3000:]
+
+
+def test_blocks_of_bytes_by_avx_vnni(tmp_path):
+    if jit.has("avxvnni") or not jit.has("avx2"):
+        pytest.skip("this processor has AVX-VNNI itself, or not even AVX2")
+    # 6 rows and 4 or 2 registers of columns, of 1, 2 and 77 groups
+    assert emulated(tmp_path, "avxvnni", [SUPPORT / "emulated.py"]) == f"avxvnni instructions: {6 * (4 + 2) * 80}\n"

@@ -8,7 +8,7 @@ loss is scaled to keep small gradients above zero.
 
 On a CPU that multiplies bfloat16 fast (AMD's AVX512-BF16, Intel's AMX, ARM's BF16 with I8MM; with numba) bf16 rounds
 the operands of linear layers, and those of attention with many tokens, alone. Weights and activations stay in float32.
-int8, for predictions, has 8 bits for the operands of linear layers (AVX512-VNNI, AMX, ARM's BF16 with I8MM).
+int8, for predictions, has 8 bits for the operands of linear layers (AVX2 and later, ARM's BF16 with I8MM).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tinyvit.nn import Buffer, Module, Parameter
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 PREDICTION_PRECISIONS = (*PRECISIONS, "int8")
-_CPU_OF_INT8 = "a CPU with AVX512-VNNI, AMX that Linux lets it use, or ARM's BF16 and I8MM"
+_CPU_OF_INT8 = "a CPU with AVX2 (and AMX, if it has that, granted by Linux) or ARM's BF16 and I8MM"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 

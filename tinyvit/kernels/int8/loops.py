@@ -1,18 +1,20 @@
-"""Linear layers in bytes: both matrices are rounded to 255 steps, band by band of rows, and multiplied exactly."""
+"""Linear layers in 8 bits: both matrices are rounded to 255 steps, band by band of rows, and multiplied exactly."""
 
 from __future__ import annotations
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, int32, int64, types, uint8, void
+from numba import float32, from_dtype, int32, int64, types, void
 from numba.extending import intrinsic
 
 from tinyvit.kernels.jit.compiling import aligned, bits_of_float, compiled, maximum, read, widest, written
 from tinyvit.kernels.jit.dot_blocks import (
     GROUPS,
+    OFFSET,
     PANEL,
     REALS,
     SIZE,
+    WHOLE,
     load,
     release_tiles,
     shuffled,
@@ -37,8 +39,8 @@ from tinyvit.kernels.jit.vectors import CONTRACT
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, call-arg"
 
 _LARGEST, _SMALLEST = np.float32(127), np.float32(3.8e-37)  # whose ratio is finite
-_SIGNS = -0x7F7F7F80  # 0x80808080
-_bytes = types.Array(uint8, 2, "C")
+_SIGNS = -0x7F7F7F80 if OFFSET else 0  # 0x80808080: its exclusive or subtracts the offset
+_whole = types.Array(from_dtype(np.dtype(WHOLE)), 2, "C")
 
 
 @compiled(float32, float32, result=float32, inline=True)
@@ -47,9 +49,9 @@ def _divided(x, y):
     return x / y
 
 
-@compiled(read(2), _bytes, written(1), reorder=True)
+@compiled(read(2), _whole, written(1), reorder=True)
 def quantise_rows(x, out, scales):
-    """Each row of x (R, K) is a scale times (a row of `out` - 128), rounded to nearest."""
+    """Each row of x (R, K) is a scale times (a row of `out` - OFFSET), rounded to nearest."""
     widest()
     rows, columns = x.shape
     for i in range(rows):
@@ -59,12 +61,12 @@ def quantise_rows(x, out, scales):
         highest = maximum(highest, _SMALLEST)
         scales[i], steps = _divided(highest, _LARGEST), _divided(_LARGEST, highest)
         for j in range(columns):
-            out[i, j] = bits_of_float(x[i, j] * steps + ROUND) + int32(128)
+            out[i, j] = bits_of_float(x[i, j] * steps + ROUND) + int32(OFFSET)
 
 
 @compiled(groups(2), groups(3), types.Array(int32, 1, "C"))
 def pack(x, out, sums):
-    """Rows (N, groups) of bytes, less 128, in panels (P, groups, PANEL), and 128 times the sum of each in `sums`."""
+    """Rows (N, groups), less the offset, in panels (P, groups, PANEL), and OFFSET times the sum of each in `sums`."""
     rows, depth = x.shape
     for i in range(rows):
         panel, place, total = i // PANEL, i % PANEL, int32(0)
@@ -73,7 +75,7 @@ def pack(x, out, sums):
             out[panel, k, place] = group ^ int32(_SIGNS)
             for shift in range(0, 32, 8):
                 total += ((group >> shift) & 255) - 128
-        sums[i] = 128 * total
+        sums[i] = OFFSET * total
 
 
 @intrinsic
@@ -107,12 +109,12 @@ def linear(residual, x, weight, scales, sums, bias, y, then):
     shift[:columns] = bias
     rounded, row_scales = aligned(BAND * depth).view(np.int32).reshape(BAND, depth), np.zeros(BAND, np.float32)
     rounded[:] = 0
-    part, in_bytes = aligned(SUMS), rounded.view(np.uint8)
+    part, whole = aligned(SUMS), rounded.view(WHOLE)
     products = in_panels(part)
     use_tiles()
     for top in range(0, rows, BAND):
         last = min(rows, top + BAND)
-        quantise_rows(x[top:last], in_bytes, row_scales)
+        quantise_rows(x[top:last], whole, row_scales)
         for left in range(0, columns, WIDTH * PANEL):
             for i in range(top, last, STRIP):
                 bottom = min(last, i + STRIP)

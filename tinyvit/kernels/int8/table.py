@@ -13,7 +13,7 @@ from tinyvit.kernels import Kernel, reference
 from tinyvit.kernels.int8 import loops
 from tinyvit.kernels.jit import block
 from tinyvit.kernels.jit.compiling import aligned, written
-from tinyvit.kernels.jit.dot_blocks import PANEL, STEP
+from tinyvit.kernels.jit.dot_blocks import IN_GROUP, OFFSET, PANEL, STEP, WHOLE
 from tinyvit.kernels.jit.dot_products import groups
 from tinyvit.kernels.jit.layers import contiguous, linear_layers, rows_of
 from tinyvit.kernels.jit.table import whole_block
@@ -37,8 +37,8 @@ def _packed(weight: Array) -> _Packed:
 
 
 def _pack(weight: Array) -> _Packed:
-    outputs, depth = len(weight), -(-weight.shape[1] // (4 * STEP)) * STEP
-    rounded = np.full((outputs, 4 * depth), 128, np.uint8)
+    outputs, depth = len(weight), -(-weight.shape[1] // (IN_GROUP * STEP)) * STEP
+    rounded = np.full((outputs, IN_GROUP * depth), OFFSET, WHOLE)
     panels = aligned(-(-outputs // PANEL) * PANEL * depth).view(np.int32).reshape(-1, depth, PANEL)
     scales, sums = np.zeros(len(panels) * PANEL, np.float32), np.zeros(len(panels) * PANEL, np.int32)
     panels[:] = 0

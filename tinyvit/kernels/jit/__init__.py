@@ -92,14 +92,19 @@ def _arm_features() -> set[str]:
 
 @functools.cache
 def dot_instructions() -> str:
-    """The instructions for sums of products of 16 and 8 bits: "amx", "avx512" (perhaps of 8 alone), "arm" or ""."""
+    """The instructions for sums of products of 16 and 8 bits, or of 8 alone, or "".
+
+    "amx", "arm" (both), "avx512" (both or 8), "avxvnni", "avx2" (8).
+    """
     on_linux = (sys.platform, platform.machine()) == ("linux", "x86_64")
     if on_linux and all(has(feature) for feature in ("amx-bf16", "amx-int8", "avx512bf16")):
         # Not AVX-512's: numba, which knows the processor alone, could find the code of the other kind in its cache.
         return "amx" if _tiles_permitted() else ""
     if has("avx512vnni"):
         return "avx512"
-    return "arm" if has("bf16") and has("i8mm") else ""
+    if has("bf16") and has("i8mm"):
+        return "arm"
+    return next((kind for kind in ("avxvnni", "avx2") if has(kind)), "")
 
 
 def _tiles_permitted() -> bool:

@@ -1,7 +1,8 @@
-"""Blocks of sums of products of 16 and 8 bits, by the instructions that AVX-512, AMX and ARM have for them.
+"""Blocks of sums of products of 16 and 8 bits, by the instructions that processors have for them.
 
-Each adds neighbouring products to sums of 32 bits: VDPBF16PS and VPDPBUSD for 16 sums in a register, TDPBF16PS and
-TDPBUSD for 16 x 16 in a tile, BFMMLA and USMMLA for 2 x 2. `dot_products` has the layout of the matrices.
+Each adds neighbouring products to sums of 32 bits: VDPBF16PS and VPDPBUSD for 16 sums in a register (AVX-512) or 8
+(AVX-VNNI, of bytes alone), TDPBF16PS and TDPBUSD for 16 x 16 in a tile (AMX), BFMMLA and USMMLA for 2 x 2 (ARM). AVX2
+has VPMADDWD of whole numbers of 16 bits alone, which then hold the bytes. `dot_products` has the layout of the matrices.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ binding.initialize_native_asmparser()  # the instructions have no name in llvmli
 
 KIND = jit.dot_instructions()
 # Rows of A in a block, and groups of the inner dimension that an instruction, or an unrolled loop, takes at a time.
-TILE, STEP = {"amx": (32, 16), "arm": (8, 4)}.get(KIND, (8, 1))
+TILE, STEP = {"amx": (32, 16), "arm": (8, 4), "avxvnni": (6, 1), "avx2": (4, 2)}.get(KIND, (8, 1))
 PANEL = 32  # columns of a block
+# Whole numbers in a group, and what is added to those of A: that of bytes has no sign.
+WHOLE, OFFSET = (np.int16, 0) if KIND == "avx2" else (np.uint8, 128)
+IN_GROUP = 4 // np.dtype(WHOLE).itemsize
 INT, SIZE = ir.IntType(32), ir.IntType(64)
 REALS, GROUPS = ir.VectorType(ir.FloatType(), 16), ir.VectorType(INT, 16)
 _QUAD = ir.VectorType(INT, 4)
@@ -55,27 +59,49 @@ def allow_instructions(builder):
         set.add(builder.function.attributes, f'"target-features"="{",".join(known)}"')
 
 
-def _of_avx512(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
-    name = "vpdpbusd" if of_bytes or not jit.has("avx512bf16") else "vdpbf16ps"  # or LLVM would end the process
-    add = ir.InlineAsm(ir.FunctionType(REALS, [REALS, GROUPS, GROUPS]), f"{name} $3, $2, $0", "=v,0,v,v")
-    rows, columns = range(TILE), range(0, width, 16)
-    sums = [[cgutils.alloca_once(builder, REALS) for _ in columns] for _ in rows]
-    for i in rows:
-        for j, total in zip(columns, sums[i], strict=True):
-            builder.store(load(builder, start, builder.add(builder.mul(start_row, SIZE(i)), SIZE(j))), total)
+def _add_products(of_bytes: bool, builder, total, x, y):
+    """The sums in a register and the products of two."""
+    vector = total.type
+    if KIND == "avx2":
+        pairs = ir.VectorType(ir.IntType(16), 2 * vector.count)
+        kind = ir.FunctionType(vector, [pairs, pairs])
+        multiply = builder.module.declare_intrinsic("llvm.x86.avx2.pmadd.wd", (), kind)
+        return builder.add(total, builder.call(multiply, [builder.bitcast(x, pairs), builder.bitcast(y, pairs)]))
+    name, registers = ("{vex} vpdpbusd", "x") if KIND == "avxvnni" else ("vpdpbusd", "v")
+    if not of_bytes and jit.has("avx512bf16"):  # else LLVM would end the process; nobody asks for such a product
+        name = "vdpbf16ps"
+    constraint = f"={registers},0,{registers},{registers}"
+    add = ir.InlineAsm(ir.FunctionType(vector, [vector] * 3), f"{name} $3, $2, $0", constraint)
+    return builder.call(add, [total, x, y])
+
+
+def _of_vectors(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
+    """Two registers of columns at a time."""
+    lanes = 16 if KIND == "avx512" else 8
+    vector = ir.VectorType(INT, lanes)
+    rows, columns = range(TILE), range(0, min(width, 2 * lanes), lanes)
+    sums = [[cgutils.alloca_once(builder, vector) for _ in columns] for _ in rows]
     offsets = [builder.mul(a_row, SIZE(i)) for i in rows]
-    with cgutils.for_range(builder, depth) as loop:
-        line = builder.mul(loop.index, SIZE(PANEL))
-        ys = [load(builder, b, builder.add(line, SIZE(j)), GROUPS) for j in columns]
+    with cgutils.for_range_slice(builder, SIZE(0), SIZE(width), SIZE(2 * lanes)) as (left, _):
+
+        def place(row, i, j):
+            return builder.add(builder.mul(row, SIZE(i)), builder.add(left, SIZE(j)))
+
         for i in rows:
-            group = load(builder, a, builder.add(loop.index, offsets[i]), INT)
-            first = builder.insert_element(ir.Constant(GROUPS, ir.Undefined), group, SIZE(0))
-            x = shuffled(builder, first, first, [0] * 16)
-            for y, total in zip(ys, sums[i], strict=True):
-                builder.store(builder.call(add, [builder.load(total), x, y]), total)
-    for i in rows:
-        for j, total in zip(columns, sums[i], strict=True):
-            store(builder, builder.load(total), c, builder.add(builder.mul(c_row, SIZE(i)), SIZE(j)))
+            for j, total in zip(columns, sums[i], strict=True):
+                builder.store(load(builder, start, place(start_row, i, j), vector), total)
+        with cgutils.for_range_slice(builder, SIZE(0), depth, SIZE(STEP)) as (near, _):
+            for k in [builder.add(near, SIZE(step)) for step in range(STEP)]:
+                ys = [load(builder, b, place(k, PANEL, j), vector) for j in columns]
+                for i in rows:
+                    group = load(builder, a, builder.add(k, offsets[i]), INT)
+                    first = builder.insert_element(ir.Constant(vector, ir.Undefined), group, SIZE(0))
+                    x = shuffled(builder, first, first, [0] * lanes)
+                    for y, total in zip(ys, sums[i], strict=True):
+                        builder.store(_add_products(of_bytes, builder, builder.load(total), x, y), total)
+        for i in rows:
+            for j, total in zip(columns, sums[i], strict=True):
+                store(builder, builder.load(total), c, place(c_row, i, j))
 
 
 def _of_amx(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, c, c_row, depth):
@@ -146,7 +172,7 @@ def _of_arm(of_bytes: bool, width: int, builder, a, a_row, b, start, start_row, 
                     store(builder, x, c, builder.add(builder.mul(c_row, SIZE(i + k)), q))
 
 
-_generate = {"amx": _of_amx, "arm": _of_arm}.get(KIND, _of_avx512)
+_generate = {"amx": _of_amx, "arm": _of_arm}.get(KIND, _of_vectors)
 
 
 def block_of(of_bytes: bool, width: int) -> Any:

@@ -1,6 +1,6 @@
 """Products of matrices whose operands have 16 or 8 bits, with sums of 32.
 
-A group is 32 bits of neighbours along the inner dimension: a pair of bfloat16 numbers or four bytes. The left matrix
+A group is 32 bits of neighbours along the inner dimension: a pair of bfloat16 numbers or four bytes, with AVX2 two. The left matrix
 (M, K) is an array of rows of groups, as many as whole blocks of TILE rows have. The right one (N, K) is packed, a list
 of panels of PANEL rows: (panels, groups, PANEL). Zeros fill the last group, and lead to a multiple of STEP groups. In
 rows that only fill the last block or panel there may be any number: results that are dropped depend on it.
@@ -19,7 +19,8 @@ from tinyvit.kernels.jit.loops import bias_gelu
 
 # Rows of a layer that are rounded at a time, and the part of its result that is made at a time: STRIP rows of WIDTH
 # panels, which stay in the L1 cache for what follows. Measured with AMX.
-BAND, STRIP, WIDTH = 96, 32, 4
+STRIP, WIDTH = 32 // TILE * TILE, 4
+BAND = 3 * STRIP
 SUMS = STRIP * WIDTH * PANEL
 _DEPTH, _MOST = (
     (128 if KIND == "amx" else 768),

@@ -1,7 +1,8 @@
-/* Intel's AMX instructions on a processor that has none: each raises SIGILL, and the handler does what the manual says,
-   but for the order of sums and denormal numbers. What would raise an exception ends the process.
+/* Intel's AMX and AVX-VNNI on a processor that has none: each instruction raises SIGILL, and the handler does what the
+   manual says, but for the order of sums and denormal numbers. What would raise an exception ends the process.
 
-   Those that tinyvit's kernels use: LDTILECFG, TILERELEASE, TILELOADD, TILESTORED, TDPBF16PS, TDPBUSD. */
+   Those that tinyvit's kernels use: LDTILECFG, TILERELEASE, TILELOADD, TILESTORED, TDPBF16PS, TDPBUSD; VPDPBUSD of 256
+   bits in registers. */
 
 #define _GNU_SOURCE
 #include <signal.h>
@@ -21,7 +22,7 @@ static const int registers[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, R
 
 static void check(int fits, const char *what) {
     if (fits) return;
-    fprintf(stderr, "amx.c: %s\n", what);
+    fprintf(stderr, "instructions.c: %s\n", what);
     abort();
 }
 
@@ -57,6 +58,18 @@ static void configure(const uint8_t *memory) {
               "a tile is too large, or there are more than 8");
 }
 
+static void add_products_of_bytes(uint8_t *state, int sums, int a, int b) {
+    state[512] |= 4; /* the upper halves of the registers count */
+    for (int j = 0; j < 32; j++) {
+        int half = j < 16 ? 160 : 576, place = j % 16; /* where XSAVE puts the lower and the upper ones */
+        int product = state[half + 16 * a + place] * (int8_t)state[half + 16 * b + place], sum;
+        uint8_t *at = state + half + 16 * sums + place / 4 * 4;
+        memcpy(&sum, at, 4);
+        sum += product;
+        memcpy(at, &sum, 4);
+    }
+}
+
 static void on_illegal(int number, siginfo_t *info, void *context) {
     greg_t *general = ((ucontext_t *)context)->uc_mcontext.gregs;
     const uint8_t *at = (const uint8_t *)general[REG_RIP], *code = at;
@@ -81,8 +94,10 @@ static void on_illegal(int number, siginfo_t *info, void *context) {
         if (mode == 1) address += *(const int8_t *)code, code += 1;
         if (mode == 2) address += *(const int32_t *)code, code += 4;
     }
-    check(config.palette || opcode == 0x49, "no tiles are configured");
-    if (opcode == 0x49 && prefix == 0 && mode == 3) memset(&config, 0, sizeof config); /* TILERELEASE */
+    check(config.palette || opcode == 0x49 || opcode == 0x50, "no tiles are configured");
+    if (opcode == 0x50 && prefix == 1 && mode == 3 && at[2] & 4) /* VPDPBUSD */
+        add_products_of_bytes((uint8_t *)((ucontext_t *)context)->uc_mcontext.fpregs, reg, second, rm | high_base);
+    else if (opcode == 0x49 && prefix == 0 && mode == 3) memset(&config, 0, sizeof config); /* TILERELEASE */
     else if (opcode == 0x49 && prefix == 0) configure(address); /* LDTILECFG */
     else if (opcode == 0x4B && (prefix == 3 || prefix == 2)) /* TILELOADD, TILESTORED */
         for (int i = 0; i < config.rows[reg]; i++, address += stride)
