@@ -6,7 +6,6 @@ import contextlib
 import csv
 import dataclasses
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from tinyvit.distributed.group import SLOW
 from tinyvit.errors import ReportedError, UsageError
 from tinyvit.files.atomic import atomic_write
 from tinyvit.files.bar import bar
-from tinyvit.files.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from tinyvit.checkpoints.checkpoint import Checkpoint
@@ -276,22 +274,9 @@ def held_out_as_in_run(checkpoint: Checkpoint, data: Data) -> Data:
     from tinyvit.data.splits import hold_out
 
     split = checkpoint.split
-    if "val_fraction" not in split or not data.own_test or data.val is not None:
+    if not (split.get("held_out") and "val_fraction" in split and data.own_test) or data.val is not None:
         return data
-    held_out = split["held_out"] if "held_out" in split else _held_out(checkpoint, data.train)
-    return hold_out(data, split["val_fraction"], split.get("seed", 0)) if held_out else data
-
-
-def _held_out(checkpoint: Checkpoint, train: Split) -> bool:
-    """Whether a run that did not record it divided the images of `train`: then its two parts are as many."""
-    try:
-        config = parse_json(read_text(checkpoint.path.with_name("config.json")))
-        divided = config["data"]["train"] + config["data"]["val"]
-        return config["options"]["val_fraction"] is not None and 0 <= divided - len(train) <= len(train.gaps)
-    except (OSError, ValueError, LookupError, TypeError):
-        if checkpoint.split["val_fraction"] != 0.1:  # not the default
-            warnings.warn(f"{checkpoint.path} does not say whether training images were held out", stacklevel=2)
-        return False
+    return hold_out(data, split["val_fraction"], split.get("seed", 0))
 
 
 def drawn_otherwise(checkpoint: Checkpoint, data: Data) -> str:
@@ -299,16 +284,10 @@ def drawn_otherwise(checkpoint: Checkpoint, data: Data) -> str:
 
     One image more or less gives others, so that images that the run trained on would be among those it held out.
     """
-    if not (checkpoint.split and data.drawn_from):
-        return ""
     then = checkpoint.split.get("images")
-    if then is None:  # an older run: none may be missing from the draw; those that it held out it drew without gaps
-        alike = all(len(x.skipped) <= (0 if data.own_test else len(x.gaps)) for x in (data.train, data.validation))
-    else:
-        alike = then == data.drawn_from
-    if alike:
+    if not data.drawn_from or then in (None, data.drawn_from):
         return ""
-    drawn = f"{data.name} has {data.drawn_from} images to draw a part from, the model's run had {then or 'more'}"
+    drawn = f"{data.name} has {data.drawn_from} images to draw a part from, the model's run had {then}"
     return f"{drawn}: which of them it trained on is not known"
 
 
