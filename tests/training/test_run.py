@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path):
     arguments = ["--optimizer", "sgd", "--lr", "1e30", "--warmup", "0", "--clip-norm", "0", "--schedule", "constant"]
     result = tinyvit("train", "--data", images, "--out", out, *NANO, *arguments, "--weight-decay", "0")
     message = assert_one_line_error(result, 1)
-    assert "at step " in message and "learning rate 1e+30" in message and "largest gradient" in message
+    assert "at step " in message and "learning rate 1e+30" in message
     assert str(out / "last.safetensors") in message
     assert all(np.all(np.isfinite(array)) for array in load_file(out / "last.safetensors").values())
 

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from typing import Any
 
 Array = Any
-Results = tuple[tuple[Array, ...], list[Array]]
+Results = tuple[Array, ...]
 
 _waiting: ContextVar[list[Callable[[], None]] | None] = ContextVar("tinyvit_waiting", default=None)
 
@@ -59,8 +59,7 @@ class Graphed:
     them in a row replace the graph. What cannot be captured always does, after one warning that says why.
 
     Args:
-        function: takes arrays, gives a tuple of arrays and a list of further ones, which the next call may write over.
-            May change arrays that live on, always in place.
+        function: takes arrays, gives a tuple of arrays; may change arrays that live on, always in place.
         depends_on: what of a graph's surroundings makes its kind, beside the shapes and dtypes of the inputs: settings,
             and addresses of arrays that it uses.
         on_replay: the host's share of a call that is repeated.
@@ -167,7 +166,7 @@ class _Graph:
         with self._after_current(), capture() as self._waiting, cupy.cuda.using_allocator(self._pool.malloc):
             self._stream.begin_capture()
             try:
-                self._outputs, self._lasting = function(*self._inputs)
+                self._outputs = function(*self._inputs)
             except BaseException:
                 with contextlib.suppress(Exception):  # the capture may have broken off already
                     self._stream.end_capture()
@@ -186,13 +185,13 @@ class _Graph:
             _give_back()
 
     def replay(self, inputs: tuple[Array, ...], on_replay: Callable[[], None]) -> Results:
-        """Repeat the call with other inputs; of its tuple copies are given, which the next call does not write over."""
+        """Repeat the call with other inputs; copies are given, which the next call does not write over."""
         with self._after_current():
             for own, x in zip(self._inputs, inputs, strict=True):
                 own[...] = x
             on_replay()
             self._graph.launch(self._stream)
-            return tuple(x.copy() for x in self._outputs), self._lasting
+            return tuple(x.copy() for x in self._outputs)
 
     @contextlib.contextmanager
     def _after_current(self) -> Any:

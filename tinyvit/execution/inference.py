@@ -181,5 +181,5 @@ def _make(model: nn.Module, weights: list[nn.Parameter], precision: str) -> tupl
     if not arrays.is_cupy(weights[0].data):
         return mode, compute
     addresses = lambda: tuple(cuda.address(p.data) for p in weights)
-    graph = Graphed(lambda images: ((compute(images),), []), addresses, can_retry=lambda: True)
-    return mode, lambda images: graph(images)[0][0]
+    graph = Graphed(lambda images: (compute(images),), addresses, can_retry=lambda: True)
+    return mode, lambda images: graph(images)[0]

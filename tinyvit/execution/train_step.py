@@ -107,7 +107,6 @@ class TrainStep:
         )  # fmt: skip
         self.step_index = 0
         self.result = StepResult(math.nan, 0, math.nan)
-        self._gradients: list[Array] = []
         self._has_effects = False  # whether a step that fails has changed something already
 
     @cached_property
@@ -141,7 +140,6 @@ class TrainStep:
             raise ValueError(f"expected as many labels as images and at least one, got {batch} and {count}")
         self.model.train()
         like = self.parameters[0].data
-        self._gradients = []  # the last step's: their memory is this one's
         # Other processes would not repeat their all-reduce, and a module may change its buffers.
         self._has_effects = self.group.size > 1 or any(True for _ in self.model.buffers())
         with parallel.limit(self.threads), arrays.on_device_of(like):
@@ -150,24 +148,22 @@ class TrainStep:
             self.precision.refresh()  # not in the graph, which would repeat it
             if arrays.is_cupy(like):
                 step = arrays.convert(np.array(self.step_index), like)
-                result, self._gradients = self.graph(images, labels, every_label, step)
+                result = self.graph(images, labels, every_label, step)
             else:
-                result, self._gradients = self._compute(images, labels, every_label, self.step_index)
+                result = self._compute(images, labels, every_label, self.step_index)
         self.result = StepResult(*result)
         self.precision.note_rounded()  # the update did that
         self.step_index += 1
         return Tensor(self.result.loss)
 
-    def _compute(
-        self, images: Array, labels: Array, every_label: Array, step: int | Array
-    ) -> tuple[StepResult, list[Array]]:
-        """The step's arithmetic, with its gradients; a graph can repeat it where nothing of it depends on the host."""
+    def _compute(self, images: Array, labels: Array, every_label: Array, step: int | Array) -> StepResult:
+        """The step's arithmetic; a graph can repeat it where nothing of it depends on the host."""
         loss, correct, gradients = self._differentiate(images, labels, every_label, step)
         try:
             norm = self._update(gradients)
         finally:
             self.optimizer.zero_grad()  # also of a capture that fails, whose memory is wanted back
-        return StepResult(loss, correct, norm), gradients
+        return StepResult(loss, correct, norm)
 
     def _update(self, gradients: list[Array]) -> Array:
         """Update the weights and their average, and return the norm of the gradients."""
@@ -227,9 +223,3 @@ class TrainStep:
             self._scale.load_state_dict(state)
         elif state:
             raise ValueError(f"precision {self.precision.name} has no state, got {', '.join(sorted(state))}")
-
-    @property
-    def largest_grad(self) -> float:
-        """The largest absolute entry of the last gradient (after clipping); NaN if there is one."""
-        largest = [np.max(np.abs(arrays.to_numpy(g))) for g in self._gradients if g.size]
-        return float(np.max(largest)) * self.optimizer.gradient_scale if largest else math.nan

@@ -151,11 +151,6 @@ class Optimizer:
         self._state.begin(self.lr, self._updated[0].steps - 1)
 
     @property
-    def gradient_scale(self) -> float:
-        """The factor by which the last `update` multiplied the gradients without changing their arrays."""
-        return 1.0 if self._state is None else float(self._state.gradient_scale)
-
-    @property
     def skipped(self) -> Any:
         """Not 0 if the last `update` changed nothing because a gradient overflowed; on a device always one array."""
         return 0.0 if self._state is None else self._state.skipped

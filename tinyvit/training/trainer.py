@@ -190,8 +190,7 @@ class Trainer:
     def failure(self, problem: str) -> TrainError:
         """The error for a problem in the first step whose result is not read yet."""
         return TrainError(
-            f"{problem} at step {self.oldest_pending} (learning rate {self.parts.optimizer.lr:g}, "
-            f"largest gradient {self.parts.step.largest_grad:g}): try a lower --lr; "
+            f"{problem} at step {self.oldest_pending} (learning rate {self.parts.optimizer.lr:g}): try a lower --lr; "
             f"{self.directory.last} holds the last good weights"
         )
 

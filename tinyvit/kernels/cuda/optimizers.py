@@ -100,7 +100,7 @@ class UpdateState(reference.UpdateState):
         return int(self.get("step"))
 
     def updated_on_host(self) -> None:
-        self._on_device, self.gradient_scale = None, 1.0
+        self._on_device = None
 
     def set(self, name: str, value: float) -> None:
         """Give one of the numbers a value, without waiting for the device."""
@@ -161,7 +161,7 @@ def limit_norm(xp: Any, state: UpdateState, types: dict, filled: Filled, max_nor
         limits = np.int32(loss_scale.GROW_AFTER), np.float32(loss_scale.LARGEST)
         scaling = (loss_scale.value, loss_scale.good, *limits)
     clip((1,), (32,), (total, np.float64(max_norm), *scaling, state.control))
-    state.skipped, state.gradient_scale = state.skip, state.get("gradient_scale")
+    state.skipped = state.skip
 
 
 def step_adamw(

@@ -82,12 +82,11 @@ class UpdateState:
 
     Attributes:
         lr: the learning rate.
-        gradient_scale: the factor by which the last update multiplied gradients without changing their arrays.
         skipped: not 0 if the last update changed nothing, because a gradient that was scaled had overflowed.
     """
 
     def __init__(self, xp: ModuleType) -> None:
-        self.lr, self.gradient_scale, self.skipped = 0.0, 1.0, 0.0
+        self.lr, self.skipped = 0.0, 0.0
 
     def begin(self, lr: float, steps_done: int) -> None:
         """Take the learning rate of the next update; `steps_done` were made before it."""
