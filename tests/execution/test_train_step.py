@@ -203,18 +203,6 @@ def test_frozen_parameters_stay_and_averages_follow():
     assert error(ema.state_dict()["head.bias"], (start["head.bias"] + end["head.bias"]) / 2, 1e-3) < 1e-6
 
 
-def test_an_average_of_a_users_own_follows_too():
-    class Last(optim.EMA):
-        def update(self):
-            self._decay = 0.0
-            super().update()
-
-    model = nano()
-    ema = Last(model, 0.5)
-    TrainStep(model, optim.SGD(model.parameters(), lr=0.1), ema=ema, threads=1)(*batch())
-    assert np.array_equal(ema.state_dict()["head.bias"], model.state_dict()["head.bias"])
-
-
 def test_a_step_switches_training_on():
     model = nano(**RATES).eval()
     TrainStep(model, optim.SGD(model.parameters(), lr=0.1), threads=1)(*batch())

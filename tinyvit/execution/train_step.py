@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyvit import nn, optim
-from tinyvit.backend import arrays, cuda_graph, parallel
+from tinyvit.backend import arrays, parallel
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.backend.memory import keep_freed_memory
 from tinyvit.distributed import ALONE, Group
@@ -45,9 +44,7 @@ class TrainStep:
         clip_norm: largest global norm of the gradient, None for no limit.
         label_smoothing: as in `functional.cross_entropy`.
         accumulate: computes a batch in this many parts, one after the other, to use less memory.
-        ema: an average of the weights, whose `update()` is called after each step. One like `optim.EMA`, with
-            `update(skipped)`, where `skipped` is not 0 if the weights were not updated, and `arrays()`, those that it
-            changes in place, becomes part of a CUDA graph.
+        ema: an average of the weights, which follows after each step.
         seed: what dropout masks derive from, together with `step_index`.
         threads, shards: as in `tinyvit.backend.parallel.plan`.
         class_weights: (num_classes,), what each class counts for: `functional.cross_entropy`'s `weight`, and exactly
@@ -78,7 +75,7 @@ class TrainStep:
         clip_norm: float | None = None,
         label_smoothing: float = 0.0,
         accumulate: int = 1,
-        ema: Any = None,
+        ema: optim.EMA | None = None,
         seed: int = 0,
         threads: int | None = None,
         shards: int | None = None,
@@ -173,27 +170,13 @@ class TrainStep:
         self._has_effects = True
         norm = self.optimizer.update(limit, self._scale, self.precision.rounded())
         if self.ema is not None:
-            self._update_average(None if self._scale is None else self.optimizer.skipped)
+            self.ema.update(None if self._scale is None else self.optimizer.skipped)
         return norm
-
-    def _update_average(self, skipped: Any) -> None:
-        """Update the average unless `skipped`, which may lie on the device, is not 0."""
-        if self._captures_average():
-            self.ema.update(skipped)
-            return
-        if cuda_graph.capturing():
-            raise cuda_graph.NotCapturable(f"{type(self.ema).__name__} may do something else each time")
-        if skipped is None or not bool(skipped):
-            self.ema.update()
-
-    def _captures_average(self) -> bool:
-        """Whether the average can be part of a CUDA graph."""
-        return self.ema is not None and "skipped" in inspect.signature(self.ema.update).parameters
 
     def _graph_key(self) -> tuple:
         """What a captured graph of `_compute` depends on: the addresses of the arrays that it uses, and settings."""
         used = [p.data for p in self._all_parameters] + self.optimizer.arrays()
-        used += self.ema.arrays() if self._captures_average() else []
+        used += [] if self.ema is None else self.ema.arrays()
         settings = self.clip_norm, id(self.optimizer), id(self.ema), self._differentiate.key()
         trained = tuple(p.requires_grad for p in self.parameters)
         return settings, trained, tuple(map(cuda.address, used))
