@@ -182,24 +182,23 @@ def test_a_batch_is_cut_into_shards_of_so_many_tokens_for_every_thread(monkeypat
     run = parallel.run
     monkeypatch.setattr(parallel, "run", lambda plan, function: plans.append(plan) or run(plan, function))
     images = np.zeros((100, 3, 32, 32), np.float32)
-    for threads, count, expected in [(1, None, 5), (2, None, 6), (3, None, 6), (8, None, 8), (2, 3, 3)]:
-        predict(model, images, threads=threads, shards_per_batch=count)
+    for threads, expected in [(1, 5), (2, 6), (3, 6), (8, 8)]:
+        predict(model, images, threads=threads)
         assert len(plans[-1].ranges) == expected
     predict(inspection.Features(model, logits=True), images, threads=1)
     assert len(plans[-1].ranges) == 5
     with pytest.raises(ValueError, match="threads and shards must be at least 1, got 0 and"):
         predict(model, images, threads=0)
-    with pytest.raises(ValueError, match="threads and shards must be at least 1, got 1 and 0"):
-        predict(model, images, threads=1, shards_per_batch=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_predicting_on_a_model_in_training_mode_changes_nothing_in_it(threads):
+def test_predicting_on_a_model_in_training_mode_changes_nothing_in_it(threads, monkeypatch):
     """Several threads predict on one model, with shards in threads of their own, while it stays in training mode."""
+    monkeypatch.setattr(inference, "SHARD_TOKENS", 20)  # a quarter of the batch
     rates = dict(drop_path=0.5, drop_rate=0.5, attn_drop_rate=0.5, proj_drop_rate=0.5, pos_drop_rate=0.5)
     model = randomise(create_model("vit_micro_patch4_32", image_size=8, num_classes=5, **rates))
     images = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
-    expected = predict(model.eval(), images, threads=1, shards_per_batch=4)
+    expected = predict(model.eval(), images, threads=1)
     model.train().blocks[0].eval()
     modes = [module.training for module in model.modules()]
     seen = []
@@ -209,7 +208,7 @@ def test_predicting_on_a_model_in_training_mode_changes_nothing_in_it(threads):
 
     def call(_: int) -> np.ndarray:
         with nn.forward_pre_hook(watch):
-            return predict(model, images, threads=threads, shards_per_batch=4)
+            return predict(model, images, threads=threads)
 
     with ThreadPoolExecutor(4) as pool:
         for scores in pool.map(call, range(8)):

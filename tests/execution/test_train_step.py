@@ -361,16 +361,16 @@ def test_an_update_that_fails_leaves_no_gradients(monkeypatch):
 # --- predict ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threads, n_shards", [(1, None), (2, None), (2, 3)])
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 4, 256])
-def test_predict_is_the_forward_pass_in_evaluation_mode(batch_size, threads, n_shards):
+def test_predict_is_the_forward_pass_in_evaluation_mode(batch_size, threads):
     model = nano("float64", **RATES)
     x, _ = batch(11, "float64")
     expected = model.eval()(x).numpy()
     for training in (True, False):
         model.train(training)
         model.blocks[0].eval()  # a part that its owner keeps in evaluation mode
-        scores = predict(model, x, batch_size, threads, n_shards)
+        scores = predict(model, x, batch_size, threads)
         assert type(scores) is np.ndarray and scores.dtype == np.float64
         assert error(scores, expected) < 1e-12
         assert model.training == model.blocks[1].attn.training == training and not model.blocks[0].training

@@ -151,7 +151,7 @@ def outputs_of(
 
     device = arrays.device_name(model.parameters()[0].data)
     loader = Loader(split, BATCH_SIZE, transform=transform, shuffle=False, device=device)
-    return predictions(model, (images for images, _ in loader.epoch(0)), threads, None, precision, done)
+    return predictions(model, (images for images, _ in loader.epoch(0)), threads, precision, done)
 
 
 def evaluate(

@@ -25,7 +25,6 @@ def predict(
     images: Array,
     batch_size: int = 256,
     threads: int | None = None,
-    shards_per_batch: int | None = None,
     precision: str = "fp32",
 ) -> np.ndarray:
     """The model's outputs for any number of images, in evaluation mode and with nothing recorded.
@@ -34,9 +33,7 @@ def predict(
         model: gives (B, num_classes) for images (B, C, H, W).
         images: (N, C, H, W), floating.
         batch_size: how many images are computed at a time.
-        threads: as in `tinyvit.backend.parallel.plan`.
-        shards_per_batch: into how many shards a CPU's threads share a batch; by default as many as bring each of them
-            to about SHARD_TOKENS tokens.
+        threads: that share a batch on a CPU, as in `tinyvit.backend.parallel.plan`.
         precision: "fp32", "tf32", "bf16", "fp16" or "int8", as in `tinyvit.execution.precision.Precision`.
 
     On a GPU batches of one size, also of several calls, are one CUDA graph, whose memory is kept as long as the model.
@@ -59,14 +56,13 @@ def predict(
     count = images.shape[0]
     starts = range(0, max(count, 1), batch_size)
     batches = (images[first : min(first + batch_size, count), ...] for first in starts)
-    return np.concatenate(list(predictions(model, batches, threads, shards_per_batch, precision)))
+    return np.concatenate(list(predictions(model, batches, threads, precision)))
 
 
 def predictions(
     model: nn.Module,
     batches: Iterable[Array],
     threads: int | None = None,
-    shards_per_batch: int | None = None,
     precision: str = "fp32",
     done: Callable[[int], object] = lambda count: None,
 ) -> Iterator[np.ndarray]:
@@ -90,7 +86,7 @@ def predictions(
                 with no_grad(), nn.evaluating(), arrays.on_device_of(like), mode.products():
                     mode.refresh()
                     batch = arrays.convert(images, like)
-                    shards = _shards(model, like, batch.shape[0], threads, shards_per_batch)
+                    shards = _shards(model, like, batch.shape[0], threads)
 
                     def run(start: int, stop: int, x: Array = batch) -> Array:
                         outputs = compute(x[start:stop, ...])
@@ -111,15 +107,13 @@ def predictions(
                 read()
 
 
-def _shards(model: nn.Module, like: Array, samples: int, threads: int | None, count: int | None) -> parallel.Shards:
-    """How a batch is cut into `count` shards, or into as many of about SHARD_TOKENS tokens for each thread."""
+def _shards(model: nn.Module, like: Array, samples: int, threads: int | None) -> parallel.Shards:
+    """How a batch is cut into shards of about SHARD_TOKENS tokens, as many for each thread."""
     if not arrays.on_host(like):  # a device runs its own threads
-        return parallel.plan(samples, 1, 1 if count is None else count)
-    if count is None:
-        threads = parallel.usual_threads() if threads is None else threads
-        tokens = samples * getattr(getattr(model, "config", None), "num_tokens", 1)
-        count = threads * max(1, round(tokens / SHARD_TOKENS / max(1, threads)))
-    return parallel.plan(samples, threads, count)
+        return parallel.plan(samples, 1, 1)
+    threads = parallel.usual_threads() if threads is None else threads
+    tokens = samples * getattr(getattr(model, "config", None), "num_tokens", 1)
+    return parallel.plan(samples, threads, threads * max(1, round(tokens / SHARD_TOKENS / max(1, threads))))
 
 
 # --- what is kept between calls ---------------------------------------------------------------------------------------
