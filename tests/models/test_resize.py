@@ -10,7 +10,7 @@ import tinyvit
 from tinyvit.checkpoints.checkpoint import BEST, CheckpointError, describe
 from tinyvit.checkpoints.loading import load_model
 from tinyvit.checkpoints.native_file import save
-from tinyvit.models.positions import sincos2d
+from tinyvit.models.parts import sincos2d
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.resize import bicubic, bilinear, resize_kernel, resize_positions
 

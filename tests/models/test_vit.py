@@ -13,7 +13,7 @@ import tinyvit
 from tinyvit import functional as F
 from tinyvit.backend import random
 from tinyvit.engine.tensor import Tensor, grad, no_grad
-from tinyvit.models.positions import sincos2d
+from tinyvit.models.parts import sincos2d
 from tinyvit.models.vit import VisionTransformer
 
 

@@ -21,7 +21,7 @@ from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
 from tinyvit.engine.tensor import no_grad
 from tinyvit.errors import UsageError
 from tinyvit.files.atomic import atomic_write
-from tinyvit.models import compact, parts, resnet, vit
+from tinyvit.models import parts, resnet, vit
 
 OPSET = 17
 LARGEST_FILE = 2 * 10**9  # bytes of weights in one protobuf message; more lie in a file beside it
@@ -183,14 +183,14 @@ def convolution(g: Graph, m: nn.Conv2d, x: str) -> str:
     return g.add("Conv", x, g.constant(weight.numpy()), *bias, strides=stride, **padding)
 
 
-def tokenizer(g: Graph, m: compact.ConvTokenizer, x: str) -> str:
+def tokenizer(g: Graph, m: parts.ConvTokenizer, x: str) -> str:
     for conv in m.convs:
         x = g.add("MaxPool", g.run(conv, x), kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
         x = g.add("Relu", x)
     return g.add("Transpose", g.reshape(x, 0, 0, -1), perm=[0, 2, 1])
 
 
-def sequence_pool(g: Graph, m: compact.SequencePool, x: str) -> str:
+def sequence_pool(g: Graph, m: parts.SequencePool, x: str) -> str:
     weights = g.add("Softmax", g.run(m.weight, x), axis=1)
     return g.add("ReduceSum", g.add("Mul", weights, x), g.whole(1), keepdims=0)
 
@@ -232,8 +232,8 @@ WRITERS: dict[type, Callable[[Graph, Any, str], str]] = {
     vit.Mlp: mlp,
     vit.Block: block,
     vit.PreLogits: lambda g, m, x: g.add("Tanh", g.run(m.fc, x)),
-    compact.ConvTokenizer: tokenizer,
-    compact.SequencePool: sequence_pool,
+    parts.ConvTokenizer: tokenizer,
+    parts.SequencePool: sequence_pool,
     parts.SwiGLU: swiglu,
     parts.Rotary: rotary,
     parts.AttentionPool: attention_pool,

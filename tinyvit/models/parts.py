@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,46 @@ def norm(config: ViTConfig, dim: int) -> nn.Module:
 
 def norm_if(present: bool, config: ViTConfig, dim: int) -> nn.Module:
     return norm(config, dim) if present else nn.Identity()
+
+
+class ConvTokenizer(nn.Module):
+    """Images -> one token for each place of what convolutions with pooling make of them.
+
+    Each is 3x3 pixels wide, followed by a ReLU and 3x3 max-pooling in steps of 2 (Hassani et al. 2021,
+    arXiv:2104.05704, section 3.3). The ReLU comes last here: it changes no order, and has a quarter of the values left.
+    """
+
+    def __init__(self, chans: Sequence[int]) -> None:
+        self.convs = [
+            nn.Conv2d(before, after, 3, padding=1, bias=False, weight_init=nn.init.he_normal)
+            for before, after in itertools.pairwise(chans)
+        ]
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W)
+        x = images
+        for conv in self.convs:
+            x = F.relu(F.max_pool2d(conv(x), 3, stride=2, padding=1))
+        return x.reshape(*x.shape[:2], -1).transpose()  # (B, rows x columns, D)
+
+
+def sincos2d(grid_size: tuple[int, int], dim: int, length: int, temperature: float = 10_000.0) -> np.ndarray:
+    """Fixed position embeddings: sines and cosines of a patch's column and row.
+
+    From Chen et al. 2021 (arXiv:2104.02057), in the form of Beyer et al. 2022 (arXiv:2205.01580).
+
+    Args:
+        grid_size: rows and columns of patches.
+        dim: a quarter of it is the number of frequencies, which go from 1 to 1 / temperature.
+        length: number of tokens; those before the patches get zeros.
+
+    Returns:
+        (1, length, dim) float32.
+    """
+    y, x = np.mgrid[: grid_size[0], : grid_size[1]].reshape(2, -1, 1)
+    omega = temperature ** -(np.arange(dim // 4) / max(dim // 4 - 1, 1))
+    table = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
+    prefix = np.zeros((length - len(table), dim))
+    return np.concatenate([prefix, table])[None].astype(np.float32)
 
 
 class SwiGLU(nn.Module):
@@ -142,3 +183,13 @@ class AttentionPool(nn.Module):
         y = F.attention(q, heads(kv[:, :, :dim]), heads(kv[:, :, dim:]))  # (B, heads, 1, D / heads)
         y = self.proj(y.reshape(batch, 1, dim))
         return (y + self.mlp(self.norm(y)))[:, 0, :]  # (B, D)
+
+
+class SequencePool(nn.Module):
+    """The mean of all tokens with learned weights (Hassani et al. 2021, arXiv:2104.05704, section 3.2)."""
+
+    def __init__(self, dim: int) -> None:
+        self.weight = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        return (F.softmax(self.weight(x), axis=1) * x).sum(axis=1)  # (B, D)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.positions import sincos2d
+from tinyvit.models.parts import sincos2d
 
 
 def resize_weights(

@@ -16,9 +16,8 @@ from tinyvit import nn
 from tinyvit.backend import arrays
 from tinyvit.engine.ops import broadcast_to, concat, tanh
 from tinyvit.engine.tensor import Array, Tensor, array_of
-from tinyvit.models import compact, inspection, parts, resnet
+from tinyvit.models import inspection, parts, resnet
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.positions import sincos2d
 from tinyvit.models.preprocessing import Preprocessing
 
 
@@ -204,10 +203,10 @@ class VisionTransformer(nn.Module):
         if config.pos_embed == "learn":
             self.pos_embed = nn.Parameter(nn.init.normal((1, embedded, dim), std=0.02))
         elif config.pos_embed == "sincos2d":
-            self.pos_embed = nn.Parameter(sincos2d(config.grid_size, dim, embedded), requires_grad=False)
+            self.pos_embed = nn.Parameter(parts.sincos2d(config.grid_size, dim, embedded), requires_grad=False)
         self.pos_drop = nn.Dropout(config.pos_drop_rate)
         chans = config.tokenizer_chans
-        self.patch_embed: Any = compact.ConvTokenizer(chans) if chans else PatchEmbed(config)
+        self.patch_embed: Any = parts.ConvTokenizer(chans) if chans else PatchEmbed(config)
         self.norm_pre = parts.norm_if(config.pre_norm, config, dim)
         rates = np.linspace(0.0, config.drop_path, config.depth).tolist()
         self.blocks: list[nn.Module] = [Block(config, rate) for rate in rates]
@@ -215,7 +214,7 @@ class VisionTransformer(nn.Module):
         self.norm: nn.Module = nn.Identity() if after else norm
         self.fc_norm: nn.Module = norm if after else nn.Identity()
         self.attn_pool = parts.AttentionPool(config, Mlp(config)) if config.global_pool == "map" else None
-        self.seq_pool = compact.SequencePool(dim) if config.global_pool == "seq" else None
+        self.seq_pool = parts.SequencePool(dim) if config.global_pool == "seq" else None
         self.pre_logits = PreLogits(dim, config.representation_size) if config.representation_size else nn.Identity()
         self.head_drop = nn.Dropout(config.drop_rate)
         self.head, self.head_dist = _heads(config)
@@ -318,7 +317,7 @@ class VisionTransformer(nn.Module):
         self.config, self.class_names = config, ()
         self.head, self.head_dist = _heads(config)
         if (pool == "seq") != (self.seq_pool is not None):
-            self.seq_pool = compact.SequencePool(config.embed_dim) if pool == "seq" else None
+            self.seq_pool = parts.SequencePool(config.embed_dim) if pool == "seq" else None
         like = self._like
         for head in (self.head, self.head_dist, self.seq_pool):
             if head is not None:

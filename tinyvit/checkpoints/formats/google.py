@@ -33,7 +33,7 @@ from tinyvit.checkpoints.formats.common import (
 from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.positions import sincos2d
+from tinyvit.models.parts import sincos2d
 from tinyvit.models.preprocessing import Preprocessing
 
 PREFIX = re.compile(r"^(opt/target/|params/(img/)?)")  # in files saved with their optimizer, and in big_vision's
