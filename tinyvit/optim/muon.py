@@ -6,9 +6,8 @@ from types import ModuleType
 from typing import Any
 
 from tinyvit import kernels
-from tinyvit.backend.arrays import Array
 from tinyvit.kernels.reference.muon import update_muon
-from tinyvit.optim.optimizers import AdamW, Params, Slot, slot_arrays
+from tinyvit.optim.optimizers import AdamW, Params, Slot, Updates, slot_arrays
 from tinyvit.optim.state import number
 
 
@@ -41,9 +40,7 @@ class Muon(AdamW):
                     raise ValueError(f"Muon expects matrices, parameter {i} has shape {slot.parameter.shape}")
                 del slot.state["v"]
 
-    def _update(
-        self, xp: ModuleType, slots: list[Slot], **options: Any
-    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
+    def _update(self, xp: ModuleType, slots: list[Slot], **options: Any) -> Updates:
         m, v = ([slot.state.get(name) for slot in slots] for name in ("m", "v"))
         return kernels.best(update_muon, xp)(
             xp, *slot_arrays(slots), m, v, steps=[slot.steps for slot in slots], momentum=self._momentum,

@@ -21,6 +21,8 @@ from tinyvit.optim.state import State, check_like, check_state, copy_like, copy_
 
 Parameter = Any  # anything with .data, .grad and .changed(): a tinyvit.nn.Parameter
 Params = Iterable[Parameter | Mapping[str, Any]]  # parameters, or groups with options of their own
+# The gradients' norm, and of each parameter its new array and state; None where a gradient overflowed.
+Updates = tuple[Array | float, list[tuple[Array, ...]] | None]
 
 
 # --- optimizers -------------------------------------------------------------------------------------------
@@ -136,9 +138,7 @@ class Optimizer:
                 slot.parameter.data = new
         return norm
 
-    def _update(
-        self, xp: ModuleType, slots: list[Slot], **options: Any
-    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
+    def _update(self, xp: ModuleType, slots: list[Slot], **options: Any) -> Updates:
         """Run the operation that updates all of `slots`, which takes `options`."""
         raise NotImplementedError
 
@@ -215,9 +215,7 @@ class SGD(Optimizer):
             raise ValueError(f"nesterov expects a momentum above 0, got {momentum}")
         super().__init__(params, lr, weight_decay, ("m",) if momentum else ())
 
-    def _update(
-        self, xp: ModuleType, slots: list[Slot], **options: Any
-    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
+    def _update(self, xp: ModuleType, slots: list[Slot], **options: Any) -> Updates:
         return kernels.best(update_sgd, xp)(
             xp, *slot_arrays(slots), [slot.state.get("m") for slot in slots],
             momentum=self._momentum, nesterov=self._nesterov, **options,
@@ -249,9 +247,7 @@ class AdamW(Optimizer):
         self._eps = number("eps", eps)
         super().__init__(params, lr, weight_decay, ("m", "v"))
 
-    def _update(
-        self, xp: ModuleType, slots: list[Slot], **options: Any
-    ) -> tuple[Array | float, list[tuple[Array, ...]] | None]:
+    def _update(self, xp: ModuleType, slots: list[Slot], **options: Any) -> Updates:
         m, v = ([slot.state[name] for slot in slots] for name in ("m", "v"))
         return kernels.best(update_adamw, xp)(
             xp, *slot_arrays(slots), m, v, steps=[slot.steps for slot in slots],

@@ -7,16 +7,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Constant:
-    """The same learning rate at every step."""
-
-    lr: float
-
-    def __call__(self, step: int) -> float:
-        return self.lr
-
-
-@dataclass(frozen=True)
 class Step:
     """The learning rate `lr`, multiplied by `gamma` every `step_size` steps."""
 

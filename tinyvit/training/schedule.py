@@ -45,9 +45,10 @@ def learning_rate(schedule: str, lr: float, length: RunLength) -> Callable[[int]
     """
     if schedule == "cosine":
         return optim.WarmupCosine(lr, length.total_steps, length.warmup_steps)
-    course: Callable[[int], float] = optim.Constant(lr)
-    if schedule == "linear":  # down to 0
-        course = lambda step: lr * (1 - step / length.total_steps)
-    if schedule == "step":
-        course = optim.Step(lr, math.ceil(length.total_steps / 3), 0.1)
+    courses: dict[str, Callable[[int], float]] = {
+        "linear": lambda step: lr * (1 - step / length.total_steps),
+        "step": optim.Step(lr, math.ceil(length.total_steps / 3), 0.1),
+        "constant": lambda step: lr,
+    }
+    course = courses[schedule]
     return lambda step: course(step) * min(1.0, (step + 1) / (length.warmup_steps + 1))
