@@ -88,17 +88,6 @@ class Progress:
         if not self.correct <= self.seen or self.batch > self.step or self.best_epoch > self.epoch:
             raise ValueError("its counts contradict each other")
 
-    def add_seconds(self, seconds: float) -> None:
-        """Count the time of a training step."""
-        self.epoch_seconds += seconds
-        self.seconds += seconds
-
-    def add_result(self, loss: float, correct: int, images: int) -> None:
-        """Count the mean loss and the hits of a batch."""
-        self.loss_sum += loss * images
-        self.correct += correct
-        self.seen += images
-
     @property
     def mean_loss(self) -> float:
         """The mean training loss of the present epoch."""

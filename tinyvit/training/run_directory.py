@@ -23,7 +23,7 @@ from tinyvit.files.fields import integer, record, text
 from tinyvit.files.reading import parse_json, read_text
 from tinyvit.files.text import printable
 from tinyvit.training.config import FIELDS, TrainConfig, read_value
-from tinyvit.training.progress import ROW, Progress
+from tinyvit.training.progress import Progress
 from tinyvit.training.schedule import RunLength
 
 CONFIG, METRICS, CURVES = "config.json", "metrics.jsonl", "curves.png"
@@ -161,14 +161,6 @@ class RunDirectory:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.jsonl: one JSON object for each epoch."""
         self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl. Raises CheckpointError, OSError."""
-        path = self.path / METRICS
-        try:
-            return [ROW(parse_json(line)) for line in read_text(path).splitlines()]
-        except ValueError as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from None
 
     def draw_curves(self, rows: list[dict[str, Any]], title: str, training_loss: str, *, now: bool = False) -> None:
         """Draw curves.png where matplotlib is installed, at most every DRAW_EVERY seconds unless `now` is true."""

@@ -111,7 +111,8 @@ class Trainer:
             if shown := time.monotonic() - self.read_at >= self.read_every:
                 self.read_results()
             begun, seconds = time.monotonic(), time.monotonic() - begun
-            p.add_seconds(seconds)
+            p.epoch_seconds += seconds
+            p.seconds += seconds
             if due:
                 self.correct_length()
                 rate = self.rate
@@ -166,12 +167,15 @@ class Trainer:
 
     def read_results(self) -> None:
         """Take up the results of the steps since the last time. Raises TrainError where one is not finite."""
+        p = self.progress
         while self.pending:
             result, images, lr = self.pending[0]
             loss = float(result.loss)
             self.check_finite(loss, float(result.grad_norm))
             self.log("step", self.oldest_pending, {"loss": loss, "lr": lr})
-            self.progress.add_result(loss, int(result.correct), images)
+            p.loss_sum += loss * images
+            p.correct += int(result.correct)
+            p.seen += images
             self.pending.popleft()
         self.read_at = time.monotonic()
 

@@ -52,9 +52,8 @@ def watch(path: Path) -> None:
 
 def frame(directory: RunDirectory, size: os.terminal_size, colours: bool) -> tuple[str, bool]:
     """What is shown of a run in a terminal of this size, and whether the run is finished."""
-    record = directory.read_record()
-    finished = Progress.read(directory.last).finished  # before the rows, which are whole once it is
-    rows = directory.read_metrics()
+    record, progress = directory.read_record(), Progress.read(directory.last)
+    rows, finished = progress.history, progress.finished
     title, _ = curve_labels(TrainConfig(**record.options), record.data_name)
     if not rows:
         return printable(f"{title}: no epoch has ended yet"), finished
