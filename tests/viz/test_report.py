@@ -230,9 +230,7 @@ def test_figures_are_arrays_with_pictures(run):
     for name, (figure, shape) in shapes.items():
         assert figure.data.shape == np.asarray(figure).shape == shape, name
         assert Page(figure._repr_html_()).open == [], name
-    assert viz.rollout(model, image).image().size[0] > 512
-    with pytest.raises(ValueError, match="vector graphics"):
-        shapes["curves"][0].image()
+    assert shapes["rollout"][0].picture.size[0] > 512 and shapes["curves"][0].picture is None
 
 
 def test_dots_of_heads_have_one_colour_and_stand_apart():

@@ -45,12 +45,6 @@ class Figure:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.data, dtype=dtype, copy=copy)
 
-    def image(self) -> Image.Image:
-        """The picture as a PIL image. Raises ValueError for a chart, whose SVG is `html`."""
-        if self.picture is None:
-            raise ValueError("this figure is vector graphics: its SVG is in .html, its values in .data")
-        return self.picture
-
 
 # --- of a model -------------------------------------------------------------------------------------------------------
 
@@ -184,17 +178,15 @@ def features(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str])
 CURVES = ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr")
 
 
-def curves(rows: Sequence[Mapping[str, Any]] | str | os.PathLike[str], name: str = "") -> Figure:
+def curves(rows: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) -> Figure:
     """Loss and accuracy by epoch; data (epochs, 6): epoch, train_loss, val_loss, train_accuracy, val_accuracy, lr.
 
-    Args:
-        rows: those of a run's metrics.jsonl, or the path of a run directory.
-        name: of the run, before the names of the curves.
+    `rows` are those of a run's metrics.jsonl, or the path of a run directory.
     """
     if isinstance(rows, str | os.PathLike):
         rows = Run.read(rows).rows
     data = np.array([[row[name] for name in CURVES] for row in rows], dtype=np.float64).reshape(-1, len(CURVES))
-    return Figure(data, curve_charts({name: rows}))
+    return Figure(data, curve_charts({"": rows}))
 
 
 def curve_charts(
