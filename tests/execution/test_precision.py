@@ -1,7 +1,6 @@
 """Mixed precision: 16-bit products over float32 masters, and the scale of a float16 loss."""
 
 import json
-import signal
 import sys
 from unittest import mock
 
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from on_gpu import needs_gpu
 from running import assert_one_line_error, make_images, tinyvit
+from runs import assert_same_weights, train_with_stops
 from safetensors.numpy import load_file
 
 from tinyvit import TrainStep, create_model, nn, optim, predict
@@ -283,45 +283,19 @@ def test_a_step_in_16_bits_reads_only_whether_it_overflowed():
 @pytest.mark.parametrize("precision", HALF)
 def test_an_interrupted_run_goes_on_with_the_same_bits(precision, tmp_path, monkeypatch):
     """With a scale that is halved and doubled on the way."""
-    from tinyvit.training import run as module
     from tinyvit.training.run import train
-    from tinyvit.training.trainer import Stopped
 
     monkeypatch.setattr(LossScale, "START", 2.0**20)
     monkeypatch.setattr(LossScale, "GROW_AFTER", 4)
     images = make_images(tmp_path / "images")
     given = dict(data=str(images), model="vit_nano_patch8_32", batch_size=8, epochs=2, device="cpu", ema=0.9)
     given["precision"] = precision
-
-    class At:
-        def __init__(self):
-            self.asked = 0
-
-        def __call__(self):
-            self.asked += 1
-            return signal.SIGINT if self.asked >= 5 else None
-
-    class Context:
-        def __enter__(self):
-            return At()
-
-        def __exit__(self, *error):
-            return False
-
     train({**given, "out": str(tmp_path / "whole")})
-    monkeypatch.setattr(module, "stop_on_signals", Context)
-    stops, resume = 0, False
-    while True:
-        try:
-            train({**given, "out": str(tmp_path / "parts")}, resume=resume)
-            break
-        except Stopped:
-            stops, resume = stops + 1, True
-    assert stops >= 3
+    assert train_with_stops(monkeypatch, {**given, "out": str(tmp_path / "parts")}, asked=5) >= 3
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
     for name in ("last.safetensors", "best.safetensors"):
-        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
-        assert a.keys() == b.keys() and all(a[key].tobytes() == b[key].tobytes() for key in a)
-        weights = [x for key, x in a.items() if not key.startswith(("optimizer.", "ema.", "step."))]
+        saved = load_file(tmp_path / "whole" / name)
+        weights = [x for key, x in saved.items() if not key.startswith(("optimizer.", "ema.", "step."))]
         assert {x.dtype for x in weights} == {np.dtype(np.float32)}
     scales = load_file(tmp_path / "whole" / "last.safetensors").keys() & {"step.loss_scale", "step.good_steps"}
     assert len(scales) == (2 if precision == "fp16" else 0)

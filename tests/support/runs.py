@@ -1,12 +1,19 @@
 """Shared by the tests of training runs: a run that uses all options, and comparisons of run directories."""
 
+import contextlib
+import itertools
 import json
 import signal
 
+import numpy as np
+import pytest
 from running import NANO, tinyvit
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from tinyvit import create_model
+from tinyvit.errors import Stopped
+from tinyvit.training import run
 from tinyvit.training.trainer import Trainer
 
 KEYS = ["epoch", "step", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top5", "lr"]
@@ -69,6 +76,39 @@ def interrupt_after(monkeypatch, steps):
         return original(self, stop_once)
 
     monkeypatch.setattr(Trainer, "train_epoch", train_epoch)
+
+
+def train_with_stops(monkeypatch, given, asked):
+    """Train to the end, stopped whenever a start has been asked so many times; how many stops there were."""
+
+    @contextlib.contextmanager
+    def stop_on_signals():
+        times = itertools.count(1)
+        yield lambda: signal.SIGINT if next(times) >= asked else None
+
+    monkeypatch.setattr(run, "stop_on_signals", stop_on_signals)
+    for stops in itertools.count():
+        with contextlib.suppress(Stopped):
+            run.train(given, resume=stops > 0)
+            return stops
+
+
+def assert_evaluated_as_recorded(run, data):
+    """`eval` finds what the best epoch recorded of the validation images, the test part of `data`."""
+    best = max(metrics(run), key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    scores = json.loads(tinyvit("eval", run, "--data", data, "--split", "test", "--json").stdout)
+    assert scores["accuracy"] == best["val_accuracy"]
+    assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def model(depth=3, **overrides):
+    """A small model."""
+    overrides = dict(image_size=8, patch_size=4, embed_dim=16, num_classes=5, depth=depth) | overrides
+    return create_model("vit_nano_patch8_32", **overrides)
+
+
+def images(n=6, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, 3, 8, 8)).astype(np.float32)
 
 
 def finetune(trained, out, *options, epochs=2):

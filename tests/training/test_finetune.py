@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from runs import images, model
 
 import tinyvit as package
 from tinyvit import TrainStep, optim
@@ -9,16 +10,6 @@ from tinyvit import functional as F
 from tinyvit.engine import tensor
 from tinyvit.optim.param_groups import layer_number
 from tinyvit.training.finetune import freeze, init_head, order_head
-
-
-def model(depth=3, **overrides):
-    overrides = dict(image_size=8, patch_size=4, embed_dim=16, num_classes=5, depth=depth) | overrides
-    return package.create_model("vit_nano_patch8_32", **overrides)
-
-
-def images(n=6, seed=0):
-    return np.random.default_rng(seed).standard_normal((n, 3, 8, 8)).astype(np.float32)
-
 
 # --- learning rates -----------------------------------------------------------------------------------------------
 

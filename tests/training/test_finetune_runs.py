@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from running import NANO, assert_one_line_error, count_decoded, start, stop_when, tinyvit
-from runs import finetune
+from runs import assert_evaluated_as_recorded, assert_same_weights, epochs_done, finetune, images, metrics, model
 from safetensors.numpy import load_file, save_file
 
 import tinyvit as package
@@ -23,15 +23,6 @@ from tinyvit.training.build import keeps_head
 from tinyvit.training.finetune import Head, class_weights, freeze, init_head
 
 # --- the command --------------------------------------------------------------------------------------------------
-
-
-def model(depth=3, **overrides):
-    overrides = dict(image_size=8, patch_size=4, embed_dim=16, num_classes=5, depth=depth) | overrides
-    return package.create_model("vit_nano_patch8_32", **overrides)
-
-
-def images(n=6, seed=0):
-    return np.random.default_rng(seed).standard_normal((n, 3, 8, 8)).astype(np.float32)
 
 
 def test_a_run_keeps_what_is_frozen(trained, tmp_path):
@@ -231,12 +222,8 @@ def test_short_epochs_are_not_all_saved(trained, tmp_path, monkeypatch, every, s
            "optimizer": "sgd", "lr": 3.0, "out": str(tmp_path / "a")})  # fmt: skip
     assert written.count("last.safetensors") == saves and written[-1] == "last.safetensors"
     assert 1 <= written.count(BEST) <= saves - 1
-    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    scores = json.loads(
-        tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--split", "test", "--json").stdout
-    )
-    assert len(rows) == 5 and scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert len(metrics(tmp_path / "a")) == 5
+    assert_evaluated_as_recorded(tmp_path / "a", trained / "other")
 
 
 def test_a_failed_run_on_features_leaves_its_best_weights(trained, tmp_path, monkeypatch):
@@ -260,12 +247,7 @@ def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
     options = ["--freeze", "all-but-head", "--lr", 0.01, "--ema", 0.5]
     printed = finetune(trained, tmp_path / "a", *options, epochs=6)
     assert "computing the features of 90 images once" in printed and ", 195 of them learn)" in printed
-    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    scores = json.loads(
-        tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--split", "test", "--json").stdout
-    )
-    assert scores["accuracy"] == best["val_accuracy"] and scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert_evaluated_as_recorded(tmp_path / "a", trained / "other")
     before, after = (load_file(run / "best.safetensors") for run in (trained / "run", tmp_path / "a"))
     assert {name for name in before if not np.array_equal(before[name], after[name])} == {"head.weight", "head.bias"}
     assert json.loads((tmp_path / "a" / "config.json").read_text())["options"]["augment"] is False
@@ -278,14 +260,12 @@ def test_a_run_on_features_is_evaluated_as_any_other(trained, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path, options, epochs):
     options = [*options, "--patience", 9, "--batch-size", 9]
     finetune(trained, tmp_path / "a", *options, epochs=epochs)
-    source, metrics = ["--data", trained / "other", "--init", trained / "run"], tmp_path / "b" / "metrics.jsonl"
+    source = ["--data", trained / "other", "--init", trained / "run"]
     process = start("train", *source, "--epochs", epochs, "--out", tmp_path / "b", *options)
-    stop_when(process, lambda: metrics.exists() and metrics.read_text())
+    stop_when(process, lambda: epochs_done(tmp_path / "b") >= 1)
     result = tinyvit("train", "--out", tmp_path / "b", "--resume")
     assert result.returncode == 0, result.stderr
-    whole, resumed = (load_file(tmp_path / run / "last.safetensors") for run in "ab")
-    assert whole.keys() == resumed.keys()
-    assert all(whole[name].tobytes() == resumed[name].tobytes() for name in whole)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
 def test_minutes_count_features_in(trained, tmp_path):
@@ -294,8 +274,7 @@ def test_minutes_count_features_in(trained, tmp_path):
                      "--minutes", 0.04, "--out", out)  # fmt: skip
     assert result.returncode == 0, result.stderr
     config = json.loads((out / "config.json").read_text())
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == config["plan"]["total_steps"]
+    assert metrics(out)[-1]["step"] == config["plan"]["total_steps"]
 
 
 # --- early stopping, weighted classes -----------------------------------------------------------------------------
@@ -305,8 +284,9 @@ def test_patience_ends_a_run_that_gets_no_better(trained, tmp_path):
     """A learning rate of nothing: the first epoch stays the best."""
     options = ["--lr", 1e-30, "--weight-decay", 0, "--no-augment"]
     printed = finetune(trained, tmp_path / "a", "--patience", 2, *options, epochs=50)
-    rows = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    assert len(rows) == 3 and "stopping early: 2 epochs without a better validation accuracy" in printed
+    assert (
+        epochs_done(tmp_path / "a") == 3 and "stopping early: 2 epochs without a better validation accuracy" in printed
+    )
     again = tinyvit("train", "--out", tmp_path / "a", "--resume")
     assert "is finished, after 24 steps: nothing was changed" in again.stdout
     printed = finetune(trained, tmp_path / "b", "--patience", 50, epochs=2)
@@ -375,11 +355,6 @@ def test_a_fine_tuned_run_prepares_images_as_its_weights_were_used_to(trained, t
     ours = open_checkpoint(tmp_path / "a")
     assert ours.preprocessing == open_checkpoint(tmp_path / "odd").preprocessing
     assert ours.preprocessing.crop_pct == 0.5
-    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-    scores = json.loads(
-        tinyvit("eval", tmp_path / "a", "--data", trained / "other", "--split", "test", "--json").stdout
-    )
-    assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-5)
+    assert_evaluated_as_recorded(tmp_path / "a", trained / "other")
     shutil.rmtree(tmp_path / "odd")
     assert "finished" in tinyvit("train", "--out", tmp_path / "a", "--resume").stdout

@@ -7,28 +7,14 @@ import shutil
 import numpy as np
 import pytest
 from running import NANO, assert_one_line_error, make_images, start, stop_when, tinyvit
+from runs import epochs_done, finetune, metrics
 from safetensors.numpy import load_file
 
 QUIET = ["--lr", 1e-12, "--weight-decay", 0, "--label-smoothing", 0, "--no-augment"]  # what begins stays as it is
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder of images and a run that learned them."""
-    folder = tmp_path_factory.mktemp("init")
-    make_images(folder / "images")
-    options = [*NANO, "--epochs", 4, "--drop-path", 0.1]
-    result = tinyvit("train", "--data", folder / "images", *options, "--out", folder / "run")
-    assert result.returncode == 0, result.stderr
-    return folder
-
-
 def best(run):
     return load_file(run / "best.safetensors")
-
-
-def rows(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_begins_where_another_ended(trained, tmp_path):
@@ -38,21 +24,16 @@ def test_a_run_begins_where_another_ended(trained, tmp_path):
     before, after = best(trained / "run"), best(tmp_path / "a")
     assert before.keys() == after.keys()
     assert all(np.allclose(before[name], after[name], atol=1e-8) for name in before)
-    assert rows(tmp_path / "a")[0]["val_accuracy"] == max(row["val_accuracy"] for row in rows(trained / "run"))
+    assert metrics(tmp_path / "a")[0]["val_accuracy"] == max(row["val_accuracy"] for row in metrics(trained / "run"))
 
 
 def test_other_classes_get_a_head_of_zeros(trained, tmp_path):
-    images = shutil.copytree(trained / "images", tmp_path / "images")
-    for split in ("train", "test"):
-        (images / split / "blue").rename(images / split / "azure")
-    options = ["--init", trained / "run", "--epochs", 1, *QUIET]
-    result = tinyvit("train", "--data", images, *options, "--out", tmp_path / "a")
-    assert result.returncode == 0, result.stderr
+    finetune(trained, tmp_path / "a", *QUIET, epochs=1)
     before, after = best(trained / "run"), best(tmp_path / "a")
     for name in before:
         expected = np.zeros_like(before[name]) if name.startswith("head.") else before[name]
         assert np.allclose(after[name], expected, atol=1e-8), name
-    assert rows(tmp_path / "a")[0]["val_loss"] == pytest.approx(math.log(3), abs=1e-5)
+    assert metrics(tmp_path / "a")[0]["val_loss"] == pytest.approx(math.log(3), abs=1e-5)
 
 
 def test_the_images_are_scaled_as_the_weights_are_used_to(trained, tmp_path):
@@ -72,12 +53,11 @@ def test_a_killed_run_goes_on_without_the_weights_it_began_with(trained, tmp_pat
     shutil.copytree(trained / "run", tmp_path / "base")
     out = tmp_path / "a"
     process = start("train", "--data", trained / "images", "--init", tmp_path / "base", "--epochs", 12, "--out", out)
-    metrics = out / "metrics.jsonl"
-    stop_when(process, lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    stop_when(process, lambda: epochs_done(out) >= 2)
     shutil.rmtree(tmp_path / "base")
     result = tinyvit("train", "--out", out, "--resume")
     assert result.returncode == 0, result.stderr
-    assert [row["epoch"] for row in rows(out)] == list(range(1, 13))
+    assert [row["epoch"] for row in metrics(out)] == list(range(1, 13))
 
 
 def test_what_cannot_begin_a_run_is_refused_in_one_line(trained, tmp_path):

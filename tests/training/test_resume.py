@@ -8,8 +8,18 @@ import signal
 
 import pytest
 from running import THREADS, start, stop_when, tinyvit
-from runs import OPTIONS, assert_same_run, epochs_done, interrupt_after, metrics, progress, snapshot
+from runs import (
+    OPTIONS,
+    assert_same_run,
+    epochs_done,
+    interrupt_after,
+    metrics,
+    progress,
+    snapshot,
+    train_with_stops,
+)
 
+from tinyvit.training import run_directory
 from tinyvit.training.run import train
 from tinyvit.training.trainer import Stopped
 
@@ -52,39 +62,9 @@ def options_of(unbroken, out):
 
 def test_stopping_inside_an_epoch_again_and_again_changes_nothing(unbroken, images, tmp_path, monkeypatch):
     """Stopped after every step and in every evaluation; in one process, as each start would take a second."""
-    from tinyvit.training import run as module
-    from tinyvit.training import run_directory, trainer
-
-    out, stops = tmp_path / "run", 0
-    given = options_of(unbroken, out)
-
-    class At:
-        """Asks to stop the second time it is asked."""
-
-        def __init__(self):
-            self.asked = 0
-
-        def __call__(self):
-            self.asked += 1
-            return signal.SIGINT if self.asked >= 2 else None
-
-    class Context:
-        def __enter__(self):
-            return At()
-
-        def __exit__(self, *error):
-            return False
-
-    monkeypatch.setattr(module, "stop_on_signals", Context)
+    out = tmp_path / "run"
     monkeypatch.setattr(run_directory, "DRAW_EVERY", math.inf)
-    resume = False
-    while True:
-        try:
-            train(given, resume=resume)
-            break
-        except trainer.Stopped:
-            stops, resume = stops + 1, True
-    assert stops > 15
+    assert train_with_stops(monkeypatch, options_of(unbroken, out), asked=2) > 15
     assert_same_run(out, unbroken[0])
 
 

@@ -55,19 +55,6 @@ def test_images_of_every_size(size, tmp_path, monkeypatch):
     assert config["config"]["image_size"] == [height, width]
 
 
-def test_a_record_without_the_size_is_resumed_at_the_size_of_its_model(tmp_path, monkeypatch):
-    """Earlier versions recorded null for a size that they had chosen."""
-    data = sized_images(tmp_path / "data", 16, 64)
-    out = tmp_path / "run"
-    interrupt_after(monkeypatch, 2)
-    with pytest.raises(Stopped):
-        train({"data": str(data), "epochs": 1, "batch_size": 4, "patch_size": 8, "out": str(out), "device": "cpu"})
-    config = json.loads((out / "config.json").read_text())
-    config["options"]["image_size"] = None
-    (out / "config.json").write_text(json.dumps(config))
-    assert train({"out": str(out)}, resume=True).finished
-
-
 @pytest.mark.parametrize("kind", ["folder without splits", "csv", "parquet", "cifar", "shapes", "frozen"])
 def test_data_of_every_kind(kind, tmp_path, monkeypatch):
     given = {"epochs": 2, "batch_size": 8, "device": "cpu", "model": "vit_nano_patch8_32"}

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 from running import COMMAND, NANO, assert_one_line_error, environment, tinyvit
-from runs import KEYS, OPTIONS, assert_same_run, metrics, progress
+from runs import KEYS, OPTIONS, assert_evaluated_as_recorded, assert_same_run, metrics, progress
 from safetensors.numpy import load_file
 
 from tinyvit.evaluation.metrics import Scores
@@ -75,11 +75,7 @@ def test_best_holds_the_averaged_weights_of_the_best_epoch(unbroken):
 
 
 def test_eval_finds_the_accuracy_that_training_recorded(unbroken, images):
-    out, _ = unbroken
-    scores = json.loads(tinyvit("eval", out, "--data", images, "--split", "test", "--json").stdout)
-    best = metrics(out)[progress(out / "last.safetensors")["best_epoch"] - 1]
-    assert scores["accuracy"] == best["val_accuracy"]
-    assert scores["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+    assert_evaluated_as_recorded(unbroken[0], images)
 
 
 def test_another_seed_gives_other_weights(unbroken, images, tmp_path):
