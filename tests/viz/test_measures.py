@@ -108,27 +108,15 @@ def test_confusion_is_scikit_learn_s(n, classes, seed):
     assert np.array_equal(confusion_counts(labels, predicted, classes), expected)
 
 
-def test_features_are_projected_on_their_main_directions(monkeypatch):
+def test_features_are_projected_on_their_main_directions():
     rng = np.random.default_rng(0)
     plane = np.linalg.qr(rng.standard_normal((9, 2)))[0]
     points = rng.standard_normal((40, 2)) * (5, 1)
-    features = 3 + points @ plane.T
-    found, how = measures.project(features)
-    assert how == "t-SNE" and found.shape == (40, 2)
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.manifold", None)
-    found, how = measures.project(features)
+    found = measures.project(3 + points @ plane.T)
     distances = np.linalg.norm(found[:, None] - found, axis=2)
-    assert how == "PCA"
     np.testing.assert_allclose(distances, np.linalg.norm(points[:, None] - points, axis=2), atol=1e-9)
 
 
-@pytest.mark.parametrize("features", [np.ones((1, 5)), np.ones((10, 5)), 1 + 1e-9 * np.eye(10), np.eye(3)])
+@pytest.mark.parametrize("features", [np.ones((1, 5)), np.ones((10, 5))])
 def test_features_that_are_few_or_alike_have_a_place(features):
-    """scikit-learn's t-SNE refuses a single point, and crashes where all are the same."""
-    found, how = measures.project(features.astype(np.float32))
-    assert how == "PCA" and found.shape == (len(features), 2) and np.isfinite(found).all()
-
-
-def test_the_map_of_features_is_always_the_same():
-    features = np.random.default_rng(0).standard_normal((60, 5)).astype(np.float32)
-    assert np.array_equal(measures.project(features)[0], measures.project(features)[0])
+    assert np.array_equal(measures.project(features), np.zeros((len(features), 2)))

@@ -162,17 +162,14 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
 
 
 def features(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """Features (N, D) as a map in which like lies near like, coloured by class; data (N, 2).
-
-    t-SNE where scikit-learn is installed, else the two principal components. Axes have no unit.
-    """
-    data, how = measures.project(np.asarray(points))
+    """Features (N, D) on their two principal components, coloured by class; data (N, 2). Axes have no unit."""
+    data = measures.project(np.asarray(points))
     (left, right), (low, high) = (svg.around(column, 1e-6) for column in data.T.tolist())
-    axes = svg.Axes((left, right), (low, high), f"{how} 1", f"{how} 2")
+    axes = svg.Axes((left, right), (low, high), "first component", "second component")
     for (x, y), k in zip(data.tolist(), labels, strict=True):
         axes.dot(x, y, int(k), class_names[k], radius=2.5)
     few = len(class_names) <= len(svg.COLOURS)
-    return Figure(data, axes.svg(f"map of features by {how}") + (svg.legend(class_names) if few else ""))
+    return Figure(data, axes.svg("features on their principal components") + (svg.legend(class_names) if few else ""))
 
 
 CURVES = ("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy", "lr")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from tinyvit.engine.tensor import Array, Tensor
 from tinyvit.models.inspection import visit_attention
@@ -122,22 +121,8 @@ def calibrate(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -
     return Calibration(mean_confidence, accuracy, count, float((gaps * count).sum() / max(count.sum(), 1)))
 
 
-def project(features: np.ndarray) -> tuple[np.ndarray, str]:
-    """Features (N, D) as points of a plane (N, 2), and how.
-
-    By t-SNE where scikit-learn is installed and there are some points that differ, else by PCA.
-    """
+def project(features: np.ndarray) -> np.ndarray:
+    """Features (N, D) on their two principal components (N, 2)."""
     centred = features - features.mean(axis=0, dtype=np.float64)
     _, directions = np.linalg.eigh(centred.T @ centred)
-    plane = centred @ directions[:, :-3:-1]
-    width = plane[:, 0].std()
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        return plane, "PCA"
-    if len(features) < 4 or width <= 1e-6 * np.abs(features).max():
-        return plane, "PCA"
-    start = (plane / width * 1e-4).astype(np.float32)
-    method = TSNE(perplexity=min(30.0, (len(features) - 1) / 3), init=start, random_state=0)
-    with threadpool_limits(1, "openmp"):  # with several threads, the result varies, and on busy cores it takes minutes
-        return method.fit_transform(centred.astype(np.float32)), "t-SNE"
+    return centred @ directions[:, :-3:-1]

@@ -218,7 +218,11 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
 def _feature_map(outputs: Outputs, labels: np.ndarray, names: tuple[str, ...]) -> Section:
     places = np.unique(np.linspace(0, len(labels) - 1, MAPPED).astype(int))
     figure = figures.features(outputs.features[places], labels[places], names)
-    return "Features", f"The features before the head of {len(places)} images: like lies near like.", figure.html
+    return (
+        "Features",
+        f"The features before the head of {len(places)} images on their two principal components.",
+        figure.html,
+    )
 
 
 def _weights(model: VisionTransformer) -> Iterator[Section]:
