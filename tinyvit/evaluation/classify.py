@@ -112,13 +112,13 @@ def run_on_images(
     return dataclasses.replace(_separated(model, np.concatenate(outputs or [none])), unreadable=frozenset(unreadable))
 
 
-def run_on_split(model: VisionTransformer, split: Split, transform: Augment, precision: str = "fp32") -> Outputs:
+def run_on_split(model: VisionTransformer, split: Split, transform: Augment) -> Outputs:
     """The features and logits of all images of a split; `transform` is mostly `Augment(mean, std)`.
 
     Raises EvaluationError where an output is not finite, DataError where an image cannot be read.
     """
     with bar("images", len(split)) as done:
-        outputs = list(outputs_of(Features(model, logits=True), split, transform, precision=precision, done=done))
+        outputs = list(outputs_of(Features(model, logits=True), split, transform, done=done))
     return _separated(model, np.concatenate(outputs))
 
 

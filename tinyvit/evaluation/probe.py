@@ -161,19 +161,15 @@ def fit_softmax(
 
 
 def minimise(
-    loss_and_gradient: Callable[[np.ndarray], tuple[float, np.ndarray]],
-    x: np.ndarray,
-    tolerance: float,
-    memory: int = 10,
-    iterations: int = 500,
+    loss_and_gradient: Callable[[np.ndarray], tuple[float, np.ndarray]], x: np.ndarray, tolerance: float
 ) -> np.ndarray:
     """Where a smooth convex function of x (n,) is least: limited-memory BFGS (Nocedal & Wright, algorithm 7.5).
 
     It ends when no entry of the gradient is above `tolerance`, or when no step along the direction brings less loss.
     """
     loss, gradient = loss_and_gradient(x)
-    steps: deque[Any] = deque(maxlen=memory)  # the last changes of x and of the gradient, and 1 / their product
-    for _ in range(iterations):
+    steps: deque[Any] = deque(maxlen=10)  # the last changes of x and of the gradient, and 1 / their product
+    for _ in range(500):
         if np.abs(gradient).max() <= tolerance:
             break
         direction = -inverse_hessian_times(gradient, steps)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit import nn, optim
+from tinyvit import optim
 from tinyvit.backend import arrays
 from tinyvit.checkpoints.checkpoint import TRAINING_PREFIXES, Checkpoint, CheckpointError
 from tinyvit.checkpoints.native_file import read
@@ -114,14 +114,13 @@ class Parts:
     """What trains: a model with its optimizer, the step that updates it, and the batches.
 
     Attributes:
-        model: the whole model; `trained` is what the steps compute: all of it, or its head alone on stored features.
+        model: the whole model; the steps compute all of it, or its head alone on stored features.
         ema: the averaged weights, None for none.
         evaluate: scores of the model, as it is, on a split.
         save_every: seconds that must pass between two saves, except the last one.
     """
 
     model: VisionTransformer
-    trained: nn.Module
     optimizer: optim.Optimizer
     ema: optim.EMA | None
     step: TrainStep
@@ -215,7 +214,7 @@ def make_parts(
             threads=options.threads, precision=options.precision, stop=stop, group=group,
         )  # fmt: skip
 
-    return Parts(model, trained, optimizer, ema, step, loader, evaluation, SAVE_FEATURE_RUNS_EVERY * on_features)
+    return Parts(model, optimizer, ema, step, loader, evaluation, SAVE_FEATURE_RUNS_EVERY * on_features)
 
 
 def unchanged(features: Array, labels: Array, rng: np.random.Generator) -> tuple[Array, Array]:

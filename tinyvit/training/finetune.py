@@ -20,8 +20,6 @@ def init_head(model: VisionTransformer, how: str, seed: int = 0) -> None:
     "zeros" is the paper's (Dosovitskiy et al. 2020, section 3.2); "normal" is cut at two standard deviations of 0.02
     and drawn from `seed`.
     """
-    if how not in ("zeros", "normal"):
-        raise ValueError(f"a head begins with zeros or normal weights, got {how!r}")
     with random.scope(seed, step=1):  # the other weights of a new model are drawn in step 0
         for name, p in model.named_parameters():
             if in_head(name):
