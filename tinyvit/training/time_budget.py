@@ -12,7 +12,7 @@ import numpy as np
 from tinyvit.data import Split
 from tinyvit.distributed.group import SLOW
 from tinyvit.training.build import Parts
-from tinyvit.training.run_directory import DRAW_EVERY, RunDirectory, curves_png
+from tinyvit.training.run_directory import RunDirectory
 from tinyvit.training.schedule import RunLength
 
 REHEARSAL_SHARE, REHEARSAL_MAX = 0.04, 15.0  # how long steps are timed beforehand: share of the time left, seconds
@@ -34,7 +34,7 @@ class TimeBudget:
 
     Attributes:
         end: when the run has to be over, of time.monotonic().
-        step_seconds, epoch_end_seconds: the durations of a step, and of evaluating, saving and drawing.
+        step_seconds, epoch_end_seconds: the durations of a step, and of evaluating and saving.
         length: the present length of the run.
     """
 
@@ -103,7 +103,7 @@ def time_steps(parts: Parts, seconds: float) -> float:
 def time_epoch_end(
     parts: Parts, validation: Split, directory: RunDirectory, step_seconds: float, seconds: float
 ) -> float:
-    """Seconds for evaluating, saving and drawing at the end of an epoch, of which a part is measured."""
+    """Seconds for evaluating and saving at the end of an epoch, of which a part is measured."""
     count = min(len(validation), 1 + int(parts.loader.batch_size * seconds / step_seconds))
     parts.evaluate(validation.take(np.arange(1)))  # the first prediction is slower
     first = validation.take(np.arange(count))
@@ -117,12 +117,6 @@ def time_epoch_end(
         saving = 2 * (time.monotonic() - began)  # the last weights and, mostly, the best
     finally:
         throwaway.unlink(missing_ok=True)
-    row = dict.fromkeys(("epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"), 1.0)
-    for _ in range(2):  # the first time, matplotlib is imported
-        began = time.monotonic()
-        curves_png([row], "", "")
-        drawing = time.monotonic() - began
-    epoch = len(parts.loader) * step_seconds + evaluating + saving
     if parts.save_every:
-        saving *= min(1.0, epoch / parts.save_every)
-    return evaluating + saving + drawing * min(1.0, epoch / DRAW_EVERY)
+        saving *= min(1.0, (len(parts.loader) * step_seconds + evaluating + saving) / parts.save_every)
+    return evaluating + saving  # the curves, which are drawn now and then, count from the first correction on
