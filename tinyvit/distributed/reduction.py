@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -144,14 +144,16 @@ class _Bucket:
 
     def start(self) -> None:
         """Send the others their slices of the sums, and receive theirs of this process's slice."""
+        slices = {rank: np.ascontiguousarray(self.sums[:, self.slices[rank]]) for rank in self.others}
+        self._swap(slices, self.received, 2 * self.number)
+        self.then = self._share
+
+    def _swap(self, outgoing: Mapping[int, np.ndarray], incoming: Mapping[int, np.ndarray], tag: int) -> None:
+        """Begin to send and to receive these arrays, by rank."""
         self.requests = {
-            rank: [
-                self.group.send(np.ascontiguousarray(self.sums[:, self.slices[rank]]), rank, 2 * self.number),
-                self.group.receive(self.received[rank], rank, 2 * self.number),
-            ]
+            rank: [self.group.send(outgoing[rank], rank, tag), self.group.receive(incoming[rank], rank, tag)]
             for rank in self.others
         }
-        self.then = self._share
 
     def _share(self) -> None:
         """Add up this process's slice, send it to the others, and receive theirs."""
@@ -160,13 +162,8 @@ class _Bucket:
         known = dict(zip(itertools.chain(*self.parts), itertools.chain(*(rows[r] for r in sorted(rows))), strict=True))
         total = tree_sum(0, self.parts[-1][-1][1], lambda *part: known.get(part), np.add)
         self.sums[0, mine] = total
-        self.requests = {
-            rank: [
-                self.group.send(self.sums[0, mine], rank, 2 * self.number + 1),
-                self.group.receive(self.sums[0, self.slices[rank]], rank, 2 * self.number + 1),
-            ]
-            for rank in self.others
-        }
+        slices = {rank: self.sums[0, self.slices[rank]] for rank in self.others}
+        self._swap(dict.fromkeys(self.others, self.sums[0, mine]), slices, 2 * self.number + 1)
         self.then = None
 
     def advance(self) -> set[int]:
