@@ -290,9 +290,7 @@ class VisionTransformer(nn.Module):
             raise IndexError(f"layer {layer} given, the model's blocks are 0 ... {depth - 1} (or -{depth} ... -1)")
         return self._run(self.blocks[: layer % depth + 1], self.embed(images))
 
-    def attention_maps(self, images: Tensor | Array) -> Tensor:  # (B, C, H, W)
-        """The softmax attention weights of every block; see `inspection.attention_maps`."""
-        return inspection.attention_maps(self, images)  # (depth, B, heads, N, N)
+    attention_maps = inspection.attention_maps  # images (B, C, H, W) -> (depth, B, heads, N, N)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a new head of zeros, for other classes; its config follows.
