@@ -90,9 +90,7 @@ def test_overrides_and_unknown_names():
     config = tinyvit.model_config("vit_tiny_patch16_224", num_classes=10, image_size=32, patch_size=4, drop_path=0.1)
     assert (config.embed_dim, config.depth, config.num_heads, config.num_tokens) == (192, 12, 3, 65)
     for call in (tinyvit.create_model, tinyvit.model_config):
-        with pytest.raises(
-            ValueError, match="unknown model 'vit_tiny_patch16_225'; did you mean vit_tiny_patch16_224 or "
-        ):
+        with pytest.raises(ValueError, match="unknown model 'vit_tiny_patch16_225'; did you mean vit_tiny_patch16_"):
             call("vit_tiny_patch16_225")
         with pytest.raises(ValueError, match=r"unknown model 'resnet'; tinyvit.list_models\(\) lists them all"):
             call("resnet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyvit.files.fields import Check, boolean, checked, integer, list_of, number, one_of, optional
+from tinyvit.files.text import nearest
 from tinyvit.models import resnet
 
 Size = int | tuple[int, int]
@@ -273,10 +273,8 @@ class ViTConfig:
             if name == "pretrained":
                 raise TypeError("there is no setting 'pretrained': tinyvit.load_model(path) opens trained weights")
             if name not in FIELDS:
-                close = difflib.get_close_matches(name, FIELDS, n=1)
-                meant = _OTHER_NAMES.get(name) or (close[0] if close else None)
-                hint = f"did you mean {meant}?" if meant else f"known are {', '.join(sorted(FIELDS))}"
-                raise TypeError(f"unknown model setting {name!r}; {hint}")
+                hint = nearest(_OTHER_NAMES.get(name, name), FIELDS) or f"; known are {', '.join(sorted(FIELDS))}"
+                raise TypeError(f"unknown model setting {name!r}{hint}")
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

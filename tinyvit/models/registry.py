@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from typing import Any
 
 from tinyvit.backend import random
+from tinyvit.files.text import nearest
 from tinyvit.models.config import ViTConfig
 from tinyvit.models.vit import VisionTransformer
 
@@ -100,13 +100,12 @@ def model_config(name: str, **overrides: Any) -> ViTConfig:
         overrides: settings to replace, by their names in `ViTConfig`.
 
     Raises:
-        ValueError: an unknown name (close ones are suggested), or settings that do not fit together.
+        ValueError: an unknown name (a close one is suggested), or settings that do not fit together.
         TypeError: an unknown setting.
     """
     if name not in _MODELS:
-        close = difflib.get_close_matches(name, _MODELS, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "tinyvit.list_models() lists them all"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+        hint = nearest(name, _MODELS) or "; tinyvit.list_models() lists them all"
+        raise ValueError(f"unknown model {name!r}{hint}")
     try:
         return _MODELS[name].replace(**overrides)
     except ValueError as error:
