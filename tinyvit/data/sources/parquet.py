@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from tinyvit.data.base import DataError
 from tinyvit.data.sources.listing import Rows
@@ -73,13 +73,13 @@ def contents_of(shards: Sequence[Shard]) -> Callable[[int], bytes]:
     if max(sizes) > LARGEST_GROUP:
         large = next(shard.file for shard in shards if max(shard.group_sizes, default=0) > LARGEST_GROUP)
         raise DataError(f"{large} has row groups of {max(sizes):,} bytes, expected at most {LARGEST_GROUP:,}")
-    lengths = [(s, g, rows) for s, shard in enumerate(shards) for g, rows in enumerate(shard.group_rows)]
-    shard, group = (np.repeat([each[k] for each in lengths], [each[2] for each in lengths]) for k in (0, 1))
-    row = np.concatenate([np.arange(rows) for *_, rows in lengths])
-    kept = lru_cache(max(2, CACHE // max(sizes)))(lambda s, g: shards[s].group(g))
+    groups = [(shard, g) for shard in shards for g in range(len(shard.groups))]
+    starts = list(accumulate((shard.groups[g].num_rows for shard, g in groups), initial=0))  # the first row of each
+    kept = lru_cache(max(2, CACHE // max(sizes)))(lambda shard, g: shard.group(g))
 
     def read(i: int) -> bytes:
-        return kept(int(shard[i]), int(group[i]))[int(row[i])].as_py() or b""
+        k = bisect_right(starts, i) - 1
+        return kept(*groups[k])[i - starts[k]].as_py() or b""
 
     return read
 
@@ -94,6 +94,11 @@ class Shard:
         except ImportError:
             raise DataError('reading parquet files needs pyarrow: pip install "tinyvit[parquet]"') from None
         self.pyarrow = pyarrow
+        with self._reading():
+            self.metadata = pyarrow.parquet.read_metadata(file)
+            self.groups = [self.metadata.row_group(g) for g in range(self.metadata.num_row_groups)]
+            self.schema = self.metadata.schema.to_arrow_schema()
+            str(self.schema)  # decodes all names, of which damaged ones fail here
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -103,29 +108,11 @@ class Shard:
             raise DataError(f"{self.file} is not a readable parquet file: {one_line(error)}") from None
 
     @cached_property
-    def schema(self) -> pyarrow.Schema:
-        with self._reading():
-            schema = self.pyarrow.parquet.read_schema(self.file)
-            str(schema)  # decodes all names, of which damaged ones fail here
-            return schema
-
-    @cached_property
-    def metadata(self) -> pyarrow.parquet.FileMetaData:
-        with self._reading():
-            return self.pyarrow.parquet.read_metadata(self.file)
-
-    @property
-    def group_rows(self) -> list[int]:
-        """How many rows each row group has."""
-        return [self.metadata.row_group(g).num_rows for g in range(self.metadata.num_row_groups)]
-
-    @cached_property
     def group_sizes(self) -> list[int]:
         """How many bytes the images of each row group take."""
         name = self.image_column
         with self._reading():
-            groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
-            columns = [[group.column(c) for c in range(group.num_columns)] for group in groups]
+            columns = [[group.column(c) for c in range(group.num_columns)] for group in self.groups]
             return [sum(c.total_uncompressed_size for c in some if f"{c.path_in_schema}.".startswith(f"{name}."))
                     for some in columns]  # fmt: skip
 
@@ -158,13 +145,17 @@ class Shard:
     def classes(self) -> list[str | None]:
         """Each row's class in words; None where it has none (null, or -1 as `datasets` writes it)."""
         names = self.class_names
-        values = self._read(self.label_column)
-        if not names:
-            return [None if isinstance(v, int) and v < 0 else v if v is None else str(v) for v in values]
-        for row, value in enumerate(values):
-            if isinstance(value, int) and value >= len(names):
+
+        def word(row: int, value: int | str | None) -> str | None:
+            if value is None or (isinstance(value, int) and value < 0):
+                return None
+            if isinstance(value, str) or not names:
+                return str(value)
+            if value >= len(names):
                 raise DataError(f"{self.file}, row {row} has the label {value}, expected 0 ... {len(names) - 1}")
-        return [names[v] if isinstance(v, int) and v >= 0 else v if isinstance(v, str) else None for v in values]
+            return names[value]
+
+        return [word(*each) for each in enumerate(self._read(self.label_column))]
 
     def images(self) -> list[bytes]:
         """Each row's bytes; b"" for a row without an image."""
