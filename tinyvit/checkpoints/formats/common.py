@@ -20,6 +20,7 @@ from tinyvit.models.resnet import MOST_STAGES
 
 Size = tuple[int, int]  # height and width
 MOST_CLASSES = 1_000_000
+QKV = ("query", "key", "value")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,7 +47,7 @@ def renamed(files: WeightFiles, our_name: Callable[[str], str]) -> dict[str, np.
 def pack_qkv(state: dict[str, np.ndarray]) -> None:
     """Replace each attention's query, key and value, (D, D) and (D,) each, by qkv, (3 D, D) and (3 D,)."""
     for query in [name for name in state if ".attn.query." in name]:
-        names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        names = [query.replace(".query.", f".{part}.") for part in QKV]
         parts = [state[name] for name in names if name in state and state[name].ndim]
         if len(parts) == 3 and len({part.shape[1:] for part in parts}) == 1:
             state[query.replace(".query.", ".qkv.")] = np.concatenate([state.pop(name) for name in names])
@@ -56,7 +57,7 @@ def split_qkv(state: dict[str, np.ndarray]) -> None:
     """Undo pack_qkv."""
     for packed in [name for name in state if ".attn.qkv." in name]:
         parts = np.split(state.pop(packed), 3)
-        state |= {packed.replace(".qkv.", f".{p}."): a for p, a in zip(("query", "key", "value"), parts, strict=True)}
+        state |= {packed.replace(".qkv.", f".{p}."): a for p, a in zip(QKV, parts, strict=True)}
 
 
 def resnet_layers(state: Mapping[str, np.ndarray]) -> tuple[int, ...] | None:

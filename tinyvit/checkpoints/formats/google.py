@@ -19,6 +19,7 @@ import numpy as np
 
 from tinyvit.checkpoints.checkpoint import Checkpoint, CheckpointError
 from tinyvit.checkpoints.formats.common import (
+    QKV,
     count_blocks,
     count_classes,
     find_grid,
@@ -47,22 +48,12 @@ NAMES = {  # theirs and ours
     "pre_logits": "pre_logits.fc",
     "head": "head",
 }
-BLOCK = {  # the same within a block
+BLOCK = {  # the same within a block, of which big_vision numbers the parts of each kind from 0
     "LayerNorm_0": "norm1",
-    "MultiHeadDotProductAttention_1/query": "attn.query",
-    "MultiHeadDotProductAttention_1/key": "attn.key",
-    "MultiHeadDotProductAttention_1/value": "attn.value",
-    "MultiHeadDotProductAttention_1/out": "attn.proj",
-    "LayerNorm_2": "norm2",
-    "MlpBlock_3/Dense_0": "mlp.fc1",
-    "MlpBlock_3/Dense_1": "mlp.fc2",
-    "MultiHeadDotProductAttention_0/query": "attn.query",  # from here on: big_vision's
-    "MultiHeadDotProductAttention_0/key": "attn.key",
-    "MultiHeadDotProductAttention_0/value": "attn.value",
-    "MultiHeadDotProductAttention_0/out": "attn.proj",
-    "LayerNorm_1": "norm2",
-    "MlpBlock_0/Dense_0": "mlp.fc1",
-    "MlpBlock_0/Dense_1": "mlp.fc2",
+    **{f"MultiHeadDotProductAttention_{i}/{part}": f"attn.{part}" for i in (0, 1) for part in QKV},
+    **{f"MultiHeadDotProductAttention_{i}/out": "attn.proj" for i in (0, 1)},
+    **{f"LayerNorm_{i}": "norm2" for i in (1, 2)},
+    **{f"MlpBlock_{i}/Dense_{j}": f"mlp.fc{j + 1}" for i in (0, 3) for j in (0, 1)},
 }
 STACKED = "Transformer/encoderblock/"  # before the names of arrays that hold all blocks
 RESNET = {  # the same before the patches

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-ATTENTION = ("query", "key", "value")
+from tinyvit.checkpoints.formats.common import QKV
+
 VIT = {  # ours and theirs, modules or single weights; from "norm1" on within a block
     "cls_token": "embeddings.cls_token",
     "dist_token": "embeddings.distillation_token",
@@ -17,7 +18,7 @@ VIT = {  # ours and theirs, modules or single weights; from "norm1" on within a 
     "head_dist": "distillation_classifier",
     "blocks": "encoder.layer",
     "norm1": "layernorm_before",
-    **{f"attn.{part}": f"attention.attention.{part}" for part in ATTENTION},
+    **{f"attn.{part}": f"attention.attention.{part}" for part in QKV},
     "attn.proj": "attention.output.dense",
     "norm2": "layernorm_after",
     "mlp.fc1": "intermediate.dense",
@@ -38,7 +39,7 @@ DINOV3 = {
     "patch_embed.proj": "embeddings.patch_embeddings",
     "norm": "norm",
     "blocks": "layer",
-    **{f"attn.{part}": f"attention.{part[0]}_proj" for part in ATTENTION},
+    **{f"attn.{part}": f"attention.{part[0]}_proj" for part in QKV},
     "attn.proj": "attention.o_proj",
     "mlp.fc1_g": "mlp.gate_proj",
     "mlp.fc1": "mlp.up_proj",
@@ -60,7 +61,7 @@ SIGLIP = {
     "head": "classifier",
     "blocks": "encoder.layers",
     "norm1": "layer_norm1",
-    **{f"attn.{part}": f"self_attn.{part[0]}_proj" for part in ATTENTION},
+    **{f"attn.{part}": f"self_attn.{part[0]}_proj" for part in QKV},
     "attn.proj": "self_attn.out_proj",
     "norm2": "layer_norm2",
     "mlp.fc1": "mlp.fc1",
