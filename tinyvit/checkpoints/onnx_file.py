@@ -344,10 +344,6 @@ def save(onnx: Any, model: Any, path: Path) -> None:
                 length = file.write(tensor.raw_data)
                 onnx.external_data_helper.set_external_data(tensor, data.name, start, length)
                 tensor.ClearField("raw_data")
-        with atomic_write(path) as beside:
-            beside.write_bytes(model.SerializeToString())
-            onnx.checker.check_model(str(beside))  # it looks for the weights beside the file
-    else:
-        onnx.checker.check_model(model)
-        with atomic_write(path) as beside:
-            beside.write_bytes(model.SerializeToString())
+    with atomic_write(path) as beside:
+        beside.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(str(beside))  # it looks for the weights beside the file
