@@ -17,12 +17,13 @@ from tinyvit.data.sources.cifar import find_cifar10, load_cifar10
 from tinyvit.data.sources.csv_table import read_csv
 from tinyvit.data.sources.download import cache_directory, fetch_cifar10
 from tinyvit.data.sources.image_folder import find_in_folder, first_image
-from tinyvit.data.sources.listing import SMALL, Reading, Rows, load_listings, number_classes
+from tinyvit.data.sources.listing import SMALL, Reading, load_listings, number_classes
 from tinyvit.data.sources.parquet import find_in_parquet, parquet_files
 from tinyvit.data.sources.shapes import load_shapes
 from tinyvit.data.sources.shards import files_of
 from tinyvit.data.sources.tar_shards import find_in_tar
 from tinyvit.data.splits import ImageTransform, resident
+from tinyvit.data.stored import Rows
 from tinyvit.distributed.group import ALONE, Group
 from tinyvit.files.text import nearest
 

@@ -36,39 +36,53 @@ class Texts(Sequence[str]):
         return self._letters[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The images of one split, those at `places`, (N,) integers, of a list; their classes are `labels` (N,) int64.
+@dataclass
+class Rows:
+    """The images of one part of a data set: `files`, their names relative to `root`, and a word for the class of each.
 
-    `files` are the names of all of the list, relative to `root`. Of images that are no files of their own `contents`
-    gives the bytes by their place; their names then only tell them apart. `no_images` are files that were passed over,
-    `skipped` images that were left out on request, because they cannot be read.
+    Of images that are no files of their own `contents` gives the bytes by their number; their names then only tell them
+    apart. `skipped` are images that were left out on request, because they cannot be read, `no_images` files that were
+    passed over.
     """
 
     root: Path
     files: Sequence[str]
+    classes: Sequence[str]
+    contents: Callable[[int], bytes] | None = None
+    skipped: tuple[str, ...] = ()
+    no_images: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Those of the rows at `places`, (N,) integers, and their classes as numbers, `labels` (N,) int64."""
+
+    rows: Rows
     places: np.ndarray
     labels: np.ndarray
-    contents: Callable[[int], bytes] | None = None
-    no_images: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Rows, names: Sequence[str]) -> Self:
+        """All of the rows, each class as its place in `names`."""
+        index, count = {name: i for i, name in enumerate(names)}, len(rows.classes)
+        return cls(rows, np.arange(count), np.fromiter((index[c] for c in rows.classes), np.int64, count))
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def file(self, i: int) -> str:
         """Its name relative to `root`."""
-        return self.files[self.places[i]]
+        return self.rows.files[self.places[i]]
 
     def name(self, i: int) -> str:
         """What error messages call the image."""
-        return str(self.root / self.file(i))
+        return str(self.rows.root / self.file(i))
 
     def image(self, i: int) -> Path | StoredImage:
         """Where its bytes are."""
-        if self.contents is None:
-            return self.root / self.file(i)
-        return StoredImage(self.name(i), partial(self.contents, int(self.places[i])))
+        if self.rows.contents is None:
+            return self.rows.root / self.file(i)
+        return StoredImage(self.name(i), partial(self.rows.contents, int(self.places[i])))
 
     def take(self, positions: np.ndarray) -> Self:
         """The images at `positions`, in that order."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TextIO
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.listing import Rows, part_of
-from tinyvit.data.stored import Texts
+from tinyvit.data.sources.listing import part_of
+from tinyvit.data.stored import Rows, Texts
 
 LONGEST = 1 << 20  # characters of a line
 

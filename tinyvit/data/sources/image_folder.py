@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tinyvit.data.base import DataError
 from tinyvit.data.image import is_image
-from tinyvit.data.sources.listing import Rows, one_of_each, part_of
-from tinyvit.data.stored import Texts
+from tinyvit.data.sources.listing import one_of_each, part_of
+from tinyvit.data.stored import Rows, Texts
 
 
 def find_in_folder(root: Path) -> tuple[dict[str, Rows], Sequence[str]]:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -29,7 +29,7 @@ from tinyvit.data.splits import (
     in_threads,
     stack,
 )
-from tinyvit.data.stored import Listing
+from tinyvit.data.stored import Listing, Rows
 from tinyvit.distributed.group import ALONE, Group
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
@@ -88,25 +88,6 @@ def digest_of(path: Path, whole: int = 1 << 16, part: int = 1 << 14) -> str:
     return digest.hexdigest()
 
 
-@dataclass
-class Rows:
-    """The images of one part of a data set as a `Listing` has them, but with a word for the class of each."""
-
-    root: Path
-    files: Sequence[str]
-    classes: Sequence[str]
-    contents: Callable[[int], bytes] | None = None
-    skipped: tuple[str, ...] = ()
-    no_images: tuple[str, ...] = ()
-
-    def numbered(self, names: Sequence[str]) -> Listing:
-        """The listing with each class as its place in `names`."""
-        index = {name: i for i, name in enumerate(names)}
-        labels = np.fromiter((index[c] for c in self.classes), np.int64, len(self.classes))
-        places = np.arange(len(labels))
-        return Listing(self.root, self.files, places, labels, self.contents, self.no_images, self.skipped)
-
-
 def number_classes(
     source: Path, parts: Mapping[str, Rows], order: Sequence[str], val_fraction: float, seed: int
 ) -> tuple[tuple[str, ...], dict[str, Listing], int]:
@@ -125,7 +106,7 @@ def number_classes(
             f"{source}: {strangers[0]!r} is a class of test images that no training image has "
             f"(they have {', '.join(names)[:200]})"
         )
-    listings = {part: rows.numbered(names) for part, rows in parts.items()}
+    listings = {part: Listing.of(rows, names) for part, rows in parts.items()}
     if len(listings) > 1:
         return names, listings, 0
     whole = listings["train"]
@@ -168,8 +149,8 @@ def load_listings(
     read = {part: load_split(part, parts[part], size, reading) for part in in_order}
     parts, splits = ({part: found[0] for part, found in read.items()}, {part: found[1] for part, found in read.items()})
     mean, std = read["train"][2]
-    if missing := classes_without(parts["train"], names):
-        raise DataError(f"class {missing[0]} of {source} has no readable image to train on")
+    if not (counts := np.bincount(parts["train"].labels, minlength=len(names))).all():
+        raise DataError(f"class {names[np.argmin(counts)]} of {source} has no readable image to train on")
     fingerprint = fingerprint_of(names, list(parts.values()), group.threads)
     return Data(
         source.resolve().stem if source.is_file() else source.resolve().name,
@@ -184,7 +165,7 @@ def load_listings(
         fit_options=options,
         own_test=not drawn_from,
         test_name=test_name,
-        no_images=tuple(dict.fromkeys(file for part in parts.values() for file in part.no_images)),
+        no_images=tuple(dict.fromkeys(file for part in parts.values() for file in part.rows.no_images)),
         val=splits["val"] if test_name == "test" and "val" in splits else None,
         drawn_from=drawn_from,
     )
@@ -221,17 +202,12 @@ def one_of_each(source: Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def classes_without(listing: Listing, names: tuple[str, ...]) -> list[str]:
-    """The classes of which `listing` has no image."""
-    return [names[i] for i in np.flatnonzero(np.bincount(listing.labels, minlength=len(names)) == 0)]
-
-
 def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
     """Training and test images: of each class a random `val_fraction`, at least one, is kept for the test."""
     test = draw_share(listing.labels, val_fraction, seed)
-    for label, name in enumerate(names):
-        if np.count_nonzero(listing.labels == label) < 2:
-            raise DataError(f"class {name} of {listing.root} has one image, at least two are needed to split it")
+    if (counts := np.bincount(listing.labels)).min() < 2:
+        name = names[np.argmin(counts)]
+        raise DataError(f"class {name} of {listing.rows.root} has one image, at least two are needed to split it")
     return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test))
 
 
@@ -292,15 +268,15 @@ def load_split(
             yield totals
         if not readable:
             which = f"none of the {count} images" if count > 1 else "no image"
-            raise DataError(f"{which} of {listing.root} can be read")
+            raise DataError(f"{which} of {listing.rows.root} can be read")
 
     statistics = mean_and_std(sums())
-    skipped = [*(listing.name(i) for i, _ in gaps), *listing.skipped]
+    skipped = [*(listing.name(i) for i, _ in gaps), *listing.rows.skipped]
     if everything:
         listing = listing.take(np.array(readable, dtype=int))
     if keep:
-        named = replace(listing, contents=None)  # does not keep what was decoded in memory as it was stored, too
-        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped, gaps, named), statistics
+        names = replace(listing, rows=replace(listing.rows, contents=None))  # the images are not kept twice
+        return listing, ArraySplit(images[: len(readable)], listing.labels, skipped, gaps, names), statistics
     return listing, FileSplit(listing, skipped, size, transform, reading.fit_options, gaps), statistics
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinyvit.data.base import DataError
-from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
+from tinyvit.data.stored import Rows
 from tinyvit.files.text import one_line
 
 if TYPE_CHECKING:

@@ -19,10 +19,9 @@ from typing import BinaryIO
 
 from tinyvit.data.base import DataError
 from tinyvit.data.image import known_endings
-from tinyvit.data.sources.listing import Rows
 from tinyvit.data.sources.shards import by_split, files_of
 from tinyvit.data.splits import SKIP_HINT, UNCOUNTED, in_threads
-from tinyvit.data.stored import Texts
+from tinyvit.data.stored import Rows, Texts
 from tinyvit.files.fields import checked, either, integer, text
 from tinyvit.files.reading import LARGEST_JSON, open_regular, parse_json, read_text
 from tinyvit.files.tar import Member, read_members
