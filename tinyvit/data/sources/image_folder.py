@@ -54,7 +54,7 @@ def find_parts(root: Path) -> dict[str, Path]:
             raise DataError(f"{root} has {next(iter(found.values()))}/ but no train/")
         return {"train": root}
     for folder in folders:
-        if folder.name not in found.values() and part_of(folder.name) is None and has_image(folder):
+        if folder.name not in found.values() and part_of(folder.name) is None and any(images_below(root, folder.name)):
             raise DataError(
                 f"{root} has {found['train']}/ and also images in {folder.name}/, which is no part of a data set: "
                 f"move it away, or give {root / found['train']}"
@@ -108,12 +108,11 @@ def files_below(root: Path, name: str) -> Iterator[str]:
         yield from (prefix + m for m in members if not m.startswith((".", "Thumbs.db", "desktop.ini")))
 
 
-def has_image(folder: Path) -> bool:
-    """Whether there is an image in or below a folder."""
-    return any(is_image(folder / file) for file in files_below(folder, ""))
+def images_below(root: Path, name: str) -> Iterator[str]:
+    """Those of `files_below` that are images."""
+    return (file for file in files_below(root, name) if is_image(root / file))
 
 
 def first_image(root: Path) -> str | None:
     """An image in or below the folders of `root`, relative to it, if there is one."""
-    files = (file for folder in class_folders(root) for file in files_below(root, folder.name))
-    return next((file for file in files if is_image(root / file)), None)
+    return next((file for folder in class_folders(root) for file in images_below(root, folder.name)), None)
