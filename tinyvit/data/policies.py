@@ -56,15 +56,19 @@ def rotate(images: Array, degrees: np.ndarray) -> Array:
     return warp(images, _matrices(images, xx=cos, xy=-sin, x=x, yx=sin, yy=cos, y=y))
 
 
-def _mix(images: Array, other: Array, factor: np.ndarray) -> Array:
-    """other + factor (images - other), cut off at 0 and 255, as integers."""
-    xp = arrays.namespace(images)
-    other = xp.astype(other, xp.float32)
-    mixed = other + per_image(factor.astype(np.float32), images) * (xp.astype(images, xp.float32) - other)
-    return xp.astype(xp.clip(mixed, 0, 255), xp.uint8)
+def enhancement(start: Callable[[Array], Array]) -> Callable[[Array, np.ndarray], Array]:
+    """An operation that goes from what `start` makes of images to them and beyond, cut off at 0 and 255."""
+
+    def enhance(images: Array, m: np.ndarray) -> Array:
+        xp = arrays.namespace(images)
+        first = xp.astype(start(images), xp.float32)
+        factor = per_image((1 + ENHANCE * m).astype(np.float32), images)
+        return xp.astype(xp.clip(first + factor * (xp.astype(images, xp.float32) - first), 0, 255), xp.uint8)
+
+    return enhance
 
 
-def _grey(images: Array) -> Array:
+def grey(images: Array) -> Array:
     """(B, 1, H, W) int64, the luma of RGB images; those of other channels have none and stay (B, C, H, W)."""
     xp = arrays.namespace(images)
     values = xp.astype(images, xp.int64)
@@ -74,36 +78,20 @@ def _grey(images: Array) -> Array:
     return (19595 * r + 38470 * g + 7471 * b + 32768) // 65536
 
 
-def brightness(images: Array, factor: np.ndarray) -> Array:
-    """Black at 0, the images at 1, brighter beyond."""
-    return _mix(images, arrays.namespace(images).zeros_like(images), factor)
-
-
-def color(images: Array, factor: np.ndarray) -> Array:
-    """Grey values at 0, the images at 1, more saturated beyond."""
-    return _mix(images, _grey(images), factor)
-
-
-def contrast(images: Array, factor: np.ndarray) -> Array:
-    """Each image's mean grey at 0, the images at 1."""
+def mean_grey(images: Array) -> Array:
+    """(B, 1, 1, 1)."""
     xp = arrays.namespace(images)
-    mean = xp.mean(xp.astype(_grey(images), xp.float64), axis=(1, 2, 3), keepdims=True)
-    return _mix(images, xp.floor(mean + 0.5), factor)
+    return xp.floor(xp.mean(xp.astype(grey(images), xp.float64), axis=(1, 2, 3), keepdims=True) + 0.5)
 
 
-def sharpness(images: Array, factor: np.ndarray) -> Array:
-    """Smoothed with weights 1, and 5 in the middle, at 0; the images at 1. Pixels at the edges stay."""
+def smooth(images: Array) -> Array:
+    """Weighted with 1, and 5 in the middle. Pixels at the edges stay."""
     xp = arrays.namespace(images)
     values, (height, width) = xp.astype(images, xp.int64), images.shape[2:]
     shifts = [values[:, :, i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3)]
-    smooth = xp.astype((2 * (sum(shifts[1:], start=shifts[0]) + 4 * shifts[4]) + 13) // 26, xp.uint8)
-    rows = xp.concat([images[:, :, 1:-1, :1], smooth, images[:, :, 1:-1, -1:]], axis=3)
-    return _mix(images, xp.concat([images[:, :, :1, :], rows, images[:, :, -1:, :]], axis=2), factor)
-
-
-def invert(images: Array) -> Array:
-    """255 - x."""
-    return 255 - images
+    inner = xp.astype((2 * (sum(shifts[1:], start=shifts[0]) + 4 * shifts[4]) + 13) // 26, xp.uint8)
+    rows = xp.concat([images[:, :, 1:-1, :1], inner, images[:, :, 1:-1, -1:]], axis=3)
+    return xp.concat([images[:, :, :1, :], rows, images[:, :, -1:, :]], axis=2)
 
 
 def solarize(images: Array, threshold: np.ndarray) -> Array:
@@ -157,15 +145,15 @@ OPERATIONS: dict[str, Callable[[Array, np.ndarray], Array]] = {
     "translate_x": lambda x, m: warp(x, _matrices(x, x=-_translation(x, 3, m))),
     "translate_y": lambda x, m: warp(x, _matrices(x, y=-_translation(x, 2, m))),
     "rotate": lambda x, m: rotate(x, ROTATE * m),
-    "brightness": lambda x, m: brightness(x, 1 + ENHANCE * m),
-    "color": lambda x, m: color(x, 1 + ENHANCE * m),
-    "contrast": lambda x, m: contrast(x, 1 + ENHANCE * m),
-    "sharpness": lambda x, m: sharpness(x, 1 + ENHANCE * m),
+    "brightness": enhancement(lambda x: arrays.namespace(x).zeros_like(x)),
+    "color": enhancement(grey),
+    "contrast": enhancement(mean_grey),
+    "sharpness": enhancement(smooth),
     "posterize": lambda x, m: posterize(x, 8 - np.round(np.abs(m) * POSTERIZE)),
     "solarize": lambda x, m: solarize(x, 255 * (1 - np.abs(m))),
     "autocontrast": lambda x, m: autocontrast(x),
     "equalize": lambda x, m: equalize(x),
-    "invert": lambda x, m: invert(x),
+    "invert": lambda x, m: 255 - x,
 }
 NAMES = list(OPERATIONS)
 LEVELS = 30  # of RandAugment's magnitude
