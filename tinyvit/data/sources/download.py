@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tinyvit.data.base import DataError
+from tinyvit.files.atomic import new_directory
 from tinyvit.files.text import one_line
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -120,15 +120,12 @@ def unpack(archive: Path, folder: str) -> Path:
     It gets the files that lie directly in it, and nothing else of the archive.
     """
     target = archive.parent / folder
-    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as beside:
-        (Path(beside) / folder).mkdir()
-        with tarfile.open(archive) as tar:  # without extractall, whose filter Python has from 3.11.4 on
-            for member in tar:
-                parent, _, name = member.name.removeprefix("./").rpartition("/")
-                content = tar.extractfile(member) if member.isreg() else None
-                if content is not None and parent == folder and Path(name).name == name:
-                    with open(Path(beside) / folder / name, "wb") as file:
-                        shutil.copyfileobj(content, file)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(Path(beside) / folder, target)
+    shutil.rmtree(target, ignore_errors=True)
+    with new_directory(target) as beside, tarfile.open(archive) as tar:
+        for member in tar:  # without extractall, whose filter Python has from 3.11.4 on
+            parent, _, name = member.name.removeprefix("./").rpartition("/")
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is not None and parent == folder and Path(name).name == name:
+                with open(beside / name, "wb") as file:
+                    shutil.copyfileobj(content, file)
     return target
