@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -119,8 +119,11 @@ def mean_and_std(sums: Iterable[np.ndarray]) -> Statistics:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def in_batches(images: np.ndarray, limit: int = 1 << 24) -> Iterator[np.ndarray]:
-    """Slices of `images` (N, C, H, W) of about `limit` bytes."""
-    step = max(1, limit // max(1, images[0].nbytes))
-    for start in range(0, len(images), step):
-        yield images[start : start + step]
+def chunks(array: np.ndarray, length: int) -> list[np.ndarray]:
+    """`array` in parts of `length`, of which the last may be shorter."""
+    return [array[start : start + length] for start in range(0, len(array), length)]
+
+
+def statistics_of(images: np.ndarray) -> Statistics:
+    """Mean and standard deviation of images (N, C, H, W), in slices of about 16 MB."""
+    return mean_and_std(map(channel_sums, chunks(images, max(1, (1 << 24) // images[0].nbytes))))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyvit.data.base import Data, DataError, Split, channel_sums, in_batches, mean_and_std, pair
+from tinyvit.data.base import Data, DataError, Split, pair, statistics_of
 from tinyvit.data.splits import ArraySplit, ResizedSplit
 from tinyvit.files.plain_pickle import load_pickle
 from tinyvit.files.reading import check_regular, open_regular
@@ -46,7 +46,7 @@ def load_cifar10(
         tuple(np.concatenate(parts) for parts in zip(*(batches[name] for name in group), strict=True))
         for group in (TRAIN, TEST)
     )
-    mean, std = mean_and_std(map(channel_sums, in_batches(train[0])))
+    mean, std = statistics_of(train[0])
     size = pair(SIDE if image_size is None else image_size)
     options = {"crop_pct": 1.0, **(fit_options or {})}
     as_stored = size == (SIDE, SIDE) and options["crop_pct"] == 1.0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tinyvit.data.base import Data, DataError, Split, Statistics, channel_sums, mean_and_std, pair
+from tinyvit.data.base import Data, DataError, Split, Statistics, channel_sums, chunks, mean_and_std, pair
 from tinyvit.data.image import fit, open_rgb, opened, to_array, upright_size
 from tinyvit.data.image_transforms import random_resized_crop
 from tinyvit.data.splits import (
@@ -52,11 +52,6 @@ def digest_of_list(parts: Mapping[str, Listing]) -> str:
         digest.update(repr((part, len(listing), listing.labels.tolist())).encode())
         digest.update("\0".join(map(listing.file, range(len(listing)))).encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
-
-
-def chunks(positions: np.ndarray, length: int) -> list[np.ndarray]:
-    """`positions` in parts of `length`, of which the last may be shorter."""
-    return [positions[start : start + length] for start in range(0, len(positions), length)]
 
 
 def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], threads: int | None) -> str:

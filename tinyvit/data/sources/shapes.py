@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from tinyvit.data.base import Data, channel_sums, in_batches, mean_and_std, pair
+from tinyvit.data.base import Data, chunks, pair, statistics_of
 from tinyvit.data.splits import ArraySplit, in_threads
 
 TRAIN, TEST = 8_000, 2_000
@@ -83,7 +83,7 @@ def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0) 
     size = pair(32 if image_size is None else image_size)
     train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed])), [])
     test = ArraySplit(*draw(TEST, size, np.random.default_rng([1])), [])
-    mean, std = mean_and_std(map(channel_sums, in_batches(train.images)))
+    mean, std = statistics_of(train.images)
     return Data("shapes", train, test, CLASSES, mean, std, size, 3, f"shapes-2-{seed}", {"crop_pct": 1.0})
 
 
@@ -91,12 +91,7 @@ def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[n
     """`count` images (N, 3, H, W) uint8 and their labels (N,) int64, classes evenly spread and in random order."""
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     images = np.empty((count, 3, *size), np.uint8)
-    tasks = [
-        (label, members[start : start + CHUNK])
-        for label in range(len(SHAPES))
-        for members in [np.flatnonzero(labels == label)]
-        for start in range(0, len(members), CHUNK)
-    ]
+    tasks = [(k, members) for k in range(len(SHAPES)) for members in chunks(np.flatnonzero(labels == k), CHUNK)]
 
     def work(task: tuple[tuple[int, np.ndarray], np.random.Generator]) -> None:
         (label, members), rng = task
