@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,8 @@ from tinyvit.data.image import StoredImage
 class Texts(Sequence[str]):
     """Strings, one after the other in a single buffer: 8 bytes each beyond their letters, where a `str` takes 50."""
 
-    def __init__(self, texts: Iterable[str] = ()) -> None:
+    def __init__(self) -> None:
         self._letters, self._ends = bytearray(), array("q", [0])
-        for text in texts:
-            self.append(text)
 
     def append(self, text: str) -> None:
         """Add a string; file names that are no text (surrogates) are kept as they are."""
