@@ -113,6 +113,17 @@ def list_of(item: Check, low: int, high: int) -> Check:
     return check
 
 
+def object_of(item: Check) -> Check:
+    """An object whose values all pass a check."""
+
+    def check(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError("expected an object")
+        return {name: item(each) for name, each in value.items()}
+
+    return check
+
+
 def either(*checks: Check) -> Check:
     """What passes one of several checks."""
 

@@ -32,7 +32,7 @@ from tinyvit.checkpoints.formats.huggingface_names import UNUSED, our_name
 from tinyvit.checkpoints.formats.huggingface_preprocessing import read_preprocessing
 from tinyvit.checkpoints.native_file import SIMILARITY
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
-from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, optional, text
+from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, object_of, one_of, optional, text
 from tinyvit.models.config import ViTConfig
 
 TELLING = (  # how a name ends that only these models have
@@ -48,17 +48,10 @@ SILU = ("silu", "swish")  # within gated MLPs alone, which have no other in ours
 HEADS = ("ForImageClassification", "WithTeacher", "WithProjection", "CLIPModel")  # ends of names of models with a head
 
 
-def names_by_number(value: Any) -> dict[str, Any]:
-    """id2label: an object, of any values."""
-    if not isinstance(value, dict):
-        raise ValueError("expected an object")
-    return value
-
-
 PIXELS = either(integer(1, 65536), list_of(integer(1, 65536), 2, 2))
 SETTINGS = {  # of config.json, or of its vision_config
     "architectures": optional(list_of(text, 0, 100)),
-    "id2label": optional(names_by_number),
+    "id2label": optional(object_of(lambda name: name)),
     "hidden_act": one_of(*ACTIVATIONS, *SILU),
     "pooler_act": text,
     "image_size": PIXELS,

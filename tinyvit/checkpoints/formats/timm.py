@@ -32,7 +32,7 @@ from tinyvit.checkpoints.formats.common import (
     without_null,
 )
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
-from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, one_of, text
+from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, object_of, one_of, text
 from tinyvit.models import resnet
 from tinyvit.models.config import ViTConfig
 
@@ -56,13 +56,6 @@ RESNET = re.compile(  # the parts of the ResNet that ours is, with stages or wit
 UNUSED = ("mask_token",)  # of pre-training by masked images
 
 
-def descriptions(value: Any) -> dict[str, str]:
-    """label_descriptions: an object of texts."""
-    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
-        raise ValueError("expected an object of texts")
-    return value
-
-
 PIXELS = integer(1, 65536)
 FIELDS = {  # of config.json
     "architecture": text,
@@ -73,7 +66,7 @@ FIELDS = {  # of config.json
     "img_size": either(PIXELS, list_of(PIXELS, 2, 2)),
     "input_size": list_of(PIXELS, 3, 3),
     "label_names": list_of(text, 0, 1_000_000),
-    "label_descriptions": descriptions,
+    "label_descriptions": object_of(text),
     "fc_norm": either(boolean, text),
     **PREPROCESSING,
 }
