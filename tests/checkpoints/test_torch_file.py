@@ -269,17 +269,6 @@ def test_torchscript_and_other_archives(tmp_path):
 # --- damage -----------------------------------------------------------------------------------------------------
 
 
-def tolerant(path):
-    """Read a damaged file: any arrays, or an error in one line."""
-    try:
-        found = read_weights(path)
-    except CheckpointError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
-        return None
-    assert all(isinstance(array, np.ndarray) for array in found.values())
-    return found
-
-
 @pytest.fixture(scope="module", params=LAYOUTS)
 def whole(request):
     content = io.BytesIO()
@@ -294,17 +283,6 @@ def test_a_file_cut_short_anywhere_is_refused(whole, tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(CheckpointError, match=r"\A[^\n]*\Z"):
             load_model(path)
-
-
-@settings(max_examples=150)
-@given(data=st.data())
-def test_no_damage_leads_to_another_error(whole, tmp_path_factory, data):
-    damaged = bytearray(whole)
-    for _ in range(data.draw(st.integers(1, 3))):
-        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.getbasetemp() / f"damaged-{os.getpid()}.pth"
-    path.write_bytes(damaged)
-    tolerant(path)
 
 
 def test_damaged_numbers_are_noticed(tmp_path):
