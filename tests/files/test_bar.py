@@ -5,10 +5,13 @@ import os
 import sys
 import time
 
+import numpy as np
 import pytest
 from running import NANO, make_images
 
 from tinyvit.cli import main
+from tinyvit.data import load_data
+from tinyvit.data.sources.shapes import draw
 from tinyvit.distributed import Group
 from tinyvit.evaluation.metrics import progress
 from tinyvit.files import bar
@@ -52,6 +55,15 @@ def test_a_file_gets_lines(monkeypatch):
     assert all(line.startswith("images: ") for line in whole.splitlines()) and whole.endswith("\n")
 
 
+@pytest.mark.parametrize("total, part", [(3000, " 1.50k/3.00k "), (None, "1.50kB ")])
+def test_bytes_go_on_where_they_were(monkeypatch, capsys, total, part):
+    monkeypatch.setattr(bar, "SILENCE", 0.001)
+    with bar.bar("file", total, before=500, unit="B") as done:
+        done(1000)
+        time.sleep(0.3)
+    assert part in (shown := capsys.readouterr().err) and "B/s" in shown
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("bar")
@@ -80,6 +92,14 @@ def test_commands_show_it_beside_the_same_output(home, monkeypatch, capsys, opti
     found = capsys.readouterr()
     assert found.out == plain.out and "images: " in found.err
     assert ("attention: " in found.err) == ("--attention" in options)
+
+
+def test_drawing_and_reading_show_it(home, monkeypatch, capsys):
+    monkeypatch.setattr(bar, "SILENCE", 0.0001)
+    draw(400, (32, 32), np.random.default_rng(0))
+    assert "drawing shapes: " in (shown := capsys.readouterr().err) and "/400 " in shown
+    load_data(home / "images")
+    assert "reading train: " in (shown := capsys.readouterr().err) and "/24 " in shown
 
 
 def test_the_first_of_several_processes_shows_it(monkeypatch, capsys):

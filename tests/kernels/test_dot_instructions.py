@@ -93,7 +93,7 @@ def test_arm_s_features(monkeypatch, system, machine, said, found):
 
 
 def emulated(tmp_path, kind, command):
-    """The output of `python COMMAND` on a processor with instructions of this kind that a signal handler carries out."""
+    """The output of `python COMMAND` where a signal handler carries out instructions of this kind."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("the signal handler is Linux's on x86-64")
     pytest.importorskip("numba")

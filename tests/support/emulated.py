@@ -36,14 +36,17 @@ def multiply_blocks():
     from tinyvit.kernels.jit import dot_blocks
 
     rng, rows, panel = np.random.default_rng(0), dot_blocks.TILE, dot_blocks.PANEL
-    for width in (panel, panel // 2):
-        block = dot_blocks.block_of(True, width)
 
+    def compiled(block):
         @njit
         def run(a, b, start, c):
             row = c.shape[1]
             block(a.ctypes.data, a.shape[1], b.ctypes.data, start.ctypes.data, row, c.ctypes.data, row, len(b))
 
+        return run
+
+    for width in (panel, panel // 2):
+        run = compiled(dot_blocks.block_of(True, width))
         for depth in (1, 2, 77):
             a, b = rng.integers(0, 256, (rows, depth, 4), np.uint8), rng.integers(-128, 128, (depth, panel, 4), np.int8)
             start, c = rng.integers(-99, 99, (rows, panel), np.int32), np.full((rows, panel), 7, np.int32)

@@ -14,10 +14,9 @@ import urllib.request
 import zlib
 from pathlib import Path
 
-from tqdm import tqdm
-
 from tinyvit.data.base import DataError
 from tinyvit.files.atomic import new_directory
+from tinyvit.files.bar import bar
 from tinyvit.files.text import one_line
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -104,12 +103,11 @@ def receive(url: str, part: Path) -> None:
             have = 0
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
-        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None)
-        with bar, open(part, "ab" if have else "wb") as file:
+        with bar(part.stem, total, before=have, unit="B") as done, open(part, "ab" if have else "wb") as file:
             while block := response.read(CHUNK):
                 file.write(block)
                 have += len(block)
-                bar.update(len(block))
+                done(len(block))
     if total is not None and have < total:
         raise ConnectionError(f"the connection ended after {have:,} of {total:,} bytes; run again to go on from there")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyvit.data.base import Data, DataError, Split, Statistics, channel_sums, chunks, mean_and_std, pair
 from tinyvit.data.image import fit, open_rgb, opened, to_array, upright_size
@@ -31,6 +30,7 @@ from tinyvit.data.splits import (
 )
 from tinyvit.data.stored import Listing, Rows
 from tinyvit.distributed.group import ALONE, Group
+from tinyvit.files.bar import bar
 
 SMALL = 64  # images up to this side are kept at their size and trained on whole
 LARGE_SIZE = 224
@@ -298,8 +298,7 @@ def decode(
         return pixels if keep else None, channel_sums(pixels), failures
 
     parts = chunks(positions, max(1, CHUNK // (3 * size[0] * size[1])))
-    shown = None if reading.group.leads else True  # None: where it is a terminal
-    with tqdm(total=len(positions), desc=f"reading {part}", unit="image", leave=False, disable=shown) as bar:
+    with bar(f"reading {part}", len(positions), reading.group.leads) as done:
         for chunk, found in zip(parts, in_processes(work, parts, reading.group, threads), strict=True):
             yield chunk, found
-            bar.update(len(chunk))
+            done(len(chunk))

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyvit.data.base import Data, chunks, pair, statistics_of
 from tinyvit.data.splits import ArraySplit, in_threads
+from tinyvit.files.bar import bar
 
 TRAIN, TEST = 8_000, 2_000
 CHUNK = 200  # images drawn at a time: what they need fits in a core's cache
@@ -98,8 +98,9 @@ def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[n
         images[members] = draw_class(SHAPES[label], len(members), size, rng)
 
     drawn = in_threads(work, zip(tasks, rng.spawn(len(tasks)), strict=True))
-    for _ in tqdm(drawn, desc="drawing shapes", total=len(tasks), leave=False, disable=None):
-        pass
+    with bar("drawing shapes", count) as done:
+        for (_, members), _ in zip(tasks, drawn, strict=True):
+            done(len(members))
     return images, labels
 
 

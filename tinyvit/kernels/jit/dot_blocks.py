@@ -1,8 +1,8 @@
 """Blocks of sums of products of 16 and 8 bits, by the instructions that processors have for them.
 
-Each adds neighbouring products to sums of 32 bits: VDPBF16PS and VPDPBUSD for 16 sums in a register (AVX-512) or 8
-(AVX-VNNI, of bytes alone), TDPBF16PS and TDPBUSD for 16 x 16 in a tile (AMX), BFMMLA and USMMLA for 2 x 2 (ARM). AVX2
-has VPMADDWD of whole numbers of 16 bits alone, which then hold the bytes. `dot_products` has the layout of the matrices.
+Each adds neighbouring products to sums of 32 bits: VDPBF16PS and VPDPBUSD for 16 sums in a register (AVX-512), VPDPBUSD
+for 8 (AVX-VNNI), TDPBF16PS and TDPBUSD for 16 x 16 in a tile (AMX), BFMMLA and USMMLA for 2 x 2 (ARM). AVX2 alone has
+VPMADDWD, of whole numbers of 16 bits, which then hold the bytes. `dot_products` has the layout of the matrices.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Products of matrices whose operands have 16 or 8 bits, with sums of 32.
 
-A group is 32 bits of neighbours along the inner dimension: a pair of bfloat16 numbers or four bytes, with AVX2 two. The left matrix
-(M, K) is an array of rows of groups, as many as whole blocks of TILE rows have. The right one (N, K) is packed, a list
-of panels of PANEL rows: (panels, groups, PANEL). Zeros fill the last group, and lead to a multiple of STEP groups. In
-rows that only fill the last block or panel there may be any number: results that are dropped depend on it.
+A group is 32 bits of neighbours along the inner dimension: a pair of bfloat16 numbers, four bytes, or with AVX2 two
+whole numbers of 16 bits. The left matrix (M, K) is an array of rows of groups, as many as whole blocks of TILE rows
+have. The right one (N, K) is packed, a list of panels of PANEL rows: (panels, groups, PANEL). Zeros fill the last
+group, and lead to a multiple of STEP groups. In rows that only fill the last block or panel there may be any number:
+results that are dropped depend on it.
 """
 
 from __future__ import annotations
