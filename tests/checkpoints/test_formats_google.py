@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import assert_equal, refusal
 from google_model import HEADS, PATCH, SIDE, D, fixture, jax_forward
 
-from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model
 
@@ -62,11 +62,6 @@ def big_vision_forward(arrays, images, pool, posemb):
 
 def random_images(patch=PATCH):
     return np.random.default_rng(1).standard_normal((3, 3, SIDE * patch[0], SIDE * patch[1]), dtype=np.float32)
-
-
-def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(
@@ -142,13 +137,6 @@ def test_preprocessing_and_fine_tuning(tmp_path):
     assert p.mean == p.std == (0.5, 0.5, 0.5)
     assert (p.crop_mode, p.crop_pct, p.interpolation) == ("squash", 1.0, "bilinear")
     assert model(np.zeros((1, 3, 48, 48), np.float32)).shape == (1, 7)
-
-
-def refusal(path):
-    with pytest.raises(CheckpointError) as caught:
-        load_model(path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    return str(caught.value)
 
 
 def test_every_array_is_accounted_for(tmp_path):

@@ -6,16 +6,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import assert_equal, refusal, write_own
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import tinyvit
-from tinyvit.checkpoints.checkpoint import CheckpointError, describe
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model, open_checkpoint
-from tinyvit.checkpoints.native_file import save
 from tinyvit.data import read_image
-from tinyvit.models.preprocessing import Preprocessing
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -75,11 +73,6 @@ def outputs(model, images):
     with torch.no_grad():
         result = model(torch.from_numpy(images).to(model.dtype))
     return (result.logits if hasattr(result, "logits") else result.pooler_output).float().numpy()
-
-
-def assert_equal(found, expected, relative=1e-5):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
 
 
 @pytest.fixture(params=VARIANTS)
@@ -298,8 +291,7 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
     model.load_state_dict({name: rng.standard_normal(a.shape) * 0.2 for name, a in model.state_dict().items()})
     model.to("float32")
     names = tuple(f"class {i}" for i in range(model.config.num_classes))
-    metadata = describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {})
-    save(tmp_path / "own.safetensors", model.state_dict(), metadata)
+    write_own(model, tmp_path / "own.safetensors", names)
     convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     images = rng.standard_normal((2, 3, *model.config.image_size), dtype=np.float32)
     back = (kind or ViTModel).from_pretrained(tmp_path / "hf").eval()
@@ -322,14 +314,6 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
 def directory(tmp_path):
     make("vit-head").save_pretrained(tmp_path)
     return tmp_path
-
-
-def refusal(path, **overrides):
-    with pytest.raises(CheckpointError) as caught:
-        load_model(path, **overrides)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    return message
 
 
 def change_config(directory, **changes):

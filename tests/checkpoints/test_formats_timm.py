@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import assert_equal, refusal, write_own
 from reference_models import TorchViT
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,6 @@ from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model, open_checkpoint
 from tinyvit.models.config import ViTConfig
-from tinyvit.models.preprocessing import Preprocessing
 
 torch.set_num_threads(1)  # the models are tiny
 WIDTH, PATCH, SIDE, CLASSES = 64, 8, 32, 5
@@ -91,11 +91,6 @@ def reference(state, c, images):
 
 def random_images(side=SIDE, width=None):
     return np.random.default_rng(1).standard_normal((3, 3, side, width or side), dtype=np.float32)
-
-
-def assert_equal(found, expected, relative=1e-5):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
 
 
 @pytest.fixture(params=FAMILIES)
@@ -336,12 +331,9 @@ def test_round_trip(family, tmp_path, ending):
 
 
 def test_an_epsilon_that_timm_cannot_say_is_warned_of_and_kept_for_us(tmp_path):
-    from tinyvit.checkpoints.checkpoint import describe
-    from tinyvit.checkpoints.native_file import save
-
     model = tinyvit.create_model("vit_nano_patch8_32", norm_eps=1e-3)
-    names = tuple(map(str, range(10)))
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(model.config, names, Preprocessing(HALF, HALF), {}))
+    names = tuple(f"class {i}" for i in range(10))
+    write_own(model, tmp_path / "own.safetensors", names)
     with pytest.warns(UserWarning, match=r"timm's layer norms have epsilon 1e-06, this model's 0\.001"):
         convert(tmp_path / "own.safetensors", tmp_path / "timm", "timm")
     assert load_model(tmp_path / "timm").config == model.config
@@ -349,13 +341,9 @@ def test_an_epsilon_that_timm_cannot_say_is_warned_of_and_kept_for_us(tmp_path):
 
 
 def test_fixed_positions_are_written_as_learned_ones(tmp_path):
-    from tinyvit.checkpoints.checkpoint import describe
-    from tinyvit.checkpoints.native_file import save
-
     model = tinyvit.create_model("vit_nano_patch8_32", pos_embed="sincos2d").eval()
     model.head.weight.data = np.random.default_rng(0).standard_normal(model.head.weight.shape, dtype=np.float32)
-    metadata = describe(model.config, tuple(map(str, range(10))), Preprocessing(HALF, HALF), {})
-    save(tmp_path / "own", model.state_dict(), metadata)
+    write_own(model, tmp_path / "own")
     convert(tmp_path / "own", tmp_path / "timm", "timm")
     found = load_model(tmp_path / "timm")
     assert found.config == model.config.replace(pos_embed="learn")
@@ -363,14 +351,6 @@ def test_fixed_positions_are_written_as_learned_ones(tmp_path):
 
 
 # --- refusing ---------------------------------------------------------------------------------------------------
-
-
-def refusal(path, **overrides):
-    with pytest.raises(CheckpointError) as caught:
-        load_model(path, **overrides)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    return message
 
 
 @pytest.mark.parametrize(
@@ -441,10 +421,7 @@ def test_hub_directories_that_do_not_fit(plain, tmp_path, card, problem):
 
 
 def test_a_run_that_is_renamed_is_still_ours(tmp_path):
-    from tinyvit.checkpoints.checkpoint import describe
-    from tinyvit.checkpoints.native_file import save
-
     model = tinyvit.create_model("vit_nano_patch8_32", norm_eps=1e-3)
-    names = tuple(map(str, range(10)))
-    save(tmp_path / "renamed.pth", model.state_dict(), describe(model.config, names, Preprocessing(HALF, HALF), {}))
+    write_own(model, tmp_path / "own.safetensors")
+    (tmp_path / "own.safetensors").rename(tmp_path / "renamed.pth")
     assert load_model(tmp_path / "renamed.pth").config == model.config

@@ -6,16 +6,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import write_own
 from mutations import strange_copies
 from safetensors.numpy import load_file, save_file
 from transformers_models import CASES, SIZES, VISION, T, clip, randomised
 
 import tinyvit
-from tinyvit.checkpoints.checkpoint import CheckpointError, describe
+from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model, open_checkpoint
-from tinyvit.checkpoints.native_file import save
-from tinyvit.models.preprocessing import Preprocessing
 
 torch.set_num_threads(1)  # the models are tiny
 
@@ -149,9 +148,7 @@ def test_what_is_not_supported_is_refused_in_one_line(build, change, problem, tm
 )
 def test_what_transformers_lacks_is_not_written(tmp_path, options, problem):
     model = tinyvit.create_model("vit_nano_patch8_32", **options)
-    names = tuple(map(str, range(10)))
-    metadata = describe(model.config, names, Preprocessing((0.4,) * 3, (0.2,) * 3), {})
-    save(tmp_path / "own.safetensors", model.state_dict(), metadata)
+    write_own(model, tmp_path / "own.safetensors")
     with pytest.raises(CheckpointError, match=re.escape(problem)):
         convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     assert [path.name for path in tmp_path.iterdir()] == ["own.safetensors"]

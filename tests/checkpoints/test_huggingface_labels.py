@@ -4,14 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from checkpoint_files import write_own
 from safetensors.numpy import load_file, save_file
 
 import tinyvit
-from tinyvit.checkpoints.checkpoint import describe
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model, open_checkpoint
-from tinyvit.checkpoints.native_file import save
-from tinyvit.models.preprocessing import Preprocessing
 
 NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")
 
@@ -19,8 +17,7 @@ NUMBERED = ("LABEL_0", "LABEL_1", "LABEL_2")
 @pytest.fixture
 def directory(tmp_path):
     model = tinyvit.create_model("vit_nano_patch8_32", num_classes=3)
-    about = describe(model.config, ("a", "b", "c"), Preprocessing((0.5,) * 3, (0.5,) * 3), {})
-    save(tmp_path / "a.safetensors", model.state_dict(), about)
+    write_own(model, tmp_path / "a.safetensors", ("a", "b", "c"))
     convert(tmp_path / "a.safetensors", tmp_path / "hf", "huggingface")
     return tmp_path / "hf"
 

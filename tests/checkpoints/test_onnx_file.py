@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from checkpoint_files import assert_equal
 from reference_models import SMALL, VARIANTS, build
 from running import tinyvit as run_tinyvit
 
@@ -34,11 +35,6 @@ def images_for(config, count=3):
 def run(path, images):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return session.run(None, {"images": images})[0]
-
-
-def assert_equal(found, expected, relative=1e-5):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= relative * np.abs(expected).max()
 
 
 ROTARY = {f"rotary positions: {kind}": dict(rope=kind, rope_grid=(3, 3)) for kind in ("eva", "dinov3", "pe", "axial")}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm_models
 import torch
+from checkpoint_files import assert_equal
 from safetensors.torch import save_file
 from timm_models import timm
 
@@ -27,11 +28,6 @@ def saved(architecture, path):
     images = torch.randn(2, 3, 5 * patch, 5 * patch, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model, images.numpy(), model(images).numpy()
-
-
-def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("architecture", CARDS)

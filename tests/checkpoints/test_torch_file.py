@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoint_files import Call, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,24 +140,6 @@ def test_files_without_checksums(tmp_path):
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
-
-
-class Call:
-    """Pickles as a call of `function`, which reading then would make."""
-
-    def __init__(self, function, *args):
-        self.call = (function, args)
-
-    def __reduce__(self):
-        return self.call
-
-
-def refusal(path):
-    with pytest.raises(CheckpointError) as caught:
-        load_model(path)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    return message
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,11 +4,13 @@ A model that is read gives the outputs of the library that made it. A model of o
 there. All have random weights, and are small.
 """
 
+import functools
 import json
 import re
 import warnings
 from typing import Any, NamedTuple
 
+import checkpoint_files
 import numpy as np
 import pytest
 import torch
@@ -155,9 +157,7 @@ def random_images(channels, height, width):
     return np.random.default_rng(1).standard_normal((2, channels, height, width), dtype=np.float32)
 
 
-def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()  # 1.01e-5 with OpenBLAS on one thread
+assert_equal = functools.partial(checkpoint_files.assert_equal, relative=2e-5)  # 1.01e-5 with OpenBLAS on one thread
 
 
 # --- reading: each gives a path, images, the library's outputs, and what load_model needs to be told ----------------

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from checkpoint_files import Call
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -219,16 +220,6 @@ def test_stream_of_python_2(tmp_path_factory):
     found = unpickled(tmp_path_factory, stream)
     assert found["labels"] == [6, 9] and found["s"] == [], "a set comes as a list"
     assert found["data"].dtype == np.uint8 and found["data"].tolist() == [[0x3B, 0xFF], [0x00, 0x80]]
-
-
-class Call:
-    """Pickles as a call of `function`, which reading then would make."""
-
-    def __init__(self, function, *args):
-        self.call = (function, args)
-
-    def __reduce__(self):
-        return self.call
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from pictures import colours, grow, paint
 from PIL import Image
 from running import count_decoded
 
@@ -14,27 +15,10 @@ from tinyvit.data.sources import listing
 from tinyvit.data.splits import ArraySplit, FileSplit
 
 
-def paint(path, colour=(0, 0, 0), size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size[::-1], colour).save(path)
-
-
-def grow(root, classes=("cat", "dog"), count=3, size=(8, 8)):
-    """`count` images a class; image i of class k has the colour (k, i, 100)."""
-    for k, name in enumerate(classes):
-        for i in range(count):
-            paint(root / name / f"{i}.png", (k, i, 100), size)
-    return root
-
-
 def tree(root, test="test", **options):
     grow(root / "train", count=5, **options)
     grow(root / test, count=2, **options)
     return root
-
-
-def colours(split):
-    return split.read(np.arange(len(split)))[:, :2, 0, 0].tolist()
 
 
 # --- layouts ------------------------------------------------------------------------------------------------

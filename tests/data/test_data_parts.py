@@ -7,24 +7,13 @@ import stat
 
 import numpy as np
 import pytest
+from pictures import grow, paint
 from PIL import Image
 from running import NANO, assert_one_line_error, make_images, tinyvit
 
 from tinyvit.data import DataError, load_data
 from tinyvit.data.image import open_rgb
 from tinyvit.data.sources.listing import part_of
-
-
-def paint(path, colour=(0, 0, 0), size=(8, 8), **how):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **how)
-
-
-def grow(root, count=3, classes=("cat", "dog")):
-    for k, name in enumerate(classes):
-        for i in range(count):
-            paint(root / name / f"{i}.png", (k, i, 100))
-    return root
 
 
 @pytest.mark.parametrize(
@@ -34,8 +23,8 @@ def grow(root, count=3, classes=("cat", "dog")):
      ("training", "validation"), ("train", "holdout"), ("Train Data", "Test Data")],
 )  # fmt: skip
 def test_usual_names(tmp_path, train, other):
-    grow(tmp_path / train, 5)
-    grow(tmp_path / other, 2)
+    grow(tmp_path / train, count=5)
+    grow(tmp_path / other, count=2)
     data = load_data(tmp_path)
     assert data.class_names == ("cat", "dog") and len(data.train) == 10 and len(data.test) == 4
     assert list(data.parts) == ["train", part_of(other)]
@@ -107,8 +96,8 @@ def test_every_format_that_pillow_decodes(tmp_path, ending):
 
 
 def test_an_image_without_an_ending_is_one_and_other_files_are_counted(tmp_path):
-    grow(tmp_path / "train", 4)
-    grow(tmp_path / "test", 4)
+    grow(tmp_path / "train", count=4)
+    grow(tmp_path / "test", count=4)
     (tmp_path / "train" / "cat" / "0.png").rename(tmp_path / "train" / "cat" / "0")
     notes = [tmp_path / part / "cat" / "notes.txt" for part in ("train", "test")]
     for file in notes:
@@ -174,7 +163,7 @@ def test_the_size_of_a_data_set_is_that_of_upright_images(tmp_path, orientation)
         for name in ("cat", "dog"):
             exif = Image.Exif()
             exif[0x0112] = orientation
-            paint(tmp_path / split / name / "0.png", size=(48, 32), exif=exif)
+            paint(tmp_path / split / name / "0.png", size=(32, 48), exif=exif)
     data = load_data(tmp_path)
     assert data.image_size == ((48, 32) if orientation >= 5 else (32, 48))
     stored = open_rgb(tmp_path / "test" / "cat" / "0.png")

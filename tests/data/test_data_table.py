@@ -1,7 +1,6 @@
 """CSV files of path and label, and parquet files as Hugging Face's `datasets` writes them."""
 
 import builtins
-import io
 import json
 import re
 import subprocess
@@ -9,37 +8,16 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from pictures import assert_error, colours, paint, picture
 from running import environment
 
-from tinyvit.data import DataError, load_data
+from tinyvit.data import load_data
 from tinyvit.data.sources import listing, parquet
 from tinyvit.data.splits import ArraySplit, FileSplit
 
 
-def png(colour, size=(8, 8)):
-    file = io.BytesIO()
-    Image.new("RGB", size[::-1], colour).save(file, "png")
-    return file.getvalue()
-
-
-def paint(path, colour=(0, 0, 0), size=(8, 8)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(colour, size))
-
-
-def colours(split):
-    return split.read(np.arange(len(split)))[:, :2, 0, 0].tolist()
-
-
 def colours_seen(data):
     return [tuple(c) for split in (data.train, data.test) for c in colours(split)]
-
-
-def assert_error(message, source, root, **options):
-    with pytest.raises(DataError) as error:
-        load_data(source, **options)
-    assert re.fullmatch(message.replace("ROOT", re.escape(str(root))), str(error.value)), error.value
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------
@@ -172,7 +150,7 @@ def save(pa, path, labels, contents=None, *, names=("image", "label"), metadata=
     """A parquet file whose image i of class k has the colour (k, i, 0)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if contents is None:
-        contents = [png((k if isinstance(k, int) and k >= 0 else 0, i, 0)) for i, k in enumerate(labels)]
+        contents = [picture((k if isinstance(k, int) and k >= 0 else 0, i, 0)) for i, k in enumerate(labels)]
     if kind is None:
         kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         contents = [{"bytes": c, "path": f"{i}.png"} for i, c in enumerate(contents)]
@@ -216,7 +194,7 @@ def test_images_beyond_the_memory_are_read_with_their_row_group(snacks, pa, monk
     assert data.train.labels.tolist() == kept.train.labels.tolist()
     assert colours(data.train) == colours(kept.train) and colours(data.test) == colours(kept.test)
     assert data.fingerprint == kept.fingerprint
-    contents = [png((0, 0, 0)), b"no image", None, png((1, 3, 0)), png((0, 4, 0)), png((1, 5, 0))]
+    contents = [picture((0, 0, 0)), b"no image", None, picture((1, 3, 0)), picture((0, 4, 0)), picture((1, 5, 0))]
     save(pa, snacks / "bad.parquet", [0, 0, 1, 1, 0, 1], contents)
     data = load_data(snacks / "bad.parquet", skip_corrupt=True)
     assert sorted(colours_seen(data)) == [(0, 0), (0, 4), (1, 3), (1, 5)]
@@ -253,7 +231,7 @@ def test_other_places_and_layouts(tmp_path, pa):
 )
 @pytest.mark.parametrize("metadata", [None, {b"huggingface": b"no JSON"}, {b"huggingface": b'{"info": []}'}, {}])
 def test_labels_without_names(tmp_path, pa, labels, label_type, expected, metadata):
-    contents = [png((9, i, 0)) for i in range(4)]
+    contents = [picture((9, i, 0)) for i in range(4)]
     save(pa, tmp_path / "train.parquet", labels, contents, label_type=getattr(pa, label_type)(), metadata=metadata)
     data = load_data(tmp_path, val_fraction=0.5)
     assert data.class_names == expected
@@ -264,7 +242,7 @@ def test_labels_without_names(tmp_path, pa, labels, label_type, expected, metada
 def test_dictionaries_bare_bytes_and_other_columns(tmp_path, pa):
     table_ = pa.table({
         "id": pa.array(range(4)),
-        "photo": pa.array([png((1, i, 0)) for i in range(4)], pa.large_binary()),
+        "photo": pa.array([picture((1, i, 0)) for i in range(4)], pa.large_binary()),
         "class": pa.array(["x", "y", "x", "y"]).dictionary_encode(),
     })  # fmt: skip
     pa.parquet.write_table(table_, tmp_path / "train.parquet")
@@ -273,7 +251,7 @@ def test_dictionaries_bare_bytes_and_other_columns(tmp_path, pa):
 
 def test_noted_columns_are_preferred(tmp_path, pa):
     """As in CIFAR-100, but with the label under a name of its own."""
-    contents = [png((i, 0, 0)) for i in range(4)]
+    contents = [picture((i, 0, 0)) for i in range(4)]
     table_ = pa.table({"image": [b""] * 4, "img": contents, "label": [5, 6, 7, 8], "kind": [0, 1, 0, 1]})
     metadata = note(["a", "b"], "img", "kind")
     pa.parquet.write_table(table_.replace_schema_metadata(metadata), tmp_path / "train.parquet")
@@ -314,7 +292,7 @@ def test_labels_that_cannot_be_used(tmp_path, pa, labels, message):
 
 
 def test_corrupt_images_are_named(tmp_path, pa):
-    contents = [png((0, 0, 0)), b"no image", None, png((1, 3, 0)), png((0, 4, 0)), png((1, 5, 0))]
+    contents = [picture((0, 0, 0)), b"no image", None, picture((1, 3, 0)), picture((0, 4, 0)), picture((1, 5, 0))]
     save(pa, tmp_path / "data" / "train-0.parquet", [0, 0, 1, 1, 0, 1], contents)
     save(pa, tmp_path / "data" / "test-0.parquet", [0, 1])
     hint = r" \(--skip-corrupt leaves such images out\)"
@@ -323,13 +301,13 @@ def test_corrupt_images_are_named(tmp_path, pa):
     data = load_data(tmp_path, skip_corrupt=True)
     assert data.train.skipped == [str(tmp_path / "data" / f"train-0.parquet, row {i}") for i in (1, 2)]
     assert colours(data.train) == [[0, 0], [1, 3], [0, 4], [1, 5]] and data.train.labels.tolist() == [0, 1, 0, 1]
-    save(pa, tmp_path / "data" / "train-0.parquet", [0, 1, 1], [png((0, 0, 0)), None, png((1, 0, 0))])
+    save(pa, tmp_path / "data" / "train-0.parquet", [0, 1, 1], [picture((0, 0, 0)), None, picture((1, 0, 0))])
     assert_error(f"cannot read image ROOT/data/train-0.parquet, row 1: it has no bytes{hint}", tmp_path, tmp_path)
 
 
 def test_a_null_for_a_whole_image(tmp_path, pa):
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    contents = [{"bytes": png((i, 0, 0)), "path": None} for i in range(4)] + [None]
+    contents = [{"bytes": picture((i, 0, 0)), "path": None} for i in range(4)] + [None]
     save(pa, tmp_path / "train.parquet", [0, 1, 0, 1, 1], contents, kind=kind)
     assert_error("cannot read image ROOT/train.parquet, row 4: it has no bytes .*", tmp_path, tmp_path)
 
@@ -339,7 +317,7 @@ def test_columns_that_cannot_be_told(tmp_path, pa):
         pa.parquet.write_table(pa.table(columns), tmp_path / "train.parquet")
         assert_error(message, tmp_path, tmp_path)
 
-    photo = [png((0, 0, 0))] * 2
+    photo = [picture((0, 0, 0))] * 2
     images = r"ROOT/train.parquet: expected a column of images \(bytes, or a struct with bytes\) called image, .*, "
     labels = r"ROOT/train.parquet: expected a column of labels \(whole numbers or text\) called label, .* or target, "
     refused(images + r"found text \(string\), label \(int64\)", text=["a", "b"], label=[0, 1])
@@ -368,7 +346,7 @@ def test_two_validation_parts(snacks, pa):
 
 
 def test_two_columns_of_one_name(tmp_path, pa):
-    columns = [[png((0, 0, 0))] * 2, [0, 1], [0, 1]]
+    columns = [[picture((0, 0, 0))] * 2, [0, 1], [0, 1]]
     pa.parquet.write_table(pa.table(columns, names=["image", "label", "label"]), tmp_path / "train.parquet")
     assert_error("ROOT/train.parquet has several columns called label", tmp_path, tmp_path)
 
@@ -388,7 +366,7 @@ def test_files_that_are_no_parquet(tmp_path, pa):
 def test_the_fingerprint_knows_the_images(snacks, pa):
     before = load_data(snacks).fingerprint
     assert before.startswith("parquet-") and load_data(snacks).fingerprint == before
-    contents = [png((5, 5, 5)), png((6, 6, 6))]
+    contents = [picture((5, 5, 5)), picture((6, 6, 6))]
     save(pa, snacks / "data" / "test-00000-of-00001.parquet", [2, 0], contents, metadata=note())
     assert load_data(snacks).fingerprint != before
 

@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from pictures import assert_error, colours, picture
 from PIL import Image
 from running import NANO
 
@@ -14,12 +15,6 @@ from tinyvit.cli import main
 from tinyvit.data import DataError, Loader, default_augment, load_data
 from tinyvit.data.sources import tar_shards
 from tinyvit.data.splits import UNCOUNTED, FileSplit, left_out
-
-
-def picture(colour, ending="png", size=(8, 8)):
-    file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, {"jpg": "JPEG"}.get(ending, ending))
-    return file.getvalue()
 
 
 def pack(path, members):
@@ -43,16 +38,6 @@ def sample(key, label, colour, size=(8, 8)):
 def shard(path, labels, **how):
     """Image i of class k has the colour (k, i, 0)."""
     return pack(path, [member for i, k in enumerate(labels) for member in sample(f"{i:04d}", k, (k, i, 0), **how)])
-
-
-def colours(split):
-    return split.read(np.arange(len(split)))[:, :2, 0, 0].tolist()
-
-
-def assert_error(message, source, root, **options):
-    with pytest.raises(DataError) as error:
-        load_data(source, **options)
-    assert re.fullmatch(message.replace("ROOT", re.escape(str(root))), str(error.value)), error.value
 
 
 @pytest.fixture
@@ -109,14 +94,14 @@ def test_what_belongs_together(tmp_path):
     folder.type = tarfile.DIRTYPE
     members = [
         ("./a", folder),
-        ("./a/1.JPG", picture((0, 0, 0), "jpg")),
+        ("./a/1.JPG", picture((0, 0, 0), "JPEG")),
         ("b/1.webp", picture((9, 9, 9), "webp")),
         ("b/._1.png", b"macOS"),
         ("b/1.cls", b"dog"),
         ("./a/1.txt", b"a caption"),
         ("notes.json", b'{"made": 1999}'),
         ("./a/1.cls", "\ufeff cat \n".encode()),
-        ("../../2.jpeg", picture((0, 0, 0), "jpg")),
+        ("../../2.jpeg", picture((0, 0, 0), "JPEG")),
         ("../../2.cls", b"cat"),
         ("/3.png", picture((0, 0, 0))),
         ("/3.left.png", b"another view"),
