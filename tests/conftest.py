@@ -6,6 +6,12 @@ import os
 # the CPU time that one thread takes for the products of small models. Tests that run on more threads say so.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# XLA compiles each operation for each shape; its optimizations take longer than they save.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+# A hundred processes are started here: each would compile all modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator

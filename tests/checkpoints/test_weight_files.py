@@ -18,7 +18,7 @@ import tinyvit
 from tinyvit.checkpoints.checkpoint import LONGEST_MESSAGE, CheckpointError
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model
-from tinyvit.checkpoints.readers.safetensors import read_safetensors
+from tinyvit.checkpoints.readers.safetensors import LONGEST_HEADER, read_safetensors
 from tinyvit.checkpoints.readers.weight_files import read_shards, read_weights
 
 DTYPES = [
@@ -69,7 +69,7 @@ GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
         (header({"x": GOOD | {"shape": [1 << 62, 1 << 62]}}), "not a readable safetensors file"),
         (header({"x": GOOD, "y": GOOD}), "not a readable safetensors file"),
         (header({"x": GOOD}) + b"\0", "not a readable safetensors file"),
-        (header({"x": GOOD} | {f"y{i}": GOOD for i in range(300_000)}), "its header has"),
+        (header(b" " * (LONGEST_HEADER + 1)), "its header has"),
         (header({"x": GOOD | {"shape": "ab"}}), ""),
         (header({"x": GOOD | {"shape": [2.0, 2.0]}}), ""),
         (header({"x": GOOD | {"shape": None}}), ""),

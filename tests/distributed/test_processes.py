@@ -73,7 +73,7 @@ def steps_alone():
     return {case: ranks.steps(ALONE, case) for case in ranks.CASES}
 
 
-@pytest.mark.parametrize(("launcher", "count"), [("mpiexec", 3), ("mpiexec", 4), ("variables", 3)])
+@pytest.mark.parametrize(("launcher", "count"), [("mpiexec", 4), ("variables", 3)])
 def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count, steps_alone, tmp_path):
     result = together(count, "steps", tmp_path, launcher=launcher)
     assert result.returncode == 0, result.stderr
@@ -85,8 +85,8 @@ def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count,
                     assert array.tobytes() == found[name].tobytes(), f"{case}, rank {rank}: {name} differs"
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(launcher, images, alone, tmp_path):
+@pytest.mark.parametrize(("launcher", "another"), [("mpiexec", "variables"), ("torchrun", "mpiexec")])
+def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(launcher, another, images, alone, tmp_path):
     out = tmp_path / "run"
     options = ["--data", images, "--out", out, "--threads", 1, *OPTIONS]
     result = together(2, "kill", "train", *options, launcher=launcher)
@@ -97,7 +97,7 @@ def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(launcher, ima
     assert result.stdout.splitlines()[1].startswith("2 processes, 2 on this machine: each takes 4 or 5 of 9 images")
     where = progress(out / "last.safetensors")
     assert where["epoch"] == 1 and not where["finished"]
-    assert together(2, "none", "train", "--out", out, "--resume", launcher=launcher).returncode == 0
+    assert together(2, "none", "train", "--out", out, "--resume", launcher=another).returncode == 0
     assert_same_weights(out, alone)
     for row, expected in zip(*(without_times(metrics(run)) for run in (out, alone)), strict=True):
         assert row == pytest.approx(expected, rel=1e-6)

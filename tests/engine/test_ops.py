@@ -20,7 +20,7 @@ from drawing import (
     values,
     versions,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -252,6 +252,7 @@ ALL_VERSIONS = [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name i
 
 
 @pytest.mark.parametrize("name, backend, version", ALL_VERSIONS)
+@settings(max_examples=10)  # for each of several libraries
 @given(data=st.data())
 def test_values_and_gradients_agree_with_torch(name, backend, version, data):
     """Broadcasting both ways, lengths 0 and 1, any memory layout, and any choice of inputs that require a gradient."""
