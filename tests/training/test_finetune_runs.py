@@ -69,6 +69,14 @@ def test_the_head_of_the_same_classes_is_kept_in_whatever_order(trained, tmp_pat
     assert np.allclose(new["head.bias"], old["head.bias"][[1, 2, 0]], rtol=1e-5)
     new, printed = untouched(trained, tmp_path / "b", trained / "run")
     assert "a new head for 3 classes" in printed and np.abs(new["head.weight"]).max() < 1e-20
+    assert "resized" not in printed
+
+
+def test_resized_weights_are_told(trained, tmp_path):
+    sizes = ["--image-size", 24, "--patch-size", 6]
+    result = tinyvit("train", "--data", trained / "other", "--init", trained / "run", "--epochs", 1, *sizes,
+                     "--out", tmp_path / "a")  # fmt: skip
+    assert "run resized from 4x4 patches of 8x8 pixels to 4x4 patches of 6x6 pixels, " in result.stdout
 
 
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]])

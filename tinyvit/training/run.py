@@ -25,6 +25,7 @@ from tinyvit.distributed.group import SLOW
 from tinyvit.errors import UsageError
 from tinyvit.evaluation.features import with_features
 from tinyvit.execution import system_info
+from tinyvit.models.config import ViTConfig
 from tinyvit.models.inspection import Features
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.registry import model_config
@@ -361,7 +362,9 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
     )
     if checkpoint is not None:
         head = "its head kept" if keeps_head(checkpoint, data) else f"a new head for {len(data.class_names)} classes"
-        display.line(f"weights of {options.init}, {head}")
+        before, now = map(_patches, (checkpoint.config, parts.model.config))
+        resized = "" if before == now else f" resized from {before} to {now}"
+        display.line(f"weights of {options.init}{resized}, {head}")
     like = parts.step.parameters[0].data
     on_host = arrays.on_host(like)
     if not (alone := parts.step.group.size == 1):
@@ -373,6 +376,11 @@ def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkp
         display.line(left_out(list(skipped)))
     if data.no_images:
         display.line(passed_over(data.no_images))
+
+
+def _patches(config: ViTConfig) -> str:
+    (rows, columns), (height, width) = config.grid_size, config.patch_size
+    return f"{rows}x{columns} patches of {height}x{width} pixels"
 
 
 def parameters(model: VisionTransformer) -> str:
