@@ -110,16 +110,6 @@ def test_eval_refuses_classes_that_the_model_does_not_know(run, tmp_path):
     assert "'rouge'" in message and "red" in message
 
 
-def test_eval_holds_out_the_same_images_as_training(tmp_path):
-    """A folder without a test part is divided by the run's own seed and share, not by the defaults."""
-    data = make_images(tmp_path / "data", train=12, test=0) / "train"
-    arguments = ["--epochs", "2", "--val-fraction", "0.3", "--seed", "5", "--batch-size", "4"]
-    assert tinyvit("train", "--data", data, "--out", tmp_path / "run", *NANO, *arguments).returncode == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    scores = only_json(tinyvit("eval", tmp_path / "run", "--data", data, "--split", "val", "--json"))
-    assert (scores["accuracy"], pytest.approx(scores["loss"])) in [(r["val_accuracy"], r["val_loss"]) for r in rows]
-
-
 # --- predict --------------------------------------------------------------------------------------------------
 
 
@@ -269,13 +259,6 @@ def test_commands_of_tests_are_this_tinyvit_and_find_no_gpu(tmp_path):
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert result.stdout.splitlines() == [library.__file__, "['']"], result.stderr
-
-
-def test_bad_usage_and_failed_work_through_the_real_command(tmp_path):
-    assert "did you mean --epochs?" in assert_one_line_error(tinyvit("train", "--epoch", "3", cwd=tmp_path), 2)
-    assert "no/such/run" in assert_one_line_error(tinyvit("eval", "no/such/run", "--data", "shapes"), 1)
-    assert "no/such/data" in assert_one_line_error(tinyvit("train", "--data", "no/such/data", cwd=tmp_path), 1)
-    assert list(tmp_path.iterdir()) == []
 
 
 FAILED_WORK = [

@@ -139,9 +139,7 @@ def test_a_toml_file_says_the_same(trained, tmp_path):
         assert named in assert_one_line_error(result, 2)
 
 
-def test_freezing_needs_weights_to_keep(trained, tmp_path):
-    result = tinyvit("train", "--data", trained / "other", *NANO, "--freeze", 1, "--out", tmp_path / "a")
-    assert "--freeze 1 keeps weights of --init" in assert_one_line_error(result, 2)
+def test_a_head_has_a_rate_of_its_own_without_init_too(trained, tmp_path):
     options = [*NANO, "--head-lr", 0.01, "--epochs", 1]
     result = tinyvit("train", "--data", trained / "other", *options, "--out", tmp_path / "b")
     assert result.returncode == 0, result.stderr

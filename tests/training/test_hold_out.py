@@ -117,10 +117,10 @@ def test_a_validation_part_is_not_thrown_away(tmp_path):
 
 
 def test_a_folder_without_a_test_part_is_divided_once(tmp_path):
-    """--val-fraction decides its test part, and is recorded when it was not given."""
+    """--val-fraction and --seed decide its test part, for `eval` too, and are recorded when they were not given."""
     images = make_images(tmp_path / "images", train=20, test=1) / "train"
     assert not load_data(images).own_test
-    for name, given_share, sizes in (("a", [], (54, 6)), ("b", ["--val-fraction", 0.25], (45, 15))):
+    for name, given_share, sizes in (("a", [], (54, 6)), ("b", ["--val-fraction", 0.25, "--seed", 5], (45, 15))):
         result = tinyvit("train", "--data", images, *NANO, "--epochs", 1, *given_share, "--out", tmp_path / name)
         assert "{} training and {} validation".format(*sizes) in result.stdout, result.stderr
         config = json.loads((tmp_path / name / "config.json").read_text())
