@@ -132,7 +132,7 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, ski
             + ("" if hit[i] else f"<br>is {figures.svg.label(names[labels[i]])}")
             for i in places
         ]
-        return figures.sheet(images_of(split, places), captions)
+        return figures.sheet(images_of(split.read(places)), captions)
 
     wrong, right = np.flatnonzero(~hit), np.flatnonzero(hit)
     if len(wrong):
@@ -144,10 +144,10 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, ski
     yield _feature_map(outputs, labels, names)
 
 
-def images_of(split: Split, places: np.ndarray) -> list[Image.Image]:
-    """The images of a split at `places`, as the model sees them, but no larger than LARGEST."""
-    pixels = np.asarray(split.read(places)).transpose(0, 2, 3, 1)
-    images = [Image.fromarray(x if x.shape[2] == 3 else x[:, :, 0]).convert("RGB") for x in pixels]
+def images_of(pixels: np.ndarray) -> list[Image.Image]:
+    """Images (N, C, H, W) uint8 as the model sees them, but no larger than LARGEST."""
+    shown = np.asarray(pixels).transpose(0, 2, 3, 1)
+    images = [Image.fromarray(x if x.shape[2] == 3 else x[:, :, 0]).convert("RGB") for x in shown]
     for image in images:
         image.thumbnail((LARGEST, LARGEST))
     return images
@@ -177,14 +177,14 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
     config = model.config
     places = np.unique(np.linspace(0, len(split) - 1, ROLLOUTS).astype(int))
     pixels = np.asarray(split.read(places))
-    inputs = normalise(pixels, *checkpoint.preprocessing.statistics)
+    images, inputs = images_of(pixels), normalise(pixels, *checkpoint.preprocessing.statistics)
     at_a_time = max(1, MOST_WEIGHTS // (config.num_heads * config.num_tokens**2))
     heats = np.concatenate(
         [inspection.rollout(model, inputs[i : i + at_a_time]) for i in range(0, len(inputs), at_a_time)]
     )
     pictures = [
         beside(image, heat, ((0.0, image.height), (0.0, image.width)))
-        for image, heat in zip(images_of(split, places), heats, strict=True)
+        for image, heat in zip(images, heats, strict=True)
     ]
     shown = "".join(
         f"<div>{figures.embedded(p, 'an image, and attention rollout over it', photo=True)}</div>" for p in pictures
@@ -198,7 +198,7 @@ def _attention(model: VisionTransformer, checkpoint: Checkpoint, split: Split) -
     by_head = (
         f'<div><figure class="photo">{figures.embedded(image, "an image", photo=True)}</figure>'
         f'<div class="wide">{figures.heads_picture(heads[:, i]).html}</div></div>'
-        for i, image in enumerate(images_of(split, places[: heads.shape[1]]))
+        for i, image in enumerate(images[: heads.shape[1]])
     )
     yield (
         "Heads",
