@@ -58,16 +58,13 @@ class ArraySplit:
 
 @dataclass(frozen=True)
 class ResizedSplit:
-    """Images held in memory, `images` (N, 3, h, w) uint8, and resized to `size` when they are read.
-
-    They are kept whole unless `fit_options`, arguments of `fit`, say otherwise.
-    """
+    """Images held in memory, `images` (N, 3, h, w) uint8, and resized to `size` by `fit` when they are read."""
 
     images: np.ndarray
     labels: np.ndarray
     skipped: list[str]
     size: tuple[int, int]
-    fit_options: Mapping[str, Any] = field(default_factory=dict)
+    fit_options: Mapping[str, Any]
     gaps: Sequence[tuple[int, int]] = ()
 
     def __len__(self) -> int:
@@ -78,7 +75,7 @@ class ResizedSplit:
 
         def resized(index: int) -> np.ndarray:
             image = Image.fromarray(self.images[index].transpose(1, 2, 0))
-            return to_array(fit(image, self.size, **{"crop_pct": 1.0, **self.fit_options}))
+            return to_array(fit(image, self.size, **self.fit_options))
 
         return stack(in_threads(resized, indices), self.size)
 
