@@ -91,7 +91,7 @@ class FileSplit:
     They are resized and cut by `fit` with `fit_options`; for training (with `rng`) each goes through `transform` first.
     """
 
-    images: Listing
+    listing: Listing
     skipped: list[str]
     size: tuple[int, int]
     transform: ImageTransform | None
@@ -101,10 +101,10 @@ class FileSplit:
     @property
     def labels(self) -> np.ndarray:
         """(N,) int64."""
-        return self.images.labels
+        return self.listing.labels
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.listing)
 
     def read(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
         """Images (B, 3, H, W) uint8. Raises DataError naming a file that cannot be read."""
@@ -113,12 +113,12 @@ class FileSplit:
 
     def take(self, indices: np.ndarray) -> Self:
         """The images at `indices`, in that order."""
-        return replace(self, images=self.images.take(indices))
+        return replace(self, listing=self.listing.take(indices))
 
     def _image(self, task: tuple[int, np.random.Generator | None]) -> np.ndarray:
         index, rng = task
         try:
-            image = open_rgb(self.images.image(index))
+            image = open_rgb(self.listing.image(index))
         except DataError as error:
             raise DataError(f"{error}{SKIP_HINT}") from error
         if rng is None or self.transform is None:
@@ -175,7 +175,7 @@ def without_augmentation(split: Split) -> Split:
 
 def image_names(name: str, split: Split) -> list[str]:
     """What the images of the split `name` are called: their files, or the name with their number."""
-    listing = split.images if isinstance(split, FileSplit) else getattr(split, "listing", None)
+    listing = getattr(split, "listing", None)
     return [f"{name}/{i}" if listing is None else listing.name(i) for i in range(len(split))]
 
 
@@ -189,13 +189,12 @@ def left_out(skipped: Sequence[str]) -> str:
     """What is said of the images that were left out, of which there are some."""
     images = [name for name in skipped if not name.startswith(UNCOUNTED)]
     archives = [name for name in skipped if name.startswith(UNCOUNTED)]
-    said = (
-        [f"{len(images)} image{'s' * (len(images) > 1)} that cannot be read; the first is {images[0]}"]
-        if images
-        else []
-    )
-    more = f", and of {len(archives) - 1} more archives" if archives[1:] else ""
-    return f"left out {'; and '.join(said + [name + more for name in archives[:1]])}"
+    said = []
+    if images:
+        said.append(f"{len(images)} image{'s' * (len(images) > 1)} that cannot be read; the first is {images[0]}")
+    if archives:
+        said.append(archives[0] + (f", and of {len(archives) - 1} more archives" if archives[1:] else ""))
+    return f"left out {'; and '.join(said)}"
 
 
 def passed_over(files: Sequence[str]) -> str:
