@@ -4,17 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from checkpoint_files import write_own
 from PIL import Image
 from running import assert_one_line_error, make_images, tinyvit
 from safetensors.numpy import save_file
 
 import tinyvit as library
-from tinyvit.checkpoints.checkpoint import describe
 from tinyvit.checkpoints.convert import convert
 from tinyvit.checkpoints.loading import load_model, open_checkpoint
-from tinyvit.checkpoints.native_file import save
 from tinyvit.data import load_data, read_image
-from tinyvit.models.preprocessing import Preprocessing
 
 NAMES = ["red", "green", "blue"]
 
@@ -152,8 +150,7 @@ def test_one_file_for_timm_keeps_what_its_names_cannot_say(tmp_path):
     """timm reads the weights and passes over the metadata; we find heads and class names there."""
     config = library.ViTConfig(image_size=16, patch_size=8, embed_dim=24, depth=1, num_heads=4, num_classes=2)
     model = library.VisionTransformer(config)
-    names, preprocessing = ("cat", "dog"), Preprocessing((0.5,) * 3, (0.5,) * 3)
-    save(tmp_path / "own.safetensors", model.state_dict(), describe(config, names, preprocessing, {}))
+    write_own(model, tmp_path / "own.safetensors", names := ("cat", "dog"))
     convert(tmp_path / "own.safetensors", tmp_path / "timm.safetensors", "timm")
     opened = open_checkpoint(tmp_path / "timm.safetensors")
     assert (opened.config, opened.class_names) == (config, names)

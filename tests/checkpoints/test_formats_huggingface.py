@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import assert_equal, refusal, write_own
+from checkpoint_files import assert_equal, change_config, refusal, write_own
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -314,11 +314,6 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
 def directory(tmp_path):
     make("vit-head").save_pretrained(tmp_path)
     return tmp_path
-
-
-def change_config(directory, **changes):
-    config = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Class names come from id2label only where its keys number the classes; a directory without a head has no classes."""
 
-import json
-
 import numpy as np
 import pytest
-from checkpoint_files import write_own
+from checkpoint_files import change_config, write_own
 from safetensors.numpy import load_file, save_file
 
 import tinyvit
@@ -20,11 +18,6 @@ def directory(tmp_path):
     write_own(model, tmp_path / "a.safetensors", ("a", "b", "c"))
     convert(tmp_path / "a.safetensors", tmp_path / "hf", "huggingface")
     return tmp_path / "hf"
-
-
-def change_config(directory, **changes):
-    config = json.loads((directory / "config.json").read_text()) | changes
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Shared by the tests of checkpoints: outputs that agree, files of ours, files that are refused, hostile pickles."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,12 @@ def write_own(model, path, names=()):
     """A file of ours, for a name that ends in .safetensors, or a directory."""
     model.class_names, model.preprocessing = names, Preprocessing((0.4,) * 3, (0.2,) * 3)
     tinyvit.save_model(model, path)
+
+
+def change_config(directory, **changes):
+    """Change a directory's config.json; a value of ... leaves a field out."""
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
 def refusal(path, **overrides):
