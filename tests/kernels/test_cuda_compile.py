@@ -27,14 +27,14 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 CUPYS = ("-ftz=true", "--device-as-default-execution-space")  # what CuPy adds, and an architecture
 
 
-def nvcc(source: str, options: list[str], folder: Path) -> str:
-    """What ptxas reports."""
+def nvcc(source: str, options: list[str], folder: Path) -> tuple[str, str]:
+    """What ptxas reports, and the PTX."""
     (folder / "kernel.cu").write_text(source)
     options = [option for option in options if option != CUPYS[1]]  # of the run-time compiler alone
-    command = ["nvcc", "-cubin", "-Xptxas", "-v", *options, "kernel.cu", "-o", "kernel.cubin"]
+    command = ["nvcc", "-cubin", "--keep", "-Xptxas", "-v", *options, "kernel.cu", "-o", "kernel.cubin"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert result.returncode == 0, result.stderr
-    return result.stderr
+    return result.stderr, (folder / "kernel.ptx").read_text()
 
 
 def toolkits() -> Iterator[tuple[list[Path], Path]]:
@@ -48,7 +48,7 @@ def toolkits() -> Iterator[tuple[list[Path], Path]]:
                 yield libraries, root / include
 
 
-def nvrtc() -> Callable[[str, list[str], Path], str] | None:
+def nvrtc() -> Callable[[str, list[str], Path], tuple[str, str]] | None:
     """The same through NVIDIA's run-time compiler, which is CuPy's too, if its packages are installed."""
     libraries, headers = next(toolkits(), ([], None))
     if not libraries:
@@ -56,18 +56,21 @@ def nvrtc() -> Callable[[str, list[str], Path], str] | None:
     for path in libraries:
         library = ctypes.CDLL(str(path))
 
-    def compile_source(source: str, options: list[str], folder: Path) -> str:
+    def compile_source(source: str, options: list[str], folder: Path) -> tuple[str, str]:
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         options = [*options, "--ptxas-options=-v", f"-I{headers}"]
         assert library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None) == 0
-        texts = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-        status = library.nvrtcCompileProgram(program, len(options), texts)
-        library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetProgramLog(program, log)
+        encoded = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        status = library.nvrtcCompileProgram(program, len(options), encoded)
+        texts = {}
+        for kind in ("ProgramLog", "PTX"):
+            getattr(library, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+            text = ctypes.create_string_buffer(size.value)
+            getattr(library, f"nvrtcGet{kind}")(program, text)
+            texts[kind] = text.value.decode()
         library.nvrtcDestroyProgram(ctypes.byref(program))
-        assert status == 0, log.value.decode()
-        return log.value.decode()
+        assert status == 0, texts["ProgramLog"]
+        return texts["ProgramLog"], texts["PTX"]
 
     return compile_source
 
@@ -148,7 +151,7 @@ def test_compiles_without_spills(file, constants, architecture, tmp_path):
     assert COMPILER, 'no CUDA compiler: pip install -e ".[test]" brings one'
     options = [*cuda.OPTIONS, *CUPYS, f"-arch={architecture}"]
     options += [f"-D{key}={value}" for key, value in constants.items()]
-    report = COMPILER(cuda.source(file), options, tmp_path)
+    report, ptx = COMPILER(cuda.source(file), options, tmp_path)
     assert "warning" not in report and "serialized" not in report, report
     kernels = re.findall(r"entry function '(\w+)'", report)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
@@ -156,6 +159,59 @@ def test_compiles_without_spills(file, constants, architecture, tmp_path):
     assert len(frames) >= len(kernels)
     # A stack is where an array lies that is indexed by a number of the run time: no kernel needs one.
     assert {*frames} == {("0", "0", "0")}, report
+    assert misused_registers(ptx) == ([] if file.endswith("_sm90a") else ["no products"])
+
+
+def misused_registers(ptx: str) -> list[str]:
+    """Instructions that break PTX ISA's rules of wgmma, as far as the order of the text shows.
+
+    Registers of a product may not be touched from its start until wgmma.wait_group has waited for its group; nor from
+    the wgmma.fence before it on, which comes anew after each wait for all. Moving instructions there is the compiler's
+    freedom, which `pin` and the order of asm volatile take away.
+    """
+    found, started, groups, touched, is_fenced, products = [], set(), [], set(), False, 0
+    for line in ptx.splitlines():
+        registers = set(re.findall(r"%(?:r|f|rd|rs)\d+", line))
+        if product := re.search(r"wgmma\.mma_async[^{]*\{([^}]*)\}, \{([^}]*)\}", line):
+            own, products = set(re.findall(r"%\w+", product[1] + product[2])), products + 1
+            if own & touched or not is_fenced:
+                found.append(line.strip())
+            started |= own
+        elif "wgmma.fence" in line:
+            touched, is_fenced = set(), True
+        elif "wgmma.commit_group" in line:
+            groups, started = [*groups, started], set()
+        elif waiting := re.search(r"wgmma\.wait_group\S* (\d+)", line):
+            groups = groups[len(groups) - int(waiting[1]) :] if int(waiting[1]) else []
+            is_fenced = is_fenced and bool(groups)
+        else:
+            touched |= registers
+            if registers & started.union(*groups):
+                found.append(line.strip())
+    return found if products else [*found, "no products"]
+
+
+PRODUCT = (
+    "{ .reg .pred p; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1,%f2}, {%r1,%r2}, %rd1, p, 1, 1, 0; }"
+)
+FENCE, COMMIT, WAIT = ("wgmma." + x for x in (
+    "fence.sync.aligned;", "commit_group.sync.aligned;", "wait_group.sync.aligned 0;"
+))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong, lines",
+    [
+        ([], ["mov.u32 %r1, 1;", FENCE, "mov.u32 %r9, 1;", PRODUCT, PRODUCT, COMMIT, WAIT, "add.f32 %f1, %f1, %f2;"]),
+        ([PRODUCT], [PRODUCT, COMMIT, WAIT]),
+        ([PRODUCT], [FENCE, "cvt.rn.bf16x2.f32 %r2, %f8, %f9;", PRODUCT, COMMIT, WAIT]),
+        ([PRODUCT], [FENCE, PRODUCT, COMMIT, WAIT, "add.f32 %f1, %f1, %f2;", PRODUCT, COMMIT, WAIT]),
+        (["mov.f32 %f7, %f2;"], [FENCE, PRODUCT, "mov.f32 %f7, %f2;", COMMIT, WAIT]),
+        (["mov.u32 %r1, 0;"], [FENCE, PRODUCT, COMMIT, WAIT.replace("0", "1"), "mov.u32 %r1, 0;", WAIT]),
+    ],
+)
+def test_misused_registers_are_found(wrong, lines):
+    assert misused_registers("\n".join(lines)) == wrong
 
 
 @pytest.mark.parametrize("file", ["layer_norm", "attention_forward_sm90a"])
