@@ -126,11 +126,16 @@ DEVICE void multiply(const f16* a, const f16* b, float* c, int mistake) {
     const int thread = threadIdx.x, rows = by_rows ? 16 : 40, chunks = by_rows ? 5 : 2;
     for (int i = thread; i < rows * chunks; i += 128) {
         const int row = i / chunks, chunk = i % chunks;
-        cp_async(memory + row * 128 + (mistake == 1 ? chunk : chunk ^ row % 8) * 16, b + i * 8, true);
+        unsigned char* to = memory + row * 128 + (mistake == 1 ? chunk : chunk ^ row % 8) * 16;
+        if (mistake == 9)
+            memcpy(to, b + i * 8, 16);
+        else
+            cp_async(to, b + i * 8, true);
     }
     cp_async_commit();
+    if (mistake == 10) fence_for_wgmma();
     cp_async_wait<0>();
-    if (mistake != 2) fence_for_wgmma();
+    if (mistake != 2 && mistake < 9) fence_for_wgmma();
     __syncthreads();
     const int row = thread / 32 * 16 + thread % 32 / 4;
     unsigned left[4];
@@ -190,7 +195,10 @@ def test_products_of_warpgroups(tmp_path, monkeypatch):
         for mistake in (1, 5, 7):  # not permuted; operands overwritten before the product has been waited for
             assert not product(name, mistake) < 1e-3
         assert product(name, 6) < 1e-6  # what is written to accumulators is lost
-        for mistake, message in ((2, "copied"), (3, "registers"), (4, "within an atom"), (8, "without waiting")):
+        for mistake, message in (
+            (2, "visible"), (3, "registers"), (4, "within an atom"), (8, "without waiting"), (9, "visible"),
+            (10, "visible"),
+        ):  # fmt: skip
             with pytest.raises(RuntimeError, match=message):
                 product(name, mistake)
     with pytest.raises(RuntimeError, match="deadlock"):

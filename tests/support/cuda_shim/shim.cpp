@@ -43,8 +43,8 @@ struct Fibre {
     void* brought;
     std::vector<Copy> copies;
     int groups;          // of copies that were committed
-    bool has_unfenced;   // copies that products cannot see yet
-    bool is_fenced;      // for products that follow
+    bool has_fenced;     // shared memory, since the last barrier and the last copy
+    bool is_fenced;      // its registers, for products that follow
 };
 
 // What a warpgroup has started.
@@ -56,6 +56,7 @@ struct Products {
 
 std::vector<Fibre> fibres;
 std::vector<Products> products;
+std::vector<unsigned char> visible;  // shared memory as products see it
 size_t shared_size;
 Fibre* current;
 jmp_buf scheduler;
@@ -100,7 +101,7 @@ void start(Fibre& fibre, int number) {
     fibre.state = State::ready;
     fibre.copies.clear();
     fibre.groups = 0;
-    fibre.has_unfenced = fibre.is_fenced = false;
+    fibre.has_fenced = fibre.is_fenced = false;
 }
 
 // Runs the lanes of a warp until all wait or have ended; false if they did before.
@@ -126,6 +127,7 @@ void run_block(std::mt19937_64* random) {
     std::iota(lanes.begin(), lanes.end(), 0);
     std::iota(warps.begin(), warps.end(), 0);
     for (size_t i = 0; i < fibres.size(); i++) start(fibres[i], int(i));
+    visible.assign(shared, shared + shared_size);
     for (;;) {
         if (random) {
             std::shuffle(lanes.begin(), lanes.end(), *random);
@@ -146,7 +148,12 @@ void run_block(std::mt19937_64* random) {
         if (finished == long(fibres.size())) return;
         if (finished > 0) failure = "deadlock: " + std::to_string(finished) + " threads ended before a barrier";
         if (!failure.empty()) return;
-        for (Fibre& f : fibres) f.state = State::ready;
+        if (std::all_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.has_fenced; }))
+            visible.assign(shared, shared + shared_size);
+        for (Fibre& f : fibres) {
+            f.state = State::ready;
+            f.has_fenced = false;
+        }
     }
 }
 
@@ -184,12 +191,12 @@ void leave_group(int count) {
 }
 
 void fence_registers() { current->is_fenced = true; }
-void fence_shared() { current->has_unfenced = false; }
+void fence_shared() { current->has_fenced = true; }
+void check_registers() { check(current->is_fenced, "a product without a fence for its registers"); }
 
-void check_fences() {
-    check(current->is_fenced, "a product without a fence for its registers");
-    check(std::none_of(fibres.begin(), fibres.end(), [](const Fibre& f) { return f.has_unfenced; }),
-          "a product without a fence for what was copied");
+void check_visible(unsigned address) {
+    const unsigned char* byte = shared_byte(address);
+    check(memcmp(byte, &visible[byte - shared], 2) == 0, "a product reads what no fence and barrier made visible to it");
 }
 
 void start_product(const Product& product) {
@@ -259,7 +266,7 @@ void wait_for_copies(int pending) {
         else
             memset(copy.to, 0, copy.bytes);
     }
-    if (left.size() < current->copies.size()) current->has_unfenced = true;
+    if (left.size() < current->copies.size()) current->has_fenced = false;
     current->copies = left;
 }
 

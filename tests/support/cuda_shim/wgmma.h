@@ -2,8 +2,9 @@
 // "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 //
 // A product runs when its warpgroup waits for it, no sooner: until then its accumulators are NaN, what is written to
-// them is lost, and what it reads, registers as well as shared memory, must stay. Copies that no fence made visible to
-// it are a mistake, and so is a missing fence before the first product.
+// them is lost, and what it reads, registers as well as shared memory, must stay. It sees what was in shared memory at the
+// last barrier before which all threads had fenced: to start with other numbers there is a mistake, and so is a missing
+// fence before the first product.
 #pragma once
 #include "shim.h"
 
@@ -25,7 +26,8 @@ void commit_products();
 void wait_for_products(int pending);
 void fence_registers();  // by this thread
 void fence_shared();
-void check_fences();
+void check_registers();
+void check_visible(unsigned address);  // of a number
 const unsigned char* shared_byte(unsigned address);
 
 // The address of number (k, column) of the right operand, which the descriptor b tells of.
@@ -92,7 +94,7 @@ struct Wgmma {
             int add;
         };
         Lane lane = {c, a, b, add};
-        sim::check_fences();
+        sim::check_registers();
         sim::warpgroup_operation(&lane, [](Lane** lanes) {
             sim::Product product = {{}, {}, lanes[0]->b, lanes[0]->add != 0, n / 2, sim::run_product<T, n, by_rows>, 0};
             for (int i = 0; i < 128; i++) {
@@ -101,6 +103,9 @@ struct Wgmma {
                 product.c[i] = lanes[i]->c;
                 product.a[i] = lanes[i]->a;
             }
+            for (int k = 0; k < 16; k++)
+                for (int column = 0; column < n; column++)
+                    sim::check_visible(sim::operand_address(product.b, by_rows, k, column));
             sim::start_product(product);
         });
     }
