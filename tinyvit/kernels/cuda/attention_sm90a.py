@@ -41,8 +41,6 @@ def takes(qkv: Array, factors: Any, num_heads: int, queries: int, backward: bool
     n, dim = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     if cuda.capability() != 90 or qkv.dtype.itemsize != 2 or jit.refused("TINYVIT_WGMMA"):
         return False
-    if cuda.compiler() < COMPILER:
-        return False
     if n < LEAST_TOKENS or queries < LEAST_QUERIES or dim % 16 or factors is not cuda.NULL:
         return False
     if backward and not _has_backward(queries, dim):
@@ -62,7 +60,11 @@ def _try(scalar: str | None, n: int, queries: int, dim: int) -> trial.Verdicts:
     request = {"scalar": scalar, "n": n, "queries": queries, "dim": dim, "backward": len(names) == 2}
     sources = [cuda.source(f"attention_{name}{which}") for name in ("forward", "backward") for which in ("", "_sm90a")]
     sources += [(cuda.FOLDER / f"attention{which}.py").read_text() for which in ("", "_sm90a", "_trial")]
-    found = trial.verdicts("tinyvit.kernels.cuda.attention_trial", names, request, sources)
+    found: trial.Verdicts
+    if (compiler := cuda.compiler()) < COMPILER:
+        found = dict.fromkeys(names, "it needs NVRTC {}.{}, found {}.{}".format(*COMPILER, *compiler))
+    else:
+        found = trial.verdicts("tinyvit.kernels.cuda.attention_trial", names, request, sources)
     for problem in filter(None, dict.fromkeys(found.values())):
         kernels = " and ".join(name for name in names if found[name] == problem)
         warnings.warn(

@@ -86,7 +86,5 @@ def _gpu() -> tuple[str, str, int, int, list[int], str]:
     """The current device's place, which other processes know it by; its name and capability, driver, compiler, CuPy."""
     import cupy
 
-    number, runtime = cuda.device(), cupy.cuda.runtime
-    name = runtime.getDeviceProperties(number)["name"].decode()
-    place = cupy.cuda.Device(number).pci_bus_id
-    return place, name, cuda.capability(), runtime.driverGetVersion(), [*cuda.compiler()], cupy.__version__
+    place, driver = cupy.cuda.Device(cuda.device()).pci_bus_id, cupy.cuda.runtime.driverGetVersion()
+    return place, cuda.device_name(), cuda.capability(), driver, [*cuda.compiler()], cupy.__version__

@@ -9,8 +9,9 @@
 //
 // In doubt: `by_rows` with n < 64 (heads of 16, 32, 48; the second panel of 80, 96, 112) reads the first n columns of atoms
 // of 64 x 8 numbers. PTX ISA describes b by rows as whole atoms ("Canonical Layouts": ((T,8,m),(8,k)), 64 m columns) and
-// does not say what fewer columns read; CUTLASS takes narrower swizzles for them. It is the first suspect if such heads
-// are wrong on a GPU and heads of 64 and 128 right.
+// does not say what fewer columns read; CUTLASS takes narrower swizzles for them. Triton reads 32 columns of such atoms,
+// where two warpgroups share 64, which speaks for it. It is the first suspect if such heads are wrong on a GPU and heads
+// of 64 and 128 right.
 //
 // The products run by themselves. wgmma_fence comes before the first one of several, after registers of theirs were
 // written; wgmma_commit closes a group; until wgmma_wait has waited for it, its registers c and a belong to it.
