@@ -244,9 +244,9 @@ def build(folder: Path, file: str, constants: tuple[tuple[str, Any], ...]) -> Pa
     main += "".join(f"EXPORT({name})\n" for name in names)
     shim = _compile(folder / "shim.o", (SHIM / "shim.cpp").read_text(), "-O2", "-c")
     headers = folder / "headers.h"  # compiled once, for they take half of the time
-    _compile(folder / "headers.h.gch", '#include "export.h"\n', "-O1", "-x", "c++-header")
+    _compile(folder / "headers.h.gch", '#include "export.h"\n', "-Og", "-x", "c++-header")
     label = "-".join([file, *(f"{key}={value}" for key, value in constants)])
-    return _compile(folder / f"{label}.so", main, "-O1", "-include", str(headers), "-shared", str(shim))
+    return _compile(folder / f"{label}.so", main, "-Og", "-include", str(headers), "-shared", str(shim))
 
 
 def _compile(result: Path, source: str, *options: str) -> Path:
