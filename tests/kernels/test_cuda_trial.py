@@ -278,6 +278,13 @@ ERRORS = {  # as CuPy names and words them; whether the kernel is at fault
     ("CUDADriverError", "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"): True,
     ("CUDARuntimeError", "cudaErrorMisalignedAddress: misaligned address"): True,
     ("CUDARuntimeError", "cudaErrorIllegalInstruction: an illegal instruction was encountered"): True,
+    ("CUDARuntimeError", "cudaErrorInvalidPc: invalid program counter"): True,
+    (
+        "CUDADriverError",
+        "CUDA_ERROR_INVALID_ADDRESS_SPACE: operation not supported on global/shared address space",
+    ): True,
+    ("CUDADriverError", "CUDA_ERROR_HARDWARE_STACK_ERROR: hardware stack error"): True,
+    ("CUDADriverError", "CUDA_ERROR_INVALID_VALUE: invalid argument"): False,
     ("CUDARuntimeError", "cudaErrorLaunchFailure: unspecified launch failure"): True,
     ("CUDADriverError", "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"): True,
     ("CUDADriverError", "CUDA_ERROR_LAUNCH_TIMEOUT: the launch timed out and was terminated"): True,

@@ -28,7 +28,9 @@ EXACT = 1e-4  # of a logarithm's, which is in float32
 TINY = 1e-30  # beside which nothing is divided by zero
 # The errors of a kernel itself, by CUDA's and the driver's names without "_": others say nothing of it, such as a full
 # disk where CuPy keeps what it compiles, or a GPU that is lost.
-FAULTS = re.compile("compileexception|cudaerror(illegaladdress|illegalinstruction|misalignedaddress|launch)")
+FAULTS = re.compile(
+    "compileexception|cudaerror(illegal(address|instruction)|invalid(addressspace|pc)|misalignedaddress|hardwarestack|launch)"
+)
 
 Comparisons = Iterator[tuple[str, Array, Array, float]]  # a name, our numbers, how far off they are and may be
 
