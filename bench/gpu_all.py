@@ -70,9 +70,11 @@ def parts(folder: Path, data: str) -> list[Part]:
         return Part(name, [f"bench/{file}.py", *options, "--json", str(folder / f"{name}.json")], limit, least)
 
     def tests(name: str, limit: int, *options: str) -> Part:
-        """Named as they start, and with a traceback of what takes more than a minute, in case one never ends."""
+        """Named as they start, with a traceback of what takes more than a minute, in case one never ends, and with the
+        reasons of what is skipped.
+        """
         report = f"--junitxml={folder / name}.xml", "-o", "faulthandler_timeout=60"
-        return Part(name, ["-m", "pytest", "-v", "-m", "gpu", "--tb=short", *report, *options], limit, 30)
+        return Part(name, ["-m", "pytest", "-v", "-rfEs", "-m", "gpu", "--tb=short", *report, *options], limit, 30)
 
     def kernels(name: str, limit: int, which: str) -> Part:
         return tests(name, limit, "tests/gpu/test_gpu_kernels.py", "-n", "6", "-k", which)
