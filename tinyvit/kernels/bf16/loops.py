@@ -224,7 +224,8 @@ def linear(residual, x, weight, bias, y, slope, saved, then):
     rows, columns = y.shape
     pairs, depth = rows_of_pairs(BAND, x.shape[1]), weight.shape[1]
     start = np.zeros(len(weight) * PANEL, np.float32)
-    start[:columns] = bias
+    for j in range(columns):
+        start[j] = bias[j]
     part, slopes = aligned(SUMS), aligned(SUMS if len(slope) else 0)
     sums, slope_sums, none = in_panels(part), in_panels(slopes), slope[:0]
     use_tiles()
@@ -253,7 +254,10 @@ def mlp(residual, x, weight1, bias1, weight2, bias2, y, then):
     rows, hidden, columns = len(x), len(bias1), len(bias2)
     pairs, middle = rows_of_pairs(BAND, x.shape[1]), rows_of_pairs(BAND, hidden)
     start1, start2 = np.zeros(len(weight1) * PANEL, np.float32), np.zeros(len(weight2) * PANEL, np.float32)
-    start1[:hidden], start2[:columns] = bias1, bias2
+    for j in range(hidden):
+        start1[j] = bias1[j]
+    for j in range(columns):
+        start2[j] = bias2[j]
     part = aligned(SUMS)
     sums, depth1, depth2 = in_panels(part), weight1.shape[1], weight2.shape[1]
     use_tiles()

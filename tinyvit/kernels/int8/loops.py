@@ -106,7 +106,8 @@ def linear(residual, x, weight, scales, sums, bias, y, then):
     """
     rows, columns = y.shape
     depth, shift, zeros = weight.shape[1], np.zeros(len(scales), np.float32), np.zeros(len(scales), np.float32)
-    shift[:columns] = bias
+    for j in range(columns):
+        shift[j] = bias[j]
     rounded, row_scales = aligned(BAND * depth).view(np.int32).reshape(BAND, depth), np.zeros(BAND, np.float32)
     rounded[:] = 0
     part, whole = aligned(SUMS), rounded.view(WHOLE)

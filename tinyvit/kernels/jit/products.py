@@ -167,7 +167,8 @@ def multiply(x, panels, start, y, top, bottom):
     depth, columns = x.shape[1], y.shape[1]
     copied = np.empty((bottom - top if depth % 1024 == 0 else 0, depth + _WIDTH), np.float32)
     for i in range(len(copied)):
-        copied[i, :depth] = x[top + i]
+        for k in range(depth):
+            copied[i, k] = x[top + i, k]
     for panel in range(len(panels)):
         left = min(COLUMNS * panel, columns - COLUMNS)
         b, first = panels[panel].ctypes.data, start.ctypes.data + 4 * left
