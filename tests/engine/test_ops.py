@@ -39,6 +39,7 @@ class Example:
 
 
 CASES: dict[str, Any] = {}
+END = np.array([-2.0, -1.0, -0.75, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5])
 
 
 def case(*names):
@@ -248,6 +249,17 @@ def test_every_operation_has_a_case():
     assert public == set(CASES)
 
 
+FIXED = {  # what few draws can miss: numbers at the ends, and each exponent
+    "clip": [
+        Example([END], lambda x, ends=ends: ops.clip(x, *ends), lambda x, ends=ends: torch.clamp(x, *ends))
+        for ends in ((-1, 1), (None, 0.5), (-0.5, None))
+    ],
+    "power": [
+        Example([END], lambda x, exponent=exponent: x**exponent, lambda x, exponent=exponent: x**exponent)
+        for exponent in (0, 1, 2, 3)
+    ],
+}
+
 ALL_VERSIONS = [pytest.param(name, *v.values, id=v.id, marks=v.marks) for name in CASES for v in versions(name)]
 
 
@@ -275,3 +287,15 @@ def test_values_and_gradients_agree_with_torch(name, backend, version, data):
                     check(next(got), expected, backend, dtype)
         for x, before in zip([*placed, seed], [*example.inputs, dy], strict=True):
             assert np.array_equal(host(x), before)
+
+
+@pytest.mark.parametrize("name, backend, version", [p for p in ALL_VERSIONS if p.values[0] in FIXED])
+def test_ends_and_exponents_agree_with_torch(name, backend, version):
+    for example in FIXED[name]:
+        y, dy, (expected,) = torch_vjp(example.theirs, example.inputs, lambda _: 0)
+        for dtype in TOLERANCE:
+            x = Tensor(place(END, backend, dtype), requires_grad=True)
+            with references_only(version == "reference"):
+                result = example.ours(x)
+            check(result.data, y, backend, dtype)
+            check(grad(result, [x], place(dy, backend, dtype))[0], expected, backend, dtype)
