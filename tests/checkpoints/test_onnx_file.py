@@ -1,7 +1,9 @@
 """ONNX files, run in onnxruntime: the outputs of our models, for every kind of model."""
 
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -89,6 +91,20 @@ def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.onnx", "a.onnx.data"]
     images = images_for(opened.config)
     assert_equal(run(tmp_path / "a.onnx", images), opened.build()(images).numpy())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_written_to_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe.onnx").read_bytes)
+        written = pool.submit(write_onnx, checkpoint(), tmp_path / "pipe.onnx")
+        try:
+            written.result(60)
+        finally:  # whoever waits for the other end of the pipe goes on
+            os.close(os.open(tmp_path / "pipe.onnx", os.O_RDWR | os.O_NONBLOCK))
+    write_onnx(checkpoint(), tmp_path / "file.onnx")
+    assert read.result() == (tmp_path / "file.onnx").read_bytes()
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):

@@ -336,7 +336,8 @@ def write_onnx(
 def save(onnx: Any, model: Any, path: Path) -> None:
     """Write the file, checked by onnx; weights that are too large for it lie in a file beside it, written first."""
     tensors = model.graph.initializer
-    if sum(len(tensor.raw_data) for tensor in tensors) > LARGEST_FILE:
+    apart = sum(len(tensor.raw_data) for tensor in tensors) > LARGEST_FILE
+    if apart:
         data = path.with_name(path.name + ".data")
         with atomic_write(data) as beside, open(beside, "wb") as file:
             for tensor in (tensor for tensor in tensors if len(tensor.raw_data) > SMALL_TENSOR):
@@ -344,6 +345,9 @@ def save(onnx: Any, model: Any, path: Path) -> None:
                 length = file.write(tensor.raw_data)
                 onnx.external_data_helper.set_external_data(tensor, data.name, start, length)
                 tensor.ClearField("raw_data")
+    else:
+        onnx.checker.check_model(model)
     with atomic_write(path) as beside:
         beside.write_bytes(model.SerializeToString())
-        onnx.checker.check_model(str(beside))  # it looks for the weights beside the file
+        if apart:  # it looks for the weights beside the file; a pipe, which has none, cannot be read again
+            onnx.checker.check_model(str(beside))
