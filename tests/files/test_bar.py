@@ -51,6 +51,9 @@ def test_a_file_gets_lines(monkeypatch):
         done(10)
     assert sys.stderr.getvalue() == ""
     monkeypatch.setattr(bar, "SILENCE", 0.01)
+    with bar.bar("nothing", 0):
+        time.sleep(0.1)
+    assert sys.stderr.getvalue() == ""
     _, whole = shown_within(sys.stderr.getvalue)
     assert all(line.startswith("images: ") for line in whole.splitlines()) and whole.endswith("\n")
 

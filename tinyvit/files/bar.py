@@ -23,7 +23,7 @@ def bar(
     `before` of them were done before. Gives what to call, from any thread, with the number that was done since the
     last call.
     """
-    done, over = [before], threading.Event()
+    done, over, shown = [before], threading.Event(), shown and total != 0
     thread = threading.Thread(target=_show, args=(what, total, done, over, unit), daemon=True)
     if shown:
         thread.start()
