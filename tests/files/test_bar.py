@@ -115,3 +115,5 @@ def test_the_first_of_several_processes_shows_it(monkeypatch, capsys):
             time.sleep(0.1)
         found = capsys.readouterr().err
         assert ("| 2/5 " in found) == (rank == 0) and (rank == 0 or not found)
+        load_data("shapes", image_size=8, group=group)
+        assert ("drawing shapes: " in capsys.readouterr().err) == (rank == 0)

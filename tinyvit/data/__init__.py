@@ -75,7 +75,7 @@ def load_data(
     """
     try:
         if src == "shapes":
-            data = load_shapes(image_size, seed)
+            data = load_shapes(image_size, seed, group.leads)
         elif (batches := cifar10_batches(src, cache_dir)) is not None:
             data = load_cifar10(batches, image_size, fit_options)
         else:

@@ -78,16 +78,18 @@ SHAPES: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], ...] = (
 CLASSES = tuple(shape.__name__ for shape in SHAPES)
 
 
-def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0) -> Data:
+def load_shapes(image_size: int | tuple[int, int] | None = None, seed: int = 0, shown: bool = True) -> Data:
     """8,000 training images drawn from `seed` and the same 2,000 test images every time, 32x32 by default."""
     size = pair(32 if image_size is None else image_size)
-    train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed])), [])
-    test = ArraySplit(*draw(TEST, size, np.random.default_rng([1])), [])
+    train = ArraySplit(*draw(TRAIN, size, np.random.default_rng([0, seed]), shown), [])
+    test = ArraySplit(*draw(TEST, size, np.random.default_rng([1]), shown), [])
     mean, std = statistics_of(train.images)
     return Data("shapes", train, test, CLASSES, mean, std, size, 3, f"shapes-2-{seed}", {"crop_pct": 1.0})
 
 
-def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw(
+    count: int, size: tuple[int, int], rng: np.random.Generator, shown: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """`count` images (N, 3, H, W) uint8 and their labels (N,) int64, classes evenly spread and in random order."""
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     images = np.empty((count, 3, *size), np.uint8)
@@ -98,7 +100,7 @@ def draw(count: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[n
         images[members] = draw_class(SHAPES[label], len(members), size, rng)
 
     drawn = in_threads(work, zip(tasks, rng.spawn(len(tasks)), strict=True))
-    with bar("drawing shapes", count) as done:
+    with bar("drawing shapes", count, shown) as done:
         for (_, members), _ in zip(tasks, drawn, strict=True):
             done(len(members))
     return images, labels
