@@ -11,7 +11,7 @@ from running import NANO, make_images
 
 from tinyvit.cli import main
 from tinyvit.data import load_data
-from tinyvit.data.sources.shapes import draw
+from tinyvit.data.sources import listing, shapes
 from tinyvit.distributed import Group
 from tinyvit.evaluation.metrics import progress
 from tinyvit.files import bar
@@ -98,8 +98,13 @@ def test_commands_show_it_beside_the_same_output(home, monkeypatch, capsys, opti
 
 
 def test_drawing_and_reading_show_it(home, monkeypatch, capsys):
+    def slowed(function):
+        return lambda *inputs: (time.sleep(0.02), function(*inputs))[1]
+
     monkeypatch.setattr(bar, "SILENCE", 0.0001)
-    draw(400, (32, 32), np.random.default_rng(0))
+    monkeypatch.setattr(shapes, "draw_class", slowed(shapes.draw_class))
+    monkeypatch.setattr(listing, "open_rgb", slowed(listing.open_rgb))
+    shapes.draw(400, (32, 32), np.random.default_rng(0))
     assert "drawing shapes: " in (shown := capsys.readouterr().err) and "/400 " in shown
     load_data(home / "images")
     assert "reading train: " in (shown := capsys.readouterr().err) and "/24 " in shown
