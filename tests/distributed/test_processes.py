@@ -85,7 +85,7 @@ def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count,
                     assert array.tobytes() == found[name].tobytes(), f"{case}, rank {rank}: {name} differs"
 
 
-@pytest.mark.parametrize(("launcher", "another"), [("mpiexec", "variables"), ("torchrun", "mpiexec")])
+@pytest.mark.parametrize(("launcher", "another"), [("mpiexec", "torchrun"), ("torchrun", "mpiexec")])
 def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(launcher, another, images, alone, tmp_path):
     out = tmp_path / "run"
     options = ["--data", images, "--out", out, "--threads", 1, *OPTIONS]
