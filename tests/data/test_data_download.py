@@ -148,6 +148,12 @@ def test_archive_brought_by_hand(server, tmp_path):
     assert len(load_data("cifar10", cache_dir=tmp_path).train) == 200 and server.requests == []
 
 
+def test_a_directory_without_batches_is_replaced(server, tmp_path):
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    (tmp_path / "cifar-10-batches-bin" / "readme.html").touch()
+    assert len(load_data("cifar10", cache_dir=tmp_path).train) == 200 and len(server.requests) == 1
+
+
 def test_wrong_part_is_not_kept(server, tmp_path):
     (tmp_path / "cifar-10-binary.tar.gz.part").write_bytes(b"something else")
     with pytest.raises(DataError, match="had the MD5 sum"):

@@ -82,6 +82,8 @@ def test_schedules():
     rate = learning_rate("step", 1.0, plan)
     assert [rate(i) for i in (0, 29, 30, 59, 60, 89)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     assert {learning_rate("constant", 1.0, plan)(i) for i in range(90)} == {1.0}
+    linear = learning_rate("linear", 1.0, plan)
+    assert [linear(i) for i in (0, 45, 89)] == pytest.approx([1, 1 / 2, 1 / 90])
     cosine = learning_rate("cosine", 1.0, RunLength.of(90, 10, 2))
     assert [cosine(i) for i in range(90)] == [optim.WarmupCosine(1.0, 90, 20)(i) for i in range(90)]
 
