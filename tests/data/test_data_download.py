@@ -1,5 +1,6 @@
 """Downloads against a server of our own: resumed where they broke off, checked, unpacked whole or not at all."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -106,10 +107,23 @@ def test_download_and_cache(server, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # no bar where there is no terminal
 
 
-def test_broken_connection_is_resumed(server, tmp_path):
+def test_broken_connection_is_resumed(server, tmp_path, monkeypatch):
+    shown = []
+
+    @contextlib.contextmanager
+    def bar(what, total, before, unit):
+        shown.append([what, total, before])
+        yield shown[-1].append
+
+    monkeypatch.setattr(download, "bar", bar)
     server.cuts = [1000, 70_000, 0]
     assert len(load_data("cifar10", cache_dir=tmp_path).train) == 200
     assert server.requests == [None, "bytes=1000-", "bytes=71000-", "bytes=71000-"]
+    size = len(server.content)
+    assert [(what, total, before) for what, total, before, *_ in shown] == [
+        ("cifar-10-binary.tar.gz", size, before) for before in (0, 1000, 71_000, 71_000)
+    ]
+    assert [before + sum(done) for _, _, before, *done in shown] == [1000, 71_000, 71_000, size]
 
 
 def test_broken_download_goes_on_in_the_next_run(server, tmp_path):
@@ -192,9 +206,12 @@ def test_archive_cannot_write_outside_the_cache(server, tmp_path, monkeypatch):
 def test_broken_archive(server, tmp_path, monkeypatch):
     server.content = server.content[:5000]
     serve(monkeypatch, server)
+    (folder := tmp_path / "cifar-10-batches-bin").mkdir()
+    (folder / "notes").touch()
     with pytest.raises(DataError, match="cannot fetch CIFAR-10"):
         load_data("cifar10", cache_dir=tmp_path)
-    assert names(tmp_path) == ["cifar-10-binary.tar.gz"]  # nothing half unpacked
+    assert names(tmp_path) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]  # nothing half unpacked
+    assert names(folder) == ["notes"]  # nor lost
 
 
 def test_cache_that_cannot_be_made(server, tmp_path):

@@ -118,7 +118,6 @@ def unpack(archive: Path, folder: str) -> Path:
     It gets the files that lie directly in it, and nothing else of the archive.
     """
     target = archive.parent / folder
-    shutil.rmtree(target, ignore_errors=True)
     with new_directory(target) as beside, tarfile.open(archive) as tar:
         for member in tar:  # without extractall, whose filter Python has from 3.11.4 on
             parent, _, name = member.name.removeprefix("./").rpartition("/")
@@ -126,4 +125,5 @@ def unpack(archive: Path, folder: str) -> Path:
             if content is not None and parent == folder and Path(name).name == name:
                 with open(beside / name, "wb") as file:
                     shutil.copyfileobj(content, file)
+        shutil.rmtree(target, ignore_errors=True)  # what lies in its place, now that the new one is whole
     return target
