@@ -66,7 +66,10 @@ def quantise_rows(x, out, scales):
 
 @compiled(groups(2), groups(3), types.Array(int32, 1, "C"))
 def pack(x, out, sums):
-    """Rows (N, groups), less the offset, in panels (P, groups, PANEL), and OFFSET times the sum of each in `sums`."""
+    """Rows (N, groups), less the offset, in panels (P, groups, PANEL), and OFFSET times the sum of each in `sums`.
+
+    The sum is that of bytes: whole numbers of 16 bits have no offset.
+    """
     rows, depth = x.shape
     for i in range(rows):
         panel, place, total = i // PANEL, i % PANEL, int32(0)

@@ -24,10 +24,7 @@ from tinyvit.kernels.jit.loops import bias_gelu
 STRIP, WIDTH = 32 // TILE * TILE, 4
 BAND = 3 * STRIP
 SUMS = STRIP * WIDTH * PANEL
-_DEPTH, _MOST = (
-    (128 if KIND == "amx" else 768),
-    768,
-)  # groups at a time, for the L1 and the L2 cache
+_DEPTH, _MOST = 128 if KIND == "amx" else 768, 768  # groups at a time, for the L1 and the L2 cache
 _ZEROS = np.zeros(SUMS, np.float32)
 
 _of_bytes, _narrow_of_bytes = block_of(True, PANEL), block_of(True, PANEL // 2)
