@@ -3,13 +3,14 @@
     python bench/gpu_all.py --json DIR --minutes 15            # results come into DIR as they are made
     python bench/gpu_all.py --json DIR --minutes 15 --data CIFAR10 --only compile kernels-norms times
 
-First comes attention for Hopper by itself: if it hangs or ends its process, the other parts leave it out. Then kernels
-are compiled, in as many processes as there are cores, into a cache that all parts share. Attention and whole steps are
-timed beside PyTorch within the first ten minutes at worst. The other kernels' tests follow in groups, so that a
-kernel that ends its process leaves no more than its group unknown, then tests of whole steps, times of kernels, the
-recipes for CIFAR-10, and a search for faster matrix products. Each part is a command with a time limit of its own: one
-that fails, hangs or is not started leaves the others alone. DIR/PART.txt is what it printed, DIR/PART.json its figures,
-DIR/gpu_all.json what became of each, and what failed and why; DIR/gpu_all.tar.gz holds all these files.
+First come the kernels for Hopper by themselves: if they hang or end their process, the other parts leave them out.
+Then kernels are compiled, in as many processes as there are cores, into a cache that all parts share. Attention and
+whole steps are timed beside PyTorch within the first ten minutes at worst. The other kernels' tests follow in groups,
+so that a kernel that ends its process leaves no more than its group unknown, then tests of whole steps, times of
+kernels, the recipes for CIFAR-10, and a search for faster matrix products. Each part is a command with a time limit
+of its own: one that fails, hangs or is not started leaves the others alone. DIR/PART.txt is what it printed,
+DIR/PART.json its figures, DIR/gpu_all.json what became of each, and what failed and why; DIR/gpu_all.tar.gz holds all
+these files.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ HOPPER = "kernels-hopper"
 GROUPS = {  # of tests of kernels, by words in their names
     "attention": "attention and not hopper",
     "norms": "norm or drop_path",
-    "products": "linear or products",
+    "products": "(linear or products) and not hopper",
     "images": "convolutions",
 }
 
@@ -158,7 +159,7 @@ def run_all(wanted: list[Part], folder: Path, seconds: float) -> list[dict]:
             print(*(f"    {line}" for line in records[-1]["conclusion"][:MOST_SHOWN]), sep="\n", flush=True)
             if part.name == HOPPER and _breaks(folder / f"{part.name}.txt", became.startswith("ended")):
                 os.environ["TINYVIT_WGMMA"] = "0"
-                print("    the other parts run without attention for Hopper (TINYVIT_WGMMA=0)", flush=True)
+                print("    the other parts run without the kernels for Hopper (TINYVIT_WGMMA=0)", flush=True)
         with atomic.atomic_write(folder / "gpu_all.json") as file:
             file.write_text(json.dumps(records, indent=1))
         pack(folder)

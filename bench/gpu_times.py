@@ -36,7 +36,16 @@ from tinyvit import optim
 from tinyvit.backend import random
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
-from tinyvit.kernels.cuda import attention, cublas, layers, linear, optimizers, product_file
+from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import (
+    attention,
+    cublas,
+    layers,
+    linear,
+    linear_gelu_sm90a,
+    optimizers,
+    product_file,
+)
 
 NAMES = ("steps", "predictions", "attention", "products", "others", "profile", "tune")
 parser = devices.Parser("gpu_times", __doc__)
@@ -168,6 +177,17 @@ def time_others() -> None:
         show(f"bias_gelu {rows} x {4 * dim}", 8 * size, functools.partial(gelu, False))
         show(f"bias_gelu backward {rows} x {4 * dim}", 12 * size, functools.partial(gelu, True))
         show(f"column_sums {rows} x {3 * dim}", 3 * size, column_sums)
+
+        def fused(back: bool, rows: int = rows, dim: int = dim) -> Callable:
+            x, weight, bias = random_array((rows, dim)), random_array((4 * dim, dim)), random_array(4 * dim)
+            if not back:
+                return lambda: linear_gelu_sm90a.forward(xp, x, weight, bias, "none", True)
+            hidden = random_array((rows, 4 * dim))
+            return lambda: linear_gelu_sm90a.backward(xp, x, weight.reshape(dim, -1), hidden, bias, "none")
+
+        if cuda.capability() == 90 and dim <= linear_gelu_sm90a.LONGEST:  # beside fc1's or fc2's product and GELU
+            show(f"linear_gelu in one kernel {rows} x {dim} to {4 * dim}", 9 * size, functools.partial(fused, False))
+            show(f"its gradient {rows} x {dim} to {4 * dim}", 9 * size, functools.partial(fused, True))
 
     def adamw() -> Callable:
         sizes = [p.size for p in model.parameters()]

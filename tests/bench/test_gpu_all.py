@@ -117,7 +117,7 @@ def test_every_test_of_a_kernel_is_in_one_group(tmp_path):
         assert sum(chosen) == 1, name
 
 
-def test_without_attention_for_hopper_the_others_leave_it_out(tmp_path, monkeypatch, capsys):
+def test_without_kernels_for_hopper_the_others_leave_them_out(tmp_path, monkeypatch, capsys):
     """What failed and why is shown, and stands in the record."""
     monkeypatch.setenv("TINYVIT_WGMMA", "1")
     log = "FAILED tests/gpu/x.py::test_a[1] - cupy.CUDARuntimeError: cudaErrorIllegalAddress"

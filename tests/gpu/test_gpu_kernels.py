@@ -88,9 +88,9 @@ def test_attention_sums_the_columns_of_its_gradient(table, xp, rng, name, n):
 def hopper(monkeypatch):
     """The kernels that only sm_90a has, of which nothing is known yet."""
     from tinyvit.kernels import cuda
-    from tinyvit.kernels.cuda import attention_sm90a
+    from tinyvit.kernels.cuda import attention_sm90a, trial
 
-    if cuda.capability() != 90 or cuda.compiler() < attention_sm90a.COMPILER:
+    if cuda.capability() != 90 or cuda.compiler() < trial.COMPILER:
         pytest.skip("no Hopper GPU with NVRTC 12.9 or later")
     monkeypatch.setattr(attention_sm90a, "_verdicts", {})
     return attention_sm90a
@@ -104,6 +104,46 @@ def test_attention_for_hopper_passes_its_trial(hopper, xp):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # which says by how much they differ
         assert all(hopper.takes(qkv, cuda.NULL, 2, 197, backward) for backward in (False, True))
+
+
+def test_linear_gelu_for_hopper_is_tried(hopper, xp):
+    """As ViT-Ti has it: the verdict is kept for later processes."""
+    from tinyvit.kernels.cuda import linear_gelu_sm90a
+
+    rows = xp.zeros((linear_gelu_sm90a.LEAST_ROWS, 192), dtype=dtype("bfloat16"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # which says what is wrong; slower ones are left out without a word
+        for name in ("forward", "backward"):
+            linear_gelu_sm90a.takes(name, rows, 768, "none")
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("name, inner", [("bfloat16", 192), ("float16", 64), ("bfloat16", 256), ("bfloat16", 384)])
+def test_linear_gelu_on_hopper(hopper, table, xp, rng, monkeypatch, name, inner, approximate):
+    """In this process; then the way back through the next layer, and the trial, which may find it slower."""
+    from tinyvit.kernels.cuda import linear, linear_gelu_sm90a, linear_gelu_trial
+
+    found = dict(
+        linear_gelu_trial.problems(
+            xp, scalar="bf16" if name == "bfloat16" else "f16", inner=inner, columns=4 * inner, approximate=approximate
+        )
+    )
+    assert not [problem for problem in found.values() if problem and not problem.startswith("it is slower")], found
+    monkeypatch.setattr(linear_gelu_sm90a, "takes", lambda *_: True)
+    rows, columns = linear_gelu_sm90a.LEAST_ROWS + 1, 4 * inner
+    x, weight, bias = rng.standard_normal((rows, inner)), rng.standard_normal((columns, inner)), np.ones(columns)
+    inputs = [x, weight * inner**-0.5, bias]
+    check_kernel(table[reference.linear_gelu], xp, "linear_gelu", dtype(name), inputs, approximate=approximate)
+    hidden, following, dy = (
+        xp.asarray(rng.standard_normal(s).astype(dtype(name)))
+        for s in ((rows, columns), (inner, columns), (rows, inner))
+    )
+    bias = xp.asarray(bias.astype(dtype(name)))
+    dx, partial = linear_gelu_sm90a.backward(xp, dy, following, hidden, bias, approximate)
+    between = linear.input_gradient(xp, dy, following)
+    right, _ = linear.gelu_gradient(xp, hidden, bias, between, approximate)
+    assert difference(dx, arrays.to_numpy(right).astype(np.float64)) < LIMITS[name]
+    assert difference(partial.sum(axis=0), arrays.to_numpy(dx).astype(np.float64).sum(axis=0)) < LIMITS[name]
 
 
 HOPPER = [  # B, N, D of two heads; of 600 heads each has one block

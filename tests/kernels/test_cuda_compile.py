@@ -19,7 +19,7 @@ import pytest
 from cuda_sim import kernel_names
 
 from tinyvit.kernels import cuda
-from tinyvit.kernels.cuda import attention, attention_sm90a
+from tinyvit.kernels.cuda import attention, attention_sm90a, linear_gelu_sm90a
 
 ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_LIMIT, HOPPERS_SHARED_LIMIT = 163 << 10, 227 << 10  # of sm_80 and sm_90
@@ -95,7 +95,7 @@ def attention_variants() -> list[tuple[str, dict]]:
 
 
 def hopper_variants() -> list[tuple[str, dict]]:
-    """Forward with all chunks of keys in shared memory in one to four blocks a multiprocessor, or a ring of them."""
+    """Attention with all chunks of keys in shared memory, in one to four blocks a multiprocessor, or a ring; GELU."""
     found = []
     for scalar, dim, n in (("bf16", 64, 128), ("bf16", 64, 145), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 577),
                            ("bf16", 64, 1025), ("bf16", 16, 197), ("bf16", 32, 197), ("f16", 48, 130),
@@ -105,6 +105,11 @@ def hopper_variants() -> list[tuple[str, dict]]:
     for scalar, dim, last in (("bf16", 64, 16), ("bf16", 64, 64), ("f16", 48, 32), ("f16", 32, 48), ("bf16", 16, 16)):
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "WARPS": 8, "LAST": last}
         found.append(("attention_backward_sm90a", constants))
+    for scalar, inner, approximate in (("bf16", 192, 0), ("f16", 128, 1), ("bf16", 256, 0), ("bf16", 384, 0)):
+        for backward in (0, 1):
+            columns, warpgroups, *_ = linear_gelu_sm90a.plan(1 << 16, inner, 4 * inner, bool(backward))
+            constants = {"SCALAR": scalar, "INNER": inner, "COLUMNS": columns, "WARPGROUPS": warpgroups}
+            found.append(("linear_gelu_sm90a", constants | {"APPROXIMATE": approximate, "BACKWARD": backward}))
     return found
 
 

@@ -21,7 +21,7 @@ from cuda_checks import check, draw
 
 from tinyvit.backend import cuda_graph
 from tinyvit.kernels import cuda
-from tinyvit.kernels.cuda import attention, attention_sm90a, attention_trial, trial
+from tinyvit.kernels.cuda import attention, attention_sm90a, attention_trial, comparison, trial
 
 HOPPER = {"capability": 90, "shared_limit": 227 << 10, "multiprocessors": 1}
 NAMES = ("forward", "backward")
@@ -169,14 +169,14 @@ import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 import cuda_sim
-from tinyvit.kernels.cuda import attention_trial
+from tinyvit.kernels.cuda import attention_trial, comparison
 with contextlib.ExitStack() as stack:
     use = lambda: stack.enter_context(cuda_sim.device(Path({str(folder)!r}), **{HOPPER}))
     devices = {{"0000:17:00.0": SimpleNamespace(use=use)}}
     device = SimpleNamespace(from_pci_bus_id=devices.__getitem__)
     sys.modules["cupy"] = SimpleNamespace(cuda=SimpleNamespace(Device=device))
     sys.modules["array_api_compat.cupy"] = cuda_sim.Namespace()
-    attention_trial.main(sys.argv[1])
+    comparison.main(attention_trial.problems)
 """
     children.write(code)
     verdicts_in = trial.verdicts
@@ -304,10 +304,10 @@ def test_only_the_kernels_own_errors_are_verdicts(name, text):
         raise type(name, (Exception,), {})(text)
 
     if ERRORS[name, text]:
-        assert attention_trial._problem(np, run) == f"{name}: {text}".splitlines()[0]
+        assert comparison.problem(np, run) == f"{name}: {text}".splitlines()[0]
     else:
         with pytest.raises(Exception, match=re.escape(text)):
-            attention_trial._problem(np, run)
+            comparison.problem(np, run)
 
 
 # --- what becomes of it -----------------------------------------------------------------------------------------------

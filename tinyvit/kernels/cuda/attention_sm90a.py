@@ -7,7 +7,6 @@ dtype, number of tokens and of queries and head dimension: no GPU has run them y
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,6 @@ from tinyvit.backend.arrays import Array
 from tinyvit.kernels import cuda, jit
 from tinyvit.kernels.cuda import trial
 
-COMPILER = 12, 9  # the first that takes an architecture from us beside CuPy's
 LEAST_TOKENS, LEAST_QUERIES = 128, 64  # with fewer most of a warpgroup's 64 rows are empty
 KEYS = 64  # of a chunk: more take registers from a fourth warpgroup
 MANY = 1 << 20  # heads: each has one block
@@ -60,19 +58,8 @@ def _try(scalar: str | None, n: int, queries: int, dim: int) -> trial.Verdicts:
     request = {"scalar": scalar, "n": n, "queries": queries, "dim": dim, "backward": len(names) == 2}
     sources = [cuda.source(f"attention_{name}{which}") for name in ("forward", "backward") for which in ("", "_sm90a")]
     sources += [(cuda.FOLDER / f"attention{which}.py").read_text() for which in ("", "_sm90a", "_trial")]
-    found: trial.Verdicts
-    if (compiler := cuda.compiler()) < COMPILER:
-        found = dict.fromkeys(names, "it needs NVRTC {}.{}, found {}.{}".format(*COMPILER, *compiler))
-    else:
-        found = trial.verdicts("tinyvit.kernels.cuda.attention_trial", names, request, sources)
-    for problem in filter(None, dict.fromkeys(found.values())):
-        kernels = " and ".join(name for name in names if found[name] == problem)
-        warnings.warn(
-            f"attention's {kernels} kernel for Hopper is not used for {n} tokens and heads of {dim}: {problem} "
-            "(TINYVIT_WGMMA=0 does not try it)",
-            stacklevel=2,
-        )
-    return found
+    case = f"{n} tokens and heads of {dim}"
+    return trial.hopper_verdicts("attention", case, "tinyvit.kernels.cuda.attention_trial", names, request, sources)
 
 
 def forward(

@@ -23,7 +23,8 @@ DEVICE Logistic logistic(float x) {
     return {x < 0.0f ? e * share : share, e * share * share};
 }
 
-constexpr float TANH_1 = 0.7978845608028654f, TANH_3 = 0.035677408136300125f;  // sqrt(2/pi), and 0.044715 times that
+// sqrt(2/pi), and 0.044715 times that
+[[maybe_unused]] constexpr float TANH_1 = 0.7978845608028654f, TANH_3 = 0.035677408136300125f;
 
 // Beyond 1e6 Phi is 0 or 1, and its powers might overflow.
 DEVICE float bounded_square(float x) { return fminf(x * x, 1e6f); }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from tinyvit import kernels
 from tinyvit.backend import cuda_graph
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
-from tinyvit.kernels.cuda import cublas
+from tinyvit.kernels.cuda import cublas, linear_gelu_sm90a
 
 WAVE = 4  # blocks of 256 threads that a multiprocessor holds of any kernel here
 
@@ -30,7 +30,12 @@ def add_linear(
     added = cuda.ready(xp.reshape(residual, (-1, residual.shape[-1])))
     y = product(xp, rows, weight, None if bias is None else cuda.ready(bias), added)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs[1:])
-    return xp.reshape(y, residual.shape), lambda dy: (dy, *linear_vjp(dy))
+
+    def vjp(dy: Array, before: VJP | None = None) -> tuple[Array | None, ...]:
+        return dy, *linear_vjp(dy, before=before)
+
+    vjp.onward = 1  # type: ignore[attr-defined]
+    return xp.reshape(y, residual.shape), vjp
 
 
 def product(xp: Any, rows: Array, weight: Array, bias: Array | None = None, added: Array | None = None) -> Array:
@@ -54,17 +59,41 @@ def cupys_product(a: Array, b: Array) -> Array:
     return a @ b
 
 
+class _Gelu(NamedTuple):
+    """What the way back through gelu(hidden + bias) needs."""
+
+    hidden: Array
+    bias: Array
+    approximate: str
+
+
+class _ThroughGelu(NamedTuple):
+    """A gradient that has gone back through GELU already, and the sums of its columns."""
+
+    gradient: Array
+    sums: Array
+
+
 def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
     saved_rows = rows if needs[1] else None
 
-    def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
+    def vjp(dy: Array, dbias: Array | None = None, before: VJP | None = None) -> tuple[Array | None, ...]:
+        """Also through the GELU before, if `before` is the vjp of a `linear_gelu` and a kernel does both."""
         dbias = _noted_sums(dy) if dbias is None else dbias
         dy = cuda.ready(xp.reshape(dy, (-1, dy.shape[-1])))
         if needs[2] and dbias is None:
             dbias = _column_sums(xp, dy)
         dweight = weight_gradient(xp, dy, saved_rows) if needs[1] else None
-        return xp.reshape(input_gradient(xp, dy, weight), shape) if needs[0] else None, dweight, dbias
+        gelu: _Gelu | None = getattr(before, "gelu", None)
+        dx: Any = None
+        if needs[0] and gelu and linear_gelu_sm90a.takes("backward", dy, weight.shape[1], gelu.approximate):
+            dx, partial = linear_gelu_sm90a.backward(xp, dy, weight, *gelu)
+            dx = _ThroughGelu(dx, *sum_partials(xp, partial, dx.dtype))
+        elif needs[0]:
+            dx = xp.reshape(input_gradient(xp, dy, weight), shape)
+        return dx, dweight, dbias
 
+    vjp.onward = 0  # type: ignore[attr-defined]
     return vjp
 
 
@@ -133,18 +162,26 @@ def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     rows, weight, bias = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight), cuda.ready(bias)
-    y, hidden, added = _linear_gelu(xp, rows, weight, bias, approximate, True in needs)
+    recording = True in needs
+    if linear_gelu_sm90a.takes("forward", rows, weight.shape[0], approximate):
+        y, hidden = linear_gelu_sm90a.forward(xp, rows, weight, bias, approximate, recording)
+        added: Any = bias
+    else:
+        y, hidden, added = gelu_of_product(xp, rows, weight, bias, approximate, recording)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs)
 
-    def vjp(dy: Array) -> tuple[Array | None, ...]:
-        return linear_vjp(*_gelu_backward(xp, hidden, added, dy, approximate))
+    def vjp(dy: Array | _ThroughGelu) -> tuple[Array | None, ...]:
+        done = dy if isinstance(dy, _ThroughGelu) else gelu_gradient(xp, hidden, added, dy, approximate)
+        return linear_vjp(*done)
 
+    if added is not cuda.NULL:
+        vjp.gelu = _Gelu(hidden, added, approximate)  # type: ignore[attr-defined]
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), vjp
 
 
-def _linear_gelu(
+def gelu_of_product(
     xp: Any, rows: Array, weight: Array, bias: Array, approximate: str, recording: bool
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Any]:
     """gelu(rows W^T + bias); and for the backward pass GELU's input as a sum of two arrays (the second may be NULL)."""
     if approximate == "tanh" and rows.dtype.itemsize == 2:  # cuBLASLt's tanh is not good enough for fp32
         fused = cublas.linear_gelu(xp, rows, weight, bias, recording)
@@ -166,7 +203,7 @@ def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tup
     columns("bias_gelu_forward", rows, rows, cuda.NULL, y, approximate=approximate)
 
     def vjp(dy: Array) -> tuple[Array]:
-        dx, sums = _gelu_backward(xp, rows, cuda.NULL, dy, approximate)
+        dx, sums = gelu_gradient(xp, rows, cuda.NULL, dy, approximate)
         dx = xp.reshape(dx, x.shape)
         note_sums(dx, sums)
         return (dx,)
@@ -174,7 +211,7 @@ def gelu(xp: Any, x: Array, *, approximate: str, needs: tuple[bool, ...]) -> tup
     return xp.reshape(y, x.shape), vjp
 
 
-def _gelu_backward(xp: Any, x: Array, bias: Array, dy: Array, approximate: str) -> tuple[Array, Array]:
+def gelu_gradient(xp: Any, x: Array, bias: Array, dy: Array, approximate: str) -> tuple[Array, Array]:
     """The gradient of gelu(x + bias) in x (rows, columns), and the sums of its columns; bias may be NULL."""
     dx, partial = xp.empty(x.shape, dtype=x.dtype), partial_sums(xp, x)
     dy = cuda.ready(xp.reshape(dy, x.shape))

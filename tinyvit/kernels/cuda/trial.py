@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,34 @@ from tinyvit.files.atomic import write_text
 from tinyvit.files.text import one_line
 from tinyvit.kernels import cuda
 
+COMPILER = 12, 9  # the first that takes Hopper's architecture from us beside CuPy's own option
 SECONDS = 90  # of a trial: a few kernels are compiled in it
 KILL_WAIT = 5  # seconds until a killed child is left to itself: the driver may hold it
 FOUND = "tinyvit trial: "  # what a child prints before each JSON [name, problem]
+SLOWER = "it is slower"  # how a problem begins that is none but of speed
 
 Verdicts = dict[str, str | None]  # of each kernel: what is wrong with it, None if nothing
+
+
+def hopper_verdicts(
+    owner: str, case: str, module: str, names: tuple[str, ...], request: dict[str, Any], sources: list[str]
+) -> Verdicts:
+    """`verdicts` on the kernels of `owner` for Hopper, with a warning of those that are not used for the case."""
+    found: Verdicts
+    if (compiler := cuda.compiler()) < COMPILER:
+        found = dict.fromkeys(names, "it needs NVRTC {}.{}, found {}.{}".format(*COMPILER, *compiler))
+    else:
+        sources = [*sources, (cuda.FOLDER / "comparison.py").read_text()]
+        found = verdicts(module, names, request, sources)
+    for problem in filter(None, dict.fromkeys(found.values())):
+        if not problem.startswith(SLOWER):
+            kernels = " and ".join(name for name in names if found[name] == problem)
+            warnings.warn(
+                f"{owner}'s {kernels} kernel for Hopper is not used for {case}: {problem} "
+                "(TINYVIT_WGMMA=0 does not try it)",
+                stacklevel=2,
+            )
+    return found
 
 
 def verdicts(module: str, names: tuple[str, ...], request: dict[str, Any], sources: list[str]) -> Verdicts:

@@ -1,0 +1,215 @@
+"""A linear layer with GELU in one kernel for Hopper, and the way back through both: values, trial, and when it runs."""
+
+from __future__ import annotations
+
+import warnings
+
+import cuda_sim
+import numpy as np
+import pytest
+from cublas_sim import CuBLASLt
+from cuda_checks import TOLERANCE, check, draw
+from cuda_sim import decode, encode, error
+
+from tinyvit import Tensor, grad
+from tinyvit import functional as F
+from tinyvit.backend import cuda_graph
+from tinyvit.kernels import cuda
+from tinyvit.kernels.cuda import comparison, linear, linear_gelu_sm90a, linear_gelu_trial, trial
+
+pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
+
+HOPPER = {"capability": 90, "shared_limit": 227 << 10, "multiprocessors": 2}
+RIGHT = {"forward": None, "backward": None}
+
+
+@pytest.fixture
+def launched(folder, monkeypatch):
+    """The launches of the kernel for Hopper, which is used for any number of rows and without a trial."""
+    launches = []
+
+    def launch(*arguments):
+        launches.append("forward" if arguments[5] is None else "backward")
+        original(*arguments)
+
+    original = linear_gelu_sm90a._launch
+    monkeypatch.setattr(linear_gelu_sm90a, "_launch", launch)
+    monkeypatch.setattr(linear_gelu_sm90a, "LEAST_ROWS", 1)
+    monkeypatch.setattr(linear_gelu_sm90a, "_verdicts", {})
+    monkeypatch.setattr(linear_gelu_sm90a, "_try", lambda *_: RIGHT)
+    return launches
+
+
+SHAPES = [  # scalar, rows, inner, columns, shared memory, columns of a block, blocks for the same columns
+    ("bf16", 1, 64, 64, 227, 64, 1),
+    ("f16", 300, 64, 192, 227, 192, 2),  # two tiles for the first warpgroups, the last of 44 rows
+    ("bf16", 260, 192, 128, 40, 64, 1),  # two parts of the columns, two tiles for the first warpgroup
+    ("f16", 129, 256, 64, 227, 64, 1),
+    ("bf16", 65, 384, 128, 227, 128, 1),
+]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("scalar, rows, inner, columns, limit, shared, workers", SHAPES)
+def test_forward_and_backward(folder, launched, scalar, rows, inner, columns, limit, shared, workers, approximate):
+    machine = HOPPER | {"shared_limit": limit << 10}
+    x, bias, weight = draw(0, (rows, inner)), draw(1, (columns,)), draw(2, (columns, inner)) / inner**0.5
+    inputs = [x, weight, bias]
+    check(folder, "linear_gelu", scalar, inputs, {"approximate": approximate}, library=CuBLASLt(), **machine)
+    assert launched == ["forward"] * 2
+    with cuda_sim.device(folder, **machine):
+        assert linear_gelu_sm90a.plan(rows, inner, columns, False)[:3:2] == (shared, workers)
+
+    dy, following = draw(3, (rows, inner)), draw(4, (inner, columns)) / inner**0.5
+    hidden = draw(5, (rows, columns)) * 2
+    arrays = [encode(a, scalar) for a in (dy, following, hidden, bias)]
+    dy, following, hidden, bias = (decode(a) for a in arrays)
+    y = Tensor(hidden + bias, requires_grad=True)
+    right = grad(F.gelu(y, approximate), y, dy @ following)
+    results = []
+    for seed in (0, 1):
+        with cuda_sim.device(folder, seed, **machine) as xp:
+            dx, partial = linear_gelu_sm90a.backward(xp, *map(cuda_sim.guarded, arrays), approximate)
+            results.append((dx.copy(), partial.copy()))
+    (dx, partial), again = results
+    assert error(decode(dx), right) < TOLERANCE[scalar]
+    assert np.abs(partial.sum(axis=0) - right.sum(axis=0)).max() < 2e-5 * np.abs(right).sum(axis=0).max()
+    assert np.array_equal(dx, again[0]) and np.array_equal(partial, again[1])
+
+
+def test_infinities_stay_in_their_columns(folder, launched):
+    x, weight, hidden, bias = np.ones((3, 64)), np.ones((64, 64)), np.zeros((3, 64)), np.zeros(64)
+    bias[7] = -np.inf
+    arrays = [encode(a, "f16") for a in (x, weight, hidden, bias)]
+    with cuda_sim.device(folder, **HOPPER) as xp:
+        x, weight, hidden, bias = map(cuda_sim.guarded, arrays)
+        y, _ = linear_gelu_sm90a.forward(xp, x, weight, bias, "none", False)
+        bias[7] = np.inf
+        dx, partial = linear_gelu_sm90a.backward(xp, x, weight, hidden, bias, "none")
+    assert np.isnan(y).any(axis=0).tolist() == [i == 7 for i in range(64)]  # -infinity times 0, as in torch
+    assert np.isfinite(np.delete(dx, 7, axis=1)).all() and np.isfinite(np.delete(partial, 7, axis=1)).all()
+    assert np.array_equal(partial[0], dx.astype(np.float32).sum(axis=0), equal_nan=True)
+
+
+# --- within a backward pass -------------------------------------------------------------------------------------------
+
+
+CASES = {  # of x, y = gelu(linear(x)) and the next layer: the output, and whether the way back is one kernel
+    "a residual": (F.add_linear, True),
+    "no residual": (lambda x, y, *layer: F.linear(y, *layer), True),
+    "y used twice": (lambda x, y, *layer: F.add_linear(x, y, *layer) + y[..., :64], False),
+    "y used twice by layers": (lambda x, y, *layer: F.add_linear(F.linear(y, *layer), y, *layer), False),
+    "y asked for": (F.add_linear, False),
+    "something between": (lambda x, y, *layer: F.add_linear(x, y * 1.0, *layer), False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_way_back_through_two_layers(folder, launched, case):
+    """One kernel does it where nobody else sees the gradient between, and gradients are right in any case."""
+    output, in_one = CASES[case]
+    drawn = (3, 5, 64), (128, 64), (128,), (64, 128), (64,)
+    inputs = [draw(i, shape) / (8 if len(shape) == 2 else 1) for i, shape in enumerate(drawn)]
+
+    def gradients(dtype):
+        x, w1, b1, *layer = leaves = [Tensor(x.astype(dtype), requires_grad=True) for x in inputs]
+        y = F.linear_gelu(x, w1, b1)
+        result = output(x, y, *layer)
+        return grad(result, [*leaves, y] if case == "y asked for" else leaves, draw(9, result.shape).astype(dtype))
+
+    right = gradients(np.float64)
+    with cuda_sim.everything_on_device(folder, **HOPPER):
+        actual = gradients(np.float16)
+    assert launched == ["forward"] + ["backward"] * in_one
+    for got, expected in zip(actual, right, strict=True):
+        assert error(got.astype(np.float64), expected) < 4e-3
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(folder, launched):
+    with cuda_sim.everything_on_device(folder, **HOPPER):
+        x, w1, b1, w2, b2 = (draw(i, s).astype(np.float16) for i, s in enumerate(((4, 64), (64, 64), 64, (64, 64), 64)))
+        leaf = Tensor(x, requires_grad=True)
+        loss = F.add_linear(leaf, F.linear_gelu(leaf, w1, b1), w2, b2)
+        first, again = (grad(loss, leaf, np.ones_like(x), retain_graph=True) for _ in range(2))
+    assert launched == ["forward", "backward", "backward"] and np.array_equal(first, again)
+
+
+# --- when it runs -----------------------------------------------------------------------------------------------------
+
+
+def test_which_layers_take_it(folder, launched):
+    def takes(rows=8, inner=64, columns=128, dtype=np.float16, **machine):
+        with cuda_sim.device(folder, **HOPPER | machine):
+            return linear_gelu_sm90a.takes("forward", np.zeros((rows, inner), dtype), columns, "none")
+
+    with cuda_graph.capture():
+        assert not takes()  # nothing can be tried now
+    assert takes() and takes(inner=384) and takes(columns=64)
+    with cuda_graph.capture():
+        assert takes() and not takes(columns=192)
+    assert not any(map(takes, (8,) * 3, (448, 72, 64), (128, 128, 72)))
+    assert not takes(dtype=np.float32) and not takes(capability=80) and not takes(capability=100)
+    assert not takes(rows=1 << 13, columns=1 << 18)  # places are numbers of 32 bits
+
+
+@pytest.mark.parametrize("problem", ["it is slower: 9 us beside 8", "y differs"])
+def test_a_trial_decides(folder, monkeypatch, problem):
+    """The other kernels run where they are faster, without a word, or where this one is wrong, with a warning."""
+    tried = []
+    monkeypatch.setattr(trial, "verdicts", lambda *request: (tried.append(request), {**RIGHT, "backward": problem})[1])
+    monkeypatch.setattr(linear_gelu_sm90a, "LEAST_ROWS", 1)
+    monkeypatch.setattr(linear_gelu_sm90a, "_verdicts", {})
+    with warnings.catch_warnings(record=True) as caught, cuda_sim.device(folder, **HOPPER):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            rows = np.zeros((8, 64), np.float16)
+            assert linear_gelu_sm90a.takes("forward", rows, 128, "none")
+            assert not linear_gelu_sm90a.takes("backward", rows, 128, "none")
+    assert [str(w.message) for w in caught] == [
+        "linear_gelu's backward kernel for Hopper is not used for layers of 64 to 128: y differs "
+        "(TINYVIT_WGMMA=0 does not try it)"
+    ] * ("differs" in problem)
+    ((module, names, request, sources),) = tried
+    assert module == linear_gelu_trial.__name__ and names == (*RIGHT,) and cuda.source("linear_gelu_sm90a") in sources
+    assert request == {"scalar": "f16", "inner": 64, "columns": 128, "approximate": "none"}
+
+
+FAULTS = ["", "y", "what is kept", "y without what is kept", "dx", "a sum", "it is slower", "now and then"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_trial_finds_faults(folder, monkeypatch, fault):
+    """Each in one row or column; cuBLASLt's stand-in and the kernels for every GPU stand for Hopper's."""
+    calls = []
+
+    def forward(xp, rows, weight, bias, approximate, recording):
+        calls.append(recording)
+        y, hidden, _ = linear.gelu_of_product(xp, rows, weight, bias, approximate, True)
+        if fault == ("y" if recording else "y without what is kept"):
+            y[-1] *= 1.05
+        if fault == "what is kept":
+            hidden[70] *= 1.05
+        if fault == "now and then" and len(calls) == 2:  # y of the second run
+            y.view(np.uint16)[0, 0] ^= 1
+        return y, hidden
+
+    def backward(xp, dy, weight, hidden, bias, approximate):
+        dx, sums = linear.gelu_gradient(xp, hidden, bias, linear.input_gradient(xp, dy, weight), approximate)
+        if fault == "dx":
+            dx[5] *= 1.05
+        if fault == "a sum":
+            sums[3] += 0.01 * np.abs(dx[:, 3].astype(np.float32)).sum()
+        return dx, sums[None].astype(np.float32)
+
+    monkeypatch.setattr(linear_gelu_sm90a, "forward", forward)
+    monkeypatch.setattr(linear_gelu_sm90a, "backward", backward)
+    monkeypatch.setattr(linear_gelu_trial, "ROUNDS", 1)
+    times = iter([3e-6, 2e-6] * 14 if fault == "it is slower" else [2e-6, 3e-6] * 14)
+    monkeypatch.setattr(comparison, "seconds", lambda run: next(times))
+    with cuda_sim.device(folder, **HOPPER | {"multiprocessors": 1}) as xp:
+        found = dict(linear_gelu_trial.problems(xp, scalar="f16", inner=64, columns=64, approximate="none"))
+    named = {"": "", "it is slower": "it is slower: 3 us beside 2", "now and then": "y is not the same twice"}
+    wrong = {"backward"} if fault in ("dx", "a sum") else set(RIGHT) if fault == "it is slower" else {"forward"}
+    for name, problem in found.items():
+        expected = named.get(fault, f"{fault} differs") if name in wrong else ""
+        assert (problem or "").startswith(expected) and bool(problem) == bool(expected)

@@ -1,0 +1,94 @@
+"""A linear layer with GELU in one kernel on Hopper, and the way back: how `cuda/linear_gelu_sm90a.cu` is launched.
+
+Where the inner dimension is short, the products are bound by the wide activation's way to memory and back, which GELU's
+own kernels would read and write once more. As attention's kernels for Hopper these run only after a trial: they must
+agree with the kernels for every GPU, and take less time. TINYVIT_WGMMA=0 leaves them out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tinyvit.backend import cuda_graph
+from tinyvit.backend.arrays import Array
+from tinyvit.kernels import cuda, jit
+from tinyvit.kernels.cuda import trial
+
+LONGEST = 384  # inner dimension whose rows fit into a warpgroup's registers
+LEAST_ROWS = 1 << 14  # with fewer, loading the weights takes longer than it saves
+NAMES = "forward", "backward"
+
+_verdicts: dict[tuple, trial.Verdicts] = {}  # of each shape of a layer on each device
+
+
+def takes(name: str, rows: Array, columns: int, approximate: str) -> bool:
+    """Whether `forward` or `backward`, by `name`, multiplies rows (R, inner) to (R, columns) here."""
+    count, inner = rows.shape
+    if cuda.capability() != 90 or rows.dtype.itemsize != 2 or jit.refused("TINYVIT_WGMMA"):
+        return False
+    if count < LEAST_ROWS or count * columns >= 1 << 31 or inner % 64 or columns % 64 or inner > LONGEST:
+        return False
+    kind = cuda.device(), cuda.scalar(rows.dtype), inner, columns, approximate
+    if kind not in _verdicts and not cuda_graph.capturing():  # a graph's function has run before it is captured
+        _verdicts[kind] = _try(*kind[1:])
+    return kind in _verdicts and _verdicts[kind][name] is None
+
+
+def _try(scalar: str | None, inner: int, columns: int, approximate: str) -> trial.Verdicts:
+    request = {"scalar": scalar, "inner": inner, "columns": columns, "approximate": approximate}
+    sources = [cuda.source(name) for name in ("columns", "linear_gelu_sm90a")]
+    sources += [
+        (cuda.FOLDER / f"{name}.py").read_text() for name in ("linear", "linear_gelu_sm90a", "linear_gelu_trial")
+    ]
+    case = f"layers of {inner} to {columns}"
+    return trial.hopper_verdicts("linear_gelu", case, "tinyvit.kernels.cuda.linear_gelu_trial", NAMES, request, sources)
+
+
+def forward(
+    xp: Any, rows: Array, weight: Array, bias: Array, approximate: str, recording: bool
+) -> tuple[Array, Array | None]:
+    """gelu(rows W^T + bias), W (columns, inner); and rows W^T, if `recording`."""
+    y = xp.empty((rows.shape[0], weight.shape[0]), dtype=rows.dtype)
+    hidden = xp.empty(y.shape, dtype=y.dtype) if recording else None
+    _launch(rows, weight, bias, hidden if recording else cuda.NULL, y, None, approximate)
+    return y, hidden
+
+
+def backward(xp: Any, dy: Array, weight: Array, hidden: Array, bias: Array, approximate: str) -> tuple[Array, Array]:
+    """(dy W) gelu'(hidden + bias), W (inner, columns); and partial sums of its columns, in rows."""
+    dx = xp.empty(hidden.shape, dtype=dy.dtype)
+    _, _, workers, _ = plan(dy.shape[0], dy.shape[1], hidden.shape[1], True)
+    partial = xp.empty((workers, hidden.shape[1]), dtype=xp.float32)
+    _launch(dy, weight, bias, hidden, dx, partial, approximate)
+    return dx, partial
+
+
+def _launch(
+    rows: Array, weight: Array, bias: Array, hidden: Any, y: Array, partial: Array | None, approximate: str
+) -> None:
+    count, inner = rows.shape
+    columns, is_backward = y.shape[1], partial is not None
+    shared_columns, warpgroups, workers, shared = plan(count, inner, columns, is_backward)
+    constants = {"SCALAR": cuda.scalar(rows.dtype), "INNER": inner, "COLUMNS": shared_columns, "WARPGROUPS": warpgroups}
+    constants |= {"APPROXIMATE": int(approximate == "tanh"), "BACKWARD": int(is_backward)}
+    kernel = cuda.kernel("linear_gelu_sm90a", "linear_gelu_sm90a", **constants)
+    sums = partial if is_backward else cuda.NULL
+    arguments = (rows, weight, bias, hidden, y, sums, np.int32(count), np.int32(columns))
+    grid = (columns // shared_columns * workers,)
+    kernel(grid, (128 * warpgroups,), arguments, shared_mem=shared)
+
+
+def plan(rows: int, inner: int, columns: int, is_backward: bool) -> tuple[int, int, int, int]:
+    """Columns of a block, its warpgroups, blocks that share the rows of the same columns, bytes of shared memory.
+
+    As many columns as fit, as each block reads all the rows that it takes; as many warpgroups as registers allow.
+    """
+    warpgroups = 4 if inner <= 192 else 3 if inner <= 256 else 2
+    column = 2 * inner + (4 * 4 * warpgroups if is_backward else 0)  # bytes
+    fitting = (c for c in range(64, columns + 1, 64) if columns % c == 0 and c * column <= cuda.shared_limit())
+    shared_columns = max(fitting)
+    workers = min(max(1, cuda.multiprocessors() // (columns // shared_columns)), math.ceil(rows / (64 * warpgroups)))
+    return shared_columns, warpgroups, workers, shared_columns * column
