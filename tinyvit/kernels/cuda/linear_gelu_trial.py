@@ -14,7 +14,7 @@ import numpy as np
 from tinyvit.backend import arrays
 from tinyvit.kernels.cuda import comparison, linear, linear_gelu_sm90a
 
-ROUNDS = 8  # tiles of 64 rows that each warpgroup takes; the last one is not full
+ROUNDS = 4  # tiles of 64 rows that each warpgroup takes; the last one is not full
 
 
 def problems(xp: Any, *, scalar: str, inner: int, columns: int, approximate: str) -> Iterator[tuple[str, str | None]]:
