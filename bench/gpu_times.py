@@ -36,7 +36,6 @@ from tinyvit import optim
 from tinyvit.backend import random
 from tinyvit.backend.cuda_graph import Graphed
 from tinyvit.execution import inference
-from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import (
     attention,
     cublas,
@@ -185,9 +184,13 @@ def time_others() -> None:
             hidden = random_array((rows, 4 * dim))
             return lambda: linear_gelu_sm90a.backward(xp, x, weight.reshape(dim, -1), hidden, bias, "none")
 
-        if cuda.capability() == 90 and dim <= linear_gelu_sm90a.LONGEST:  # beside fc1's or fc2's product and GELU
-            show(f"linear_gelu in one kernel {rows} x {dim} to {4 * dim}", 9 * size, functools.partial(fused, False))
-            show(f"its gradient {rows} x {dim} to {4 * dim}", 9 * size, functools.partial(fused, True))
+        x, wide = random_array((rows, dim)), 4 * dim
+        if linear_gelu_sm90a.takes(x, wide, "none"):  # beside fc1's product and GELU
+            show(f"linear_gelu in one kernel {rows} x {dim} to {wide}", 9 * size, functools.partial(fused, False))
+        if linear_gelu_sm90a.takes(x, wide, "none", backward=True):  # beside fc2's input gradient and GELU's
+            show(
+                f"linear_gelu backward in one kernel {rows} x {dim} to {wide}", 9 * size, functools.partial(fused, True)
+            )
 
     def adamw() -> Callable:
         sizes = [p.size for p in model.parameters()]

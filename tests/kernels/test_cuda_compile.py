@@ -107,8 +107,8 @@ def hopper_variants() -> list[tuple[str, dict]]:
         found.append(("attention_backward_sm90a", constants))
     for scalar, inner, approximate in (("bf16", 192, 0), ("f16", 128, 1), ("bf16", 256, 0), ("bf16", 384, 0)):
         for backward in (0, 1):
-            columns, warpgroups, *_ = linear_gelu_sm90a.plan(1 << 16, inner, 4 * inner, bool(backward))
-            constants = {"SCALAR": scalar, "INNER": inner, "COLUMNS": columns, "WARPGROUPS": warpgroups}
+            plan = linear_gelu_sm90a.plan(1 << 16, inner, 4 * inner, bool(backward))
+            constants = {"SCALAR": scalar, "INNER": inner, "COLUMNS": plan.columns, "WARPGROUPS": plan.warpgroups}
             found.append(("linear_gelu_sm90a", constants | {"APPROXIMATE": approximate, "BACKWARD": backward}))
     return found
 

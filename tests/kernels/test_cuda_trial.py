@@ -139,6 +139,23 @@ def test_damaged_files_are_written_anew(children, text):
     assert find() == right and file.read_text() == whole and len(children.requests()) == 2
 
 
+def test_processes_that_try_at_once_decide_alike(children, monkeypatch):
+    """By the verdict that was kept first: of times, one's may differ."""
+    children.write(GOOD)
+    find()
+    (file,) = children.cache.iterdir()
+    kept = file.read_text()
+    file.unlink()
+
+    def try_longer(*_):
+        file.write_text(kept)
+        return {"forward": "it is slower", "backward": None}, ""
+
+    monkeypatch.setattr(trial, "_try", try_longer)
+    found = find()
+    assert found["forward"] is None and found["backward"].startswith("dq differs") and file.read_text() == kept
+
+
 def test_without_a_place_to_keep_it_each_process_tries(children, monkeypatch):
     children.write(GOOD)
     children.cache.write_text("a file")

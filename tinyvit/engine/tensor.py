@@ -336,7 +336,7 @@ def _backward(
             freed()
         checks.check_unchanged(node.name, node.versions)
     waiting = {} if ready is None else {_source(t): place for place, t in enumerate(targets)}
-    uses = Counter(source for node in nodes for source in node.inputs)  # still to come
+    uses = Counter(source for node in nodes for source in node.inputs)
     token = kernels.notes.set({})
     try:
         for node in nodes:

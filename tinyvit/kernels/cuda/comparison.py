@@ -14,6 +14,7 @@ from tinyvit.kernels.cuda import trial
 
 LIMITS = {"bf16": 1e-2, "f16": 2e-3}  # of a row's |difference| / |row|; both round to 16 bits
 SUMS = {"bf16": 2**-9, "f16": 2**-12}  # of a sum's |difference| / sum of |summed|, which are rounded and it is not
+FASTER = 0.95  # of the others' time at most is less, so that another trial decides alike
 TINY = 1e-30  # beside which nothing is divided by zero
 # The errors of a kernel itself, by CUDA's and the driver's names without "_": others say nothing of it, such as a full
 # disk where CuPy keeps what it compiles, or a GPU that is lost.
@@ -70,21 +71,27 @@ def of_sums(xp: Any, sums: Array, summed: Array, axis: int) -> Array:
 
 
 def slower(ours: Callable[[], Any], other: Callable[[], Any]) -> str | None:
-    """Whether `ours` takes longer, by medians of readings in turn."""
+    """Whether `ours` does not take less time, by more than the readings vary: medians of some in turn."""
     readings = [(seconds(ours), seconds(other)) for _ in range(7)]
     mine, theirs = (statistics.median(column) for column in zip(*readings, strict=True))
-    return f"{trial.SLOWER}: {1e6 * mine:.0f} us beside {1e6 * theirs:.0f}" if mine > theirs else None
+    return f"{trial.SLOWER}: {1e6 * mine:.0f} us beside {1e6 * theirs:.0f}" if mine > FASTER * theirs else None
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """The time of one of several calls, on the GPU."""
+def seconds(run: Callable[[], Any], calls: int = 5) -> float:
+    """The time of a call on the GPU, as a graph: without Python's share."""
     import cupy
 
-    start, end, calls = cupy.cuda.Event(), cupy.cuda.Event(), 5
-    run()  # the first one after another kernel is slower
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    end.synchronize()
+    start, end, stream = cupy.cuda.Event(), cupy.cuda.Event(), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        kept = [run()]
+        stream.begin_capture()
+        kept = [run() for _ in range(calls)]
+        graph = stream.end_capture()
+        graph.launch(stream)  # the first launch is slower
+        start.record(stream)
+        graph.launch(stream)
+        end.record(stream)
+        end.synchronize()
+    del kept
     return cupy.cuda.get_elapsed_time(start, end) / 1e3 / calls

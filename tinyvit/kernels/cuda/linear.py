@@ -86,7 +86,7 @@ def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, nee
         dweight = weight_gradient(xp, dy, saved_rows) if needs[1] else None
         gelu: _Gelu | None = getattr(before, "gelu", None)
         dx: Any = None
-        if needs[0] and gelu and linear_gelu_sm90a.takes("backward", dy, weight.shape[1], gelu.approximate):
+        if needs[0] and gelu and linear_gelu_sm90a.takes(dy, weight.shape[1], gelu.approximate, backward=True):
             dx, partial = linear_gelu_sm90a.backward(xp, dy, weight, *gelu)
             dx = _ThroughGelu(dx, *sum_partials(xp, partial, dx.dtype))
         elif needs[0]:
@@ -163,7 +163,7 @@ def linear_gelu(
 ) -> tuple[Array, VJP]:
     rows, weight, bias = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight), cuda.ready(bias)
     recording = True in needs
-    if linear_gelu_sm90a.takes("forward", rows, weight.shape[0], approximate):
+    if linear_gelu_sm90a.takes(rows, weight.shape[0], approximate):
         y, hidden = linear_gelu_sm90a.forward(xp, rows, weight, bias, approximate, recording)
         added: Any = bias
     else:

@@ -8,7 +8,7 @@ agree with the kernels for every GPU, and take less time. TINYVIT_WGMMA=0 leaves
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,23 +18,34 @@ from tinyvit.kernels import cuda, jit
 from tinyvit.kernels.cuda import trial
 
 LONGEST = 384  # inner dimension whose rows fit into a warpgroup's registers
-LEAST_ROWS = 1 << 14  # with fewer, loading the weights takes longer than it saves
+LEAST_ROWS = 1 << 14  # with fewer it saves 5 us a layer at most, by count, and loading the weights takes 2 to 3
 NAMES = "forward", "backward"
 
 _verdicts: dict[tuple, trial.Verdicts] = {}  # of each shape of a layer on each device
 
 
-def takes(name: str, rows: Array, columns: int, approximate: str) -> bool:
-    """Whether `forward` or `backward`, by `name`, multiplies rows (R, inner) to (R, columns) here."""
+class Plan(NamedTuple):
+    """Columns of a block, its warpgroups, blocks that share the rows of the same columns, bytes of shared memory."""
+
+    columns: int
+    warpgroups: int
+    workers: int
+    shared: int
+
+
+def takes(rows: Array, columns: int, approximate: str, backward: bool = False) -> bool:
+    """Whether `forward`, or `backward`, multiplies rows (R, inner) to (R, columns) here."""
     count, inner = rows.shape
     if cuda.capability() != 90 or rows.dtype.itemsize != 2 or jit.refused("TINYVIT_WGMMA"):
         return False
-    if count < LEAST_ROWS or count * columns >= 1 << 31 or inner % 64 or columns % 64 or inner > LONGEST:
+    if inner % 64 or columns % 64 or inner > LONGEST or count < LEAST_ROWS:
+        return False
+    if (count + 63) * max(inner, columns) >= 1 << 31:  # places are numbers of 32 bits
         return False
     kind = cuda.device(), cuda.scalar(rows.dtype), inner, columns, approximate
     if kind not in _verdicts and not cuda_graph.capturing():  # a graph's function has run before it is captured
         _verdicts[kind] = _try(*kind[1:])
-    return kind in _verdicts and _verdicts[kind][name] is None
+    return kind in _verdicts and _verdicts[kind]["backward" if backward else "forward"] is None
 
 
 def _try(scalar: str | None, inner: int, columns: int, approximate: str) -> trial.Verdicts:
@@ -60,7 +71,7 @@ def forward(
 def backward(xp: Any, dy: Array, weight: Array, hidden: Array, bias: Array, approximate: str) -> tuple[Array, Array]:
     """(dy W) gelu'(hidden + bias), W (inner, columns); and partial sums of its columns, in rows."""
     dx = xp.empty(hidden.shape, dtype=dy.dtype)
-    _, _, workers, _ = plan(dy.shape[0], dy.shape[1], hidden.shape[1], True)
+    workers = plan(dy.shape[0], dy.shape[1], hidden.shape[1], True).workers
     partial = xp.empty((workers, hidden.shape[1]), dtype=xp.float32)
     _launch(dy, weight, bias, hidden, dx, partial, approximate)
     return dx, partial
@@ -71,24 +82,21 @@ def _launch(
 ) -> None:
     count, inner = rows.shape
     columns, is_backward = y.shape[1], partial is not None
-    shared_columns, warpgroups, workers, shared = plan(count, inner, columns, is_backward)
-    constants = {"SCALAR": cuda.scalar(rows.dtype), "INNER": inner, "COLUMNS": shared_columns, "WARPGROUPS": warpgroups}
-    constants |= {"APPROXIMATE": int(approximate == "tanh"), "BACKWARD": int(is_backward)}
-    kernel = cuda.kernel("linear_gelu_sm90a", "linear_gelu_sm90a", **constants)
+    cut = plan(count, inner, columns, is_backward)
+    kernel = cuda.kernel(
+        "linear_gelu_sm90a", "linear_gelu_sm90a", SCALAR=cuda.scalar(rows.dtype), INNER=inner, COLUMNS=cut.columns,
+        WARPGROUPS=cut.warpgroups, APPROXIMATE=int(approximate == "tanh"), BACKWARD=int(is_backward),
+    )  # fmt: skip
     sums = partial if is_backward else cuda.NULL
     arguments = (rows, weight, bias, hidden, y, sums, np.int32(count), np.int32(columns))
-    grid = (columns // shared_columns * workers,)
-    kernel(grid, (128 * warpgroups,), arguments, shared_mem=shared)
+    grid = (columns // cut.columns * cut.workers,)
+    kernel(grid, (128 * cut.warpgroups,), arguments, shared_mem=cut.shared)
 
 
-def plan(rows: int, inner: int, columns: int, is_backward: bool) -> tuple[int, int, int, int]:
-    """Columns of a block, its warpgroups, blocks that share the rows of the same columns, bytes of shared memory.
-
-    As many columns as fit, as each block reads all the rows that it takes; as many warpgroups as registers allow.
-    """
+def plan(rows: int, inner: int, columns: int, is_backward: bool) -> Plan:
+    """As many columns as fit, as each block reads all the rows that it takes; as many warpgroups as registers allow."""
     warpgroups = 4 if inner <= 192 else 3 if inner <= 256 else 2
     column = 2 * inner + (4 * 4 * warpgroups if is_backward else 0)  # bytes
-    fitting = (c for c in range(64, columns + 1, 64) if columns % c == 0 and c * column <= cuda.shared_limit())
-    shared_columns = max(fitting)
-    workers = min(max(1, cuda.multiprocessors() // (columns // shared_columns)), math.ceil(rows / (64 * warpgroups)))
-    return shared_columns, warpgroups, workers, shared_columns * column
+    fitting = max(c for c in range(64, columns + 1, 64) if columns % c == 0 and c * column <= cuda.shared_limit())
+    workers = max(1, cuda.multiprocessors() // (columns // fitting))
+    return Plan(fitting, warpgroups, min(workers, math.ceil(rows / (64 * warpgroups))), fitting * column)

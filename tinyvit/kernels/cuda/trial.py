@@ -27,7 +27,7 @@ COMPILER = 12, 9  # the first that takes Hopper's architecture from us beside Cu
 SECONDS = 90  # of a trial: a few kernels are compiled in it
 KILL_WAIT = 5  # seconds until a killed child is left to itself: the driver may hold it
 FOUND = "tinyvit trial: "  # what a child prints before each JSON [name, problem]
-SLOWER = "it is slower"  # how a problem begins that is none but of speed
+SLOWER = "it is slower"  # so begins a problem that is not worth a warning
 
 Verdicts = dict[str, str | None]  # of each kernel: what is wrong with it, None if nothing
 
@@ -58,17 +58,26 @@ def verdicts(module: str, names: tuple[str, ...], request: dict[str, Any], sourc
     address, *machine = _gpu()
     told = module, request, machine, cuda.OPTIONS, Path(__file__).read_text(), *sources
     path = cuda.cache_file(f"tinyvit-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}.json")
-    with contextlib.suppress(OSError, ValueError):  # none, or a damaged one
-        kept = json.loads(path.read_text())
-        if isinstance(kept, dict) and kept.keys() == {*names} and all(isinstance(p, str | None) for p in kept.values()):
-            cure = f", as {path} says: delete it to try again"
-            return {name: problem and problem + cure for name, problem in kept.items()}
+    if kept := _kept(path, names):
+        return kept
     found, fault = _try(module, {"gpu": address} | request)
+    if kept := _kept(path, names):  # another process of this run was the first: all are to decide alike
+        return kept
     if found.keys() == {*names}:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(found))
     return dict.fromkeys(names, fault) | found
+
+
+def _kept(path: Path, names: tuple[str, ...]) -> Verdicts | None:
+    """The verdicts that a file holds, if it is whole."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(path.read_text())
+        if isinstance(kept, dict) and kept.keys() == {*names} and all(isinstance(p, str | None) for p in kept.values()):
+            cure = f", as {path} says: delete it to try again"
+            return {name: problem and problem + cure for name, problem in kept.items()}
+    return None
 
 
 def _try(module: str, request: dict[str, Any]) -> tuple[Verdicts, str]:
