@@ -21,7 +21,6 @@ from cuda_sim import kernel_names
 from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import attention, attention_sm90a, linear_gelu_sm90a
 
-ARCHITECTURES = ("sm_80", "sm_90")
 SHARED_LIMIT, HOPPERS_SHARED_LIMIT = 163 << 10, 227 << 10  # of sm_80 and sm_90
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 CUPYS = ("-ftz=true", "--device-as-default-execution-space")  # what CuPy adds, and an architecture
@@ -80,46 +79,46 @@ COMPILER = nvrtc() or (nvcc if shutil.which("nvcc") else None)
 INSTALLABLE = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64")
 
 
-def attention_variants() -> list[tuple[str, dict]]:
-    """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without."""
-    shapes = [("bf16", 64, n, dropout, 0) for n, dropout in ((50, 1), (65, 0), (65, 1), (197, 0), (197, 1), (577, 0))]
+Variant = tuple[str, str, dict[str, Any]]  # architecture, file, constants
+
+
+def attention_variants() -> Iterator[Variant]:
+    """Those that the wrappers choose for the ViTs' shapes, with dropout of the attention weights and without.
+
+    Each for the newest architecture that takes it in earnest: sm_90, but where Hopper has kernels of its own.
+    """
+    shapes = [("bf16", 64, n, dropout, 0) for n, dropout in ((50, 1), (65, 0), (65, 1), (197, 0), (197, 1))]
     shapes += [("f16", 80, 197, 1, 0), ("bf16", 128, 197, 0, 0), ("float", 64, 197, 0, 0), ("float", 64, 197, 0, 1)]
-    found = []
     for scalar, dim, n, dropout, tf32 in shapes:
         size = 4 if scalar == "float" else 2
         forward = attention.forward_tiling(n, n, dim, size)
         backward = attention.backward_tiling(n, n, dim, size, dropout=bool(dropout))
-        for file, plan in (("attention_forward", forward), ("attention_backward", backward)):
-            found.append((file, {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": dropout, "TF32": tf32} | plan.constants))
-    return [v for i, v in enumerate(found) if v not in found[:i]]
+        hoppers = size == 2 and n >= attention_sm90a.LEAST_TOKENS and not dropout
+        for file, plan, other in (("forward", forward, hoppers), ("backward", backward, hoppers and dim <= 64)):
+            constants = {"SCALAR": scalar, "HEAD_DIM": dim, "DROPOUT": dropout, "TF32": tf32} | plan.constants
+            yield "sm_80" if other else "sm_90", f"attention_{file}", constants
 
 
-def hopper_variants() -> list[tuple[str, dict]]:
+def hopper_variants() -> Iterator[Variant]:
     """Attention with all chunks of keys in shared memory, in one to four blocks a multiprocessor, or a ring; GELU."""
-    found = []
-    for scalar, dim, n in (("bf16", 64, 128), ("bf16", 64, 145), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 577),
+    for scalar, dim, n in (("bf16", 64, 128), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 577),
                            ("bf16", 64, 1025), ("bf16", 16, 197), ("bf16", 32, 197), ("f16", 48, 130),
                            ("bf16", 80, 257), ("bf16", 96, 257), ("bf16", 112, 197), ("f16", 128, 577)):  # fmt: skip
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "TOKENS": n} | attention_sm90a.forward_plan(n, n, dim, 1000)[0]
-        found.append(("attention_forward_sm90a", constants))
-    for scalar, dim, last in (("bf16", 64, 16), ("bf16", 64, 64), ("f16", 48, 32), ("f16", 32, 48), ("bf16", 16, 16)):
+        yield "sm_90a", "attention_forward_sm90a", constants
+    for scalar, dim, last in (("bf16", 64, 16), ("f16", 48, 32), ("f16", 32, 48), ("bf16", 16, 64)):
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "WARPS": 8, "LAST": last}
-        found.append(("attention_backward_sm90a", constants))
+        yield "sm_90a", "attention_backward_sm90a", constants
     for scalar, inner, approximate in (("bf16", 192, 0), ("f16", 128, 1), ("bf16", 256, 0), ("bf16", 384, 0)):
         for backward in (0, 1):
             plan = linear_gelu_sm90a.plan(1 << 16, inner, 4 * inner, bool(backward))
             constants = {"SCALAR": scalar, "INNER": inner, "COLUMNS": plan.columns, "WARPGROUPS": plan.warpgroups}
-            found.append(("linear_gelu_sm90a", constants | {"APPROXIMATE": approximate, "BACKWARD": backward}))
-    return found
+            yield "sm_90a", "linear_gelu_sm90a", constants | {"APPROXIMATE": approximate, "BACKWARD": backward}
 
 
-def variants() -> list[tuple[str, dict]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "shared_limit", lambda: SHARED_LIMIT)
-        found = attention_variants()
-        patch.setattr(cuda, "shared_limit", lambda: HOPPERS_SHARED_LIMIT)
-        patch.setattr(cuda, "multiprocessors", lambda: 132)
-        found += hopper_variants()
+def other_variants() -> Iterator[Variant]:
+    """They need few registers on any architecture."""
+    found: list[tuple[str, dict]] = []
     for scalar, dim in (("bf16", 192), ("bf16", 768), ("f16", 1024), ("bf16", 1280), ("bf16", 4096), ("float", 768)):
         found.append(("layer_norm", {"SCALAR": scalar, "DIM": dim}))
     for scalar, vector, approximate in (("bf16", 8, 0), ("float", 4, 0), ("float", 4, 1), ("f16", 1, 1)):
@@ -130,29 +129,30 @@ def variants() -> list[tuple[str, dict]]:
         window = {"KERNEL_H": 3, "KERNEL_W": 3, "STRIDE_H": 1, "STRIDE_W": 1, "TOP": 1, "LEFT": 1}
         found.append(("images", {"SCALAR": scalar, "VECTOR": vector} | sizes | window))
     found += [("dropout", {"SCALAR": "bf16"}), ("dropout", {"SCALAR": "float"})]
-    found += [
-        ("adamw", {"SCALAR": "float", "COPY": "bf16"}),
-        ("adamw", {"SCALAR": "bf16"}),
-        ("adamw", {"SCALAR": "float"}),
-    ]
-    return found
+    found += [("adamw", {"SCALAR": "float", "COPY": "bf16"}), ("adamw", {"SCALAR": "bf16"})]
+    found += [("adamw", {"SCALAR": "float"})]
+    return (("sm_80", *variant) for variant in found)
+
+
+def variants() -> list[Variant]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "shared_limit", lambda: SHARED_LIMIT)
+        found = [*attention_variants(), *other_variants()]
+        patch.setattr(cuda, "shared_limit", lambda: HOPPERS_SHARED_LIMIT)
+        patch.setattr(cuda, "multiprocessors", lambda: 132)
+        return [*found, *hopper_variants()]
+
+
+CASES = [pytest.param(*v, id="-".join(map(str, (v[1], v[0], *v[2].values())))) for v in variants()]
 
 
 def test_every_source_is_compiled():
-    assert {file for file, _ in variants()} == {path.stem for path in cuda.FOLDER.glob("*.cu")}
-
-
-def cases() -> Iterator[Any]:
-    for file, constants in variants():
-        both = ARCHITECTURES if file.startswith("attention") else ARCHITECTURES[:1]  # the others need few registers
-        for architecture in ("sm_90a",) if file.endswith("_sm90a") else both:
-            name = "-".join(map(str, (architecture, file, *constants.values())))
-            yield pytest.param(file, constants, architecture, id=name)
+    assert {file for _, file, _ in variants()} == {path.stem for path in cuda.FOLDER.glob("*.cu")}
 
 
 @pytest.mark.skipif(COMPILER is None and not INSTALLABLE, reason="no CUDA compiler can be installed here")
-@pytest.mark.parametrize("file, constants, architecture", list(cases()))
-def test_compiles_without_spills(file, constants, architecture, tmp_path):
+@pytest.mark.parametrize("architecture, file, constants", CASES)
+def test_compiles_without_spills(architecture, file, constants, tmp_path):
     assert COMPILER, 'no CUDA compiler: pip install -e ".[test]" brings one'
     options = [*cuda.OPTIONS, *CUPYS, f"-arch={architecture}"]
     options += [f"-D{key}={value}" for key, value in constants.items()]
