@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import functools
+import gc
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,17 @@ os.fsync = lambda descriptor: None
 half = {"gw0": "loops", "gw1": "image_loops"}.get(os.environ.get("PYTEST_XDIST_WORKER", ""))
 if half and importlib.util.find_spec("numba"):
     importlib.import_module(f"tinyvit.kernels.jit.{half}")
+
+
+# What is imported and collected stays: looking through a million objects of it for garbage takes a tenth of a second,
+# and some tests do that often.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
