@@ -1,8 +1,8 @@
-"""What the processes of the tests run: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments`."""
+"""What the processes of the tests run: `ranks.py steps OUT`, or `ranks.py FAULT tinyvit's arguments [then others]`."""
 
 import ctypes
-import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +11,10 @@ import time
 import numpy as np
 
 import tinyvit
-from tinyvit import cli, commands, data, distributed, execution, optim
+from tinyvit import cli, data, distributed, execution, optim
 from tinyvit.data import Augment
 from tinyvit.distributed import launch, processes
-from tinyvit.training import run
+from tinyvit.training import run, run_directory
 
 # Batches that divide and do not, several shards a process, weighted classes, parts of a shard.
 CASES = {
@@ -23,7 +23,7 @@ CASES = {
     "weights": dict(batch=17, class_weights=np.arange(1, 11) / 5),
     "parts": dict(batch=24, accumulate=2, label_smoothing=0.1, mixed=False, clip_norm=None),
 }
-FAULT_AT = 12  # the step
+FAULT_AT = 4  # the step, the second of an epoch
 
 
 def steps(group, case):
@@ -72,18 +72,24 @@ def save_slowly():
 
 
 def stop():
-    subprocess.Popen(["sh", "-c", f"sleep 5; kill -KILL {os.getpid()}"])  # when the test has seen enough
-    time.sleep(0.5)
+    """Until rank 0 has ended."""
+    first = re.search(r"process (\d+)", distributed.init()._names[0])[1]
+    wait = f"for i in $(seq 200); do kill -0 {first} || break; sleep 0.1; done; kill -KILL {os.getpid()}"
+    subprocess.Popen(["sh", "-c", wait], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(5 * processes.BEAT)  # rank 0 has to hear of it first
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def main(fault, arguments):
     if fault in ("hang", "interrupt", "stop"):
-        processes.PATIENCE, processes.BEAT, processes.LAST_WORDS, processes.END_OF_HANGING = 2.0, 0.2, 1, 3
+        processes.PATIENCE, processes.BEAT, processes.GRACE = 1.0, 0.1, 0.2
+        processes.LAST_WORDS, processes.END_OF_HANGING = 1, 2
     if fault == "lack":
         launch.HEAD_START = 0.5
         sys.modules |= {"mpi4py": None} if os.environ["PMI_RANK"] == "1" else {}
         return cli.main(arguments)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun has started all anew after a fault
+        fault, arguments = "none", [*arguments, "--resume"]
     rank = distributed.init().rank
     if fault == "kill":
         break_step(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -95,27 +101,19 @@ def main(fault, arguments):
         break_step(fail)
     elif fault == "interrupt":
         break_step(lambda: os.kill(os.getpid(), signal.SIGINT), save_slowly)
-    elif fault == "version" and rank == 1:
-        run.__version__ = "0.0"
     elif fault == "numpy" and rank == 1:
         np.__version__ = "0.0"
-    elif fault == "checkpoint" and rank == 1:  # as where machines have run directories of their own
-        read = run.Progress.read
-        run.Progress.read = lambda path: dataclasses.replace(read(path), step=7)
-    elif fault == "weights" and rank == 1:
-        opened = commands.opened
-
-        def changed(args):
-            checkpoint = opened(args)
-            checkpoint.state["norm.bias"] = checkpoint.state["norm.bias"] + 1
-            return checkpoint
-
-        commands.opened = changed
+    while "then" in arguments:
+        first = arguments.index("then")
+        assert cli.main(arguments[:first]) == 0
+        arguments = arguments[first + 1 :]
     return cli.main(arguments)
 
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
+    processes.PAUSE = 2e-3  # so many processes share few cores
+    run_directory.curves_png = lambda *_: None
     if what == "steps":
         group = distributed.init()
         for case in CASES:

@@ -1,6 +1,7 @@
 """What a group tells, without MPI."""
 
 import itertools
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from running import NANO, make_images
+from runs import progress, snapshot
 
 import tinyvit
-from tinyvit import cli, optim
+from tinyvit import cli, commands, optim
 from tinyvit.backend import arrays, parallel
+from tinyvit.checkpoints.checkpoint import LAST
+from tinyvit.checkpoints.loading import open_checkpoint
 from tinyvit.data import Augment, Loader
 from tinyvit.data.splits import ArraySplit
 from tinyvit.distributed import ALONE, DistributedError, Group, launch, processes, reduction
@@ -172,6 +177,36 @@ def test_what_differs_between_processes_is_named(monkeypatch):
         group.same({"--lr": 1.0, "--seed": 0})
     with pytest.raises(DistributedError, match="rank 1 has another --seed than rank 0: 9 and None"):
         group.same({"--lr": 1.0})
+
+
+def test_commands_refuse_what_another_process_has_otherwise(tmp_path, monkeypatch, capsys):
+    """As where machines have versions, checkpoints or run directories of their own."""
+    images, out, group, told = make_images(tmp_path / "images", train=2, test=1), tmp_path / "run", rank_of(0, 2), {}
+    new = ["train", "--data", images, *NANO, "--epochs", 1, "--out"]
+    assert cli.main([*map(str, [*new, out])]) == 0
+
+    def exchange(value, patience=None):
+        if not isinstance(value, dict):
+            return [value, value]
+        told.update(value)
+        return [value, value | {name: "other" for name in value if what in name}]
+
+    monkeypatch.setattr(group, "exchange", exchange)
+    for module in (cli, commands, run):
+        monkeypatch.setattr(module, "init", lambda: group)
+    where, before = progress(out / LAST), snapshot(out)
+    for what, command, ours in (
+        ("version of tinyvit", [*new, tmp_path / "other"], tinyvit.__version__),
+        ("checksum of the weights", ["eval", out, "--data", images], arrays.checksum(open_checkpoint(out).state)),
+        ("its step and seconds", ["train", "--out", out, "--resume"], [where["step"], where["seconds"]]),
+        ("no option", [*new, tmp_path / "other", "--batch-size", 1], None),  # all agree on it
+    ):
+        said = f"rank 1 has another .*{what}.* than rank 0: 'other' and .*"
+        said = said if ours else "--batch-size 1 is less than one image for each of 2 processes"
+        assert cli.main([*map(str, command)]) == (1 if ours else 2)
+        assert re.fullmatch(f"tinyvit: error: {said}\n", capsys.readouterr().err)
+        assert next((value for name, value in told.items() if what in name), None) == ours
+    assert snapshot(out) == before and not (tmp_path / "other").exists()
 
 
 def test_an_evaluation_shares_images_however_few():

@@ -33,14 +33,8 @@ def together(count, *arguments, launcher="mpiexec", timeout=120):
     if launcher == "mpiexec":
         return subprocess.run([MPIEXEC, "-n", str(count), *command], **how, env=env)
     if launcher == "torchrun":
-        agent = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={count}",
-            "--no-python",
-        ]
+        agent = f"-m torch.distributed.run --standalone --nproc-per-node={count} --max-restarts=1 --no-python".split()
+        agent = [sys.executable, *agent]
         return subprocess.run([*agent, *command], **how, env=env | {"OMP_NUM_THREADS": "1"})
     env |= dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
 
@@ -56,7 +50,7 @@ def together(count, *arguments, launcher="mpiexec", timeout=120):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("ranks") / "images")
+    return make_images(tmp_path_factory.mktemp("ranks") / "images", train=9)  # three steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def steps_alone():
     return {case: ranks.steps(ALONE, case) for case in ranks.CASES}
 
 
-@pytest.mark.parametrize(("launcher", "count"), [("mpiexec", 4), ("variables", 3)])
+@pytest.mark.parametrize(("launcher", "count"), [("mpiexec", 3), ("variables", 4)])
 def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count, steps_alone, tmp_path):
     result = together(count, "steps", tmp_path, launcher=launcher)
     assert result.returncode == 0, result.stderr
@@ -85,37 +79,33 @@ def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count,
                     assert array.tobytes() == found[name].tobytes(), f"{case}, rank {rank}: {name} differs"
 
 
-@pytest.mark.parametrize(("launcher", "another"), [("mpiexec", "torchrun"), ("torchrun", "mpiexec")])
-def test_a_killed_run_ends_everywhere_and_resumes_to_the_same_bits(launcher, another, images, alone, tmp_path):
+def test_killed_runs_end_everywhere_and_resume_to_the_same_bits(images, alone, tmp_path):
+    """Killed under mpiexec, resumed under torchrun, killed there and resumed by torchrun itself."""
     out = tmp_path / "run"
-    options = ["--data", images, "--out", out, "--threads", 1, *OPTIONS]
-    result = together(2, "kill", "train", *options, launcher=launcher)
+    result = together(2, "kill", "train", "--data", images, "--out", out, "--threads", 1, *OPTIONS)
     assert result.returncode != 0
-    if launcher == "torchrun":
-        said = [line for line in result.stderr.splitlines() if line.startswith("tinyvit: error: ")]
-        assert len(said) == 1 and re.search(r"rank 1 \(process \d+ on .*\) ended before the others", said[0])
     assert result.stdout.splitlines()[1].startswith("2 processes, 2 on this machine: each takes 4 or 5 of 9 images")
     where = progress(out / "last.safetensors")
     assert where["epoch"] == 1 and not where["finished"]
-    assert together(2, "none", "train", "--out", out, "--resume", launcher=another).returncode == 0
+    result = together(2, "kill", "train", "--out", out, "--resume", launcher="torchrun")
+    assert result.returncode == 0, result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("tinyvit: error: ")]
+    assert len(said) == 1 and re.search(r"rank 1 \(process \d+ on .*\) ended before the others", said[0])
+    assert result.stdout.count(f"continuing {out} after step 3 of 6") == 2
     assert_same_weights(out, alone)
     for row, expected in zip(*(without_times(metrics(run)) for run in (out, alone)), strict=True):
         assert row == pytest.approx(expected, rel=1e-6)
 
 
-def test_evaluation_shares_the_images(images, alone):
-    measured = [
-        tinyvit("eval", alone, "--data", images, "--json"),
-        together(2, "none", "eval", alone, "--data", images, "--json"),
-    ]
-    one, two = (json.loads(result.stdout) for result in measured)
+def test_evaluations_and_probes_share_the_images(images, alone):
+    command = ["eval", alone, "--data", images, "--json"]
+    alone_too = tinyvit(*command), tinyvit(*command, "--probe", "knn")
+    result = together(2, "none", *command, "then", *command, "--probe", "knn")
+    probed = alone_too[1].stdout
+    assert result.stdout.endswith(probed) and probed, (result.stderr, alone_too[1].stderr)
+    one, two = map(json.loads, (alone_too[0].stdout, result.stdout.removesuffix(probed)))
     assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-6)
     assert one == two
-
-
-def test_an_evaluation_of_different_weights_is_refused(images, alone):
-    result = together(2, "weights", "eval", alone, "--data", images, launcher="variables")
-    assert "rank 1 has another checksum of the weights than rank 0: " in assert_one_line_error(result, 1)
 
 
 def test_an_interrupt_of_one_process_stops_all_however_long_saving_takes(images, tmp_path):
@@ -133,21 +123,18 @@ def test_another_number_of_processes_resumes(images, alone, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "a batch has 3 shards in place of 2: rounding will differ" in result.stdout
     assert progress(out / "last.safetensors")["finished"] and len(metrics(out)) == 3
-    result = together(2, "checkpoint", "train", "--out", out, "--resume")
-    assert re.search(r"rank 1 has another \S+last.safetensors .* than rank 0: \[7, ", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize(
     ("fault", "launcher", "message"),
     [
-        ("hang", "mpiexec", "no answer for 2 s from rank 1 (process"),
-        ("hang", "variables", "no answer for 2 s from rank 1 (process"),
-        ("stop", "mpiexec", "no sign of life for 2 s from rank 1 (process"),
-        ("stop", "variables", "no sign of life for 2 s from rank 1 (process"),
+        ("hang", "mpiexec", "no answer for 1 s from rank 1 (process"),
+        ("hang", "variables", "no answer for 1 s from rank 1 (process"),
+        ("stop", "mpiexec", "no sign of life for 1 s from rank 1 (process"),
+        ("stop", "variables", "no sign of life for 1 s from rank 1 (process"),
         ("lack", "mpiexec", "PMI_SIZE says that 2 processes train together, which needs MPI: pip install"),
         ("error", "mpiexec", "a planted fault"),
         ("error", "variables", "a planted fault"),
-        ("version", "variables", "rank 1 has another version of tinyvit than rank 0: '0.0' and"),
         ("numpy", "variables", "rank 1 has another version of NumPy than rank 0: '0.0' and"),
     ],
 )
@@ -163,14 +150,6 @@ def test_a_fault_of_one_process_ends_all_with_one_line(images, tmp_path, launche
         assert progress(out / "last.safetensors")["epoch"] == 1
 
 
-def test_bad_options_are_refused_once(images, tmp_path):
+def test_bad_options_are_refused_once(tmp_path):
     result = together(2, "none", "train", "--data", tmp_path / "nothing", "--out", tmp_path / "run")
     assert_one_line_error(result, 1)
-    result = together(2, "none", "train", "--data", images, *NANO, "--batch-size", "1", "--out", tmp_path / "run")
-    assert result.returncode == 2 and "--batch-size 1 is less than one image for each of 2 processes" in result.stderr
-
-
-def test_probes_share_the_images(images, alone):
-    one = tinyvit("eval", alone, "--data", images, "--probe", "knn", "--json")
-    two = together(2, "none", "eval", alone, "--data", images, "--probe", "knn", "--json")
-    assert one.stdout == two.stdout != "", (one.stderr, two.stderr)
