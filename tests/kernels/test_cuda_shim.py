@@ -66,14 +66,14 @@ extern "C" __global__ void write_shared(int i) {
 
 
 @pytest.fixture
-def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def kernels(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Calls a kernel of SOURCE with one block of 64 threads and 1024 bytes of shared memory."""
     (tmp_path / "common.cuh").write_text((cuda.FOLDER / "common.cuh").read_text())
     (tmp_path / "planted.cu").write_text(SOURCE)
     monkeypatch.setattr(cuda, "FOLDER", tmp_path)
 
     def run(name, *arguments, seed=0):
-        with cuda_sim.device(tmp_path, seed):
+        with cuda_sim.device(folder, seed):
             cuda.kernel("planted", name)((1,), (64,), arguments, shared_mem=1024)
 
     return run
@@ -171,7 +171,7 @@ extern "C" __global__ void part_of_a_warpgroup() {
 """
 
 
-def test_products_of_warpgroups(tmp_path, monkeypatch):
+def test_products_of_warpgroups(folder, tmp_path, monkeypatch):
     """Right ones are NumPy's; each mistake is an error, or at least a wrong result."""
     for name in ("common.cuh", "warpgroup.cuh"):
         (tmp_path / name).write_text((cuda.FOLDER / name).read_text())
@@ -182,7 +182,7 @@ def test_products_of_warpgroups(tmp_path, monkeypatch):
     right = 2 * decode(a) @ decode(b)
 
     def run(name, *arguments, seed=0):
-        with cuda_sim.device(tmp_path, seed):
+        with cuda_sim.device(folder, seed):
             cuda.kernel("products", name)((1,), (128,), arguments, shared_mem=40 * 128)
 
     def product(name, mistake, seed=0):
