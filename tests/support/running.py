@@ -95,13 +95,18 @@ def start(*arguments, cwd=None):
     )
 
 
-def stop_when(process, reached, signum=SIGKILL, timeout=60):
-    """Send the process a signal once `reached()`; returns its output and errors."""
+def wait_until(process, reached, timeout=60):
+    """Wait until `reached()`, which is to be while the process runs."""
     deadline = time.monotonic() + timeout
     while not reached():
         assert process.poll() is None, f"ended before it could be stopped: {process.communicate()}"
         assert time.monotonic() < deadline, "did not get there in time"
         time.sleep(0.005)
+
+
+def stop_when(process, reached, signum=SIGKILL, timeout=60):
+    """Send the process a signal once `reached()`; returns its output and errors."""
+    wait_until(process, reached, timeout)
     process.send_signal(signum)
     return process.communicate(timeout=timeout)
 

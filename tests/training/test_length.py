@@ -114,7 +114,7 @@ def test_minutes_fix_the_steps_so_that_the_schedule_ends_then(images, tmp_path, 
 
 def test_a_run_of_some_minutes_keeps_its_steps_when_resumed(images, tmp_path, clock, monkeypatch):
     out = tmp_path / "run"
-    arguments = ["train", "--data", images, "--out", out, *NANO, "--batch-size", "8", "--minutes", "0.1"]
+    arguments = ["train", "--data", images, "--out", out, *NANO, "--batch-size", "8", "--minutes", "0.06"]
     interrupt_after(monkeypatch, 10)
     assert tinyvit(*arguments).returncode == 128 + signal.SIGINT and epochs_done(out) == 1
     plan = json.loads((out / "config.json").read_text())["plan"]

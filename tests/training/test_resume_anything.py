@@ -34,7 +34,7 @@ def sized_images(directory, height, width):
     return directory
 
 
-def assert_resumes(given, tmp_path, monkeypatch, steps=5):
+def assert_resumes(given, tmp_path, monkeypatch, steps):
     """A run that is stopped and resumed ends with the bits of one that is not."""
     train({**given, "out": str(tmp_path / "unbroken")})
     with monkeypatch.context() as patch:
@@ -49,8 +49,8 @@ def assert_resumes(given, tmp_path, monkeypatch, steps=5):
 def test_images_of_every_size(size, tmp_path, monkeypatch):
     height, width, patch = SIZES[size]
     data = sized_images(tmp_path / "data", height, width)
-    given = {"data": str(data), "epochs": 2, "batch_size": 4, "patch_size": patch, "device": "cpu"}
-    assert_resumes(given, tmp_path, monkeypatch, steps=3)
+    given = {"data": str(data), "epochs": 1, "batch_size": 4, "patch_size": patch, "device": "cpu"}
+    assert_resumes(given, tmp_path, monkeypatch, steps=2)
     config = json.loads((tmp_path / "resumed" / "config.json").read_text())
     assert config["config"]["image_size"] == [height, width]
 
@@ -58,7 +58,7 @@ def test_images_of_every_size(size, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["folder without splits", "csv", "parquet", "cifar", "shapes", "frozen"])
 def test_data_of_every_kind(kind, tmp_path, monkeypatch):
     given = {"epochs": 2, "batch_size": 8, "device": "cpu", "model": "vit_nano_patch8_32"}
-    images = make_images(tmp_path / "images")
+    images = make_images(tmp_path / "images", train=9, test=2)
     files = sorted((images / "train").glob("*/*.png"))
     if kind == "folder without splits":
         given["data"] = str(images / "train")
@@ -92,12 +92,12 @@ def test_data_of_every_kind(kind, tmp_path, monkeypatch):
         train({**given, "data": str(images), "out": str(tmp_path / "first")})
         del given["model"]
         given |= {"data": str(images), "init": str(tmp_path / "first"), "freeze": "all-but-head"}
-    assert_resumes(given, tmp_path, monkeypatch, steps=3)
+    assert_resumes(given, tmp_path, monkeypatch, steps=4)
 
 
 def test_another_number_of_threads_gives_the_same_weights(tmp_path, monkeypatch):
     """To the bit; an evaluation, which is cut by the number of threads, agrees to rounding."""
-    given = {"data": str(make_images(tmp_path / "images")), "epochs": 2, "batch_size": 8, "device": "cpu",
+    given = {"data": str(make_images(tmp_path / "images", train=9)), "epochs": 2, "batch_size": 8, "device": "cpu",
              "model": "vit_nano_patch8_32", "threads": 2}  # fmt: skip
     train({**given, "out": str(tmp_path / "unbroken")})
     with monkeypatch.context() as patch:
@@ -112,7 +112,7 @@ def test_another_number_of_threads_gives_the_same_weights(tmp_path, monkeypatch)
 
 
 def test_a_finished_run_goes_on_where_its_schedule_allows(tmp_path):
-    given = {"data": str(make_images(tmp_path / "images")), "batch_size": 8, "device": "cpu",
+    given = {"data": str(make_images(tmp_path / "images", train=9)), "batch_size": 8, "device": "cpu",
              "model": "vit_nano_patch8_32", "schedule": "constant", "warmup": 0.0}  # fmt: skip
     train({**given, "epochs": 3, "out": str(tmp_path / "whole")})
     train({**given, "epochs": 2, "out": str(tmp_path / "longer")})
@@ -124,7 +124,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.json").write_text('{"model_type": "vit"}')  # no record of ours
-    data = make_images(tmp_path / "images")
+    data = make_images(tmp_path / "images", train=9)
     given = {"data": str(data), "epochs": 1, "batch_size": 8, "out": str(out), "model": "vit_nano_patch8_32"}
     with pytest.raises(UsageError, match="is not empty and holds no run"):
         train(given)
@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fcntl")
 def test_two_processes_do_not_share_a_directory(tmp_path):
-    data, out = make_images(tmp_path / "images"), tmp_path / "run"
+    data, out = make_images(tmp_path / "images", train=9), tmp_path / "run"
     process = start("train", "--data", data, "--out", out, *NANO, "--epochs", "1000", "--batch-size", "8")
     stopped = []
 
@@ -153,7 +153,7 @@ def test_two_processes_do_not_share_a_directory(tmp_path):
 def test_a_second_interrupt_ends_the_process_at_once(tmp_path):
     data, out = make_images(tmp_path / "images", size=64), tmp_path / "run"
     command = [*COMMAND, "train", "--data", str(data), "--out", str(out), "--model", "vit_tiny_patch16_224"]
-    command += ["--batch-size", "64", "--epochs", "5"]
+    command += ["--batch-size", "4", "--epochs", "5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     while not (out / "last.safetensors").exists():
         assert process.poll() is None, process.communicate()
