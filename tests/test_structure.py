@@ -1,6 +1,7 @@
 """The rooms of the package and the one direction of its imports."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "tinyvit"
@@ -60,28 +61,33 @@ def imports(path: Path, known: dict[str, Path]) -> set[str]:
     return found
 
 
+@cache
+def arrows() -> dict[str, set[str]]:
+    """What each module imports, without itself."""
+    known = modules()
+    return {name: imports(path, known) - {name} for name, path in known.items()}
+
+
 def test_every_room_is_in_the_table():
     assert {name.partition(".")[0] for name in modules()} == set(ROOMS)
 
 
 def test_imports_go_down():
-    known = modules()
     upward = [
         f"{name} imports {other}"
-        for name, path in known.items()
-        for other in imports(path, known)
+        for name, others in arrows().items()
+        for other in others
         if ROOMS.index(other.partition(".")[0]) < ROOMS.index(name.partition(".")[0])
     ]
     assert not upward, "\n".join(upward)
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    known = modules()
-    arrows = {name: imports(path, known) - {name} for name, path in known.items()}
-    while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
+    left = dict(arrows())
+    while leaves := [name for name, others in left.items() if not others & left.keys()]:
         for name in leaves:
-            del arrows[name]
-    assert not arrows, f"circles among {', '.join(sorted(arrows))}"
+            del left[name]
+    assert not left, f"circles among {', '.join(sorted(left))}"
 
 
 def test_no_test_file_is_longer_than_450_lines():
