@@ -36,14 +36,7 @@ def test_names_and_modules():
     toy = Toy()
     assert [name for name, _ in toy.named_parameters()] == NAMES
     assert [id(p) for p in toy.parameters()] == [id(p) for _, p in toy.named_parameters()]
-    assert [name for name, _ in toy.named_modules()] == [
-        "",
-        "layers.0",
-        "layers.1",
-        "layers.2",
-        "norm",
-        "drop",
-    ]
+    assert [name for name, _ in toy.named_modules()] == ["", "layers.0", "layers.1", "layers.2", "norm", "drop"]
     assert toy.num_parameters() == 2 + 6 + 3 + 6 + 2 + 2
     assert list(toy.modules()) == [module for _, module in toy.named_modules()]
     with pytest.raises(NotImplementedError, match="Module defines no forward"):

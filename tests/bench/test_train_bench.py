@@ -32,17 +32,8 @@ def nano(monkeypatch):
 
 def test_training_on_the_cpu(nano, tmp_path, capsys):
     names = ["tinyvit", "torch", "torch bf16"]
-    arguments = [
-        "--device",
-        "cpu",
-        "--cases",
-        "micro",
-        "--steps",
-        "3",
-        "--no-memory",
-        "--json",
-        str(tmp_path / "t.json"),
-    ]
+    options = ["--device", "cpu", "--cases", "micro", "--steps", "3", "--no-memory", "--json"]
+    arguments = [*options, str(tmp_path / "t.json")]
     train_bench.main([*arguments, "--peers", *names])
     (result,) = json.loads((tmp_path / "t.json").read_text())["results"]
     assert (result["batch"], list(result["peers"])) == (5, names)

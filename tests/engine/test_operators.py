@@ -141,10 +141,7 @@ def test_ties_share_the_gradient_and_limits_belong_to_the_inside():
         (lambda x: x + "1", "add expects arrays or numbers, got str"),
         (lambda x: [1.0] * x, "multiply expects arrays or numbers, got list"),
         (lambda x: Tensor([1, 2]) * 0.5, "multiply expects whole numbers beside int64 arrays; use astype"),
-        (
-            lambda x: Tensor([1, 2]) + np.float32(2),
-            "add expects whole numbers beside int64 arrays; use astype",
-        ),
+        (lambda x: Tensor([1, 2]) + np.float32(2), "add expects whole numbers beside int64 arrays; use astype"),
         (lambda x: ops.exp(2.0), "exp expects at least one array"),
         (lambda x: ops.where(np.ones(3, bool), 1.0, 2.0), "where expects at least one array"),
         (lambda x: ops.concat([]), "concat expects at least one array"),

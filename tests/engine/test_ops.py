@@ -8,18 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawing import (
-    TOLERANCE,
-    check,
-    host,
-    layouts,
-    place,
-    references_only,
-    shapes,
-    torch_vjp,
-    values,
-    versions,
-)
+from drawing import TOLERANCE, check, host, layouts, place, references_only, shapes, torch_vjp, values, versions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -96,9 +85,7 @@ def _clip(draw, name):
     low, high = draw(st.sampled_from([(-1, 1), (None, 0.5), (-0.5, None), (0, 0), (1.0, -1.0)]))
     kind = draw(st.sampled_from(["normal", "grid"]))
     return Example(
-        [values(draw, draw(shapes()), kind)],
-        lambda x: ops.clip(x, low, high),
-        lambda x: torch.clamp(x, low, high),
+        [values(draw, draw(shapes()), kind)], lambda x: ops.clip(x, low, high), lambda x: torch.clamp(x, low, high)
     )
 
 

@@ -4,15 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from drawing import (
-    BACKENDS,
-    TOLERANCE,
-    check,
-    error,
-    host,
-    place,
-    torch_vjp,
-)
+from drawing import BACKENDS, TOLERANCE, check, error, host, place, torch_vjp
 from operations import torch_attention
 
 from tinyvit import functional as F

@@ -9,26 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
-from drawing import (
-    BACKENDS,
-    HAS_NUMBA,
-    TOLERANCE,
-    host,
-    place,
-    shapes,
-    sides,
-    values,
-)
+from drawing import BACKENDS, HAS_NUMBA, TOLERANCE, host, place, shapes, sides, values
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import (
-    Example,
-    agrees_with_torch,
-    checks_of,
-    find_version,
-    operations,
-    torch_attention,
-)
+from operations import Example, agrees_with_torch, checks_of, find_version, operations, torch_attention
 
 from tinyvit import functional as F
 from tinyvit.engine import ops

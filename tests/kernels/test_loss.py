@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as TF
-from drawing import (
-    LIBRARIES,
-    TOLERANCE,
-    WITH_JAX,
-    host,
-    place,
-    references_only,
-)
+from drawing import LIBRARIES, TOLERANCE, WITH_JAX, host, place, references_only
 
 from tinyvit import functional as F
 from tinyvit.engine.tensor import Tensor, grad

@@ -256,8 +256,7 @@ def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting, additions",
-    [({}, 4), ({"drop_path": 0.5}, 2), ({"proj_drop_rate": 0.1}, 0), ({"init_values": 0.1}, 0)],
+    "setting, additions", [({}, 4), ({"drop_path": 0.5}, 2), ({"proj_drop_rate": 0.1}, 0), ({"init_values": 0.1}, 0)]
 )
 def test_the_residual_is_added_with_the_last_product_where_nothing_is_between(setting, additions):
     """The first of two blocks never drops its path."""
