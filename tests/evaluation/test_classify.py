@@ -64,16 +64,14 @@ def test_predict_takes_all_images_of_a_directory(home, tmp_path):
     assert "holds no images" in assert_one_line_error(tinyvit("predict", home / "run", tmp_path), 1)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_names_that_the_encoding_lacks_or_a_terminal_obeys_are_escaped(home, tmp_path, encoding):
+def test_names_that_the_encoding_lacks_or_a_terminal_obeys_are_escaped(home, tmp_path):
     path = tmp_path / "\u732b\x1b[31m.png"
     Image.new("RGB", (32, 32)).save(path)
     command = [sys.executable, "-m", "tinyvit", "predict", str(home / "run"), str(path)]
-    env = environment() | {"PYTHONIOENCODING": encoding}
-    plain = subprocess.run(command, capture_output=True, env=env)
+    plain = subprocess.run(command, capture_output=True, env=environment() | {"PYTHONIOENCODING": "cp1252"})
     assert plain.returncode == 0 and b"\x1b" not in plain.stdout and rb"\u732b\x1b[31m.png" in plain.stdout, plain
-    found = subprocess.run([*command, "--json"], capture_output=True, env=env)
-    assert json.loads(found.stdout.decode(encoding))["predictions"][0]["image"] == str(path)
+    found = subprocess.run([*command, "--json"], capture_output=True, env=environment() | {"PYTHONIOENCODING": "ascii"})
+    assert json.loads(found.stdout.decode("ascii"))["predictions"][0]["image"] == str(path)
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line():
