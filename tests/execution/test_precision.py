@@ -1,5 +1,6 @@
 """Mixed precision: 16-bit products over float32 masters, and the scale of a float16 loss."""
 
+import functools
 import json
 import sys
 from unittest import mock
@@ -117,15 +118,17 @@ def test_updates_below_a_copy_s_last_digit_are_kept_in_the_masters(precision, ba
     assert np.abs(last - before["norm.weight"]).max() > 10 * np.abs(after["norm.weight"] - before["norm.weight"]).max()
 
 
+@functools.cache
+def losses(precision, backend="numpy"):
+    model = nano(backend)
+    groups = optim.param_groups(model, 0.05)
+    step = TrainStep(model, optim.AdamW(groups, lr=3e-3), clip_norm=1.0, ema=optim.EMA(model, 0.9), precision=precision)
+    return [float(step(*batch(32, seed=i % 4))) for i in range(40)]
+
+
 @pytest.mark.parametrize("backend", CARRIERS)
 @pytest.mark.parametrize("precision", HALF)
 def test_training_goes_as_in_float32(precision, backend):
-    def losses(name, backend="numpy"):
-        model = nano(backend)
-        groups = optim.param_groups(model, 0.05)
-        step = TrainStep(model, optim.AdamW(groups, lr=3e-3), clip_norm=1.0, ema=optim.EMA(model, 0.9), precision=name)
-        return [float(step(*batch(32, seed=i % 4))) for i in range(40)]
-
     expected, got = losses("fp32"), losses(precision, backend)
     assert expected[-1] < 0.5 * expected[0]
     assert np.abs(np.array(got) - expected).max() < 20 * ROUNDING[precision]
