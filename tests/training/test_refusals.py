@@ -200,7 +200,10 @@ def test_a_missing_checkpoint_is_called_missing(tmp_path):
     for path in (tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(CheckpointError, match="there is no such directory"):
             RunDirectory(path).read_record()
-    with pytest.raises(CheckpointError, match=r"there is no last.*begins anew by its command without --resume"):
+    with pytest.raises(CheckpointError, match=r"is not a run: it has no last\.safetensors$"):
+        RunDirectory(tmp_path).read_record()
+    (tmp_path / "config.json").write_text('{"options": {}, "plan": {}}')
+    with pytest.raises(CheckpointError, match="begins anew by its command without --resume"):
         RunDirectory(tmp_path).read_record()
 
 

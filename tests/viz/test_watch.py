@@ -93,6 +93,6 @@ def test_a_terminal_does_not_wait_for_a_file_to_become_a_run(tmp_path, monkeypat
 
 
 def test_what_cannot_be_watched(run, tmp_path, monkeypatch):
-    assert "there is no last.safetensors" in assert_one_line_error(tinyvit("watch", tmp_path), 1)
+    assert "is not a run: it has no last.safetensors" in assert_one_line_error(tinyvit("watch", tmp_path), 1)
     monkeypatch.setattr(Progress, "read", lambda path: Progress())
     assert tinyvit("watch", run).stdout == "vit_nano_patch8_32 on images: no epoch has ended yet\n"

@@ -140,9 +140,9 @@ class RunDirectory:
         except (FileNotFoundError, NotADirectoryError):
             if not self.path.is_dir():
                 raise CheckpointError(f"{self.path}: there is no such directory") from None
-            anew = "one that stopped before its first step begins anew by its command without --resume"
-            problem = f"there is no {LAST}, so no run to go on with or to show; {anew}"
-            raise CheckpointError(f"{self.path}: {problem}") from None
+            anew = "; one that stopped before its first step begins anew by its command without --resume"
+            begun = anew if self._may_replace(CONFIG) else ""
+            raise CheckpointError(f"{self.path} is not a run: it has no {LAST}{begun}") from None
         path = self.path / CONFIG
         try:
             content = parse_json(read_text(path))
