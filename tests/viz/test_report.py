@@ -18,7 +18,7 @@ from tinyvit.checkpoints import save
 from tinyvit.checkpoints.checkpoint import BEST, describe
 from tinyvit.cli import main
 from tinyvit.models.preprocessing import Preprocessing
-from tinyvit.viz import svg
+from tinyvit.viz import svg, watch
 from tinyvit.viz.report import write_report
 from tinyvit.viz.runs import Run
 
@@ -233,6 +233,27 @@ def test_figures_are_arrays_with_pictures(run):
     assert shapes["rollout"][0].picture.size[0] > 512 and shapes["curves"][0].picture is None
 
 
+def test_training_is_blue_and_validation_orange():
+    rows = [dict(epoch=i, train_loss=1, val_loss=2, train_accuracy=0.1, val_accuracy=0.2, lr=0.1) for i in (1, 2)]
+    marks = re.findall(r'fill="([^"]*)"><title>(\w+), epoch', viz.curves(rows).html)
+    assert set(marks) == {(svg.colour(0), "training"), (svg.colour(1), "validation")}
+    assert "\x1b[34m.\x1b[0m training, \x1b[38;5;208mo\x1b[0m validation" in watch.chart(rows, "loss", 60, 9, True)[0]
+
+
+def test_each_bar_says_how_many_images_it_holds():
+    p = np.repeat([[0.97, 0.03], [0.61, 0.39]], [1234, 7], axis=0)
+    html = viz.calibration(p, np.zeros(len(p), int)).html
+    assert re.findall(r'y="10" text-anchor="middle" font-size="11">(\d+)<', html) == ["7", "1234"]
+
+
+def test_maps_of_heads_are_numbered():
+    maps = np.zeros((3, 2, 4, 4))
+    picture = np.asarray(viz.figures.heads_picture(maps).picture.convert("L"))
+    (height, width), left, top = picture.shape, 60, 20
+    for number, size, margin in ((3, height - top, picture[top:, :left].T), (2, width - left, picture[:top, left:])):
+        assert all((part < 99).any() for part in np.array_split(margin, number, axis=1)) and margin.shape[1] == size
+
+
 def test_dots_of_heads_have_one_colour_and_stand_apart():
     chart = viz.figures.distance_chart(np.full((3, 12), 5.0))
     dots = re.findall(r'<circle cx="([\d.]+)"[^>]*fill="([^"]*)"', chart)
@@ -252,6 +273,25 @@ def test_dots_of_heads_have_one_colour_and_stand_apart():
 )
 def test_axes_do_not_exaggerate(values, least, within, expected):
     assert svg.around(values, least, within) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "places, unit, labels",
+    [
+        ([0.5, 1.0, 1.5], "", "0.5 1.0 1.5"),
+        ([0.005, 0.01, 0.015], "", "0.005 0.010 0.015"),
+        ([0.0, 0.2, 0.4], "%", "0% 20% 40%"),
+        ([0.995, 1.0], "%", "99.5% 100.0%"),
+        ([0.0, 5e-8, 1e-7], "", "0.0e-7 0.5e-7 1.0e-7"),
+        ([0.0, 1e6, 2e6], "", "0e6 1e6 2e6"),
+        ([10.0, 20.0], "", "10 20"),
+        ([0.25], "", "0.25"),
+        ([0.0], "", "0"),
+        ([], "", ""),
+    ],
+)
+def test_labels_of_an_axis_have_one_number_of_digits(places, unit, labels):
+    assert svg.tick_labels(places, unit) == labels.split()
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.48, 0.92), (-3, 1e5), (1e-6, 2e-6)])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tinyvit.evaluation.classify import ImageLike, likeliest, model_input, rgb, run_on_images
 from tinyvit.evaluation.heatmap import coloured, grid, rollout_beside
@@ -108,10 +108,19 @@ def attention(model: VisionTransformer, image: ImageLike) -> Figure:
 
 
 def heads_picture(data: np.ndarray) -> Figure:
-    """Maps (depth, heads, rows, columns) as a grid."""
+    """Maps (depth, heads, rows, columns) as a grid, with the numbers of blocks and heads beside it."""
     scale = max(1, round(56 / max(data.shape[2:])))
     tiles = [coloured(head, head.min(), head.max(), scale) for block in data for head in block]
-    return _raster(data, grid(tiles, data.shape[1], gap=3), "attention of each head (columns) in each block (rows)")
+    maps, (depth, heads), left, top = grid(tiles, data.shape[1], gap=3), data.shape[:2], 60, 20
+    canvas = Image.new("RGB", (left + maps.width, top + maps.height), "white")
+    canvas.paste(maps, (left, top))
+    text, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    text.text((left - 8, top - 5), "head", "black", font, anchor="rs")
+    for i in range(heads):
+        text.text((left + (i + 0.5) * maps.width / heads, top - 5), str(i + 1), "black", font, anchor="ms")
+    for i in range(depth):
+        text.text((left - 8, top + (i + 0.5) * maps.height / depth), f"block {i + 1}", "black", font, anchor="rm")
+    return _raster(data, canvas, "attention of each head (columns) in each block (rows)")
 
 
 def rollout(model: VisionTransformer, image: ImageLike) -> Figure:
@@ -149,7 +158,10 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[s
 
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
-    """A reliability diagram; data (bins, 3): confidence, accuracy and count as `measures.calibrate`."""
+    """A reliability diagram, the number of images above each bar.
+
+    Its data (bins, 3) are confidence, accuracy and count as `measures.calibrate`.
+    """
     c = measures.calibrate(np.asarray(probabilities), np.asarray(labels))
     x_label = f"confidence (expected calibration error {c.error:.2%})"
     axes = svg.Axes((0.0, 1.0), (0.0, 1.0), x_label, "accuracy", percent=True)
@@ -158,6 +170,10 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
             hint = f"{count} images, confidence {confidence:.1%}, accuracy {accuracy:.1%}"
             axes.bar(i / len(c.count), (i + 1) / len(c.count), float(accuracy), 0, hint)
     axes.line((0, 1), (0, 1), 1, dashed=True)
+    size = min(11.0, 44 / len(str(c.count.max())))  # so that the numbers of neighbours stand apart
+    for i, count in enumerate(c.count):
+        if count:
+            axes.above((i + 0.5) / len(c.count), str(count), size)
     return Figure(np.stack([c.confidence, c.accuracy, c.count], axis=1), axes.svg("reliability diagram"))
 
 
@@ -187,7 +203,7 @@ def curves(rows: Sequence[Mapping[str, Any]] | str | os.PathLike[str]) -> Figure
 
 
 def curve_charts(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], parts: Sequence[str] = ("validation", "training")
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], parts: Sequence[str] = ("training", "validation")
 ) -> str:
     """Charts of loss, accuracy and learning rate, with the curves of all runs (rows of metrics.jsonl by name)."""
     prefix = {"validation": "val", "training": "train"}

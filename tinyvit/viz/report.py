@@ -122,7 +122,7 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, ski
     yield (
         "Calibration",
         "How often predictions of a confidence are right: on the dashed line they are as often right as they are "
-        "confident.",
+        "confident. Above each bar is the number of images in it: the height of one of few says little.",
         calibration.html,
     )
 

@@ -39,6 +39,20 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
+def tick_labels(places: Sequence[float], unit: str = "") -> list[str]:
+    """Labels of ticks, all with as many decimals as their step needs; "%" and " %" as `unit` make shares percentages.
+
+    Very large and very small numbers are written with the power of ten of the largest.
+    """
+    places = [100 * t for t in places] if "%" in unit else places
+    if len(places) < 2:
+        return [f"{t:.6g}{unit}" for t in places]
+    first, last = (math.floor(math.log10(x) + 1e-9) for x in (max(map(abs, places)), places[1] - places[0]))
+    if -5 < first < 6:
+        return [f"{t:.{max(0, -last)}f}{unit}" for t in places]
+    return [f"{t / 10.0**first:.{first - last}f}e{first}{unit}" for t in places]
+
+
 def around(values: Sequence[float], least_span: float, within: Range = (-math.inf, math.inf)) -> Range:
     """A range that shows `values` without making small differences large: it spans `least_span` or more."""
     finite = [v for v in values if math.isfinite(v)] or [0.0]
@@ -58,14 +72,14 @@ class Axes:
         self.x, self.y = (r if r[1] > r[0] else (r[0] - 0.5, r[0] + 0.5) for r in (x, y))
         self.marks: list[str] = []
         y_ticks, x_ticks = ticks(*self.y), [t for t in ticks(*self.x) if not whole_x or t == round(t)]
-        y_labels = [f"{100 * t:.6g} %" if percent else f"{t:.6g}" for t in y_ticks]
+        y_labels = tick_labels(y_ticks, " %" if percent else "")
         self.left = max(LEFT, 26 + 8 * max(map(len, y_labels), default=0))
         for t, text in zip(y_ticks, y_labels, strict=True):
             place = self.down(t)
             self.marks.append(f'<path class="grid" d="M{self.left} {place:.1f}H{WIDTH - RIGHT}"/>')
             self.text(self.left - 6, place + 4, text, "end")
-        for t in x_ticks:
-            self.text(self.across(t), HEIGHT - BOTTOM + 18, f"{t:.6g}", "middle")
+        for t, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
+            self.text(self.across(t), HEIGHT - BOTTOM + 18, text, "middle")
         self.marks.append(f'<path class="axis" d="M{self.left} {TOP}V{HEIGHT - BOTTOM}H{WIDTH - RIGHT}"/>')
         self.text((self.left + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle")
         middle = (TOP + HEIGHT - BOTTOM) / 2
@@ -81,6 +95,11 @@ class Axes:
 
     def text(self, x: float, y: float, text: str, anchor: str) -> None:
         self.marks.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{label(text)}</text>')
+
+    def above(self, x: float, text: str, size: float) -> None:
+        """Small text above the axes."""
+        place = f'x="{self.across(x):.1f}" y="{TOP - 4}" text-anchor="middle" font-size="{size:.3g}"'
+        self.marks.append(f"<text {place}>{label(text)}</text>")
 
     def rule(self, x: float) -> None:
         """A pale line from bottom to top."""

@@ -75,7 +75,8 @@ def chart(rows: Sequence[dict[str, Any]], what: str, width: int, height: int, co
         what: "loss" or "accuracy".
     """
     parts = {"training": ".", "validation": "o"}
-    shown = {part: f"\x1b[3{4 + i}m{mark}\x1b[0m" if colours else mark for i, (part, mark) in enumerate(parts.items())}
+    colour = {"training": "34", "validation": "38;5;208"}  # blue and orange, as in all charts
+    shown = {part: f"\x1b[{colour[part]}m{mark}\x1b[0m" if colours else mark for part, mark in parts.items()}
     epochs = [row["epoch"] for row in rows]
     curves = {part: [row[f"{key}_{what}"] for row in rows] for part, key in zip(parts, ("train", "val"), strict=True)}
     low, high = svg.around(
@@ -85,9 +86,9 @@ def chart(rows: Sequence[dict[str, Any]], what: str, width: int, height: int, co
     def line(value: Any) -> Any:
         return np.clip(np.rint((high - value) / (high - low) * (height - 1)), 0, height - 1).astype(int)
 
-    labels = {
-        int(line(t)): f"{t:.0%}" if what == "accuracy" else f"{t:g}" for t in svg.ticks(low, high, height // 2 + 1)
-    }
+    ticks = svg.ticks(low, high, height // 2 + 1)
+    texts = svg.tick_labels(ticks, "%" if what == "accuracy" else "")
+    labels = {int(line(t)): text for t, text in zip(ticks, texts, strict=True)}
     left = max(map(len, labels.values()))
     across = max(8, width - left - 2)
     cells = [[" "] * across for _ in range(height)]
