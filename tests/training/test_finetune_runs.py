@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,6 +190,21 @@ def test_a_run_computes_features_once(trained, tmp_path, monkeypatch):
     seen.clear()
     train(given | {"out": str(tmp_path / "b"), "augment": True, "batch_size": 9})
     assert sum(seen) == 3 * (72 + 18)
+
+
+def test_the_seconds_of_a_run_count_its_features(trained, tmp_path, monkeypatch):
+    """And are not taken for those of steps where the length is corrected."""
+    from tinyvit.training import run, time_budget
+
+    original, correct, of_steps = run.with_features, time_budget.TimeBudget.correct, []
+    monkeypatch.setattr(run, "with_features", lambda *given: (time.sleep(1), original(*given))[1])
+    monkeypatch.setattr(
+        time_budget.TimeBudget, "correct", lambda *given: (of_steps.append(given[3]), correct(*given))[1]
+    )
+    run.train({"data": str(trained / "other"), "init": str(trained / "run"), "freeze": "all-but-head", "minutes": 0.05,
+               "out": str(tmp_path / "a")})  # fmt: skip
+    first, *_, last = (row["seconds"] for row in metrics(tmp_path / "a"))
+    assert first > 1 and of_steps and all(0 < seconds < last - 1 for seconds in of_steps)
 
 
 def test_the_weights_to_begin_with_are_read_once(trained, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ class Progress:
         step, epoch: training steps and whole epochs that are done.
         batch: batches that are done of the present epoch.
         seen, correct, loss_sum, epoch_seconds: sums over those batches; the seconds are those of the steps alone.
-        seconds: duration of the run so far, evaluations included.
+        seconds: duration of the run so far, with evaluations, and with features computed before the first step.
         best_accuracy, best_loss, best_epoch: the best validation result so far.
         finished: whether the run is at its end.
         history: one row for each epoch, as in metrics.jsonl.

@@ -201,7 +201,7 @@ def start_run(
     check_together(group, options, data, checkpoint)
     steps_per_epoch = len(data.train) // options.batch_size
     length = RunLength.of((options.epochs or 1) * steps_per_epoch, steps_per_epoch, options.warmup)
-    data = on_device(options, data, checkpoint, display, group)
+    data, seconds = on_device(options, data, checkpoint, display, group)
     threads = options.threads or group.threads or parallel.available_cores()
     shards = group.size * threads  # into which all processes cut a batch on a CPU
     parts = make_parts(options, data, checkpoint, shards, group)
@@ -220,7 +220,8 @@ def start_run(
             length = budget.length
             steps = f"{length.total_steps} step{'s fit' if length.total_steps > 1 else ' fits'}"
             display.line(f"about {steps} into {clock(60 * options.minutes)}")
-        trainer = make_trainer(options, data, parts, length, shards, directory, display, budget=budget)
+        progress = Progress(seconds=seconds)
+        trainer = make_trainer(options, data, parts, length, shards, directory, display, progress, budget)
         if checkpoint is not None:
             checkpoint.state.clear()  # the model has its own copy
         directory.write_config(trainer.config, length)
@@ -271,7 +272,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
         return progress
     with directory.locked():
         directory.remove_leftovers()
-        data = on_device(options, data, checkpoint, display, group)
+        data, seconds = on_device(options, data, checkpoint, display, group)
         shards = record.shards
         if shards % group.size:
             recorded, shards = shards, -(-shards // group.size) * group.size
@@ -281,7 +282,8 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
             checkpoint.state.clear()  # the model has its own copy
         parts.restore(directory.last)
         group.exchange(None, SLOW)  # all have read it, before it is written again
-        trainer = make_trainer(options, data, parts, length, shards, directory, display, progress=progress)
+        progress.seconds += seconds
+        trainer = make_trainer(options, data, parts, length, shards, directory, display, progress)
         display.line(f"continuing {directory.path} after step {progress.step} of {length.total_steps}")
         if length != record.length or shards != record.shards:
             directory.write_config(trainer.config, length)
@@ -303,21 +305,25 @@ def resumed_options(directory: RunDirectory, record: Record, given: Mapping[str,
     return TrainConfig(**{**recorded, **given, "out": str(directory.path)})
 
 
-def on_device(options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display, group: Group) -> Data:
+def on_device(
+    options: TrainConfig, data: Data, checkpoint: Checkpoint | None, display: Display, group: Group
+) -> tuple[Data, float]:
     """The data that the steps see, on the device that runs them if they fit there.
 
-    These are the features before the head where nothing but the head changes from epoch to epoch.
+    These are the features before the head where nothing but the head changes from epoch to epoch. Beside them stand the
+    seconds of training that went into them.
     """
     device = group.device(options.device)
     if not reuses_features(options):
-        return resident(data, device)
+        return resident(data, device), 0.0
+    begun = time.monotonic()
     images = len(data.train) + len(data.validation)
     display.line(f"only the head learns: computing the features of {images} images once")
     display.doing("computing features")
     model = make_model(options, data, checkpoint).to(device)
     body = Features(model, distilled=True)
     features = with_features(body, data, options.threads, options.precision, group)
-    return resident(features, device)
+    return resident(features, device), time.monotonic() - begun
 
 
 def make_trainer(
@@ -328,9 +334,10 @@ def make_trainer(
     shards: int,
     directory: RunDirectory,
     display: Display,
-    **more: TimeBudget | Progress | None,
+    progress: Progress,
+    budget: TimeBudget | None = None,
 ) -> Trainer:
-    """The trainer of a run, with what its files say of it; `more` as for `Trainer`."""
+    """The trainer of a run, with what its files say of it; arguments as for `Trainer`."""
     split = {"val_fraction": options.val_fraction or VAL_FRACTION, "seed": options.seed}
     split |= {"images": data.drawn_from} if data.drawn_from else {}
     split["held_out"] = data.own_test and data.drawn_from > 0
@@ -345,7 +352,7 @@ def make_trainer(
         "device": devices.describe_device(parts.step.parameters[0].data),
         **description,
     }
-    return Trainer(options, data, parts, length, directory, display, config, description, **more)  # type: ignore[arg-type]
+    return Trainer(options, data, parts, length, directory, display, config, description, budget, progress)
 
 
 def introduce(options: TrainConfig, parts: Parts, data: Data, checkpoint: Checkpoint | None, display: Display) -> None:

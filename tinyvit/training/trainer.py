@@ -76,6 +76,7 @@ class Trainer:
         self.read_at = self.saved_at = time.monotonic()
         self.unsaved_best: dict[str, np.ndarray] | None = None
         self.epoch_end_seconds = 0.0  # in this process
+        self.seconds_before = self.progress.seconds  # the first step
 
     @property
     def rate(self) -> Callable[[int], float]:
@@ -204,7 +205,8 @@ class Trainer:
         self.read_results()  # waits until the steps are done
         p = self.progress
         epoch_end = self.epoch_end_seconds / p.epoch if p.epoch else None
-        length = self.budget.correct(p.step, p.batch, p.seconds - self.epoch_end_seconds, epoch_end)
+        seconds = p.seconds - self.seconds_before - self.epoch_end_seconds
+        length = self.budget.correct(p.step, p.batch, seconds, epoch_end)
         self.length = RunLength(*self.group.from_first(dataclasses.astuple(length)))
         self.directory.write_config(self.config, self.length)
         self.save()  # a killed run must not repeat steps of the old length under the new one
