@@ -148,6 +148,22 @@ def test_overlapping_runs_of_any_thread_limit_blas_and_leave_it_as_it_was():
     assert set(itertools.chain(*limits)) == {1}
 
 
+def test_runs_within_runs_end(tmp_path):
+    """As where a model asks another one for predictions: the threads of a pool must not wait for each other."""
+
+    def outer(start, stop):
+        met.wait(10)  # both threads of the pool are taken
+        inner = parallel.run(parallel.plan(2, threads=2), lambda start, stop: stop)
+        return [*inner, *parallel.each(abs, [-1, -2], [1 << 20, 1 << 20])]
+
+    met, results = threading.Barrier(2), []
+    plan = parallel.plan(2, threads=2)
+    thread = threading.Thread(target=lambda: results.extend(parallel.run(plan, outer)), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert results == [[1, 2, 1, 2]] * 2
+
+
 def test_a_limit_holds_for_plans_and_for_each_and_ends_with_its_context():
     def used():
         items = list(range(8))

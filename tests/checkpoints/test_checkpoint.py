@@ -356,4 +356,13 @@ def test_a_model_trained_in_python_is_saved_and_opened(tmp_path):
     assert tinyvit.load_model(tmp_path / "m.safetensors").preprocessing == model.preprocessing
     with pytest.raises(ValueError, match="3 outputs, the data 2 classes"):
         tinyvit.save_model(tinyvit.create_model("vit_nano_patch8_32", num_classes=3), tmp_path / "n", images)
+    with pytest.raises(FileExistsError, match="directory exists already: choose another name"):
+        tinyvit.save_model(model, tmp_path / "directory", images)
+    with pytest.raises(ValueError, match=r"a file that ends in .safetensors, or a new directory, got .*m.pth"):
+        tinyvit.save_model(model, tmp_path / "m.pth", images)
+    model.head = tinyvit.nn.Linear(64, 7)  # what load_model would refuse
+    with pytest.raises(ValueError, match=r"head.weight has shape \(7, 64\), expected \(2, 64\).*reset_classifier"):
+        tinyvit.save_model(model, tmp_path / "n.safetensors", images)
+    with pytest.raises(TypeError, match="expects a model of create_model or load_model, got Linear"):
+        tinyvit.save_model(model.head, tmp_path / "n.safetensors", images)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["directory", "m.safetensors"]

@@ -127,6 +127,10 @@ def test_errors_and_warnings_are_one_line(checkpoint, images, tmp_path):
     assert "exists already" in message
     message = assert_one_line_error(tinyvit("convert", checkpoint, tmp_path / "x.pth", "--to", "timm"), 1)
     assert "x.pth: expected a new directory, or a file that ends in .safetensors" in message
+    message = assert_one_line_error(
+        tinyvit("convert", checkpoint, tmp_path / "x.safetensors", "--to", "huggingface"), 1
+    )
+    assert "the layout huggingface is that of a directory" in message
     message = assert_one_line_error(tinyvit("convert", "vit_tiny_patch16_224", tmp_path / "x", "--to", "timm"), 1)
     assert message.endswith("no such run or checkpoint; it names a model, and weights are wanted")
     message = assert_one_line_error(tinyvit("convert", checkpoint, tmp_path / "x", "--to", "keras"), 2)
@@ -143,7 +147,8 @@ def test_errors_and_warnings_are_one_line(checkpoint, images, tmp_path):
     save_file(state, tmp_path / "mine.safetensors")
     result = tinyvit("predict", tmp_path / "mine.safetensors", image)
     assert result.returncode == 0
-    assert result.stderr.startswith("tinyvit: warning: ") and result.stderr.count("\n") == 1
+    heads, normalised = result.stderr.splitlines()
+    assert all(line.startswith("tinyvit: warning: ") for line in (heads, normalised))
 
 
 def test_one_file_for_timm_keeps_what_its_names_cannot_say(tmp_path):
@@ -160,7 +165,7 @@ def test_the_number_of_heads_can_be_given_where_the_warning_asks_for_it(tmp_path
     model = library.create_model("vit_nano_patch8_32", num_classes=3, num_heads=4).eval()
     rng = np.random.default_rng(0)
     model.load_state_dict({n: rng.standard_normal(a.shape, np.float32) * 0.3 for n, a in model.state_dict().items()})
-    path = tmp_path / "mine.safetensors"
+    path = tmp_path / "vit_mine_patch8.safetensors"
     save_file(model.state_dict(), path)
     image = sorted((images / "test" / "red").iterdir())[0]
     guessed = tinyvit("predict", path, image, "--json")

@@ -172,7 +172,7 @@ def test_hub_directories(family, tmp_path):
     names = [f"n{i}" for i in range(c.num_classes)]
     path = hub(
         tmp_path / "hub", state, architecture="some_vit", model_args={"num_heads": 2, "act_layer": "gelu_tanh"},
-        pretrained_cfg=pretrained, label_names=names, label_descriptions={"n1": "goldfish"},
+        pretrained_cfg=pretrained, label_names=names, label_descriptions={"n1": "goldfish"}, num_classes=c.num_classes,
     )  # fmt: skip
     model = load_model(path)
     tanh = c.replace(act="gelu_tanh")
@@ -274,9 +274,20 @@ def test_heads_that_nothing_tells_are_warned_of(plain, tmp_path):
     save_file(state, path)
     with pytest.warns(UserWarning, match="nothing says how many attention heads the model has, 1 are assumed"):
         assert load_model(path).config.num_heads == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="normalised") as caught:
         assert load_model(path, num_heads=2).config == config()
+    assert len(caught) == 1
+
+
+def test_weights_that_a_hub_directory_lost_are_missed(plain, tmp_path):
+    for lost, problem, fitting, given in (
+        ("blocks.1.", "has 1 blocks, and its config.json says 2: weights are missing", {"depth": 1}, {}),
+        ("norm.", "no norm behind the blocks, which vit_nano_patch8_32 has", {"final_norm": False}, {}),
+        ("head.", "it has no head, and its config.json says 5 classes", {}, {"num_classes": 0}),
+    ):
+        state = {name: array for name, array in plain[0].items() if not name.startswith(lost)}
+        assert problem in refusal(hub(tmp_path / "hub", state))
+        load_model(hub(tmp_path / "hub", state, model_args=fitting), **given)
 
 
 def test_rectangles(tmp_path):
@@ -296,13 +307,24 @@ def test_rectangles(tmp_path):
 
 
 def test_preprocessing_of_a_bare_state_dict(plain, tmp_path):
-    state, path = plain
-    assert load_model(path).preprocessing.mean == HALF
-    for name in ("deit_nano_patch8_32.safetensors", "vit_nano_patch8_32.mae.safetensors"):
-        save_file(state, tmp_path / name)
-        assert load_model(tmp_path / name, num_heads=2).preprocessing.mean == IMAGENET
-    save_file(state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"][:, :1]}, tmp_path / "deit_1.pth")
-    assert load_model(tmp_path / "deit_1.pth", num_heads=2).preprocessing.mean == (0.5,)
+    """By timm's names; else assumed, which is said."""
+    clip, names = (
+        0.48145466,
+        {"vit_base_patch16_224.augreg_in1k": 0.5, "my_deit": 0.485, "vit_nano_patch8_32.mae": 0.485},
+    )
+    names |= {"vit_base_patch16_clip_224.openai": clip, "vit_large_patch14_clip_224.laion2b": 0.5, "mine": None}
+    for name, mean in names.items():
+        path = tmp_path / f"{name}.safetensors"
+        save_file(plain[0], path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert load_model(path, num_heads=2).preprocessing.mean[0] == (mean or 0.5)
+        told = [w for w in caught if "nothing says how images are normalised" in str(w.message)]
+        assert len(told) == (mean is None)
+    grey = plain[0] | {"patch_embed.proj.weight": plain[0]["patch_embed.proj.weight"][:, :1]}
+    save_file(grey, tmp_path / "deit_1.pth")
+    with pytest.warns(UserWarning, match="normalised"):
+        assert load_model(tmp_path / "deit_1.pth", num_heads=2).preprocessing.mean == (0.5,)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -409,6 +431,7 @@ def test_every_weight_is_accounted_for(plain):
     ("card", "problem"),
     [
         ({"model_args": {"global_pool": "avg"}}, "global_pool is 'avg'"),
+        ({"model_args": {"pool_include_prefix": True}}, "class and register tokens, too (pool_include_prefix)"),
         ({"model_args": {"act_layer": "relu"}}, "act_layer is 'relu'"),
         ({"model_args": {"num_heads": "two"}}, "num_heads"),
         ({"model_args": {"num_heads": 3}}, "not divisible by num_heads 3"),

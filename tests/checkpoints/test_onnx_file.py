@@ -60,6 +60,8 @@ def test_pixels_in_and_probabilities_out(tmp_path):
     logits = opened.build()(((pixels / 255 - mean) / std).astype(np.float32)).numpy().astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     assert_equal(run(tmp_path / "a.onnx", pixels), expected)
+    described = {entry.key: json.loads(entry.value) for entry in onnx.load(tmp_path / "a.onnx").metadata_props}
+    assert not {"mean", "std"} & described["preprocessing"].keys()  # nobody is to normalise again
 
 
 def test_what_the_file_says(tmp_path):

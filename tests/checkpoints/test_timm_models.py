@@ -13,6 +13,7 @@ from timm_models import timm
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.convert import convert
+from tinyvit.checkpoints.formats import timm_names
 from tinyvit.checkpoints.loading import load_model
 
 torch.set_num_threads(1)  # the models are tiny
@@ -63,3 +64,13 @@ def test_what_a_config_cannot_say_is_not_written(architecture, part, tmp_path):
         convert(path, tmp_path / "hub", "timm", num_heads=4)
     convert(path, tmp_path / "again.safetensors", "timm", num_heads=4)
     assert_equal(load_model(tmp_path / "again.safetensors", image_size=images.shape[2])(images).numpy(), expected)
+
+
+def test_mean_and_std_by_name_are_timm_s():
+    """Of every published model of the families that are read."""
+    families = re.compile(r"(vit_|test_vit|deit|eva|dinov|flexivit|aimv2|samvit|beit3)")
+    names = [name for name in timm.list_models(pretrained=True) if families.match(name)]
+    told = {name: timm_names.statistics(name) or timm_names.HALF for name in names}
+    cards = {name: timm.get_pretrained_cfg(name) for name in names}
+    assert len(names) > 300
+    assert told == {name: (card.mean, card.std) for name, card in cards.items()}

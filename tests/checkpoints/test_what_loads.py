@@ -166,10 +166,10 @@ assert_equal = functools.partial(checkpoint_files.assert_equal, relative=2e-5)  
 def timm_file(case, folder):
     if isinstance(case, str) and case in FAMILIES:  # timm no longer has such models: by their names and shapes
         table, changes = FAMILIES[case]
-        save_file(weights(table), folder / "a.safetensors")
+        save_file(weights(table), folder / "vit_a_patch8.safetensors")
         images = random_images(3, 32, 32)
         expected = reference(weights(table), config(**changes), images)
-        return folder / "a.safetensors", images, expected, {"num_heads": 2}
+        return folder / "vit_a_patch8.safetensors", images, expected, {"num_heads": 2}
     import timm_models
 
     architecture, options = (case, {}) if isinstance(case, str) else case

@@ -132,6 +132,23 @@ def test_links(tmp_path):
     assert data.class_names == ("bird", "cat", "dog") and np.bincount(data.train.labels).tolist() == [3, 6, 5]
 
 
+def test_a_linked_folder_within_a_class_is_refused(tmp_path):
+    grow(tmp_path / "elsewhere", ("bird",))
+    root = tree(tmp_path / "pets")
+    os.symlink(tmp_path / "elsewhere" / "bird", root / "train" / "cat" / "more")
+    with pytest.raises(DataError, match="more is a link to a folder, which is not followed: copy its images"):
+        load_data(root)
+
+
+def test_no_class_or_image_is_left_out_without_a_word(tmp_path):
+    root = tree(tmp_path / "pets")
+    grow(root / "train", ("__background__", "__MACOSX"))
+    paint(root / "train" / "beside.png")
+    data = load_data(root)
+    assert data.class_names == ("__background__", "cat", "dog")
+    assert data.no_images == (str(root / "train" / "beside.png"),)
+
+
 def test_test_may_lack_a_class(tmp_path):
     shutil.rmtree(tree(tmp_path) / "test" / "cat")
     data = load_data(tmp_path)

@@ -113,7 +113,7 @@ def test_files_that_are_no_images_are_named_by_every_command(home, tmp_path):
     damaged = images / "test" / "red" / "00"
     damaged.with_suffix(".png").rename(damaged)
     damaged.write_bytes(b"nonsense")
-    said = f"passed over 1 file that is no image, the first is {damaged}"
+    said = f"passed over 1 file that is no image of a class, the first is {damaged}"
     commands = [
         ["train", "--data", images, *NANO, "--epochs", 1, "--batch-size", 8, "--out", tmp_path / "run"],
         ["eval", home / "run", "--data", images],

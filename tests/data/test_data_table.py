@@ -426,3 +426,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     command = [sys.executable, "-c", program, str(tmp_path / "train.parquet")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 0 and int(result.stdout) < 100_000, result
+
+
+def test_a_column_of_splits_is_refused(pa, tmp_path):
+    """Its test rows would be trained on."""
+    table = {
+        "image": [picture((k, 0, 0)) for k in range(4)],
+        "label": [0, 1, 0, 1],
+        "split": ["train"] * 2 + ["test"] * 2,
+    }
+    pa.parquet.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert_error("ROOT/a.parquet has a column split, which is not read: .*", tmp_path / "a.parquet", tmp_path)
+    (tmp_path / "parts").mkdir()
+    for part in ("train", "test"):  # in files of their own it says nothing new
+        pa.parquet.write_table(pa.table(table), tmp_path / "parts" / f"{part}.parquet")
+    assert len(load_data(tmp_path / "parts").train) == 4

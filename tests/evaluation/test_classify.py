@@ -47,6 +47,17 @@ def test_files_images_and_arrays_are_one(home):
     assert package.classify(model, []) == []
 
 
+def test_an_image_is_turned_as_its_exif_says_however_it_comes(home, tmp_path):
+    model = package.load_model(home / "run")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = package.classify(model, Image.fromarray(np.rot90(pixels, -1).copy()), top=3)
+    assert upright == package.classify(model, tmp_path / "a.png", top=3)
+    assert upright == package.classify(model, Image.open(tmp_path / "a.png"), top=3)
+
+
 def test_what_is_no_image_is_refused(home):
     model = package.load_model(home / "run")
     for wrong in (np.zeros((3, 32, 32), np.float32), np.zeros((2, 3, 32, 32), np.uint8), 5):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import sys
 from unittest import mock
 
@@ -348,6 +349,17 @@ def test_bf16_without_ml_dtypes(monkeypatch):
         with pytest.raises(ValueError, match=words):
             Precision("bf16", nano().parameters())
     Precision("fp16", nano().parameters())
+
+
+def test_a_write_into_a_weight_is_seen_by_the_next_step():
+    model = create_model("vit_nano_patch8_32", num_classes=10)
+    rng = np.random.default_rng(0)
+    model.head.weight.data = rng.standard_normal((10, 64)).astype(np.float32)
+    step = TrainStep(model, optim.SGD(model.parameters(), 0.0), precision="fp16")
+    images, labels = rng.standard_normal((4, 3, 32, 32)).astype(np.float32), np.arange(4)
+    assert abs(float(step(images, labels).data) - math.log(10)) > 0.1
+    model.head.weight.data[...] = 0.0
+    assert float(step(images, labels).data) == pytest.approx(math.log(10), rel=1e-5)
 
 
 def test_a_state_for_another_precision():

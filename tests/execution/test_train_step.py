@@ -35,6 +35,15 @@ def batch(n=11, dtype="float32", seed=0):
     return rng.standard_normal((n, 3, 8, 8)).astype(dtype), rng.integers(0, 5, n)
 
 
+def test_an_optimizer_of_some_parameters_leaves_the_others_alone():
+    model = nano()
+    before = model.state_dict()
+    TrainStep(model, optim.AdamW(model.head.parameters()))(*batch())
+    assert all(p.grad is None for p in model.parameters())
+    changed = {name for name, array in model.state_dict().items() if not np.array_equal(array, before[name])}
+    assert changed == {"head.weight", "head.bias"}
+
+
 def weights(model):
     return np.concatenate([p.numpy().reshape(-1) for p in model.parameters()])
 
@@ -248,7 +257,12 @@ def test_a_failing_shard_changes_nothing(threads):
         ),
         (
             lambda step: TrainStep(step.model.requires_grad_(False), step.optimizer),
-            "a training step needs a model with parameters that require a gradient",
+            "a training step needs an optimizer of parameters that require a gradient",
+        ),
+        (
+            lambda step: (step.model.reset_classifier(3), TrainStep(step.model, step.optimizer)),
+            "the optimizer holds 2 parameters that are not the model's: make it after the model's last change, such as "
+            "a new head",
         ),
         (lambda step: predict(step.model, batch()[0], batch_size=0), "batch_size must be at least 1, got 0"),
     ],

@@ -38,8 +38,9 @@ def test_a_run_keeps_what_is_frozen(trained, tmp_path):
 
 def test_the_number_of_heads_can_be_given(trained, tmp_path):
     """Of a model by name, and of a checkpoint that does not say how many it has."""
-    save_file(load_file(trained / "run" / BEST), tmp_path / "weights.safetensors")
-    for number, begin in enumerate((["--model", "vit_nano_patch8_32"], ["--init", tmp_path / "weights.safetensors"])):
+    weights = tmp_path / "vit_other_patch8_32.safetensors"
+    save_file(load_file(trained / "run" / BEST), weights)
+    for number, begin in enumerate((["--model", "vit_nano_patch8_32"], ["--init", weights])):
         out = tmp_path / f"run{number}"
         result = tinyvit("train", "--data", trained / "other", "--out", out, "--epochs", 1, *begin, "--num-heads", 4)
         assert result.returncode == 0 and not result.stderr, result.stderr

@@ -142,21 +142,27 @@ class _BlasThreads:
 
 
 _blas_threads = _BlasThreads()
+_in_worker: contextvars.ContextVar[bool] = contextvars.ContextVar("tinyvit_in_worker", default=False)
 
 
 def run(plan: Shards, function: Callable[[int, int], T]) -> Iterator[T]:
     """`function(start, stop)` for every range of the plan, at the same time; results in the order of the ranges.
 
-    Context variables (gradient mode, random state) are the caller's. The first exception is raised as it is.
+    Context variables (gradient mode, random state) are the caller's. The first exception is raised as it is. Within
+    such a function, as where a model asks another one for predictions, ranges are computed one after the other: threads
+    that all waited for further threads of the same pool would wait for ever.
     """
     with _blas_threads.limit(plan.blas_threads):
-        if plan.workers == 1:
+        if plan.workers == 1 or _in_worker.get():
             for bounds in plan.ranges:
                 yield contextvars.copy_context().run(function, *bounds)
             return
         pool = _pool(plan.workers)
         submit: Any = pool.submit
-        futures = [submit(contextvars.copy_context().run, function, *bounds) for bounds in plan.ranges]
+        token = _in_worker.set(True)
+        contexts = [contextvars.copy_context() for _ in plan.ranges]
+        _in_worker.reset(token)
+        futures = [submit(c.run, function, *bounds) for c, bounds in zip(contexts, plan.ranges, strict=True)]
         try:
             while futures:
                 yield futures.pop(0).result()  # popped: a result lives only as long as its receiver needs it

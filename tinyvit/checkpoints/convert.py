@@ -7,6 +7,7 @@ from pathlib import Path
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.formats import WRITERS
 from tinyvit.checkpoints.loading import open_checkpoint
+from tinyvit.checkpoints.native_file import OTHER_FILES
 
 
 def convert(src: Path, dst: Path, to: str, *, num_heads: int | None = None) -> None:
@@ -27,8 +28,10 @@ def convert(src: Path, dst: Path, to: str, *, num_heads: int | None = None) -> N
         raise ValueError(f"unknown layout {to!r}, expected one of {', '.join(WRITERS)}")
     if dst.exists():
         raise CheckpointError(f"{dst}: exists already, choose another name")
-    if dst.suffix in (".pth", ".pt", ".bin", ".ckpt", ".npz"):
+    if dst.suffix in OTHER_FILES:
         raise CheckpointError(f"{dst}: expected a new directory, or a file that ends in .safetensors")
+    if to == "huggingface" and dst.suffix == ".safetensors":
+        raise CheckpointError(f"{dst}: the layout huggingface is that of a directory, expected the name of a new one")
     checkpoint = open_checkpoint(src, num_heads=num_heads)
     checkpoint.build(copy=False)  # complete, finite, and of the right shapes
     WRITERS[to](checkpoint, dst)

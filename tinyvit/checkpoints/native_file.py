@@ -36,6 +36,7 @@ from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.vit import VisionTransformer
 
 KEY = "tinyvit"
+OTHER_FILES = (".pth", ".pt", ".bin", ".ckpt", ".npz", ".onnx")  # which are not written
 FORMAT = {"format": KEY}  # a second sign of our files: damage to the key alone does not make one another library's
 
 SIMILARITY = {"scale": number(0, 1e30), "bias": number(-1e30, 1e30)}
@@ -146,9 +147,18 @@ def save_model(model: VisionTransformer, path: str | os.PathLike[str], data: Dat
             that the model was loaded with, or that `model.preprocessing` and `model.class_names` are set to.
 
     Raises:
-        ValueError: nothing says how images are prepared, or the model and the data have other numbers of classes.
-        OSError: the file cannot be written.
+        TypeError: the model is none of tinyvit's.
+        ValueError: nothing says how images are prepared, the model and the data have other numbers of classes, weights
+            do not fit `model.config` or are not finite, or `path` has the ending of another kind of file.
+        OSError: the file cannot be written, or the directory is there already.
     """
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(f"save_model expects a model of create_model or load_model, got {type(model).__name__}")
+    path = Path(path)
+    if path.suffix in OTHER_FILES:
+        raise ValueError(f"save_model writes a file that ends in .safetensors, or a new directory, got {path}")
+    if path.suffix != ".safetensors" and path.exists():
+        raise FileExistsError(f"{path} exists already: choose another name, or one that ends in .safetensors")
     config, names, preprocessing = model.config, model.class_names, model.preprocessing
     if data is not None:
         names, preprocessing = data.class_names, Preprocessing(data.mean, data.std, **data.fit_options)
@@ -161,4 +171,10 @@ def save_model(model: VisionTransformer, path: str | os.PathLike[str], data: Dat
     names = names if known else tuple(map(str, range(config.num_classes)))
     if config.num_classes and len(names) != config.num_classes:
         raise ValueError(f"the model has {config.num_classes} outputs, the data {len(names)} classes")
-    write_checkpoint(Checkpoint(Path(path), config, model.state_dict(), names, preprocessing, {}, known), Path(path))
+    checkpoint = Checkpoint(path, config, model.state_dict(), names, preprocessing, {}, known)
+    try:
+        checkpoint.build(copy=False)
+    except CheckpointError as error:
+        cure = "model.config describes another model; model.reset_classifier(n) gives a new head"
+        raise ValueError(f"{error}: {cure}") from None
+    write_checkpoint(checkpoint, path)

@@ -328,7 +328,9 @@ def write_onnx(
         producer_name="tinyvit",
         producer_version=__version__,
     )
-    described = {"class_names": list(checkpoint.class_names), "preprocessing": checkpoint.preprocessing.to_dict()}
+    done = ("mean", "std") if preprocess else ()  # by the graph
+    described: dict[str, Any] = {"class_names": list(checkpoint.class_names)}
+    described["preprocessing"] = {k: v for k, v in checkpoint.preprocessing.to_dict().items() if k not in done}
     helper.set_model_props(found, {name: json.dumps(value) for name, value in described.items()})
     save(onnx, found, path)
 

@@ -57,8 +57,9 @@ def load_data(
     - an image folder: `train/CLASS/*` with `test/CLASS/*` (or val, validation, valid), or just `CLASS/*`, of which
       `val_fraction` of each class, drawn from `seed`, becomes the test split.
     - a CSV file whose header names the columns path (relative to the file) and label (the class's name), and a
-      directory of parquet files as Hugging Face's `datasets` writes them, or one such file. Their test split is the
-      rows of the column split, or the files, called test, val, validation or valid; else it is drawn as above.
+      directory of parquet files as Hugging Face's `datasets` writes them, or one such file. Their test split is, in
+      CSV, the rows of the column split, and of parquet the files, called test, val, validation or valid; else it is
+      drawn as above.
     - tar archives as webdataset lays them out, read without unpacking: one `.tar`, several as train-{000..099}.tar, or
       a directory of them. Members whose names agree up to the first dot belong together: an image, and its class, a
       number or a word in a `.cls`, or `label` (else `class`) in a `.json`. `classes.txt` names numbers, a line each.

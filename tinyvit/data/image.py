@@ -136,12 +136,11 @@ def open_rgb(source: Source) -> Image.Image:
     try:
         with opened(source) as image, _turn(image):
             image.load()
-            orientation = exif_orientation(image)
-            rgb = to_rgb(image)
+            rgb = upright_rgb(image)
     except Exception as error:  # broken files make Pillow's decoders raise nearly anything
         name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
         raise DataError(f"cannot read image {name}: {reason(error)}") from error
-    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
+    return rgb
 
 
 def _turn(image: Image.Image) -> contextlib.AbstractContextManager[Any]:
@@ -165,6 +164,12 @@ def exif_orientation(image: Image.Image) -> int:
     except Exception:  # a broken EXIF block does not spoil the image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """`to_rgb` of an image, turned as its EXIF orientation says."""
+    orientation, rgb = exif_orientation(image), to_rgb(image)
+    return rgb.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else rgb
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -199,7 +199,7 @@ def left_out(skipped: Sequence[str]) -> str:
 
 def passed_over(files: Sequence[str]) -> str:
     """What is said of files among images that are none, of which there are some."""
-    what = f"{len(files)} files that are no images" if files[1:] else "1 file that is no image"
+    what = f"{len(files)} files that are no images of a class" if files[1:] else "1 file that is no image of a class"
     return f"passed over {what}, the first is {files[0]}"
 
 

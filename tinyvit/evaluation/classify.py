@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from tinyvit.data import Augment, DataError, Split
-from tinyvit.data.image import open_rgb, to_rgb
+from tinyvit.data.image import open_rgb, upright_rgb
 from tinyvit.data.splits import in_threads
 from tinyvit.evaluation.metrics import BATCH_SIZE, EvaluationError, outputs_of
 from tinyvit.execution.inference import predictions
@@ -131,7 +131,7 @@ def _separated(model: VisionTransformer, output: np.ndarray) -> Outputs:
 
 
 def rgb(image: ImageLike) -> Image.Image:
-    """An RGB image from a path, a PIL image or a uint8 array. Raises DataError, TypeError."""
+    """An upright RGB image from a path, a PIL image or a uint8 array. Raises DataError, TypeError."""
     if isinstance(image, str | os.PathLike):
         return open_rgb(image)
     if (
@@ -146,7 +146,7 @@ def rgb(image: ImageLike) -> Image.Image:
         raise TypeError(
             f"expected a path, a PIL image or a uint8 array (H, W, 3), got {given}; prepared arrays are for predict"
         )
-    return to_rgb(image)
+    return upright_rgb(image)
 
 
 def model_input(model: VisionTransformer, image: Image.Image) -> np.ndarray:

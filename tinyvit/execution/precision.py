@@ -146,7 +146,8 @@ class Precision:
             self._current = [(p.data, p.version) for p in self._weights]
             self._packed.weights.clear()
             self._packed.weights.update((id(data), None) for data, _ in self._current)
-        if self.dtype is not None and not self.is_current():
+        # On a CPU always, which costs little beside such a step: nobody tells of a write into a weight's array.
+        if self.dtype is not None and (arrays.on_host(self._weights[0].data) or not self.is_current()):
             with np.errstate(over="ignore"):
                 self._round([p.data for p in self._weights])
             self.note_rounded()

@@ -40,7 +40,8 @@ class TrainStep:
 
     Args:
         model: gives logits (B, num_classes) for images (B, C, H, W); it is put into training mode.
-        optimizer: holds the model's parameters; set `optimizer.lr` between calls to follow a schedule.
+        optimizer: holds the model's parameters, or those of them that are to learn; set `optimizer.lr` between calls
+            to follow a schedule.
         clip_norm: largest global norm of the gradient, None for no limit.
         label_smoothing: as in `functional.cross_entropy`.
         accumulate: computes a batch in this many parts, one after the other, to use less memory.
@@ -89,9 +90,15 @@ class TrainStep:
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.clip_norm, self.threads, self.group = clip_norm, threads or group.threads, group
         self._all_parameters = model.parameters()
-        self.parameters = [p for p in self._all_parameters if p.requires_grad]
+        held = {*map(id, optimizer.parameters)}
+        if strangers := held - {*map(id, self._all_parameters)}:
+            raise ValueError(
+                f"the optimizer holds {len(strangers)} parameters that are not the model's: make it after the model's "
+                "last change, such as a new head"
+            )
+        self.parameters = [p for p in self._all_parameters if p.requires_grad and id(p) in held]
         if not self.parameters:
-            raise ValueError("a training step needs a model with parameters that require a gradient")
+            raise ValueError("a training step needs an optimizer of parameters that require a gradient")
         like = self.parameters[0].data
         self.precision = Precision(precision, model.parameters(), gradients=True)
         if self.precision.dtype is not None and not arrays.is_writable(like):

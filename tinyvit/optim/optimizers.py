@@ -72,6 +72,11 @@ class Optimizer:
     def lr(self, value: float) -> None:
         self._lr = number("lr", value)
 
+    @property
+    def parameters(self) -> list[Parameter]:
+        """What it updates, in the order that it was given."""
+        return [slot.parameter for slot in self._slots]
+
     def zero_grad(self) -> None:
         """Forget the gradients: `.grad` becomes None."""
         for slot in self._slots:
@@ -298,6 +303,8 @@ def _flatten(params: Params) -> list[tuple[Parameter, Mapping]]:
     flat: list[tuple[Parameter, Mapping]] = []
     for item in params:
         if not isinstance(item, Mapping):
+            if not hasattr(item, "data"):
+                raise TypeError(f"an optimizer expects parameters or groups of them, got {type(item).__name__}")
             flat.append((item, {}))
             continue
         if unknown := item.keys() - {"params", "weight_decay", "lr_scale", "muon"}:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tinyvit.checkpoints.formats import huggingface_names as names
-from tinyvit.checkpoints.formats.common import IMAGENET_MEAN, IMAGENET_STD
+from tinyvit.checkpoints.formats.common import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tinyvit.models.preprocessing import Preprocessing
 
 
@@ -45,7 +45,6 @@ DINO = {"pre_norm": (False,), "final_norm": (True,), "representation_size": (Non
 TOWER = LEARNED | {name: DINO[name] for name in ("representation_size", "distilled")}
 TOWER |= {"init_values": (None,), "swiglu": (False,), "qkv_bias": (True,), "reg_tokens": (0,)}
 IMAGENET = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, crop_pct=0.875)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def classes(stem: str) -> dict[tuple[str, bool], str]:

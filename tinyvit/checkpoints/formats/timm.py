@@ -33,7 +33,7 @@ from tinyvit.checkpoints.formats.common import (
 )
 from tinyvit.checkpoints.readers.weight_files import CONFIG, WeightFiles
 from tinyvit.files.fields import boolean, checked, either, integer, list_of, number, object_of, one_of, text
-from tinyvit.models import resnet
+from tinyvit.models import registry, resnet
 from tinyvit.models.config import ViTConfig
 
 PATCHES = "patch_embed.proj.weight"
@@ -68,6 +68,10 @@ FIELDS = {  # of config.json
     "label_names": list_of(text, 0, 1_000_000),
     "label_descriptions": object_of(text),
     "fc_norm": either(boolean, text),
+    "num_classes": integer(0, 1 << 31),
+    "depth": integer(1, 65536),
+    "final_norm": boolean,
+    "pool_include_prefix": boolean,
     **PREPROCESSING,
 }
 
@@ -90,9 +94,9 @@ def read(files: WeightFiles) -> Checkpoint:
     with refusing(f"{files.path}: its weights describe no model of ours"):
         pack(state)
         config = read_config(state, {**said, **card}, name, files)
+        check_complete(config, card, files)
     with refusing(f"{files.path}: its {CONFIG} cannot be followed"):
-        imagenet = config.in_chans == 3 and (config.distilled or said.get("imagenet"))
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else ((0.5,) * config.in_chans,) * 2
+        mean, std = usual_statistics(files, name, config, "mean" in card)
         usual = {"mean": mean, "std": std, "crop_pct": 0.9 if max(config.image_size) < 384 else 1.0}
         preprocessing = checked_preprocessing({**usual, **card}, config.in_chans)
     return Checkpoint(
@@ -102,6 +106,19 @@ def read(files: WeightFiles) -> Checkpoint:
         class_names=names_of_classes(labels(card), config.num_classes),
         preprocessing=preprocessing,
     )
+
+
+def usual_statistics(files: WeightFiles, name: str, config: ViTConfig, said: bool) -> tuple[tuple[float, ...], ...]:
+    """Mean and std by the model's name; 0.5 otherwise, with a warning unless they are `said` elsewhere."""
+    imagenet = (IMAGENET_MEAN, IMAGENET_STD) if config.distilled else None
+    known = timm_names.statistics(name) or imagenet if config.in_chans == 3 else None
+    if known is None and not said:
+        warnings.warn(
+            f"{files.path}: nothing says how images are normalised, mean and std 0.5 are assumed: name the file as its "
+            "model, or write a config.json with mean and std beside it",
+            stacklevel=2,
+        )
+    return known or ((0.5,) * config.in_chans,) * 2
 
 
 def our_name(name: str) -> str:
@@ -233,6 +250,22 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
         taken = f"{rows * columns} position embeddings are taken for {rows}x{columns} patches without a class token"
         warnings.warn(f"{files.path}: {taken}: give image_size if that is wrong", stacklevel=2)
     return config
+
+
+def check_complete(config: ViTConfig, card: dict[str, Any], files: WeightFiles) -> None:
+    """Raise ValueError where config.json tells of weights that are not there, or of a sum that ours has not."""
+    if card.get("pool_include_prefix"):
+        raise ValueError("its mean counts class and register tokens, too (pool_include_prefix), which is not supported")
+    architecture = card.get("architecture", "").partition(".")[0]
+    usual = registry.model_config(architecture) if architecture in registry.list_models() else config
+    depth = card.get("depth", usual.depth)
+    if config.depth != depth:
+        raise ValueError(f"it has {config.depth} blocks, and its {CONFIG} says {depth}: weights are missing")
+    if not config.final_norm and card.get("final_norm", usual.final_norm):
+        raise ValueError(f"it has no norm behind the blocks, which {architecture} has: weights are missing")
+    classes = card.get("num_classes", 0)
+    if classes and not config.num_classes and "num_classes" not in files.overrides:
+        raise ValueError(f"it has no head, and its {CONFIG} says {classes} classes: num_classes=0 takes it without one")
 
 
 def count_heads(files: WeightFiles, card: dict[str, Any], name: str, embed_dim: int) -> int:

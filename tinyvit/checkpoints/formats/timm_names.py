@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from tinyvit.checkpoints.formats.common import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from tinyvit.models import registry
+
+HALF = (0.5,) * 3, (0.5,) * 3
 
 FACTS: tuple[tuple[str, dict[str, Any]], ...] = (  # where two say the same of a model, the first counts
     (r"_rpn_", {"unsupported": "its norms behind attention and MLP (rpn)"}),
@@ -24,7 +27,18 @@ FACTS: tuple[tuple[str, dict[str, Any]], ...] = (  # where two say the same of a
         r"(so400m|giantopt)_patch16_siglip|base_patch32_siglip|large_patch16_siglip_(gap_)?512",
         {"act_layer": "gelu_tanh"},
     ),
-    (r"deit|dino|mae(?![a-z])", {"imagenet": True}),  # trained with its mean and std, the others with 0.5
+)
+# Mean and std of the images that models were trained with, by parts of timm's names; the first that fits counts.
+STATISTICS = (
+    (r"sat493m", ((0.43, 0.411, 0.296), (0.213, 0.156, 0.143))),
+    (r"tipsv2|_miil|_mci_", ((0.0,) * 3, (1.0,) * 3)),
+    (r"large_patch14_clip_(224|336)\.laion2b", HALF),
+    (r"[._]clip_|eva02_|eva_large|aimv2_|_radio_|\.bamboo|betwixt_patch16_rope_reg4_gap_256", (CLIP_MEAN, CLIP_STD)),
+    (
+        r"deit|dino|eva_giant|mae(?![a-z])|ijepa|samvit|rope_(mixed_)?(ape_)?224|_intern|beit3|beitv2|sapiens|lingbot",
+        (IMAGENET_MEAN, IMAGENET_STD),
+    ),
+    (r"vit_\w+?(_patch|_r\d*_s)\d|test_vit", HALF),
 )
 HEADS = (  # a part of the name, the width, and the heads where they are not 64 wide
     ("giant_", 1408, 16),  # Zhai et al. 2021, arXiv:2106.04560, table 2
@@ -40,12 +54,17 @@ HEADS = (  # a part of the name, the width, and the heads where they are not 64 
 
 
 def facts(name: str) -> dict[str, Any]:
-    """Settings; under "unsupported" a part that our models do not have; whether "imagenet" gave the mean and std."""
+    """Settings; under "unsupported" a part that our models do not have."""
     found: dict[str, Any] = {}
     for pattern, said in FACTS:
         if re.search(pattern, name):
             found = said | found
     return found
+
+
+def statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std of the images that a model of this name was trained with; None for other names than timm's."""
+    return next((found for pattern, found in STATISTICS if re.search(pattern, name)), None)
 
 
 def heads(name: str, embed_dim: int) -> int | None:

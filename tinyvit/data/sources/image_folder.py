@@ -63,22 +63,32 @@ def find_parts(root: Path) -> dict[str, Path]:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """Visible folders in `folder` by name; links that lead back up to it are left out."""
+    """Visible folders in `folder` by name, without what archives and Python leave there, and links back up to it."""
     here = folder.resolve()
     return sorted(
         child
         for child in folder.iterdir()
-        if not child.name.startswith((".", "__")) and child.is_dir() and not here.is_relative_to(child.resolve())
+        if not child.name.startswith(".")
+        and child.name not in ("__MACOSX", "__pycache__")
+        and child.is_dir()
+        and not here.is_relative_to(child.resolve())
     )
 
 
 def list_images(root: Path, names: tuple[str, ...]) -> Rows:
-    """The images in and below each class folder, by name; links to folders are not followed."""
+    """The images in and below each class folder, by name.
+
+    Raises DataError for a link to a folder below them, unless it leads back up.
+    """
     files, classes = Texts(), list[str]()
-    others: list[str] = []
+    visible = (path for path in root.iterdir() if not path.name.startswith(".") and path.is_file())
+    others = [str(path) for path in visible if is_image(path)]
     for name in names:
         for file in sorted(files_below(root, name)):
-            if is_image(os.path.join(root, file)):
+            if (root / file).is_dir():  # a link
+                if not root.resolve().is_relative_to((root / file).resolve()):
+                    raise DataError(f"{root / file} is a link to a folder, which is not followed: copy its images")
+            elif is_image(os.path.join(root, file)):
                 files.append(file)
                 classes.append(name)
             else:
@@ -95,7 +105,10 @@ def images_in(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def files_below(root: Path, name: str) -> Iterator[str]:
-    """The visible files in and below the folder `name` of `root`, relative to `root`, in no order. Raises OSError."""
+    """The visible files, and links to folders, in and below the folder `name` of `root`, in no order.
+
+    They are relative to `root`. Raises OSError.
+    """
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # a part may lack a class
@@ -105,6 +118,7 @@ def files_below(root: Path, name: str) -> Iterator[str]:
         folders[:] = [child for child in folders if not child.startswith(".")]
         inside = Path(folder).relative_to(root).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
+        members += [child for child in folders if os.path.islink(os.path.join(folder, child))]
         yield from (prefix + m for m in members if not m.startswith((".", "Thumbs.db", "desktop.ini")))
 
 

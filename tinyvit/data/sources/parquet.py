@@ -39,6 +39,8 @@ def find_in_parquet(path: Path) -> tuple[dict[str, Rows], Sequence[str]]:
     """
     found = by_split(path, parquet_files(path))
     parts = {part: [Shard(file) for file in files] for part, files in found.items()}
+    if [*parts] == ["train"] and (mixed := [s.file for s in parts["train"] if "split" in s.schema.names]):
+        raise DataError(f"{mixed[0]} has a column split, which is not read: expected a file for each, train and test")
     order = parts["train"][0].class_names
     train = read_split(path, parts["train"])
     if train is None:
