@@ -117,3 +117,10 @@ def test_what_is_no_array_is_named(call, message):
     with pytest.raises(TypeError) as caught:
         call(np.ones((2, 3), np.float32))
     assert str(caught.value) == message
+
+
+def test_normalized_shape_is_refused_by_its_name():
+    x, w = np.ones((2, 32)), np.ones(32)
+    for call in (lambda: F.layer_norm(x, (32,), w, w), lambda: F.rms_norm(x, [32], w)):
+        with pytest.raises(TypeError, match=r"takes no normalized_shape, got .32,?.: .*_norm\(x, weight.* last axis"):
+            call()

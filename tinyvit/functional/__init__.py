@@ -2,7 +2,11 @@
 
 Each checks its arguments (`checks`) and runs the fastest kernel that there is for the array library. What is computed
 is defined in `tinyvit.kernels.reference`. Arrays are accepted wherever Tensors are, no operation writes into its
-inputs, and arguments that do not fit raise TypeError or ValueError. Names of torch's have its arguments and meaning.
+inputs, and arguments that do not fit raise TypeError or ValueError.
+
+Names of torch's have its meaning, and its arguments by place, but for those that a ViT does without (`reduction`,
+`ignore_index`, `dilation`, `groups`, `inplace`, …). Three differ: `layer_norm` and `rms_norm` take no normalized_shape
+and have an eps of 1e-6, and `cross_entropy` takes class weights by name.
 """
 
 from tinyvit.functional.layers import (  # noqa: I001

@@ -46,6 +46,11 @@ def layer_norm(x: Input, weight: Input, bias: Input) -> None:
         raise ValueError(f"layer_norm expects x (..., D), weight and bias (D,), got {given}")
 
 
+def no_normalized_shape(call: str, weight: object) -> None:
+    if isinstance(weight, (tuple, list)):
+        raise TypeError(f"unlike torch's it takes no normalized_shape, got {weight}: {call} normalises the last axis")
+
+
 def group_norm(x: Input, num_groups: int, weight: Input, bias: Input) -> None:
     if len(shape(x)) != 4 or not shape(weight) == shape(bias) == shape(x)[1:2]:
         given = f"{shape(x)}, {shape(weight)} and {shape(bias)}"

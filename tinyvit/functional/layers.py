@@ -56,6 +56,7 @@ def layer_norm(x: Input, weight: Input, bias: Input, eps: float = 1e-6) -> Tenso
     Returns:
         (..., D).
     """
+    checks.no_normalized_shape("layer_norm(x, weight, bias)", weight)
     checks.layer_norm(x, weight, bias)
     return apply(reference.layer_norm, x, weight, bias, eps=eps)
 

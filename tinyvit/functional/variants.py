@@ -29,11 +29,14 @@ def swiglu(x: Input) -> Tensor:
 def rms_norm(x: Input, weight: Input, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
 
+    Unlike torch's it takes no normalized_shape.
+
     Args:
         x: (..., D).
         weight: (D,).
         eps: keeps the divisor above 0.
     """
+    checks.no_normalized_shape("rms_norm(x, weight)", weight)
     if not checks.shape(x) or checks.shape(weight) != checks.shape(x)[-1:]:
         raise ValueError(
             f"rms_norm expects x (..., D) and weight (D,), got {checks.shape(x)} and {checks.shape(weight)}"
