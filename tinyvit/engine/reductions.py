@@ -18,8 +18,7 @@ Axis = int | tuple[int, ...] | None
 @in_fp32
 def matmul(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """The matrix product over the last two axes, the others broadcast; a vector is a row as `a`, a column as `b`."""
-    if not shape_of(a) or not shape_of(b):
-        raise ValueError(f"matmul expects arrays with at least one axis, got shapes {shape_of(a)} and {shape_of(b)}")
+    _check_product(shape_of(a), shape_of(b))
     a2 = a[None, :] if a.ndim == 1 else a
     b2 = b[:, None] if b.ndim == 1 else b
     y = a2 @ b2
@@ -39,6 +38,14 @@ def matmul(xp: Any, a: Array, b: Array, *, needs: tuple[bool, ...]) -> tuple[Arr
         )
 
     return y, vjp
+
+
+def _check_product(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    if not a or not b:
+        raise ValueError(f"matmul expects arrays with at least one axis, got shapes {a} and {b}")
+    others = zip(reversed(a[:-2]), reversed(b[:-2]), strict=False)
+    if a[-1] != b[-2:][0] or any(n != m and 1 not in (n, m) for n, m in others):
+        raise ValueError(f"matmul expects shapes (..., N, K) and (..., K, M), got {a} and {b}")
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
