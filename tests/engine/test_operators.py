@@ -159,7 +159,7 @@ def test_ties_share_the_gradient_and_limits_belong_to_the_inside():
         (lambda x: x < array_api_strict.ones(3), "comparisons expect arrays of one library, got numpy and array_api"),
         (lambda x: x.astype("float33"), "unknown dtype 'float33'"),
         (lambda x: x + np.ones(2, np.float32), "(3,) (2,)"),
-        (lambda x: x @ np.ones(2, np.float32), "size 2 is different from 3"),
+        (lambda x: x @ np.ones(2, np.float32), "matmul expects shapes (..., N, K) and (..., K, M), got (3,) and (2,)"),
         (lambda x: x.reshape(2), "cannot reshape array of size 3 into shape (2,)"),
         (lambda x: ops.concat([x, x], axis=1), "axis 1 is out of bounds for array of dimension 1"),
         (lambda x: ops.stack([x, x], axis=2), "axis 2 is out of bounds for array of dimension 2"),
@@ -254,3 +254,25 @@ def test_a_deviation_of_zero_has_gradient_zero_as_in_torch():
     x.std(axis=1).sum().backward()
     t.std(dim=1).sum().backward()
     assert np.array_equal(x.grad, t.grad.numpy())
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((3,), (2, 3)), ((3, 2), (3,)), ((5, 1, 3), (4, 3, 1))])
+def test_products_of_shapes_that_do_not_fit_are_refused_in_one_line(shapes):
+    a, b = map(np.zeros, shapes)
+    for left, right in ((Tensor(a), Tensor(b)), (Tensor(a), b), (a, Tensor(b))):
+        with pytest.raises(ValueError, match=r"^matmul expects .*, got .*$") as raised:
+            left @ right
+        assert f"{shapes[0]} and {shapes[1]}" in str(raised.value)
+
+
+def test_requires_grad_and_numel_are_torch_s():
+    for library in (lambda x: Tensor(x), torch.tensor):
+        x = library(np.ones((2, 3)))
+        assert x.numel() == 6 and not x.requires_grad and x.requires_grad_() is x and x.requires_grad
+        y = x * 2
+        assert y.requires_grad_() is y
+        with pytest.raises(RuntimeError, match=r"lea(f|ves)"):
+            y.requires_grad_(False)
+        assert x.requires_grad_(False) is x and not (x * 2).requires_grad
+        with pytest.raises((TypeError, RuntimeError), match=r"[oO]nly .*floating"):
+            library(np.arange(2)).requires_grad_()

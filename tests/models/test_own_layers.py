@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from drawing import error
 from reference_models import randomise
 
@@ -270,3 +271,34 @@ def test_the_residual_is_added_with_the_last_product_where_nothing_is_between(se
     with random.scope(0):
         nodes, _ = _tape(model(images).sum())
     assert [node.name for node in nodes].count("add_linear") == max(0, additions - 1)
+
+
+# --- what torch's modules have ----------------------------------------------------------------------------------------
+
+
+def test_gradients_are_dropped_or_zeroed_as_in_torch():
+    ours, theirs = nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for model in (ours, theirs):
+        model.bias.requires_grad_(False)
+        (model(np.ones((1, 3), np.float32)) if model is ours else model(torch.ones(1, 3))).sum().backward()
+        model.zero_grad(set_to_none=False)
+        assert model.weight.grad.shape == (2, 3) and not model.weight.grad.any() and model.bias.grad is None
+        model.zero_grad()
+        assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("state", [{"weight": np.ones((2, 3), np.float32), "other": np.ones(1, np.float32)}, {}])
+def test_what_was_not_loaded_is_returned_as_in_torch(state):
+    found = nn.Linear(3, 2).load_state_dict(state, strict=False)
+    theirs = torch.nn.Linear(3, 2).load_state_dict({n: torch.tensor(x) for n, x in state.items()}, strict=False)
+    assert tuple(found) == tuple(theirs) and found._fields == theirs._fields
+    whole = nn.Linear(3, 2)
+    assert whole.load_state_dict(whole.state_dict()) == ([], [])
+
+
+def test_a_thawed_model_looks_as_before():
+    model = nn.Sequential(nn.Linear(3, 2), nn.GELU())
+    text = repr(model)
+    assert repr(model.requires_grad_(True)) == text
+    model[0].frozen = True
+    assert "frozen=True" in repr(model)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
@@ -54,12 +54,12 @@ class Tensor:
     def __init__(self, data: Any, requires_grad: bool = False) -> None:
         if type(data) is not np.ndarray:
             data = _as_array(data)
-        if requires_grad and not arrays.is_floating(data):
-            raise TypeError(f"only floating tensors can require a gradient, got {data.dtype}")
         self._data = data
         self.grad: Array | None = None
-        self.requires_grad = requires_grad
         self._origin: tuple[Node, int] | None = None  # the operation that made it, and which of its outputs it is
+        self.requires_grad = False
+        if requires_grad:
+            self.requires_grad_()
         self._version: checks.Version = [0]
 
     @property
@@ -110,6 +110,24 @@ class Tensor:
     def is_leaf(self) -> bool:
         """Whether no recorded operation made this tensor."""
         return self._origin is None
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Set, in place, whether `backward` fills `.grad`, and return this tensor.
+
+        Raises:
+            TypeError: a gradient of a tensor that is not floating.
+            RuntimeError: the result of a recorded operation is to have none; detach() gives one without.
+        """
+        if requires_grad and not arrays.is_floating(self._data):
+            raise TypeError(f"only floating tensors can require a gradient, got {self.dtype}")
+        if not requires_grad and not self.is_leaf:
+            raise RuntimeError("only leaves can stop requiring a gradient, not results of operations; use detach()")
+        self.requires_grad = requires_grad
+        return self
+
+    def numel(self) -> int:
+        """The number of entries, as `size`."""
+        return self.size
 
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array, wherever the tensor lives (not a copy if they are one already)."""

@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -94,6 +94,13 @@ class Buffer(Tensor):
     def __init__(self, data: Array | Tensor, persistent: bool = True) -> None:
         super().__init__(array_of(data))
         self.persistent = persistent
+
+
+class UnmatchedKeys(NamedTuple):
+    """What `load_state_dict` found besides what fits: names without arrays, and names that the module does not have."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class Module:
@@ -219,6 +226,12 @@ class Module:
                 module.frozen = False
         return self
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of all parameters, or with `set_to_none=False` put zeros in their place."""
+        for p in self.parameters():
+            none = set_to_none or p.grad is None
+            p.grad = None if none else arrays.namespace(p.grad).zeros_like(p.grad)
+
     def to(self, *targets: Any) -> Self:
         """Move to a device or array library and/or a floating dtype.
 
@@ -248,24 +261,28 @@ class Module:
         """All parameters and persistent buffers."""
         return [(name, t) for name, t in self._named((Parameter, Buffer)) if getattr(t, "persistent", True)]
 
-    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True, *, copy: bool = True) -> None:
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True, *, copy: bool = True) -> UnmatchedKeys:
         """Take over parameters and buffers by name.
 
         A float64 state makes a float64 module; other dtypes are cast to the module's.
 
         Args:
             state: arrays by state-dict name.
-            strict: refuse missing and unexpected names; with False they are passed over.
+            strict: refuse missing and unexpected names; with False they are passed over and returned.
             copy: with False the module keeps, and changes, the very arrays of `state` that have its dtype.
+
+        Returns:
+            (missing_keys, unexpected_keys), as torch's.
 
         Raises:
             ValueError: names every missing, unexpected and mis-shaped entry; nothing was changed then.
         """
         own = dict(self._state())
+        keys = UnmatchedKeys([n for n in own if n not in state], [n for n in state if n not in own])
         problems = []
         if strict:
-            problems += [f"missing {name}" for name in own if name not in state]
-            problems += [f"unexpected {name}" for name in state if name not in own]
+            problems += [f"missing {name}" for name in keys.missing_keys]
+            problems += [f"unexpected {name}" for name in keys.unexpected_keys]
         problems += [
             f"{name} has shape {tuple(state[name].shape)}, expected {t.shape}"
             for name, t in own.items()
@@ -281,10 +298,12 @@ class Module:
                 if copy:
                     value = arrays.namespace(value).asarray(value, copy=True, device=arrays.device(value))
                 t.data = value
+        return keys
 
     def __repr__(self) -> str:
         """The tree of modules with their settings and the shapes of their tensors."""
-        plain = ((name, value) for name, value in vars(self).items() if not name.startswith("_"))
+        named = vars(self).items()
+        plain = ((name, value) for name, value in named if not name.startswith("_") and (name != "frozen" or value))
         own = [f"{name}={value!r}" for name, value in plain if isinstance(value, (bool, int, float, str))]
         members = self._members()
         own += [f"{name}: {member.shape}" for name, member in members if isinstance(member, Tensor)]
