@@ -247,11 +247,11 @@ def test_each_bar_says_how_many_images_it_holds():
 
 
 def test_maps_of_heads_are_numbered():
-    maps = np.zeros((3, 2, 4, 4))
-    picture = np.asarray(viz.figures.heads_picture(maps).picture.convert("L"))
-    (height, width), left, top = picture.shape, 60, 20
-    for number, size, margin in ((3, height - top, picture[top:, :left].T), (2, width - left, picture[:top, left:])):
-        assert all((part < 99).any() for part in np.array_split(margin, number, axis=1)) and margin.shape[1] == size
+    picture = np.asarray(viz.figures.heads_picture(np.zeros((3, 2, 4, 4))).picture.convert("L"))
+    left, top = picture.shape[1] - (2 * 59 - 3), picture.shape[0] - (3 * 59 - 3)  # beside maps of 56 pixels
+    assert left > 0 and top > 0
+    for number, margin in ((3, picture[top:, :left].T), (2, picture[:top, left:])):
+        assert all((part < 99).any() for part in np.array_split(margin, number, axis=1))
 
 
 def test_dots_of_heads_have_one_colour_and_stand_apart():
