@@ -243,7 +243,7 @@ def test_training_is_blue_and_validation_orange():
 def test_each_bar_says_how_many_images_it_holds():
     p = np.repeat([[0.97, 0.03], [0.61, 0.39]], [1234, 7], axis=0)
     html = viz.calibration(p, np.zeros(len(p), int)).html
-    assert re.findall(r'y="10" text-anchor="middle" font-size="11">(\d+)<', html) == ["7", "1234"]
+    assert re.findall(r'y="10" text-anchor="middle" font-size="9.5">(\d+)<', html) == ["7", "1234"]
 
 
 def test_maps_of_heads_are_numbered():

@@ -170,7 +170,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
             hint = f"{count} images, confidence {confidence:.1%}, accuracy {accuracy:.1%}"
             axes.bar(i / len(c.count), (i + 1) / len(c.count), float(accuracy), 0, hint)
     axes.line((0, 1), (0, 1), 1, dashed=True)
-    size = min(11.0, 44 / len(str(c.count.max())))  # so that the numbers of neighbours stand apart
+    size = min(11.0, 38 / len(str(c.count.max())))  # so that the numbers of neighbours stand apart
     for i, count in enumerate(c.count):
         if count:
             axes.above((i + 0.5) / len(c.count), str(count), size)
