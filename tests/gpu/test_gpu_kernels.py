@@ -114,6 +114,7 @@ def test_linear_gelu_for_hopper_is_tried(hopper, xp):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # which says what is wrong; slower ones are left out without a word
         linear_gelu_sm90a.takes(rows, 768, "none")
+    assert linear_gelu_sm90a._verdicts
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -175,6 +175,5 @@ def save_model(model: VisionTransformer, path: str | os.PathLike[str], data: Dat
     try:
         checkpoint.build(copy=False)
     except CheckpointError as error:
-        cure = "model.config describes another model; model.reset_classifier(n) gives a new head"
-        raise ValueError(f"{error}: {cure}") from None
+        raise ValueError(f"{error}: load_model could not open it (model.reset_classifier makes a new head)") from None
     write_checkpoint(checkpoint, path)

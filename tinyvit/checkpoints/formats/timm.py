@@ -253,7 +253,7 @@ def read_config(state: dict[str, np.ndarray], card: dict[str, Any], name: str, f
 
 
 def check_complete(config: ViTConfig, card: dict[str, Any], files: WeightFiles) -> None:
-    """Raise ValueError where config.json tells of weights that are not there, or of a sum that ours has not."""
+    """Raise ValueError where config.json tells of weights that are not there, or of pooling that is not supported."""
     if card.get("pool_include_prefix"):
         raise ValueError("its mean counts class and register tokens, too (pool_include_prefix), which is not supported")
     architecture = card.get("architecture", "").partition(".")[0]

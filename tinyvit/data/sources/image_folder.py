@@ -85,12 +85,12 @@ def list_images(root: Path, names: tuple[str, ...]) -> Rows:
     others = [str(path) for path in visible if is_image(path)]
     for name in names:
         for file in sorted(files_below(root, name)):
-            if (root / file).is_dir():  # a link
-                if not root.resolve().is_relative_to((root / file).resolve()):
-                    raise DataError(f"{root / file} is a link to a folder, which is not followed: copy its images")
-            elif is_image(os.path.join(root, file)):
+            if is_image(os.path.join(root, file)):
                 files.append(file)
                 classes.append(name)
+            elif (root / file).is_dir():  # a link
+                if not root.resolve().is_relative_to((root / file).resolve()):
+                    raise DataError(f"{root / file} is a link to a folder, which is not followed: copy its images")
             else:
                 others.append(str(root / file))
     return Rows(root, files, classes, no_images=tuple(sorted(others)))
