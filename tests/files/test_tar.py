@@ -63,7 +63,7 @@ def test_a_damaged_header_is_no_end(place, byte, change, kind):
     content = bytearray(archive([("a.jpg", b"x" * 600), ("b.jpg", b"y")], kind))
     second = read(place, content)[0].offset + 1024
     content[second + byte] ^= change
-    with pytest.raises(ValueError, match=f"damaged: no header at byte {second}"):
+    with pytest.raises(ValueError, match=f"cut off or damaged at byte {second}"):
         read(place, content)
 
 
@@ -82,33 +82,22 @@ def test_kinds(place):
     kinds += [(b"V", "of the unknown kind b'V'")]
     content = archive([(special("m", kind, linkname="/etc/passwd"), b"") for kind, _ in kinds], tarfile.GNU_FORMAT)
     assert [member.kind for member in read(place, content)] == [what for _, what in kinds]
-    sparse = special("m", tarfile.REGTYPE, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.name": "x"})
+    sparse = special("m", tarfile.REGTYPE, pax_headers={"GNU.sparse.map": "0,1"})
     assert [member.kind for member in read(place, archive([(sparse, b"")]))] == ["sparse"]
-
-
-def test_times_of_access_are_no_part_of_a_name(place):
-    """GNU writes them where ustar has the beginning of a long name."""
-    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
-    header[345:357] = b"14000000000\0"
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    assert [member.name for member in read(place, bytes(header) + bytes(1024))] == ["a.jpg"]
 
 
 def test_no_archives(place):
     good = archive([("a.jpg", b"x")])
     for content, message in [
-        (b"", "it is cut off: no end mark in 0 bytes"),
+        (b"", "it is no tar archive, or cut off: empty file"),
         (b"PK" * 1000, "it is no tar archive"),
         (b"\x1f\x8b" + bytes(2000), "it is compressed: decompress it"),
         (good + good, "it goes on after its end mark at byte .*, as archives that were joined by cat do"),
-        (archive([("a.jpg", b"x")], pax_headers={"size": "9" * 30}), "the size '9999.*, expected a whole number"),
-        (archive([("a.jpg", b"x")], pax_headers={"size": "-1"}), "the size '-1', expected a whole number"),
-        (archive([("a.jpg", b"x")], pax_headers={"size": "99999"}), "cut off within a.jpg: 99999 bytes from byte .*"),
-        (archive([("a.jpg", b"x")], pax_headers={"comment": "x" * 2**20}), "has .* bytes more, at most .* are read"),
-        (archive([(special("a", tarfile.XHDTYPE), b"7 a=b")]), "it is damaged: no pax header at byte .*"),
-        (archive([(special("a", tarfile.XHDTYPE), b"0 a=b\n")]), "it is damaged: no pax header at byte .*"),
-        (archive([(special("a", tarfile.XHDTYPE), b"99999 a=b\n")]), "it is damaged: no pax header at byte .*"),
+        (archive([("a.jpg", b"x")], pax_headers={"size": "9" * 30}), "cut off: a.jpg has 9999.* bytes"),
+        (archive([("a.jpg", b"x")], pax_headers={"size": "-9999"}), "cut off: a.jpg has -9999 bytes"),
+        (good[:2048] + archive([("b", b"")], pax_headers={"size": "-9999"}), "damaged at byte 2048: b has -9999 bytes"),
+        (archive([(special("a", tarfile.XHDTYPE), b"0 a=b\n")]), "it is no tar archive, or cut off: invalid header"),
+        (archive([(special("a", tarfile.XHDTYPE), b"")] * 2000), "it is no tar archive, or cut off: .*recursion depth"),
     ]:
         with pytest.raises(ValueError, match=message):
             read(place, content)
@@ -119,5 +108,5 @@ def test_sizes_beyond_octal_digits(place):
     info = tarfile.TarInfo("a.jpg")
     for size in (2**33, 2**63, 2**80):
         info.size = size
-        with pytest.raises(ValueError, match=f"cut off within a.jpg: {size} bytes from byte 512 on"):
+        with pytest.raises(ValueError, match=f"cut off: a.jpg has {size} bytes"):
             read(place, info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
