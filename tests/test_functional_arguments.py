@@ -37,6 +37,9 @@ def test_patch_embed_is_a_strided_convolution(bias):
         check(got, expected, "numpy", "float64")
 
 
+MLP = [np.ones(shape) for shape in ((2, 3), (4, 3), 4, (3, 4), 3)]
+
+
 def test_odd_arguments():
     x = Tensor(np.array([-1.0, 2.0]), requires_grad=True)
     assert grad(F.relu(x), x, np.array([np.inf, np.inf])).tolist() == [0, np.inf]  # no NaN where nothing passed
@@ -50,6 +53,11 @@ def test_odd_arguments():
             lambda: F.add_linear(np.zeros((1, 3)), np.zeros((2, 4)), np.zeros((3, 4))),
             r"\(2, 3\), got \(1, 3\)",
         ),
+        (lambda: F.mlp(*MLP[:3], MLP[1], MLP[2]), r"mlp expects weight2 \(out, 4\) .* got \(4, 3\) and \(4,\)"),
+        (lambda: F.mlp(*MLP[:4], np.ones(4)), r"bias2 \(out,\), got \(3, 4\) and \(4,\)"),
+        (lambda: F.mlp(*MLP, residual=np.ones((1, 3))), r"mlp expects residual \(2, 3\), got \(1, 3\)"),
+        (lambda: F.mlp(MLP[0], np.ones((0, 3)), np.ones(0), np.ones((3, 0)), MLP[4]), r"weight2 \(out, hidden\)"),
+        (lambda: F.mlp(*MLP, approximate="erf"), "gelu expects approximate"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -67,6 +75,10 @@ def test_functions_take_arrays_and_tensors_and_pass_their_options_on():
         (
             F.linear_gelu(x, w, b, "tanh"),
             TF.gelu(TF.linear(tx, torch.tensor(w), torch.tensor(b)), approximate="tanh"),
+        ),
+        (
+            F.mlp(x, w, b, w.T, x[0], "tanh", x),
+            tx + TF.gelu(TF.linear(tx, *map(torch.tensor, (w, b))), approximate="tanh") @ torch.tensor(w) + tx[0],
         ),
         (
             F.layer_norm(x, w[0], w[1], 0.5),

@@ -134,6 +134,8 @@ def test_linear_gelu_on_hopper(hopper, table, xp, rng, monkeypatch, name, inner,
     x, weight, bias = rng.standard_normal((rows, inner)), rng.standard_normal((columns, inner)), np.ones(columns)
     inputs = [x, weight * inner**-0.5, bias]
     check_kernel(table[reference.linear_gelu], xp, "linear_gelu", dtype(name), inputs, approximate=approximate)
+    inputs = [x, *inputs, inputs[1].T / 2, x[0]]
+    check_kernel(table[reference.mlp], xp, "mlp", dtype(name), inputs, approximate=approximate)
     hidden, following, dy = (
         xp.asarray(rng.standard_normal(s).astype(dtype(name)))
         for s in ((rows, columns), (inner, columns), (rows, inner))
@@ -210,6 +212,8 @@ def test_linear_and_linear_gelu(table, xp, rng, name, rows, inner, outer):
     for approximate in ("none", "tanh"):
         params = {"approximate": approximate}
         check_kernel(table[reference.linear_gelu], xp, "linear_gelu", dtype(name), [x, weight, bias], **params)
+        weights = [weight, bias, weight.T * math.sqrt(inner / outer), x[0]]
+        check_kernel(table[reference.mlp], xp, "mlp", dtype(name), [x, x, *weights], **params)
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -166,7 +166,7 @@ def test_a_changed_block_runs_as_it_is(change, monkeypatch):
 
 CHANGED = [
     (vit.Attention, "forward"), (vit.Block, "_add"), (nn.LayerNorm, "forward"), (nn.Linear, "__call__"),
-    (F, "qkv_attention"), (F, "linear_gelu"),
+    (F, "qkv_attention"), (F, "mlp"),
 ]  # fmt: skip
 
 

@@ -159,6 +159,7 @@ def test_linear_and_linear_gelu(folder, scalar, rows, columns):
     check(folder, "add_linear", scalar, [draw(1, (rows, columns)), x, weight, bias], {})
     for approximate in ("none", "tanh"):
         check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate})
+        check(folder, "mlp", scalar, [x, x, weight, bias, weight.T, x[0]], {"approximate": approximate})
 
 
 @pytest.mark.parametrize("scalar, rows, inner, columns", [("float", 9, 5, 40), ("bf16", 33, 24, 16), ("f16", 3, 2, 7)])
@@ -173,6 +174,8 @@ def test_products_through_cublas(folder, scalar, rows, inner, columns):
     assert set(library.calls) == {"BIAS", "DEFAULT"}
     for approximate in ("none", "tanh"):
         check(folder, "linear_gelu", scalar, [x, weight, bias], {"approximate": approximate}, library=library)
+        weights = [weight, bias, weight.T, x[0, 0]]
+        check(folder, "mlp", scalar, [None, x, *weights], {"approximate": approximate}, library=library)
     assert ("GELU_AUX_BIAS" in library.calls) == (scalar != "float" and columns % 8 == 0)
 
 

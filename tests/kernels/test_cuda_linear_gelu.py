@@ -1,4 +1,4 @@
-"""A linear layer with GELU in one kernel for Hopper, and the way back through both: values, trial, and when it runs."""
+"""A linear layer with GELU in one kernel for Hopper, the way back through an MLP, the trial, and when they run."""
 
 from __future__ import annotations
 
@@ -90,45 +90,54 @@ def test_infinities_stay_in_their_columns(folder, launched):
     assert np.array_equal(partial[0], dx.astype(np.float32).sum(axis=0), equal_nan=True)
 
 
-# --- within a backward pass -------------------------------------------------------------------------------------------
+# --- within an MLP ----------------------------------------------------------------------------------------------------
 
 
-CASES = {  # of x, y = gelu(linear(x)) and the next layer: the output, and whether the way back is one kernel
-    "a residual": (F.add_linear, True),
-    "no residual": (lambda x, y, *layer: F.linear(y, *layer), True),
-    "y used twice": (lambda x, y, *layer: F.add_linear(x, y, *layer) + y[..., :64], False),
-    "y used twice by layers": (lambda x, y, *layer: F.add_linear(F.linear(y, *layer), y, *layer), False),
-    "y asked for": (F.add_linear, False),
-    "something between": (lambda x, y, *layer: F.add_linear(x, y * 1.0, *layer), False),
-}
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(
+    "scalar, rows, inner, hidden, approximate", [("f16", 70, 64, 128, "none"), ("bf16", 9, 192, 64, "tanh")]
+)
+def test_an_mlp_has_one_kernel_each_way(folder, launched, scalar, rows, inner, hidden, approximate, residual):
+    shapes = (1, rows, inner), (1, rows, inner), (hidden, inner), (hidden,), (inner, hidden), (inner,)
+    inputs = [draw(i, shape) / (shape[-1] ** 0.5 if len(shape) == 2 else 1) for i, shape in enumerate(shapes)]
+    inputs[0] = inputs[0] if residual else None
+    check(folder, "mlp", scalar, inputs, {"approximate": approximate}, library=CuBLASLt(), **HOPPER)
+    assert launched == ["forward", "backward"] * 2
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_way_back_through_two_layers(folder, launched, case):
-    """One kernel does it where nobody else sees the gradient between, and gradients are right in any case."""
-    output, in_one = CASES[case]
-    drawn = (3, 5, 64), (128, 64), (128,), (64, 128), (64,)
-    inputs = [draw(i, shape) / (8 if len(shape) == 2 else 1) for i, shape in enumerate(drawn)]
+NEEDED = {"x": "x", "the first layer": "weight1 bias1", "the second": "weight2 bias2", "a weight": "weight1", "": ""}
 
-    def gradients(dtype):
-        x, w1, b1, *layer = leaves = [Tensor(x.astype(dtype), requires_grad=True) for x in inputs]
-        y = F.linear_gelu(x, w1, b1)
-        result = output(x, y, *layer)
-        return grad(result, [*leaves, y] if case == "y asked for" else leaves, draw(9, result.shape).astype(dtype))
 
-    right = gradients(np.float64)
+@pytest.mark.parametrize("needed", NEEDED)
+def test_an_mlp_computes_no_gradient_that_is_not_wanted(folder, launched, needed, monkeypatch):
+    names = ["x", "weight1", "bias1", "weight2", "bias2", "residual"]
+    shapes = (5, 64), (128, 64), (128,), (64, 128), (64,), (5, 64)
+    inputs = {name: draw(i, s).astype(np.float16) for i, (name, s) in enumerate(zip(names, shapes, strict=True))}
+    products = []
+    for name in ("input_gradient", "weight_gradient"):
+        usual = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *a, name=name, usual=usual: products.append(name) or usual(*a))
+
+    def gradients(wanted):
+        leaves = {name: Tensor(x, requires_grad=name in wanted) for name, x in inputs.items()}
+        y = F.mlp(**leaves)
+        return grad(y, [leaves[name] for name in wanted], draw(9, y.shape).astype(np.float16)) if wanted else []
+
+    wanted = NEEDED[needed].split()
     with cuda_sim.everything_on_device(folder, **HOPPER):
-        actual = gradients(np.float16)
-    assert launched == ["forward"] + ["backward"] * in_one
-    for got, expected in zip(actual, right, strict=True):
-        assert error(got.astype(np.float64), expected) < 4e-3
+        found = gradients(wanted)
+        assert launched == ["forward"] + ["backward"] * (needed not in ("the second", ""))
+        weights = [name for name in wanted if "weight" in name]
+        assert products == ["weight_gradient"] * len(weights) + ["input_gradient"] * ("x" in wanted)
+        every = dict(zip(names, gradients(names), strict=True))
+    assert all(np.array_equal(g, every[name]) for g, name in zip(found, wanted, strict=True))
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradients_again(folder, launched):
     with cuda_sim.everything_on_device(folder, **HOPPER):
-        x, w1, b1, w2, b2 = (draw(i, s).astype(np.float16) for i, s in enumerate(((4, 64), (64, 64), 64, (64, 64), 64)))
+        x, *layers = (draw(i, s).astype(np.float16) for i, s in enumerate(((4, 64), (64, 64), 64, (64, 64), 64)))
         leaf = Tensor(x, requires_grad=True)
-        loss = F.add_linear(leaf, F.linear_gelu(leaf, w1, b1), w2, b2)
+        loss = F.mlp(leaf, *layers, residual=leaf)
         first, again = (grad(loss, leaf, np.ones_like(x), retain_graph=True) for _ in range(2))
     assert launched == ["forward", "backward", "backward"] and np.array_equal(first, again)
 

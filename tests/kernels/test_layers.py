@@ -71,6 +71,20 @@ def _linear_gelu(draw):
 
 
 @case
+def _mlp(draw):
+    approximate, hidden, outputs = draw(st.sampled_from(["none", "tanh"])), draw(sides), draw(sides)
+    x = values(draw, (*draw(rows), draw(sides)))
+    residual = draw(st.sampled_from([values(draw, (*x.shape[:-1], outputs)), None]))
+    weights = [values(draw, shape) for shape in ((hidden, x.shape[-1]), (hidden,), (outputs, hidden), (outputs,))]
+
+    def theirs(residual, x, *weights):
+        y = TF.linear(TF.gelu(TF.linear(x, *weights[:2]), approximate=approximate), *weights[2:])
+        return y if residual is None else residual + y
+
+    return Example([residual, x, *weights], theirs, {"approximate": approximate})
+
+
+@case
 def _layer_norm(draw):
     n, eps = draw(sides), draw(st.sampled_from([1e-6, 1e-5, 0.1]))
     x = values(draw, (*draw(rows), n), "spread")  # rows of equal entries would be all cancellation

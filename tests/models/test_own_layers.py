@@ -1,5 +1,7 @@
 """Blocks, norms and attentions of a user's own: the model runs them as they are."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -257,20 +259,22 @@ def test_the_last_block_computes_only_the_tokens_that_are_read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "setting, additions", [({}, 4), ({"drop_path": 0.5}, 2), ({"proj_drop_rate": 0.1}, 0), ({"init_values": 0.1}, 0)]
+    "setting, additions, mlps",
+    [({}, 2, 2), ({"drop_path": 0.5}, 1, 2), ({"proj_drop_rate": 0.1}, 0, 0), ({"init_values": 0.1}, 0, 2)],
 )
-def test_the_residual_is_added_with_the_last_product_where_nothing_is_between(setting, additions):
-    """The first of two blocks never drops its path."""
+def test_a_branch_is_few_operations_where_nothing_is_between_its_layers(setting, additions, mlps):
+    """The residual is added with attention's last product, and an MLP is one operation; the first of two blocks never
+    drops its path."""
     model = create_model("vit_nano_patch8_32", image_size=8, depth=2, global_pool="avg", **setting)
     randomise(model)
     images = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
     with random.scope(0):
-        nodes, _ = _tape(model(images).sum())
-    assert [node.name for node in nodes].count("add_linear") == additions
+        count = Counter(node.name for node in _tape(model(images).sum())[0])
+    assert (count["add_linear"], count["mlp"]) == (additions, mlps)
     model.blocks[0].mlp.fc2.forward = model.blocks[0].mlp.fc2.forward  # a user's own
     with random.scope(0):
-        nodes, _ = _tape(model(images).sum())
-    assert [node.name for node in nodes].count("add_linear") == max(0, additions - 1)
+        count = Counter(node.name for node in _tape(model(images).sum())[0])
+    assert (count["add_linear"], count["mlp"]) == (additions, max(0, mlps - 1))
 
 
 # --- what torch's modules have ----------------------------------------------------------------------------------------

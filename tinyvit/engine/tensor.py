@@ -354,7 +354,7 @@ def _backward(
             freed()
         checks.check_unchanged(node.name, node.versions)
     waiting = {} if ready is None else {_source(t): place for place, t in enumerate(targets)}
-    uses = Counter(source for node in nodes for source in node.inputs)
+    uses = Counter(source for node in nodes for source in node.inputs if source in waiting)
     token = kernels.notes.set({})
     try:
         for node in nodes:
@@ -362,15 +362,9 @@ def _backward(
             dys = [collected.get(o) if o in target_sources else collected.pop(o, None) for o in outputs]
             sources = node.inputs
             if any(dy is not None for dy in dys):
-                more: dict[str, Any] = {}
                 # A kernel that can adds what has reached its first input from elsewhere, which saves a pass over it.
-                if getattr(node.vjp, "adds", False) and sources[0] in collected:
-                    more["other"] = collected.pop(sources[0])
-                # One that can takes an input's gradient on through the operation before, if nobody else sees it.
-                before = sources[node.vjp.onward] if hasattr(node.vjp, "onward") else None
-                if isinstance(before, tuple) and uses[before] == 1 and before not in target_sources:
-                    more["before"] = before[0].vjp
-                gradients = node.vjp(*dys, **more)
+                other = collected.pop(sources[0], None) if getattr(node.vjp, "adds", False) else None
+                gradients = node.vjp(*dys) if other is None else node.vjp(*dys, other)
                 for source, g in zip(sources, gradients, strict=True):
                     if source is not None:
                         collected[source] = collected[source] + g if source in collected else g

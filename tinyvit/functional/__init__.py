@@ -11,8 +11,8 @@ and have an eps of 1e-6, and `cross_entropy` takes class weights by name.
 
 from tinyvit.functional.layers import (  # noqa: I001
     add_drop_path, add_linear, attention, attention_weights, conv2d, drop_path, dropout, encoder_block, gelu,
-    group_norm, layer_norm, linear, linear_gelu, log_softmax, max_pool2d, patch_embed, patchify, qkv_attention, relu,
-    softmax, weight_standardize,
+    group_norm, layer_norm, linear, linear_gelu, log_softmax, max_pool2d, mlp, patch_embed, patchify, qkv_attention,
+    relu, softmax, weight_standardize,
 )  # fmt: skip
 from tinyvit.functional.losses import cross_entropy, mse_loss, weighted_targets
 from tinyvit.functional.variants import rms_norm, rotary, silu, swiglu
@@ -20,6 +20,6 @@ from tinyvit.functional.variants import rms_norm, rotary, silu, swiglu
 __all__ = [
     "add_drop_path", "add_linear", "attention", "attention_weights", "conv2d", "cross_entropy", "drop_path", "dropout",
     "encoder_block", "gelu", "group_norm", "layer_norm", "linear", "linear_gelu", "log_softmax", "max_pool2d",
-    "mse_loss", "patch_embed", "patchify", "qkv_attention", "relu", "rms_norm", "rotary", "silu", "softmax", "swiglu",
-    "weight_standardize", "weighted_targets",
+    "mlp", "mse_loss", "patch_embed", "patchify", "qkv_attention", "relu", "rms_norm", "rotary", "silu", "softmax",
+    "swiglu", "weight_standardize", "weighted_targets",
 ]  # fmt: skip

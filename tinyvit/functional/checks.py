@@ -40,6 +40,18 @@ def linear(x: Input, weight: Input, bias: Input | None) -> None:
         raise ValueError(f"linear expects a bias of shape ({matrix[0]},), got {shape(bias)}")
 
 
+def residual(name: str, given: Input, x: Input, weight: Input) -> None:
+    expected = (*shape(x)[:-1], shape(weight)[0])
+    if shape(given) != expected:
+        raise ValueError(f"{name} expects residual {expected}, got {shape(given)}")
+
+
+def second_linear(weight1: Input, weight2: Input, bias2: Input) -> None:
+    hidden, matrix, bias = shape(weight1)[0], shape(weight2), shape(bias2)
+    if len(matrix) != 2 or matrix[1] != hidden or not hidden or bias != matrix[:1]:
+        raise ValueError(f"mlp expects weight2 (out, {hidden or 'hidden'}) and bias2 (out,), got {matrix} and {bias}")
+
+
 def layer_norm(x: Input, weight: Input, bias: Input) -> None:
     if not shape(x) or not shape(weight) == shape(bias) == shape(x)[-1:]:
         given = f"{shape(x)}, {shape(weight)} and {shape(bias)}"

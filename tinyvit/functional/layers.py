@@ -37,10 +37,24 @@ def linear_gelu(x: Input, weight: Input, bias: Input, approximate: str = "none")
 def add_linear(residual: Input, x: Input, weight: Input, bias: Input | None = None) -> Tensor:
     """residual (..., out_features) + linear(x, weight, bias) in one operation: the end of a residual branch."""
     checks.linear(x, weight, bias)
-    expected = (*checks.shape(x)[:-1], checks.shape(weight)[0])
-    if checks.shape(residual) != expected:
-        raise ValueError(f"add_linear expects residual {expected}, got {checks.shape(residual)}")
+    checks.residual("add_linear", residual, x, weight)
     return apply(reference.add_linear, residual, x, weight, bias)
+
+
+def mlp(
+    x: Input, weight1: Input, bias1: Input, weight2: Input, bias2: Input,
+    approximate: str = "none", residual: Input | None = None,
+) -> Tensor:  # fmt: skip
+    """linear(linear_gelu(x, weight1, bias1, approximate), weight2, bias2) in one operation.
+
+    It is added to `residual` (..., out_features) where there is one.
+    """
+    checks.linear(x, weight1, bias1)
+    checks.second_linear(weight1, weight2, bias2)
+    checks.approximate(approximate)
+    if residual is not None:
+        checks.residual("mlp", residual, x, weight2)
+    return apply(reference.mlp, residual, x, weight1, bias1, weight2, bias2, approximate=approximate)
 
 
 def layer_norm(x: Input, weight: Input, bias: Input, eps: float = 1e-6) -> Tensor:
@@ -175,7 +189,7 @@ def encoder_block(
 ) -> Tensor:
     """A Vision Transformer's block in one operation, for predictions.
 
-    x + linear(qkv_attention(linear(layer_norm(x)))), then that + linear(linear_gelu(layer_norm(that))).
+    x + linear(qkv_attention(linear(layer_norm(x)))), then that + mlp(layer_norm(that)).
 
     Args:
         x: (B, N, D).

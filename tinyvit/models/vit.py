@@ -97,6 +97,10 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (B, N, D)
         """The outputs, added to `residual` where there is one."""
+        fc1, fc2 = self.fc1, self.fc2
+        usual = nn.is_plain(fc1, nn.Linear) and nn.is_plain(fc2, nn.Linear) and nn.is_idle(self.norm)
+        if usual and nn.is_idle(self.drop) and self.act != "quick_gelu" and fc1.bias is not None is not fc2.bias:
+            return F.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.approximate, residual)
         if self.act == "quick_gelu":
             x = F.silu(self.fc1(x), parts.QUICK_GELU)  # (B, N, mlp_dim)
         else:
@@ -164,7 +168,7 @@ def _methods(kind: type[nn.Module]) -> tuple[Any, ...]:
 
 
 def _other_functions() -> tuple[Any, ...]:
-    functions = (F.layer_norm, F.linear, F.linear_gelu, F.add_linear, F.qkv_attention)
+    functions = (F.layer_norm, F.linear, F.mlp, F.add_linear, F.qkv_attention)
     return (Block._add, Attention.queries_keys_values, *functions)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -31,11 +31,7 @@ def add_linear(
     y = product(xp, rows, weight, None if bias is None else cuda.ready(bias), added)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs[1:])
 
-    def vjp(dy: Array, before: VJP | None = None) -> tuple[Array | None, ...]:
-        return dy, *linear_vjp(dy, before=before)
-
-    vjp.onward = 1  # type: ignore[attr-defined]
-    return xp.reshape(y, residual.shape), vjp
+    return xp.reshape(y, residual.shape), lambda dy: (dy, *linear_vjp(dy))
 
 
 def product(xp: Any, rows: Array, weight: Array, bias: Array | None = None, added: Array | None = None) -> Array:
@@ -59,41 +55,18 @@ def cupys_product(a: Array, b: Array) -> Array:
     return a @ b
 
 
-class _Gelu(NamedTuple):
-    """What the way back through gelu(hidden + bias) needs."""
-
-    hidden: Array
-    bias: Array
-    approximate: str
-
-
-class _ThroughGelu(NamedTuple):
-    """A gradient that has gone back through GELU already, and the sums of its columns."""
-
-    gradient: Array
-    sums: Array
-
-
 def _linear_vjp(xp: Any, shape: tuple[int, ...], rows: Array, weight: Array, needs: tuple[bool, ...]) -> VJP:
     saved_rows = rows if needs[1] else None
 
-    def vjp(dy: Array, dbias: Array | None = None, before: VJP | None = None) -> tuple[Array | None, ...]:
-        """Also through the GELU before, if `before` is the vjp of a `linear_gelu` and a kernel does both."""
+    def vjp(dy: Array, dbias: Array | None = None) -> tuple[Array | None, ...]:
         dbias = _noted_sums(dy) if dbias is None else dbias
         dy = cuda.ready(xp.reshape(dy, (-1, dy.shape[-1])))
         if needs[2] and dbias is None:
             dbias = _column_sums(xp, dy)
         dweight = weight_gradient(xp, dy, saved_rows) if needs[1] else None
-        gelu: _Gelu | None = getattr(before, "gelu", None)
-        dx: Any = None
-        if needs[0] and gelu and linear_gelu_sm90a.takes(dy, weight.shape[1], gelu.approximate, backward=True):
-            dx, partial = linear_gelu_sm90a.backward(xp, dy, weight, *gelu)
-            dx = _ThroughGelu(dx, *sum_partials(xp, partial, dx.dtype))
-        elif needs[0]:
-            dx = xp.reshape(input_gradient(xp, dy, weight), shape)
+        dx = xp.reshape(input_gradient(xp, dy, weight), shape) if needs[0] else None
         return dx, dweight, dbias
 
-    vjp.onward = 0  # type: ignore[attr-defined]
     return vjp
 
 
@@ -162,21 +135,53 @@ def linear_gelu(
     xp: Any, x: Array, weight: Array, bias: Array, *, approximate: str, needs: tuple[bool, ...]
 ) -> tuple[Array, VJP]:
     rows, weight, bias = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), cuda.ready(weight), cuda.ready(bias)
-    recording = True in needs
-    if linear_gelu_sm90a.takes(rows, weight.shape[0], approximate):
-        y, hidden = linear_gelu_sm90a.forward(xp, rows, weight, bias, approximate, recording)
-        added: Any = bias
-    else:
-        y, hidden, added = gelu_of_product(xp, rows, weight, bias, approximate, recording)
+    y, hidden, added = _linear_gelu(xp, rows, weight, bias, approximate, True in needs)
     linear_vjp = _linear_vjp(xp, x.shape, rows, weight, needs)
 
-    def vjp(dy: Array | _ThroughGelu) -> tuple[Array | None, ...]:
-        done = dy if isinstance(dy, _ThroughGelu) else gelu_gradient(xp, hidden, added, dy, approximate)
-        return linear_vjp(*done)
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        return linear_vjp(*gelu_gradient(xp, hidden, added, dy, approximate))
 
-    if added is not cuda.NULL:
-        vjp.gelu = _Gelu(hidden, added, approximate)  # type: ignore[attr-defined]
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), vjp
+
+
+def covers_mlp(residual: Array | None, x: Array, *weights: Array, **_: Any) -> bool:
+    return cuda.covers(x, weights[2])
+
+
+def mlp(
+    xp: Any, residual: Array | None, x: Array, *weights: Array, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    weight1, bias1, weight2, bias2 = map(cuda.ready, weights)
+    rows, outputs, first_needs = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), len(bias2), needs[1:4]
+    between, hidden, added = _linear_gelu(xp, rows, weight1, bias1, approximate, True in first_needs)
+    more = None if residual is None else cuda.ready(xp.reshape(residual, (-1, outputs)))
+    y = product(xp, between, weight2, bias2, more)
+    first_vjp = _linear_vjp(xp, x.shape, rows, weight1, first_needs)
+    second_vjp = _linear_vjp(xp, between.shape, between, weight2, (False, *needs[4:]))
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        _, *dsecond = second_vjp(dy)
+        if True not in first_needs:
+            return dy, None, None, None, *dsecond
+        by_rows = cuda.ready(xp.reshape(dy, (-1, outputs)))
+        if added is not cuda.NULL and linear_gelu_sm90a.takes(by_rows, len(bias1), approximate, backward=True):
+            dhidden, partial = linear_gelu_sm90a.backward(xp, by_rows, weight2, hidden, added, approximate)
+            dbias1 = sum_partials(xp, partial, dhidden.dtype)[0]
+        else:
+            dbetween = input_gradient(xp, by_rows, weight2)
+            dhidden, dbias1 = gelu_gradient(xp, hidden, added, dbetween, approximate)
+        return dy, *first_vjp(dhidden, dbias1), *dsecond
+
+    return xp.reshape(y, (*x.shape[:-1], outputs)), vjp
+
+
+def _linear_gelu(
+    xp: Any, rows: Array, weight: Array, bias: Array, approximate: str, recording: bool
+) -> tuple[Array, Array | None, Any]:
+    """As `gelu_of_product`, in one kernel where that is faster."""
+    if linear_gelu_sm90a.takes(rows, weight.shape[0], approximate):
+        return *linear_gelu_sm90a.forward(xp, rows, weight, bias, approximate, recording), bias
+    return gelu_of_product(xp, rows, weight, bias, approximate, recording)
 
 
 def gelu_of_product(

@@ -8,6 +8,7 @@ KERNELS = {
     reference.add_linear: Kernel(linear.add_linear, cuda.covers),
     reference.add_scaled: Kernel(linear.add_scaled, linear.covers_add_scaled),
     reference.linear_gelu: Kernel(linear.linear_gelu, cuda.covers),
+    reference.mlp: Kernel(linear.mlp, linear.covers_mlp),
     reference.gelu: Kernel(linear.gelu, linear.covers_gelu),
     reference.layer_norm: Kernel(layers.layer_norm, layers.covers_layer_norm),
     reference.qkv_attention: Kernel(attention.qkv_attention, attention.covers_attention),

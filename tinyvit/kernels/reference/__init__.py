@@ -8,7 +8,7 @@ from tinyvit.kernels.reference.convolution import (
 from tinyvit.kernels.reference.indexing import sum_at
 from tinyvit.kernels.reference.layers import (
     add_linear, add_scaled, attention, cross_entropy, dropout_mask, dropout_scale, erf, gelu, layer_norm, linear,
-    linear_gelu, log_softmax, patchify, qkv_attention, softmax,
+    linear_gelu, log_softmax, mlp, patchify, qkv_attention, softmax,
 )  # fmt: skip
 from tinyvit.kernels.reference.muon import update_muon
 from tinyvit.kernels.reference.optimizers import (

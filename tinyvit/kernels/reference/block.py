@@ -26,8 +26,7 @@ def encoder_block(
     y = run(layers.qkv_attention, y, num_heads=num_heads)
     x = run(layers.add_linear, x, y, *proj)
     y = run(layers.layer_norm, x, *norm2, eps=eps[1])
-    y = run(layers.linear_gelu, y, *fc1, approximate=approximate)
-    return run(layers.add_linear, x, y, *fc2), no_gradient
+    return run(layers.mlp, x, y, *fc1, *fc2, approximate=approximate), no_gradient
 
 
 def no_gradient(dy: Array) -> tuple[Array, ...]:

@@ -148,6 +148,28 @@ def linear_gelu(
     return y, lambda dy: linear_vjp(*gelu_vjp(dy))
 
 
+def mlp(
+    xp: Any, residual: Array | None, x: Array, *weights: Array, approximate: str, needs: tuple[bool, ...]
+) -> tuple[Array, VJP]:
+    """residual + gelu(x W1^T + b1) W2^T + b2, by the fastest kernels for its layers; None for no residual.
+
+    residual (..., O), x (..., I); `weights` are weight (H, I), bias (H,), weight (O, H) and bias (O,) -> (..., O).
+    """
+    first, second = needs[1:4], (needs[0], True in needs[1:4], *needs[4:])
+    hidden, first_vjp = kernels.best(linear_gelu, xp)(xp, x, *weights[:2], approximate=approximate, needs=first)
+    if residual is None:
+        y, second_vjp = kernels.best(linear, xp)(xp, hidden, *weights[2:], needs=second[1:])
+    else:
+        y, second_vjp = kernels.best(add_linear, xp)(xp, residual, hidden, *weights[2:], needs=second)
+
+    def vjp(dy: Array) -> tuple[Array | None, ...]:
+        dhidden, *dsecond = second_vjp(dy)[-3:]
+        dfirst = first_vjp(dhidden) if True in first else (None,) * 3
+        return dy, *dfirst, *dsecond
+
+    return y, vjp
+
+
 @in_fp32
 def softmax(xp: Any, x: Array, *, axis: int, needs: tuple[bool, ...]) -> tuple[Array, VJP]:
     """exp(x) / sum(exp(x)) along one axis, with the largest entry subtracted first."""
