@@ -210,6 +210,9 @@ class TrainConfig:
     )
     patch_size: int | None = option(None, whole(1), "side of a patch (default: the model's)", "S")
     num_heads: int | None = option(None, whole(1), "attention heads (default: the model's)")
+    log: str = option(
+        "none", one_of("none", "tensorboard"), "tensorboard: write event files into the run, too", free=True
+    )
     val_fraction: float | None = option(
         None,
         inner_share,

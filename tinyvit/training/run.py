@@ -51,6 +51,7 @@ from tinyvit.training.recipes import best_recipe, read_recipe
 from tinyvit.training.run_directory import Record, RunDirectory
 from tinyvit.training.schedule import RunLength
 from tinyvit.training.signals import stop_on_signals
+from tinyvit.training.tensorboard import check_log, open_log
 from tinyvit.training.time_budget import TimeBudget
 from tinyvit.training.trainer import Trainer
 
@@ -84,6 +85,7 @@ def train(given: Mapping[str, Any], *, resume: bool = False, started: float | No
         options = TrainConfig(**with_recipe(chosen))
         if options.out and not resume:
             RunDirectory(options.out, group.leads).check_unused()
+        check_log(options.log)
         if options.device != "auto":
             pick_device(options.device)  # before data are fetched for it
         checkpoint = None if options.init is None else open_checkpoint(options.init, num_heads=options.num_heads)
@@ -225,7 +227,7 @@ def start_run(
         directory.write_config(trainer.config, length)
         directory.write_metrics([])
         trainer.save()  # from here on the run can be resumed, whatever happens to it
-        return finish(trainer)
+        return finish(trainer, options.log)
 
 
 def check_together(group: Group, options: TrainConfig, data: Data, checkpoint: Checkpoint | None) -> None:
@@ -246,6 +248,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
     record, progress = directory.read_record(), Progress.read(directory.last)
     group.same({f"{directory.last} (its step and seconds)": [progress.step, progress.seconds]})
     options, length = resumed_options(directory, record, given), record.length
+    check_log(options.log)
     if options.epochs is not None and options.epochs != record.options["epochs"]:
         length = length.with_total(options.epochs * length.steps_per_epoch)
         progress.finished = progress.step >= length.total_steps
@@ -285,7 +288,7 @@ def resume_run(directory: RunDirectory, given: Mapping[str, Any], display: Displ
         if length != record.length or shards != record.shards:
             directory.write_config(trainer.config, length)
         directory.write_metrics(progress.history)  # drops the rows of epochs after the checkpoint
-        return finish(trainer)
+        return finish(trainer, options.log)
 
 
 def resumed_options(directory: RunDirectory, record: Record, given: Mapping[str, Any]) -> TrainConfig:
@@ -394,11 +397,12 @@ def parameters(model: VisionTransformer) -> str:
     return f"{model.num_parameters() / 1e6:.2f} M parameters{some}"
 
 
-def finish(trainer: Trainer) -> Progress:
+def finish(trainer: Trainer, log_kind: str) -> Progress:
     """Train to the end of the run and say how it ended."""
     progress, directory = trainer.progress, trainer.directory
-    with stop_on_signals() as stop:
-        trainer.run(stop)
+    log_kind = log_kind if directory.writes else "none"
+    with stop_on_signals() as stop, open_log(log_kind, directory.path, progress.step) as log:
+        trainer.run(stop, log)
     curves = f", curves in {directory.curves}"
     if not directory.curves.exists():
         curves = f'; for curves: pip install "tinyvit[plot]" and tinyvit plot {directory.path}'

@@ -29,6 +29,7 @@ from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import RunDirectory, curve_labels
 from tinyvit.training.schedule import RunLength, learning_rate
 from tinyvit.training.signals import Stop
+from tinyvit.training.tensorboard import Log, no_log
 from tinyvit.training.time_budget import TimeBudget
 
 READ_EVERY = 1.0  # seconds: reading a step's numbers waits for a device, and the device then waits for the next step
@@ -67,9 +68,10 @@ class Trainer:
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def __post_init__(self) -> None:
+        self.log: Log = no_log
         self.group = self.parts.step.group
         self.parts.step.step_index = self.progress.step
-        self.pending: deque[Any] = deque()  # results of steps, which may lie on a device
+        self.pending: deque[tuple[Any, int, float]] = deque()  # results, which may lie on a device, images and rates
         self.read_every = 0.0 if arrays.on_host(self.parts.step.parameters[0].data) else READ_EVERY
         self.read_at = self.saved_at = time.monotonic()
         self.unsaved_best: dict[str, np.ndarray] | None = None
@@ -82,8 +84,9 @@ class Trainer:
         assert self.options.lr is not None
         return learning_rate(self.options.schedule, self.options.lr, self.length)
 
-    def run(self, stop: Stop) -> None:
-        """Train to the end. Raises Stopped, TrainError, OSError."""
+    def run(self, stop: Stop, log: Log = no_log) -> None:
+        """Train to the end; `log` gets the figures of each step and epoch. Raises Stopped, TrainError, OSError."""
+        self.log = log
         self.display.start(self.length.total_steps, self.progress.step)
         try:
             while not self.progress.finished:
@@ -103,7 +106,7 @@ class Trainer:
                 break
             parts.optimizer.lr = rate(p.step)
             parts.step(images, labels)
-            self.pending.append(parts.step.result)
+            self.pending.append((parts.step.result, parts.loader.batch_size, parts.optimizer.lr))
             p.step, p.batch = p.step + 1, p.batch + 1
             signum, due = self.agree(stop)  # before a GPU's results are waited for, which need all processes
             if shown := time.monotonic() - self.read_at >= self.read_every:
@@ -139,6 +142,7 @@ class Trainer:
         given_up = patience is not None and p.epoch - p.best_epoch >= patience
         p.finished = given_up or p.step >= self.length.total_steps
         self.directory.write_metrics(p.history)
+        self.log("epoch", p.step, {name: value for name, value in row.items() if name not in ("epoch", "step")})
         if p.finished or time.monotonic() - self.saved_at >= self.parts.save_every:
             self.save()
         self.directory.draw_curves(p.history, *curve_labels(self.options, self.data.name), now=p.finished)
@@ -164,16 +168,22 @@ class Trainer:
 
     def read_results(self) -> None:
         """Take up the results of the steps since the last time. Raises TrainError where one is not finite."""
-        p, images = self.progress, self.parts.loader.batch_size
+        p = self.progress
         while self.pending:
-            result = self.pending[0]
+            result, images, lr = self.pending[0]
             loss = float(result.loss)
             self.check_finite(loss, float(result.grad_norm))
+            self.log("step", self.oldest_pending, {"loss": loss, "lr": lr})
             p.loss_sum += loss * images
             p.correct += int(result.correct)
             p.seen += images
             self.pending.popleft()
         self.read_at = time.monotonic()
+
+    @property
+    def oldest_pending(self) -> int:
+        """The number of the first step whose result is not read yet."""
+        return self.progress.step - len(self.pending) + 1
 
     def check_finite(self, loss: float, grad_norm: float) -> None:
         """Raise TrainError for a loss or a gradient that is not finite."""
@@ -184,9 +194,8 @@ class Trainer:
 
     def failure(self, problem: str) -> TrainError:
         """The error for a problem in the first step whose result is not read yet."""
-        step = self.progress.step - len(self.pending) + 1
         return TrainError(
-            f"{problem} at step {step} (learning rate {self.parts.optimizer.lr:g}): try a lower --lr; "
+            f"{problem} at step {self.oldest_pending} (learning rate {self.parts.optimizer.lr:g}): try a lower --lr; "
             f"{self.directory.last} holds the last good weights"
         )
 

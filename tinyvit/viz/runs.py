@@ -16,7 +16,7 @@ from tinyvit.training.progress import Progress
 from tinyvit.training.run_directory import Record, RunDirectory
 
 _NOTHING_AT_1 = ("layer_decay", "repeats", "accumulate")
-_NOT_SETTINGS = ("out", "data", "model", "epochs", "device", "threads")  # shown by themselves, or without effect
+_NOT_SETTINGS = ("out", "data", "model", "epochs", "device", "threads", "log")  # shown by themselves, or without effect
 
 
 @dataclass(frozen=True)
