@@ -174,7 +174,7 @@ def summary(args: Namespace) -> None:
 
 
 def convert(args: Namespace) -> None:
-    from tinyvit.checkpoints import convert
+    from tinyvit.checkpoints.convert import convert
 
     convert(Path(args.checkpoint), args.path, args.to, num_heads=args.num_heads)
     print(printable(f"{args.path}: {args.checkpoint} in the layout of {args.to}"))

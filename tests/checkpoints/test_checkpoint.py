@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
     full = """
 import resource, sys
 import numpy as np
-from tinyvit.checkpoints import save
+from tinyvit.checkpoints.native_file import save
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     save(sys.argv[1], {"x": np.zeros(100_000)}, {"is": "new"})

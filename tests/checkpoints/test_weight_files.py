@@ -242,7 +242,7 @@ STATUS = Path("/proc/self/status")
 NAME = "vit_small_patch16_224"
 MEASURE = """
 import re, sys
-import tinyvit, tinyvit.checkpoints
+import tinyvit, tinyvit.checkpoints.loading
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
 before = peak()

@@ -10,8 +10,7 @@ from PIL import Image
 from running import NANO, count_decoded, make_images, tinyvit
 
 import tinyvit as library
-from tinyvit import checkpoints
-from tinyvit.checkpoints import loading
+from tinyvit.checkpoints import loading, native_file
 from tinyvit.cli import main
 from tinyvit.data.image import fit, open_rgb, seen_part
 from tinyvit.evaluation import heatmap
@@ -111,9 +110,9 @@ def home(tmp_path_factory):
     assert result.returncode == 0, result.stderr
     ours = loading.open_checkpoint(home / "run")
     state = {name: x for name, x in ours.state.items() if not name.startswith("head")}
-    metadata = checkpoints.read_metadata(home / "run" / "best.safetensors")
+    metadata = native_file.read_metadata(home / "run" / "best.safetensors")
     metadata["config"]["num_classes"], metadata["class_names"] = 0, []
-    checkpoints.save(home / "bare.safetensors", state, metadata)
+    native_file.save(home / "bare.safetensors", state, metadata)
     Image.effect_noise((90, 180), 80).convert("RGB").save(home / "photo.jpg")
     return home
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from running import NANO, make_images, tinyvit
 
 import tinyvit as library
-from tinyvit import checkpoints
-from tinyvit.checkpoints import loading
+from tinyvit.checkpoints import loading, native_file
+from tinyvit.checkpoints.checkpoint import Checkpoint
 from tinyvit.cli import main
 from tinyvit.data import Data, load_data
 from tinyvit.data.augment import normalise
@@ -189,10 +189,10 @@ def test_linear_of_other_classes(home, capsys):
 
 def test_a_model_without_a_head_is_probed(home, tmp_path, capsys):
     ours = loading.open_checkpoint(home / "run")
-    metadata = checkpoints.read_metadata(home / "run" / "best.safetensors")
+    metadata = native_file.read_metadata(home / "run" / "best.safetensors")
     metadata["config"]["num_classes"], metadata["class_names"] = 0, []
     state = {name: x for name, x in ours.state.items() if not name.startswith("head")}
-    checkpoints.save(tmp_path / "bare.safetensors", state, metadata)
+    native_file.save(tmp_path / "bare.safetensors", state, metadata)
     for kind in ("knn", "linear"):
         arguments = ("--data", home / "other", "--probe", kind)
         assert scores(capsys, tmp_path / "bare.safetensors", *arguments) == scores(capsys, home / "run", *arguments)
@@ -207,7 +207,7 @@ def test_a_distilled_models_features_are_probed(monkeypatch):
     seen = []
     original = probe.nearest_neighbours
     monkeypatch.setattr(probe, "nearest_neighbours", lambda *a, **k: (seen.append(a), original(*a, **k))[1])
-    checkpoint = checkpoints.Checkpoint("", model.config, {}, (), Preprocessing((0.4,) * 3, (0.3,) * 3))
+    checkpoint = Checkpoint("", model.config, {}, (), Preprocessing((0.4,) * 3, (0.3,) * 3))
     probe.probe("knn", checkpoint, model, data)
     for split, features in zip(splits, (seen[0][0], seen[0][2]), strict=True):
         images = normalise(split.images, *checkpoint.preprocessing.statistics)

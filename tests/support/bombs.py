@@ -177,7 +177,8 @@ def write_names(folder):
 
 def write_runs(folder):
     import tinyvit
-    from tinyvit.checkpoints import describe, save
+    from tinyvit.checkpoints.checkpoint import describe
+    from tinyvit.checkpoints.native_file import save
     from tinyvit.models.preprocessing import Preprocessing
 
     model = tinyvit.create_model("vit_nano_patch8_32", num_classes=3)

@@ -14,8 +14,8 @@ from running import NANO, assert_one_line_error, make_images, tinyvit
 
 import tinyvit as package
 from tinyvit import viz
-from tinyvit.checkpoints import save
 from tinyvit.checkpoints.checkpoint import BEST, describe
+from tinyvit.checkpoints.native_file import save
 from tinyvit.cli import main
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.viz import svg, watch

@@ -24,13 +24,13 @@ from tinyvit.checkpoints.checkpoint import (
     checked_preprocessing,
     describe,
 )
-from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.safetensors import read_metadata as read_strings
 from tinyvit.checkpoints.readers.safetensors import read_safetensors
 from tinyvit.data.base import Data
 from tinyvit.files.atomic import atomic_write, new_directory
 from tinyvit.files.fields import boolean, checked, integer, list_of, number, text
 from tinyvit.files.reading import parse_json
+from tinyvit.files.text import one_line
 from tinyvit.models.config import FIELDS, ViTConfig
 from tinyvit.models.preprocessing import Preprocessing
 from tinyvit.models.vit import VisionTransformer
@@ -122,7 +122,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             similarity=found.get("similarity", {}),
         )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its metadata describes no model ({reason(error)})") from None
+        raise CheckpointError(f"{path}: its metadata describes no model ({one_line(error)})") from None
 
 
 def write_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

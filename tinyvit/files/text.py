@@ -25,7 +25,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: object) -> str:
-    """An error's message as one short line; its class for one without a message."""
+    """An error's message as one short line; of a KeyError what is missing, and its class for one without a message."""
+    if isinstance(error, KeyError) and error.args:
+        return one_line(f"there is no {error.args[0]}")
     return " ".join(str(error)[:400].split())[:200] or type(error).__name__
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.checkpoints.native_file import write_safetensors
-from tinyvit.checkpoints.readers.common import reason
 from tinyvit.checkpoints.readers.weight_files import WeightFiles
 from tinyvit.files.atomic import new_directory, write_text
+from tinyvit.files.text import one_line
 from tinyvit.models.resnet import MOST_STAGES
 
 Size = tuple[int, int]  # height and width
@@ -31,7 +31,7 @@ def refusing(problem: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{problem}: {reason(error)}") from None
+        raise CheckpointError(f"{problem}: {one_line(error)}") from None
 
 
 def renamed(files: WeightFiles, our_name: Callable[[str], str]) -> dict[str, np.ndarray]:

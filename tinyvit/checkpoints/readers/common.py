@@ -10,7 +10,6 @@ import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
 from tinyvit.files import reading
-from tinyvit.files.text import one_line
 
 # The NumPy dtype of each dtype that is read, under its name in safetensors; of bfloat16, that of its bits.
 DTYPES = {
@@ -23,11 +22,6 @@ DTYPES = {
 }  # fmt: skip
 MOST_TENSORS = 20_000  # in a file; a ViT-G with its optimizer's state and an average has some 3,000
 LARGEST_DIRECTORY = 8_000_000  # bytes of a zip archive's list of members; a tensor takes about a hundred
-
-
-def reason(error: BaseException) -> str:
-    """An error's message as one short line."""
-    return one_line(f"there is no {error.args[0]}" if isinstance(error, KeyError) and error.args else error)
 
 
 def widen(bits: np.ndarray) -> np.ndarray:

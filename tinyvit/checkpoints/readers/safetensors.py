@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import DTYPES, check_count, open_weights, read_bytes, reason, widen
+from tinyvit.checkpoints.readers.common import DTYPES, check_count, open_weights, read_bytes, widen
+from tinyvit.files.text import one_line
 
 LONGEST_HEADER = 8_000_000  # bytes; the library allows 100 MB, of which it needs a multiple in memory
 
@@ -56,7 +57,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as opened:
             yield opened
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {reason(error)}") from None
+        raise CheckpointError(f"{path}: not a readable safetensors file: {one_line(error)}") from None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -26,8 +26,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tinyvit.checkpoints.checkpoint import CheckpointError
-from tinyvit.checkpoints.readers.common import DTYPES, open_zip, read_bytes, reason, widen
+from tinyvit.checkpoints.readers.common import DTYPES, open_zip, read_bytes, widen
 from tinyvit.files.plain_pickle import MOST_DIMENSIONS, PLAIN, Function, StandIn, as_it_is, as_text, load_pickle
+from tinyvit.files.text import one_line
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 SHARED = 1 << 26  # bytes that tensors may have beyond the file's size, when they share storages
@@ -168,7 +169,7 @@ class TorchFile:
         except CheckpointError:
             raise
         except Exception as error:  # a broken or hostile stream can raise nearly anything
-            raise CheckpointError(f"{path}: cannot be read as a torch file: {reason(error)}") from None
+            raise CheckpointError(f"{path}: cannot be read as a torch file: {one_line(error)}") from None
 
     def open_archive(self) -> Any:
         """The content of a zip archive."""
@@ -257,7 +258,7 @@ class TorchFile:
                 raise ValueError(f"expected a tensor, found {describe(value)}")
             return self.tensor(value)
         except Exception as error:
-            raise CheckpointError(f"{self.path}: {name[:100]} cannot be read: {reason(error)}") from None
+            raise CheckpointError(f"{self.path}: {name[:100]} cannot be read: {one_line(error)}") from None
 
     def tensor(self, tensor: StoredTensor) -> np.ndarray:
         item, key = DTYPES[tensor.dtype], tensor.storage.key
