@@ -85,20 +85,20 @@ def test_calibration_is_scikit_learn_s(n, classes, bins, seed):
     p = rng.dirichlet(np.ones(classes), n)
     labels = rng.integers(classes, size=n)
     found = measures.calibrate(p, labels, bins)
+    count = found[:, 2]
     accuracy, confidence = calibration_curve(p.argmax(axis=1) == labels, p.max(axis=1), n_bins=bins)
-    filled = found.count > 0
-    np.testing.assert_allclose(found.accuracy[filled], accuracy, atol=1e-12)
-    np.testing.assert_allclose(found.confidence[filled], confidence, atol=1e-12)
-    assert found.count.sum() == n and np.isnan(found.accuracy[~filled]).all()
-    gap = sum(c * abs(a - b) for c, a, b in zip(found.count[filled], accuracy, confidence, strict=True)) / n
-    assert found.error == pytest.approx(gap, abs=1e-12)
+    filled = count > 0
+    np.testing.assert_allclose(found[filled, :2], np.stack([confidence, accuracy], axis=1), atol=1e-12)
+    assert count.sum() == n and np.isnan(found[~filled, 1]).all()
+    gap = sum(c * abs(a - b) for c, a, b in zip(count[filled], accuracy, confidence, strict=True)) / n
+    assert measures.calibration_error(found) == pytest.approx(gap, abs=1e-12)
 
 
 def test_calibration_by_hand():
     p = np.array([[0.95, 0.05], [0.95, 0.05], [0.4, 0.6], [1.0, 0.0]])
     found = measures.calibrate(p, np.array([0, 1, 1, 0]), bins=10)
-    assert found.count.tolist() == [0] * 5 + [1, 0, 0, 0, 3]  # 0.6 belongs to (0.5, 0.6], 1 to the last
-    assert found.error == pytest.approx((0.4 * 1 + (2.9 / 3 - 2 / 3) * 3) / 4)
+    assert found[:, 2].tolist() == [0] * 5 + [1, 0, 0, 0, 3]  # 0.6 belongs to (0.5, 0.6], 1 to the last
+    assert measures.calibration_error(found) == pytest.approx((0.4 * 1 + (2.9 / 3 - 2 / 3) * 3) / 4)
 
 
 @given(n=st.integers(0, 60), classes=st.integers(2, 6), seed=st.integers(0, 99))

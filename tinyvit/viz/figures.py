@@ -162,19 +162,17 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> Figure:
 
     Its data (bins, 3) are confidence, accuracy and count as `measures.calibrate`.
     """
-    c = measures.calibrate(np.asarray(probabilities), np.asarray(labels))
-    x_label = f"confidence (expected calibration error {c.error:.2%})"
+    data = measures.calibrate(np.asarray(probabilities), np.asarray(labels))
+    x_label = f"confidence (expected calibration error {measures.calibration_error(data):.2%})"
     axes = svg.Axes((0.0, 1.0), (0.0, 1.0), x_label, "accuracy", percent=True)
-    for i, (confidence, accuracy, count) in enumerate(zip(c.confidence, c.accuracy, c.count, strict=True)):
+    size = min(11.0, 38 / len(f"{data[:, 2].max():.0f}"))  # so that the numbers of neighbours stand apart
+    for i, (confidence, accuracy, count) in enumerate(data.tolist()):
         if count:
-            hint = f"{count} images, confidence {confidence:.1%}, accuracy {accuracy:.1%}"
-            axes.bar(i / len(c.count), (i + 1) / len(c.count), float(accuracy), 0, hint)
+            hint = f"{count:.0f} images, confidence {confidence:.1%}, accuracy {accuracy:.1%}"
+            axes.bar(i / len(data), (i + 1) / len(data), accuracy, 0, hint)
+            axes.above((i + 0.5) / len(data), f"{count:.0f}", size)
     axes.line((0, 1), (0, 1), 1, dashed=True)
-    size = min(11.0, 38 / len(str(c.count.max())))  # so that the numbers of neighbours stand apart
-    for i, count in enumerate(c.count):
-        if count:
-            axes.above((i + 0.5) / len(c.count), str(count), size)
-    return Figure(np.stack([c.confidence, c.accuracy, c.count], axis=1), axes.svg("reliability diagram"))
+    return Figure(data, axes.svg("reliability diagram"))
 
 
 def features(points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> Figure:

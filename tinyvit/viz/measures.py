@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from tinyvit.engine.tensor import Array, Tensor
@@ -94,31 +92,26 @@ def position_similarity(model: VisionTransformer) -> np.ndarray:
     return (unit @ unit.T).reshape(rows, columns, rows, columns)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A reliability diagram: for bins of equal width in the confidence, from 0 to 1.
+def calibrate(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> np.ndarray:
+    """How well the highest probabilities (N, K) tell how often they are right (Guo et al. 2017, arXiv:1706.04599).
 
-    Attributes:
-        confidence, accuracy: means in each bin (bins,), NaN where it is empty.
-        count: images in each bin (bins,).
-        error: the expected calibration error, the mean gap between the two, weighted by count.
+    Returns:
+        (bins, 3) float64, for bins of equal width in the confidence, from 0 to 1: the mean confidence and the accuracy,
+        NaN where a bin is empty, and the number of images.
     """
-
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    count: np.ndarray
-    error: float
-
-
-def calibrate(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Calibration:
-    """How well the highest probabilities (N, K) tell how often they are right (Guo et al. 2017, arXiv:1706.04599)."""
     confidence, hit = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (lower, upper], as in the paper
     count = np.bincount(bin_of, minlength=bins)
     with np.errstate(invalid="ignore"):
         mean_confidence, accuracy = (np.bincount(bin_of, x, bins) / count for x in (confidence, hit))
-    gaps = np.nan_to_num(np.abs(mean_confidence - accuracy))
-    return Calibration(mean_confidence, accuracy, count, float((gaps * count).sum() / max(count.sum(), 1)))
+    return np.stack([mean_confidence, accuracy, count], axis=1)
+
+
+def calibration_error(bins: np.ndarray) -> float:
+    """The expected calibration error of what `calibrate` gave: the gap in each bin, weighted by its images."""
+    confidence, accuracy, count = bins.T
+    gaps = np.nan_to_num(np.abs(confidence - accuracy))
+    return float((gaps * count).sum() / max(count.sum(), 1))
 
 
 def project(features: np.ndarray) -> np.ndarray:

@@ -106,7 +106,7 @@ def _measured(checkpoint: Checkpoint, model: VisionTransformer, source: str, ski
     counts = confusion_counts(labels, predicted, len(names))
     top5 = {"top-5": f"{(ranks(p, labels) < 5).mean():.2%}"} if len(names) > 5 else {}
     calibration = figures.calibration(p, labels)
-    error = measures.calibrate(p, labels).error
+    error = measures.calibration_error(calibration.data)
     yield (
         "Accuracy",
         f"Of {what}{''.join(f'; {doubt}' for doubt in doubts if doubt)}.",
