@@ -40,49 +40,6 @@ CHUNK = 1 << 20  # bytes that a thread decodes at a time
 FILES = 256  # files of which a thread reads a part at a time
 
 
-def sampled(count: int) -> np.ndarray:
-    """The positions of all of `count` images, or of SAMPLE among them."""
-    return np.arange(count) if count <= SAMPLE else np.linspace(0, count - 1, SAMPLE).astype(int)
-
-
-def digest_of_list(parts: Mapping[str, Listing]) -> str:
-    """A digest of the images' names and classes, which does not read them."""
-    digest = hashlib.sha256()
-    for part, listing in parts.items():
-        digest.update(repr((part, len(listing), listing.labels.tolist())).encode())
-        digest.update("\0".join(map(listing.file, range(len(listing)))).encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
-def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], threads: int | None) -> str:
-    """A digest of the classes and of each image's name, class and bytes; of many images, the bytes of SAMPLE."""
-
-    def mark(listing: Listing, positions: np.ndarray) -> list[str]:
-        images = map(listing.image, positions)
-        return [digest_of(x) if isinstance(x, Path) else hashlib.sha256(x.read()).hexdigest() for x in images]
-
-    digest = hashlib.sha256(repr(names).encode())
-    for part in parts:
-        digest.update(f"{len(part)} images".encode())
-        read = np.zeros(len(part), bool)
-        read[sampled(len(part))] = True
-        marks = chain.from_iterable(in_threads(partial(mark, part), chunks(np.flatnonzero(read), FILES), threads))
-        for i, label in enumerate(part.labels):
-            digest.update(repr((part.file(i), int(label), next(marks) if read[i] else "")).encode())
-    return digest.hexdigest()[:16]
-
-
-def digest_of(path: Path, whole: int = 1 << 16, part: int = 1 << 14) -> str:
-    """A digest of a file's size and bytes; of a file larger than `whole` of three `part`s: first, middle and last."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        digest = hashlib.sha256(str(size).encode())
-        for start in (0, (size - part) // 2, size - part) if size > whole else (0,):
-            file.seek(start)
-            digest.update(file.read(part if size > whole else whole))
-    return digest.hexdigest()
-
-
 def number_classes(
     source: Path, parts: Mapping[str, Rows], order: Sequence[str], val_fraction: float, seed: int
 ) -> tuple[tuple[str, ...], dict[str, Listing], int]:
@@ -107,6 +64,15 @@ def number_classes(
     whole = listings["train"]
     train, val = split_classes(whole, names, val_fraction, seed)
     return names, {"train": train, "val": val}, len(whole)
+
+
+def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
+    """Training and test images: of each class a random `val_fraction`, at least one, is kept for the test."""
+    test = draw_share(listing.labels, val_fraction, seed)
+    if (counts := np.bincount(listing.labels)).min() < 2:
+        name = names[np.argmin(counts)]
+        raise DataError(f"class {name} of {listing.rows.root} has one image, at least two are needed to split it")
+    return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test))
 
 
 @dataclass(frozen=True)
@@ -164,46 +130,6 @@ def load_listings(
         val=splits["val"] if test_name == "test" and "val" in splits else None,
         drawn_from=drawn_from,
     )
-
-
-# What the parts of a data set are called, in lower case and without other characters than letters.
-PARTS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "eval", "evaluation", "dev", "holdout"),
-    "test": ("test", "testing"),
-}
-_ADDED = ("", "set", "split", "images", "imgs", "data")  # trainset, test_images
-
-
-def part_of(name: str) -> str | None:
-    """ "train", "val" or "test" for a name such as Training, seg_train or test_images; None for any other name."""
-    letters = re.sub("[^a-z]", "", name.lower()).removeprefix("seg")
-    for part, words in PARTS.items():
-        if any(letters == word + added for word in words for added in _ADDED):
-            return part
-    return None
-
-
-def one_of_each(source: Path, names: Iterable[str]) -> dict[str, str]:
-    """The names that mean a part, by that part. Raises DataError for two names of one part."""
-    found: dict[str, str] = {}
-    for name in names:
-        part = part_of(name)
-        if part is None:
-            continue
-        if part in found:
-            raise DataError(f"{source} has {part} images under two names, {found[part]} and {name}: keep one of them")
-        found[part] = name
-    return found
-
-
-def split_classes(listing: Listing, names: tuple[str, ...], val_fraction: float, seed: int) -> tuple[Listing, Listing]:
-    """Training and test images: of each class a random `val_fraction`, at least one, is kept for the test."""
-    test = draw_share(listing.labels, val_fraction, seed)
-    if (counts := np.bincount(listing.labels)).min() < 2:
-        name = names[np.argmin(counts)]
-        raise DataError(f"class {name} of {listing.rows.root} has one image, at least two are needed to split it")
-    return listing.take(np.flatnonzero(~test)), listing.take(np.flatnonzero(test))
 
 
 def common_size(listings: Sequence[Listing], group: Group) -> tuple[int, int] | None:
@@ -275,6 +201,11 @@ def load_split(
     return listing, FileSplit(listing, skipped, size, transform, reading.fit_options, gaps), statistics
 
 
+def sampled(count: int) -> np.ndarray:
+    """The positions of all of `count` images, or of SAMPLE among them."""
+    return np.arange(count) if count <= SAMPLE else np.linspace(0, count - 1, SAMPLE).astype(int)
+
+
 def decode(
     part: str, listing: Listing, positions: np.ndarray, size: tuple[int, int], keep: bool, reading: Reading
 ) -> Iterator[tuple[np.ndarray, Any]]:
@@ -302,3 +233,72 @@ def decode(
         for chunk, found in zip(parts, in_processes(work, parts, reading.group, threads), strict=True):
             yield chunk, found
             done(len(chunk))
+
+
+def fingerprint_of(names: tuple[str, ...], parts: Iterable[Listing], threads: int | None) -> str:
+    """A digest of the classes and of each image's name, class and bytes; of many images, the bytes of SAMPLE."""
+
+    def mark(listing: Listing, positions: np.ndarray) -> list[str]:
+        images = map(listing.image, positions)
+        return [digest_of(x) if isinstance(x, Path) else hashlib.sha256(x.read()).hexdigest() for x in images]
+
+    digest = hashlib.sha256(repr(names).encode())
+    for part in parts:
+        digest.update(f"{len(part)} images".encode())
+        read = np.zeros(len(part), bool)
+        read[sampled(len(part))] = True
+        marks = chain.from_iterable(in_threads(partial(mark, part), chunks(np.flatnonzero(read), FILES), threads))
+        for i, label in enumerate(part.labels):
+            digest.update(repr((part.file(i), int(label), next(marks) if read[i] else "")).encode())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(path: Path, whole: int = 1 << 16, part: int = 1 << 14) -> str:
+    """A digest of a file's size and bytes; of a file larger than `whole` of three `part`s: first, middle and last."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, (size - part) // 2, size - part) if size > whole else (0,):
+            file.seek(start)
+            digest.update(file.read(part if size > whole else whole))
+    return digest.hexdigest()
+
+
+def digest_of_list(parts: Mapping[str, Listing]) -> str:
+    """A digest of the images' names and classes, which does not read them."""
+    digest = hashlib.sha256()
+    for part, listing in parts.items():
+        digest.update(repr((part, len(listing), listing.labels.tolist())).encode())
+        digest.update("\0".join(map(listing.file, range(len(listing)))).encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+# What the parts of a data set are called, in lower case and without other characters than letters.
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "eval", "evaluation", "dev", "holdout"),
+    "test": ("test", "testing"),
+}
+_ADDED = ("", "set", "split", "images", "imgs", "data")  # trainset, test_images
+
+
+def part_of(name: str) -> str | None:
+    """ "train", "val" or "test" for a name such as Training, seg_train or test_images; None for any other name."""
+    letters = re.sub("[^a-z]", "", name.lower()).removeprefix("seg")
+    for part, words in PARTS.items():
+        if any(letters == word + added for word in words for added in _ADDED):
+            return part
+    return None
+
+
+def one_of_each(source: Path, names: Iterable[str]) -> dict[str, str]:
+    """The names that mean a part, by that part. Raises DataError for two names of one part."""
+    found: dict[str, str] = {}
+    for name in names:
+        part = part_of(name)
+        if part is None:
+            continue
+        if part in found:
+            raise DataError(f"{source} has {part} images under two names, {found[part]} and {name}: keep one of them")
+        found[part] = name
+    return found
