@@ -117,7 +117,9 @@ class Kernel:
         assert shared_mem <= cuda.shared_limit(), f"{shared_mem} bytes of shared memory"
         cells = []
         for argument, size in zip(arguments, self._sizes, strict=True):
-            if isinstance(argument, np.ndarray):
+            if isinstance(argument, np.ndarray) and argument.dtype.fields:  # a structure goes by value
+                argument = argument[()]
+            elif isinstance(argument, np.ndarray):
                 assert argument.flags.c_contiguous, f"{self._name} got an array that is not contiguous"
                 argument = np.uint64(argument.ctypes.data)
             assert isinstance(argument, np.generic), f"{self._name} got {argument!r}: CuPy would guess its type"

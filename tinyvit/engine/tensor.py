@@ -355,7 +355,8 @@ def _backward(
         checks.check_unchanged(node.name, node.versions)
     waiting = {} if ready is None else {_source(t): place for place, t in enumerate(targets)}
     uses = Counter(source for node in nodes for source in node.inputs if source in waiting)
-    token = kernels.notes.set({})
+    notes = kernels.Notes()
+    token = kernels.notes.set(notes)
     try:
         for node in nodes:
             outputs: list[Source] = [(node, number) for number in range(node.n_outputs)]
@@ -364,17 +365,23 @@ def _backward(
             if any(dy is not None for dy in dys):
                 # A kernel that can adds what has reached its first input from elsewhere, which saves a pass over it.
                 other = collected.pop(sources[0], None) if getattr(node.vjp, "adds", False) else None
+                notes.finish(*dys, other)
                 gradients = node.vjp(*dys) if other is None else node.vjp(*dys, other)
                 for source, g in zip(sources, gradients, strict=True):
-                    if source is not None:
-                        collected[source] = collected[source] + g if source in collected else g
+                    if source in collected:
+                        notes.finish(collected[source], g)
+                        collected[source] = collected[source] + g
+                    elif source is not None:
+                        collected[source] = g
                 if not retain_graph:
                     node.release()
             for source in sources:
                 if source in waiting:
                     uses[source] -= 1
                     if not uses[source] and source in collected and ready is not None:
+                        notes.finish(collected[source])
                         ready(waiting.pop(source), collected[source])
+        notes.finish()
     finally:
         kernels.notes.reset(token)
     found = _distinct([collected.get(_source(t)) for t in targets], targets, gradient)

@@ -17,8 +17,34 @@ from typing import Any, NamedTuple
 
 from tinyvit.kernels import jit, packed_weights
 
-# What the kernels of one backward pass tell each other; None outside of one.
-notes: ContextVar[dict[str, Any] | None] = ContextVar("tinyvit_notes", default=None)
+
+class Notes:
+    """What the kernels of one backward pass tell each other.
+
+    Attributes:
+        sums: an array, and the sums of its columns.
+    """
+
+    def __init__(self) -> None:
+        self.sums: tuple[Any, Any] | None = None
+        self._run: Callable[[list[Any]], None] | None = None
+        self._work: list[Any] = []
+        self._unfilled: set[int] = set()  # ids of arrays, which `_work` keeps alive
+
+    def put_off(self, run: Callable[[list[Any]], None], work: Any, fills: list[Any]) -> None:
+        """Leave work that fills arrays until one of them is read, then `run` all of it, perhaps in one launch."""
+        self._run = run
+        self._work.append(work)
+        self._unfilled.update(map(id, fills))
+
+    def finish(self, *needed: Any) -> None:
+        """Do what was put off; if arrays are given, only where one of them waits for it."""
+        if self._run is not None and (not needed or not self._unfilled.isdisjoint(map(id, needed))):
+            work, self._work, self._unfilled = self._work, [], set()
+            self._run(work)
+
+
+notes: ContextVar[Notes | None] = ContextVar("tinyvit_notes", default=None)  # None outside of a backward pass
 
 _NUMPY, _CUPY = "array_api_compat.numpy", "array_api_compat.cupy"
 

@@ -15,6 +15,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #define DYNAMIC_SHARED(name) unsigned char* name = sim::shared  // from a multiple of 1024 bytes on

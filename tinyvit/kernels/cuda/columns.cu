@@ -16,6 +16,7 @@ using V = Vector<T, VECTOR>;
 
 constexpr int HEIGHT = 8;   // rows of threads in a block
 constexpr int SUMMED = 16;  // the same in the second stage
+constexpr int MANY = 64;    // sums of one launch of it
 
 // This thread's first column and first row; rows that it takes are `row_step()` apart.
 DEVICE int first_column() { return (blockIdx.x * 32 + threadIdx.x) * VECTOR; }
@@ -136,24 +137,36 @@ extern "C" __global__ void __launch_bounds__(256)
     write_sums(partial, sums, columns, memory);
 }
 
-// The second stage: sums of the columns of partial (rows, columns), of which the first `split` belong to `first`, as many
-// to `second`, and the others to `third`. Blocks of 32 x SUMMED threads, a thread for a column; shared memory: 32 SUMMED
+// Sums of the second stage: of the columns of partial (rows, columns), of which the first `split` belong to to[0], as many
+// to to[1], and the others to to[2]. Blocks from `first` on do it.
+struct Sum {
+    const float* partial;
+    T* to[3];
+    int rows, columns, split, first;
+};
+
+struct Sums {
+    Sum of[MANY];
+};
+
+// The second stage, for `count` of them. Blocks of 32 x SUMMED threads, a thread for a column; shared memory: 32 SUMMED
 // floats.
-extern "C" __global__ void __launch_bounds__(32 * SUMMED)
-    sum_partials(const float* __restrict__ partial, T* __restrict__ first, T* __restrict__ second,
-                 T* __restrict__ third, int rows, int columns, int split) {
+extern "C" __global__ void __launch_bounds__(32 * SUMMED) sum_partials(const __grid_constant__ Sums sums, int count) {
     DYNAMIC_SHARED(memory);
     float* scratch = reinterpret_cast<float*>(memory);
-    const int column = blockIdx.x * 32 + threadIdx.x;
+    int mine = 0;
+    while (mine + 1 < count && int(blockIdx.x) >= sums.of[mine + 1].first) mine++;
+    const Sum& s = sums.of[mine];
+    const int column = (blockIdx.x - s.first) * 32 + threadIdx.x;
     float sum = 0.0f;
-    if (column < columns)
+    if (column < s.columns)
 #pragma unroll 8
-        for (int row = threadIdx.y; row < rows; row += SUMMED) sum += partial[1LL * row * columns + column];
+        for (int row = threadIdx.y; row < s.rows; row += SUMMED) sum += s.partial[1LL * row * s.columns + column];
     scratch[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();
-    if (threadIdx.y > 0 || column >= columns) return;
+    if (threadIdx.y > 0 || column >= s.columns) return;
 #pragma unroll
     for (int y = 1; y < SUMMED; y++) sum += scratch[y * 32 + threadIdx.x];
-    T* to = column < split ? first : column < 2 * split ? second : third;
-    to[column % split] = Scalar<T>::from(sum);
+    T* to = column < s.split ? s.to[0] : column < 2 * s.split ? s.to[1] : s.to[2];
+    to[column % s.split] = Scalar<T>::from(sum);
 }
