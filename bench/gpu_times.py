@@ -184,10 +184,17 @@ def time_others() -> None:
             hidden = random_array((rows, 4 * dim))
             return lambda: linear_gelu_sm90a.backward(xp, x, weight.reshape(dim, -1), hidden, bias, "none")
 
+        def mlp(rows: int = rows, dim: int = dim) -> Callable:
+            shapes = (rows, dim), (rows, dim), (4 * dim, dim), 4 * dim, (dim, 4 * dim), dim
+            arrays = [random_array(shape) for shape in shapes]
+            return lambda: linear_gelu_sm90a.mlp(xp, *arrays, "none")
+
         x, wide = random_array((rows, dim)), 4 * dim
+        if linear_gelu_sm90a.takes(x, wide, "none", "mlp"):  # beside both products, GELU and the sum
+            show(f"MLP in one kernel {rows} x {dim} to {wide}", 3 * size, mlp)
         if linear_gelu_sm90a.takes(x, wide, "none"):  # beside fc1's product and GELU
             show(f"linear_gelu in one kernel {rows} x {dim} to {wide}", 9 * size, functools.partial(fused, False))
-        if linear_gelu_sm90a.takes(x, wide, "none", backward=True):  # beside fc2's input gradient and GELU's
+        if linear_gelu_sm90a.takes(x, wide, "none", "backward"):  # beside fc2's input gradient and GELU's
             show(
                 f"linear_gelu backward in one kernel {rows} x {dim} to {wide}", 9 * size, functools.partial(fused, True)
             )

@@ -9,6 +9,7 @@ import functools
 import math
 import warnings
 
+import array_api_compat.numpy as numpy_namespace
 import numpy as np
 import pytest
 from on_gpu import DTYPES, HAS_GPU, LIMITS, Poisoned, check_kernel, difference, dtype
@@ -129,13 +130,19 @@ def test_linear_gelu_on_hopper(hopper, table, xp, rng, monkeypatch, name, inner,
         )
     )
     assert not [problem for problem in found.values() if problem and not problem.startswith("it is slower")], found
-    monkeypatch.setattr(linear_gelu_sm90a, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(linear_gelu_sm90a, "takes", lambda *_: True)
     rows, columns = linear_gelu_sm90a.LEAST_ROWS + 1, 4 * inner
     x, weight, bias = rng.standard_normal((rows, inner)), rng.standard_normal((columns, inner)), np.ones(columns)
     inputs = [x, weight * inner**-0.5, bias]
     check_kernel(table[reference.linear_gelu], xp, "linear_gelu", dtype(name), inputs, approximate=approximate)
     inputs = [x, *inputs, inputs[1].T / 2, x[0]]
     check_kernel(table[reference.mlp], xp, "mlp", dtype(name), inputs, approximate=approximate)
+    if inner <= linear_gelu_sm90a.WIDEST:
+        options = {"approximate": approximate, "needs": (False,) * 6}
+        rounded = [a.astype(dtype(name)) for a in inputs]
+        y, _ = table[reference.mlp].run(xp, *map(xp.asarray, rounded), **options)
+        right, _ = reference.mlp(numpy_namespace, *(a.astype(np.float64) for a in rounded), **options)
+        assert difference(y, right) < LIMITS[name]
     hidden, following, dy = (
         xp.asarray(rng.standard_normal(s).astype(dtype(name)))
         for s in ((rows, columns), (inner, columns), (rows, inner))

@@ -115,6 +115,9 @@ def hopper_variants() -> Iterator[Variant]:
         plan = linear_gelu_sm90a.plan(1 << 16, inner, 4 * inner, bool(backward))
         constants = {"SCALAR": scalar, "INNER": inner, "COLUMNS": plan.columns, "WARPGROUPS": plan.warpgroups}
         yield "sm_90a", "linear_gelu_sm90a", constants | {"APPROXIMATE": approximate, "BACKWARD": backward}
+    for scalar, width, approximate in (("bf16", 192, 0), ("f16", 192, 1), ("bf16", 64, 0)):
+        constants = {"SCALAR": scalar, "WIDTH": width, "HIDDEN": 4 * width, "APPROXIMATE": approximate}
+        yield "sm_90a", "mlp_sm90a", constants | {"STAGES": linear_gelu_sm90a.mlp_stages(width)}
 
 
 def other_variants() -> Iterator[Variant]:

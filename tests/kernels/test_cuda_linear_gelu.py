@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import array_api_compat.numpy as numpy_namespace
 import cuda_sim
 import numpy as np
 import pytest
@@ -14,13 +15,13 @@ from cuda_sim import decode, encode, error
 from tinyvit import Tensor, grad
 from tinyvit import functional as F
 from tinyvit.backend import cuda_graph
-from tinyvit.kernels import cuda
+from tinyvit.kernels import cuda, reference
 from tinyvit.kernels.cuda import comparison, linear, linear_gelu_sm90a, linear_gelu_trial, trial
 
 pytestmark = pytest.mark.skipif(cuda_sim.COMPILER is None, reason="no C++ compiler")
 
 HOPPER = {"capability": 90, "shared_limit": 227 << 10, "multiprocessors": 2}
-RIGHT = {"forward": None, "backward": None}
+RIGHT = {"forward": None, "backward": None, "mlp": None}
 
 
 @pytest.fixture
@@ -105,6 +106,30 @@ def test_an_mlp_has_one_kernel_each_way(folder, launched, scalar, rows, inner, h
     assert launched == ["forward", "backward"] * 2
 
 
+MLPS = [  # scalar, rows, width, hidden numbers, blocks, GELU
+    ("bf16", 300, 64, 128, 2, "none"),  # two tiles for the first block, the last of 44 rows
+    ("f16", 70, 192, 256, 2, "tanh"),
+    ("f16", 129, 128, 64, 1, "none"),  # one chunk of hidden numbers
+    ("bf16", 1, 192, 320, 2, "none"),
+    ("f16", 65, 64, 704, 1, "none"),  # more chunks than fit
+]
+
+
+@pytest.mark.parametrize("scalar, rows, width, hidden, blocks, approximate", MLPS)
+def test_a_whole_mlp_for_predictions(folder, launched, monkeypatch, scalar, rows, width, hidden, blocks, approximate):
+    shapes = (1, rows, width), (1, rows, width), (hidden, width), (hidden,), (width, hidden), (width,)
+    inputs = [encode(draw(i, s) / (s[-1] ** 0.5 if len(s) == 2 else 1), scalar) for i, s in enumerate(shapes)]
+    options = {"approximate": approximate, "needs": (False,) * 6}
+    right, _ = reference.mlp(numpy_namespace, *map(decode, inputs), **options)
+    usual, calls, results = linear_gelu_sm90a.mlp, [], []
+    monkeypatch.setattr(linear_gelu_sm90a, "mlp", lambda *given: calls.append(0) or usual(*given))
+    for seed in (0, 1):
+        with cuda_sim.device(folder, seed, **HOPPER | {"multiprocessors": blocks}) as xp:
+            results.append(linear.mlp(xp, *map(cuda_sim.guarded, inputs), **options)[0].copy())
+    assert error(decode(results[0]), right) < TOLERANCE[scalar] and np.array_equal(*results)
+    assert len(calls) == 2 and not launched
+
+
 NEEDED = {"x": "x", "the first layer": "weight1 bias1", "the second": "weight2 bias2", "a weight": "weight1", "": ""}
 
 
@@ -126,7 +151,7 @@ def test_an_mlp_computes_no_gradient_that_is_not_wanted(folder, launched, needed
     wanted = NEEDED[needed].split()
     with cuda_sim.everything_on_device(folder, **HOPPER):
         found = gradients(wanted)
-        assert launched == ["forward"] + ["backward"] * (needed not in ("the second", ""))
+        assert launched == ["forward"] * bool(wanted) + ["backward"] * (needed not in ("the second", ""))
         weights = [name for name in wanted if "weight" in name]
         assert products == ["weight_gradient"] * len(weights) + ["input_gradient"] * ("x" in wanted)
         every = dict(zip(names, gradients(names), strict=True))
@@ -146,9 +171,9 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(folder, launched):
 
 
 def test_which_layers_take_it(folder, launched):
-    def takes(rows=8, inner=64, columns=128, dtype=np.float16, **machine):
+    def takes(rows=8, inner=64, columns=128, dtype=np.float16, name="forward", **machine):
         with cuda_sim.device(folder, **HOPPER | machine):
-            return linear_gelu_sm90a.takes(np.broadcast_to(dtype(0), (rows, inner)), columns, "none")
+            return linear_gelu_sm90a.takes(np.broadcast_to(dtype(0), (rows, inner)), columns, "none", name)
 
     with cuda_graph.capture():
         assert not takes()  # nothing can be tried now
@@ -157,7 +182,8 @@ def test_which_layers_take_it(folder, launched):
         assert takes() and not takes(columns=192)
     assert not any(map(takes, (8,) * 3, (448, 72, 64), (128, 128, 72)))
     assert not takes(dtype=np.float32) and not takes(capability=80) and not takes(capability=100)
-    assert takes(rows=(1 << 24) - 64) and not takes(rows=(1 << 24) - 63)  # places are numbers of 32 bits
+    assert takes(name="mlp", inner=192) and not takes(name="mlp", inner=256)
+    assert takes(rows=(1 << 24) - 128) and not takes(rows=(1 << 24) - 127)  # places are numbers of 32 bits
     assert not takes(rows=6_000_000, inner=384, columns=64)
 
 
@@ -173,7 +199,7 @@ def test_a_trial_decides(folder, monkeypatch, problem):
         for _ in range(2):
             rows = np.zeros((8, 64), np.float16)
             assert linear_gelu_sm90a.takes(rows, 128, "none")
-            assert not linear_gelu_sm90a.takes(rows, 128, "none", backward=True)
+            assert not linear_gelu_sm90a.takes(rows, 128, "none", "backward")
     assert [str(w.message) for w in caught] == [
         "linear_gelu's backward kernel for Hopper is not used for layers of 64 to 128: y differs "
         "(TINYVIT_WGMMA=0 does not try it)"
@@ -183,7 +209,7 @@ def test_a_trial_decides(folder, monkeypatch, problem):
     assert request == {"scalar": "f16", "inner": 64, "columns": 128, "approximate": "none"}
 
 
-FAULTS = ["", "y", "what is kept", "y without what is kept", "dx", "a sum", "it is slower", "now and then"]
+FAULTS = ["", "y", "what is kept", "y without what is kept", "dx", "a sum", "an MLP", "it is slower", "now and then"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -211,16 +237,30 @@ def test_the_trial_finds_faults(folder, monkeypatch, fault):
             sums[3] += 1e-4 * np.abs(dx[:, 3].astype(np.float32)).sum()
         return dx, sums[None]
 
+    def mlp(xp, residual, rows, weight1, bias1, weight2, bias2, approximate):
+        between, _, _ = linear.gelu_of_product(xp, rows, weight1, bias1, approximate, False)
+        y = linear.product(xp, between, weight2, bias2, residual)
+        y[9] *= 1.05 if fault == "an MLP" else 1
+        return y
+
+    monkeypatch.setattr(linear_gelu_sm90a, "mlp", mlp)
     monkeypatch.setattr(linear_gelu_sm90a, "forward", forward)
     monkeypatch.setattr(linear_gelu_sm90a, "backward", backward)
     monkeypatch.setattr(linear_gelu_trial, "BYTES", 2 * 64 * 256)
     monkeypatch.setattr(linear_gelu_sm90a, "LEAST_ROWS", 1)
-    times = iter([98e-6 if fault == "it is slower" else 9e-5, 1e-4] * 14)
+    times = iter([98e-6 if fault == "it is slower" else 9e-5, 1e-4] * 28)
     monkeypatch.setattr(comparison, "seconds", lambda run: next(times))
     with cuda_sim.device(folder, **HOPPER | {"multiprocessors": 1}) as xp:
         found = dict(linear_gelu_trial.problems(xp, scalar="f16", inner=64, columns=64, approximate="none"))
-    named = {"": "", "it is slower": "it is slower: 98 us beside 100", "now and then": "y is not the same twice"}
-    wrong = {"backward"} if fault in ("dx", "a sum") else set(RIGHT) if fault == "it is slower" else {"forward"}
+    named = {
+        "": "",
+        "an MLP": "y differs",
+        "it is slower": "it is slower: 98 us beside 100",
+        "now and then": "y is not the same twice",
+    }
+    wrong = {"dx": {"backward"}, "a sum": {"backward"}, "an MLP": {"mlp"}, "it is slower": {*RIGHT}}.get(
+        fault, {"forward"}
+    )
     for name, problem in found.items():
         expected = named.get(fault, f"{fault} differs") if name in wrong else ""
         assert (problem or "").startswith(expected) and bool(problem) == bool(expected)

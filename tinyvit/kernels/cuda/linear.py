@@ -13,6 +13,7 @@ from tinyvit.backend import cuda_graph
 from tinyvit.backend.arrays import VJP, Array
 from tinyvit.kernels import cuda
 from tinyvit.kernels.cuda import cublas, linear_gelu_sm90a
+from tinyvit.kernels.reference import no_gradient
 
 WAVE = 4  # blocks of 256 threads that a multiprocessor holds of any kernel here
 MANY = 64  # sums of one launch, as in columns.cu
@@ -159,8 +160,12 @@ def mlp(
 ) -> tuple[Array, VJP]:
     weight1, bias1, weight2, bias2 = map(cuda.ready, weights)
     rows, outputs, first_needs = cuda.ready(xp.reshape(x, (-1, x.shape[-1]))), len(bias2), needs[1:4]
-    between, hidden, added = _linear_gelu(xp, rows, weight1, bias1, approximate, True in first_needs)
     more = None if residual is None else cuda.ready(xp.reshape(residual, (-1, outputs)))
+    fits = more is not None and more.shape == rows.shape and True not in needs
+    if fits and linear_gelu_sm90a.takes(rows, len(bias1), approximate, "mlp"):
+        y = linear_gelu_sm90a.mlp(xp, more, rows, weight1, bias1, weight2, bias2, approximate)
+        return xp.reshape(y, x.shape), no_gradient
+    between, hidden, added = _linear_gelu(xp, rows, weight1, bias1, approximate, True in first_needs)
     y = product(xp, between, weight2, bias2, more)
     first_vjp = _linear_vjp(xp, x.shape, rows, weight1, first_needs)
     second_vjp = _linear_vjp(xp, between.shape, between, weight2, (False, *needs[4:]))
@@ -170,7 +175,7 @@ def mlp(
         if True not in first_needs:
             return dy, None, None, None, *dsecond
         by_rows = cuda.ready(xp.reshape(dy, (-1, outputs)))
-        if added is not cuda.NULL and linear_gelu_sm90a.takes(by_rows, len(bias1), approximate, backward=True):
+        if added is not cuda.NULL and linear_gelu_sm90a.takes(by_rows, len(bias1), approximate, "backward"):
             dhidden, partial = linear_gelu_sm90a.backward(xp, by_rows, weight2, hidden, added, approximate)
             dbias1 = sum_partials(xp, partial, dhidden.dtype)[0]
         else:

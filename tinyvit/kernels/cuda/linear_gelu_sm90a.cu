@@ -33,27 +33,6 @@ DEVICE void multiply_group(float (&c)[32], const unsigned (&a)[STEPS][4], const 
     wgmma_commit();
 }
 
-// A row of 64 numbers as `store_row` writes them: words[j] are the lane's two of columns 8 j ... 8 j + 7; zeros if not
-// `inside`.
-DEVICE void load_row(unsigned (&words)[8], const T* from, bool inside) {
-    const int pair = threadIdx.x % 4;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        unsigned mine[2] = {};
-        if (inside) load_8(mine, from + 8 * (j + pair % 2) + pair / 2 * 4);
-        const unsigned other = __shfl_xor_sync(0xffffffffu, pair % 2 ? mine[0] : mine[1], 1);
-        words[j] = pair % 2 ? other : mine[0];
-        words[j + 1] = pair % 2 ? mine[1] : other;
-    }
-}
-
-// The lower (i = 0) or upper number of two.
-DEVICE float half_of_word(unsigned word, int i) {
-    T pair[2];
-    memcpy(pair, &word, 4);
-    return to_float(pair[i]);
-}
-
 // Adds up the sums of a warp's eight groups of lanes, which hold the same 16 columns: the lanes of group j are left with
 // the sums of columns 2 j and 2 j + 1.
 template <int half = 8>
@@ -109,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float c[32];
             multiply_group(c, a, memory + part * GROUP);
             unsigned inputs[8];  // the first row's while the products run
-            if constexpr (BACKWARD) load_row(inputs, hidden + row * columns + column, row < rows);
+            if constexpr (BACKWARD) load_row<T, 64>(inputs, hidden + row * columns + column, row < rows);
             wgmma_wait<0>();
 #pragma unroll
             for (int i = 0; i < 4 * STEPS; i++) pin(a[i / 4][i % 4]);
@@ -125,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int j = 0; j < 8; j++)
                     biases[j] = *reinterpret_cast<const unsigned*>(bias + column + 8 * j + 2 * pair);
                 if constexpr (BACKWARD) {
-                    if (half == 1) load_row(inputs, hidden + first_number, inside);
+                    if (half == 1) load_row<T, 64>(inputs, hidden + first_number, inside);
                 } else if (hidden) {
                     store_row<T, 64>(hidden + first_number, c, half, 1.0f, inside);
                 }
@@ -133,9 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
                     for (int i = 0; i < 16; i++) {
                         float& number = c[i / 2 * 4 + 2 * half + i % 2];
-                        const float shift = half_of_word(biases[i / 2], i % 2);
+                        const float shift = half_of_word<T>(biases[i / 2], i % 2);
                         if constexpr (BACKWARD)
-                            number *= gelu_slope<T>(half_of_word(inputs[i / 2], i % 2) + shift);
+                            number *= gelu_slope<T>(half_of_word<T>(inputs[i / 2], i % 2) + shift);
                         else
                             number = gelu<T>(number + shift);
                     }

@@ -111,6 +111,28 @@ DEVICE void store_row(T* to, const float (&c)[columns / 2], int half, float fact
     }
 }
 
+// A row as `store_row` writes it: words[j] are the lane's two of columns 8 j ... 8 j + 7; zeros if not `inside`.
+template <class T, int columns>
+DEVICE void load_row(unsigned (&words)[columns / 8], const T* from, bool inside) {
+    const int pair = threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < columns / 8; j += 2) {
+        unsigned mine[2] = {};
+        if (inside) load_8(mine, from + 8 * (j + pair % 2) + pair / 2 * 4);
+        const unsigned other = __shfl_xor_sync(0xffffffffu, pair % 2 ? mine[0] : mine[1], 1);
+        words[j] = pair % 2 ? other : mine[0];
+        words[j + 1] = pair % 2 ? mine[1] : other;
+    }
+}
+
+// The lower (i = 0) or upper number of two.
+template <class T>
+DEVICE float half_of_word(unsigned word, int i) {
+    T pair[2];
+    memcpy(pair, &word, 4);
+    return to_float(pair[i]);
+}
+
 // A number that the compiler knows, as an argument.
 template <int n>
 struct Number {
