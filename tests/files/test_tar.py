@@ -86,6 +86,15 @@ def test_kinds(place):
     assert [member.kind for member in read(place, archive([(sparse, b"")]))] == ["sparse"]
 
 
+def test_times_of_access_are_no_part_of_a_name(place):
+    """GNU writes them where ustar has the beginning of a long name."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[345:357] = b"14000000000\0"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    assert [member.name for member in read(place, bytes(header) + bytes(1024))] == ["a.jpg"]
+
+
 def test_no_archives(place):
     good = archive([("a.jpg", b"x")])
     for content, message in [

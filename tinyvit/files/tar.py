@@ -9,7 +9,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from tinyvit.files.text import one_line
 
@@ -40,7 +40,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
     """
     length, at = os.fstat(file.fileno()).st_size, 0  # `at` is where the next header begins
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", tarinfo=_Info) as archive:
             while (found := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all
                 member = Member(found.name, _kind_of(found), found.offset_data, found.size)
@@ -57,6 +57,17 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
             raise ValueError("it is compressed: decompress it") from None
         raise ValueError(f"it is no tar archive, or cut off: {one_line(error)}") from None
     _check_end(file, at)
+
+
+class _Info(tarfile.TarInfo):
+    """GNU writes times of access where POSIX has the beginning of a long name; Python's own takes them for that."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:  # type: ignore[override]
+        info = super().frombuf(buf, encoding, errors)
+        if buf[257:263] != b"ustar\0":
+            info.name = buf[:100].partition(b"\0")[0].decode(encoding, errors)
+        return info
 
 
 def _kind_of(found: tarfile.TarInfo) -> str:
