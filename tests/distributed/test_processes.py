@@ -67,7 +67,7 @@ def steps_alone():
     return {case: ranks.steps(ALONE, case) for case in ranks.CASES}
 
 
-@pytest.mark.parametrize(("launcher", "count"), [("mpiexec", 3), ("variables", 4)])
+@pytest.mark.parametrize(("launcher", "count"), [("mpiexec", 3), ("variables", 2)])
 def test_steps_have_the_bits_of_one_process_with_as_many_shards(launcher, count, steps_alone, tmp_path):
     result = together(count, "steps", tmp_path, launcher=launcher)
     assert result.returncode == 0, result.stderr

@@ -47,15 +47,14 @@ def test_logits_and_gradients_agree_with_torch(name, dtype):
     compare(model.train(), images[:1].astype(np.float64), TOLERANCE[dtype])  # no rates: training changes nothing
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_model_of_real_size_agrees_with_torch(dtype):
-    model = tinyvit.create_model("vit_tiny_patch16_224").to(dtype)
+def test_a_model_of_real_size_agrees_with_torch():
+    model = tinyvit.create_model("vit_tiny_patch16_224")
     rng = np.random.default_rng(0)
     for name, p in model.named_parameters():  # the published initialisation, but for a head of zeros
         if name == "head.weight":
-            p.data = (rng.standard_normal(p.shape) * 0.05).astype(dtype)
+            p.data = (rng.standard_normal(p.shape) * 0.05).astype(np.float32)
     images = rng.standard_normal((1, 3, 224, 224)).astype(np.float32).astype(np.float64)
-    compare(model, images, TOLERANCE[dtype])
+    compare(model, images, TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(

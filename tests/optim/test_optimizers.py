@@ -9,7 +9,7 @@ import array_api_strict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizing import STEPS, error, model_of, parameter
 
@@ -52,6 +52,7 @@ def hyper_parameters(draw, name):
 @pytest.mark.parametrize("dtype, tolerance", [(np.float64, 1e-10), (np.float32, 1e-5)])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=6)  # of 20 steps, for each optimizer and precision
 @given(data=st.data())
 def test_steps_agree_with_torch(name, dtype, tolerance, data):
     """Two groups, a schedule, gradients that are missing now and then, any memory layout. torch computes in float64."""

@@ -32,7 +32,7 @@ def killed(images, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("epochs", [0, 1, 3])
+@pytest.mark.parametrize("epochs", [0, 3])  # from 1, below
 def test_a_killed_run_resumes_to_the_same_bits(unbroken, killed, tmp_path, epochs):
     out = shutil.copytree(killed / str(epochs), tmp_path / "run")
     assert not progress(out / "last.safetensors")["finished"]

@@ -18,7 +18,7 @@ from tinyvit.training import run_directory
 from tinyvit.training.run import train
 from tinyvit.training.trainer import Stopped
 
-SIZES = {"28x28": (28, 28, 4), "48x48": (48, 48, 8), "64x64": (64, 64, 16), "16x64": (16, 64, 8), "64x16": (64, 16, 8)}
+SIZES = {"28x28": (28, 28, 4), "64x64": (64, 64, 16), "16x64": (16, 64, 8), "64x16": (64, 16, 8)}
 
 
 def sized_images(directory, height, width):
