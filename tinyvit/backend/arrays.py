@@ -116,6 +116,11 @@ def astype(x: Array, dtype: Any) -> Array:
     return xp.astype(x, resolve_dtype(xp, dtype), copy=False)
 
 
+def clip(x: Array, low: float, high: float) -> Array:
+    """`x` cut off at both ends. For CuPy array_api_compat does it by masks, each of which waits for the device."""
+    return x.clip(low, high) if is_cupy(x) else namespace(x).clip(x, low, high)
+
+
 def dtype_name(dtype: Any) -> str:
     """The standard's name of a dtype, e.g. "float32", whichever library spells it."""
     if dtype is None or isinstance(dtype, str):  # for NumPy, None is float64

@@ -33,7 +33,7 @@ def warp(images: Array, matrices: np.ndarray) -> Array:
     def source(row: int, length: int) -> tuple[Array, Array]:
         at = m[:, row, 0][:, None, None] * xs + m[:, row, 1][:, None, None] * ys[:, None] + m[:, row, 2][:, None, None]
         at = xp.astype(xp.floor(at), xp.int64)  # (B, H, W)
-        return xp.clip(at, 0, length - 1), (at >= 0) & (at < length)
+        return arrays.clip(at, 0, length - 1), (at >= 0) & (at < length)
 
     (x, in_width), (y, in_height) = source(0, width), source(1, height)
     moved = gather(images, y, x)
@@ -63,7 +63,7 @@ def enhancement(start: Callable[[Array], Array]) -> Callable[[Array, np.ndarray]
         xp = arrays.namespace(images)
         first = xp.astype(start(images), xp.float32)
         factor = per_image((1 + ENHANCE * m).astype(np.float32), images)
-        return xp.astype(xp.clip(first + factor * (xp.astype(images, xp.float32) - first), 0, 255), xp.uint8)
+        return xp.astype(arrays.clip(first + factor * (xp.astype(images, xp.float32) - first), 0, 255), xp.uint8)
 
     return enhance
 
@@ -111,7 +111,7 @@ def autocontrast(images: Array) -> Array:
     values = xp.astype(images, xp.float64)
     low, high = (f(values, axis=(2, 3), keepdims=True) for f in (xp.min, xp.max))
     scale = 255.0 / xp.where(high > low, high - low, xp.ones_like(high))
-    stretched = xp.astype(xp.clip(values * scale + (-low * scale), 0, 255), xp.uint8)
+    stretched = xp.astype(arrays.clip(values * scale + (-low * scale), 0, 255), xp.uint8)
     return xp.where(high > low, stretched, images)
 
 
@@ -129,7 +129,7 @@ def equalize(images: Array) -> Array:
     step = (height * width - xp.sum(xp.astype(values == largest, xp.int64), axis=1, keepdims=True)) // 255
     before = xp.cumulative_sum(counts, axis=1) - counts
     safe = xp.where(step > 0, step, xp.ones_like(step))
-    table = xp.where(step > 0, xp.clip((step // 2 + before) // safe, 0, 255), count(256, images)[None, :])
+    table = xp.where(step > 0, arrays.clip((step // 2 + before) // safe, 0, 255), count(256, images)[None, :])
     return xp.reshape(xp.astype(xp.take(xp.reshape(table, (-1,)), places, axis=0), xp.uint8), images.shape)
 
 
