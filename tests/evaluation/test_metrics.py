@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn import metrics
 
 from tinyvit import create_model
 from tinyvit.evaluation.metrics import EvaluationError, Scores, combined, confusion_counts, labels_for, measure, ranks
@@ -20,6 +19,8 @@ def drawn(images, classes, seed):
 
 @given(images=st.integers(1, 60), classes=st.integers(2, 12), seed=st.integers(0, 2**32 - 1))
 def test_scores_are_scikit_learn_s(images, classes, seed):
+    from sklearn import metrics  # which takes two seconds: only the process that runs this needs it
+
     logits, labels, scores = drawn(images, classes, seed)
     numbers, predicted = np.arange(classes), logits.argmax(axis=1)
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -35,6 +36,7 @@ def test_scores_are_scikit_learn_s(images, classes, seed):
     np.testing.assert_allclose([np.nan if a is None else a for a in recall], expected)
     expected = metrics.confusion_matrix(labels, predicted, labels=numbers)
     assert np.array_equal(confusion_counts(labels, predicted, classes), expected)
+    assert np.array_equal(confusion_counts(labels[:0], predicted[:0], classes), np.zeros((classes, classes)))
 
 
 def test_among_equal_logits_the_lower_class_comes_first():

@@ -78,7 +78,7 @@ def test_what_children_find(children, monkeypatch, kind):
     if HANG in text:
         monkeypatch.setattr(trial, "SECONDS", 1)
     if kind == "stuck":  # in the driver
-        monkeypatch.setattr(trial, "KILL_WAIT", 1)
+        monkeypatch.setattr(trial, "KILL_WAIT", 0.1)
         monkeypatch.setattr(subprocess.Popen, "kill", lambda child: stuck.append(child.pid))
     children.write(text)
     start, stuck = time.monotonic(), []

@@ -5,10 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_models import VARIANTS, build
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import confusion_matrix
 
-from tinyvit.evaluation.metrics import confusion_counts
 from tinyvit.viz import measures
 
 KINDS = ("plain", "distilled", "average with register tokens")
@@ -81,6 +78,8 @@ def test_similarity_of_positions():
 
 @given(n=st.integers(1, 60), classes=st.integers(2, 6), bins=st.integers(1, 20), seed=st.integers(0, 99))
 def test_calibration_is_scikit_learn_s(n, classes, bins, seed):
+    from sklearn.calibration import calibration_curve
+
     rng = np.random.default_rng(seed)
     p = rng.dirichlet(np.ones(classes), n)
     labels = rng.integers(classes, size=n)
@@ -99,13 +98,6 @@ def test_calibration_by_hand():
     found = measures.calibrate(p, np.array([0, 1, 1, 0]), bins=10)
     assert found[:, 2].tolist() == [0] * 5 + [1, 0, 0, 0, 3]  # 0.6 belongs to (0.5, 0.6], 1 to the last
     assert measures.calibration_error(found) == pytest.approx((0.4 * 1 + (2.9 / 3 - 2 / 3) * 3) / 4)
-
-
-@given(n=st.integers(0, 60), classes=st.integers(2, 6), seed=st.integers(0, 99))
-def test_confusion_is_scikit_learn_s(n, classes, seed):
-    labels, predicted = np.random.default_rng(seed).integers(classes, size=(2, n))
-    expected = confusion_matrix(labels, predicted, labels=range(classes)) if n else np.zeros((classes, classes))
-    assert np.array_equal(confusion_counts(labels, predicted, classes), expected)
 
 
 def test_features_are_projected_on_their_main_directions():
