@@ -17,16 +17,6 @@ from tinyvit.data import read_image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
-from transformers import (  # noqa: E402
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DeiTModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTForMaskedImageModeling,
-    ViTModel,
-)
 
 torch.set_num_threads(1)  # the models are tiny
 transformers.logging.set_verbosity_error()
@@ -37,24 +27,25 @@ SMALL = dict(
 )
 NAMES = {0: "tench, Tinca tinca", 1: "goldfish", 2: "great white shark", 3: "hen", 4: "ostrich"}
 VARIANTS = {
-    "vit": (ViTModel, ViTConfig, {}),
-    "vit-head": (ViTForImageClassification, ViTConfig, {"id2label": NAMES}),
+    "vit": ("ViTModel", "ViTConfig", {}),
+    "vit-head": ("ViTForImageClassification", "ViTConfig", {"id2label": NAMES}),
     "vit-head-options": (
-        ViTForImageClassification,
-        ViTConfig,
+        "ViTForImageClassification",
+        "ViTConfig",
         {"id2label": NAMES, "hidden_act": "gelu_new", "layer_norm_eps": 0.1, "qkv_bias": False, "num_channels": 1},
     ),
-    "vit-rectangles": (ViTForImageClassification, ViTConfig, {"image_size": [16, 40], "patch_size": [4, 8]}),
-    "vit-pooler": (ViTModel, ViTConfig, {"pooler_output_size": 20, "hidden_act": "gelu_pytorch_tanh"}),
-    "deit": (DeiTModel, DeiTConfig, {}),
-    "deit-head": (DeiTForImageClassification, DeiTConfig, {"id2label": NAMES}),
-    "deit-teacher": (DeiTForImageClassificationWithTeacher, DeiTConfig, {"id2label": NAMES}),
+    "vit-rectangles": ("ViTForImageClassification", "ViTConfig", {"image_size": [16, 40], "patch_size": [4, 8]}),
+    "vit-pooler": ("ViTModel", "ViTConfig", {"pooler_output_size": 20, "hidden_act": "gelu_pytorch_tanh"}),
+    "deit": ("DeiTModel", "DeiTConfig", {}),
+    "deit-head": ("DeiTForImageClassification", "DeiTConfig", {"id2label": NAMES}),
+    "deit-teacher": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", {"id2label": NAMES}),
 }
 
 
 def make(name, seed=0):
     """A model of Transformers with random weights that are large enough to matter."""
     kind, config, options = VARIANTS[name]
+    kind, config = getattr(transformers, kind), getattr(transformers, config)  # whose import takes seconds
     torch.manual_seed(seed)
     model = kind(config(**SMALL | options)).eval()
     with torch.no_grad():
@@ -276,13 +267,13 @@ def test_round_trip(variant, tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind"),
     [
-        ({}, ViTForImageClassification),
-        ({"distilled": True, "act": "gelu_tanh"}, DeiTForImageClassificationWithTeacher),
+        ({}, "ViTForImageClassification"),
+        ({"distilled": True, "act": "gelu_tanh"}, "DeiTForImageClassificationWithTeacher"),
         ({"num_classes": 0}, None),
-        ({"num_classes": 0, "representation_size": 24}, ViTModel),
-        ({"no_embed_class": True, "norm_eps": 1e-3}, ViTForImageClassification),
-        ({"reg_tokens": 1, "no_embed_class": True}, DeiTForImageClassification),
-        ({"pos_embed": "sincos2d", "image_size": (16, 24), "patch_size": (8, 4)}, ViTForImageClassification),
+        ({"num_classes": 0, "representation_size": 24}, "ViTModel"),
+        ({"no_embed_class": True, "norm_eps": 1e-3}, "ViTForImageClassification"),
+        ({"reg_tokens": 1, "no_embed_class": True}, "DeiTForImageClassification"),
+        ({"pos_embed": "sincos2d", "image_size": (16, 24), "patch_size": (8, 4)}, "ViTForImageClassification"),
     ],
 )
 def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
@@ -294,7 +285,7 @@ def test_models_of_ours_are_read_by_transformers(tmp_path, options, kind):
     write_own(model, tmp_path / "own.safetensors", names)
     convert(tmp_path / "own.safetensors", tmp_path / "hf", "huggingface")
     images = rng.standard_normal((2, 3, *model.config.image_size), dtype=np.float32)
-    back = (kind or ViTModel).from_pretrained(tmp_path / "hf").eval()
+    back = getattr(transformers, kind or "ViTModel").from_pretrained(tmp_path / "hf").eval()
     if kind is None:
         with torch.no_grad():
             found = back(torch.from_numpy(images)).last_hidden_state[:, 0].numpy()
@@ -374,7 +365,7 @@ def test_a_teachers_head_that_is_missing_is_not_passed_over(tmp_path):
 
 
 def test_the_decoder_of_a_model_for_masked_images_is_left_out(tmp_path):
-    model = ViTForMaskedImageModeling(ViTConfig(**SMALL))
+    model = transformers.ViTForMaskedImageModeling(transformers.ViTConfig(**SMALL))
     model.save_pretrained(tmp_path)
     found = load_model(tmp_path).state_dict()
     assert np.array_equal(found["norm.weight"], model.vit.layernorm.weight.detach().numpy())
