@@ -112,6 +112,18 @@ def test_no_archives(place):
             read(place, content)
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_claims_gigabytes_is_not_read(place, kind):
+    info = tarfile.TarInfo("a.jpg")
+    info.type, info.size = kind, 2**33
+    with open(place / "b.tar", "wb+") as file:
+        file.write(info.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**33)
+        file.seek(0)
+        with pytest.raises(ValueError, match="goes on for 8589934592 bytes, at most 1048576 are read"):
+            list(read_members(file))
+
+
 def test_sizes_beyond_octal_digits(place):
     """GNU's base 256; a size that the file cannot hold is no memory to allocate."""
     info = tarfile.TarInfo("a.jpg")

@@ -101,9 +101,9 @@ def attention_variants() -> Iterator[Variant]:
 
 def hopper_variants() -> Iterator[Variant]:
     """Attention with all chunks of keys in shared memory, in one to four blocks a multiprocessor, or a ring; GELU."""
-    for scalar, dim, n in (("bf16", 64, 128), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 1025),
-                           ("bf16", 16, 197), ("f16", 48, 130), ("bf16", 96, 257), ("bf16", 112, 197),
-                           ("f16", 128, 577)):  # fmt: skip
+    for scalar, dim, n in (("bf16", 64, 128), ("f16", 64, 197), ("bf16", 64, 257), ("bf16", 64, 577),
+                           ("bf16", 64, 1025), ("bf16", 16, 197), ("f16", 48, 130), ("bf16", 96, 257),
+                           ("bf16", 112, 197), ("f16", 128, 577)):  # fmt: skip
         constants = {"SCALAR": scalar, "HEAD_DIM": dim, "TOKENS": n} | attention_sm90a.forward_plan(n, n, dim, 1000)[0]
         yield "sm_90a", "attention_forward_sm90a", constants
     for scalar, dim, last in (("bf16", 64, 16), ("f16", 48, 32), ("f16", 32, 48), ("bf16", 16, 64)):

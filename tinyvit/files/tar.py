@@ -14,8 +14,12 @@ from typing import BinaryIO, Self
 from tinyvit.files.text import one_line
 
 BLOCK = 512  # bytes: the end mark is at least one block of zeros
+LARGEST_EXTENSION = 1 << 20  # bytes of a pax header or a long name, which tarfile reads whole
 LARGEST_END = 1 << 20  # bytes of zeros in the end mark and after it: writers fill their last record
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
+EXTENSIONS = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+)  # fmt: skip
 KINDS = {
     tarfile.LNKTYPE: "a link", tarfile.SYMTYPE: "a link", tarfile.CHRTYPE: "a device", tarfile.BLKTYPE: "a device",
     tarfile.DIRTYPE: "a folder", tarfile.FIFOTYPE: "a pipe",
@@ -67,6 +71,8 @@ class _Info(tarfile.TarInfo):
         info = super().frombuf(buf, encoding, errors)
         if buf[257:263] != b"ustar\0":
             info.name = buf[:100].partition(b"\0")[0].decode(encoding, errors)
+        if info.type in EXTENSIONS and info.size > LARGEST_EXTENSION:
+            raise ValueError(f"a header goes on for {info.size} bytes, at most {LARGEST_EXTENSION} are read")
         return info
 
 
