@@ -70,6 +70,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     unsigned a[STEPS][4], hidden[4][4];
     float result[WIDTH / 2];
     int chunk = 0;
+    auto wait_for_results = [&] {  // after which the hidden numbers may change
+        wgmma_wait<0>();
+#pragma unroll
+        for (int i = 0; i < 16; i++) pin(hidden[i / 4][i % 4]);
+#pragma unroll
+        for (int i = 0; i < WIDTH / 2; i++) pin(result[i]);
+    };
 #pragma unroll 1
     for (int first = 128 * blockIdx.x; first < rows; first += row_step) {
         const int row = first + thread / 32 * 16 + group;  // this lane's first one; the other one is row + 8
@@ -102,13 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 const T* shift = bias1 + 64 * part + i / 4 * 8 + 2 * pair;
                 c[i] = gelu<T>(c[i] + half_of_word<T>(*reinterpret_cast<const unsigned*>(shift), i % 2));
             }
-            if constexpr (!is_first.value) {
-                wgmma_wait<0>();
-#pragma unroll
-                for (int i = 0; i < 16; i++) pin(hidden[i / 4][i % 4]);
-#pragma unroll
-                for (int i = 0; i < WIDTH / 2; i++) pin(result[i]);
-            }
+            if constexpr (!is_first.value) wait_for_results();
 #pragma unroll
             for (int i = 0; i < 16; i++) hidden[i / 4][i % 4] = Scalar<T>::pack(c[2 * i], c[2 * i + 1]);
             chunk++;
@@ -118,11 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int part = 1; part < CHUNKS; part++) step(part, Number<0>());
         wgmma_fence();
         second_products(result, hidden, memory + (chunk - 1) % STAGES * STAGE, CHUNKS > 1);
-        wgmma_wait<0>();
-#pragma unroll
-        for (int i = 0; i < 16; i++) pin(hidden[i / 4][i % 4]);
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; i++) pin(result[i]);
+        wait_for_results();
 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
