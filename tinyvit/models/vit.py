@@ -98,8 +98,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (B, N, D)
         """The outputs, added to `residual` where there is one."""
         fc1, fc2 = self.fc1, self.fc2
-        usual = nn.is_plain(fc1, nn.Linear) and nn.is_plain(fc2, nn.Linear) and nn.is_idle(self.norm)
-        if usual and nn.is_idle(self.drop) and self.act != "quick_gelu" and fc1.bias is not None is not fc2.bias:
+        layers_alone = nn.is_idle(self.norm) and nn.is_idle(self.drop) and self.act != "quick_gelu"
+        if layers_alone and all(nn.is_plain(fc, nn.Linear) and fc.bias is not None for fc in (fc1, fc2)):
             return F.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, self.approximate, residual)
         if self.act == "quick_gelu":
             x = F.silu(self.fc1(x), parts.QUICK_GELU)  # (B, N, mlp_dim)
